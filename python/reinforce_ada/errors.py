@@ -1,0 +1,21 @@
+"""The one shape of every error a user can cause: `<where>: <what was given>; <what is needed>[; what to do]`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the message is one line and says what would be right."""
+
+    def __init__(self, where: str, given: str, needed: str, hint: str = "") -> None:
+        super().__init__(f"{where}: {given}; {needed}" + (f"; {hint}" if hint else ""))
+
+
+def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An InputError for `name` not among `known`, naming the nearest valid one."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else ""
+    return InputError(where, f"unknown {kind} {name!r}", f"known: {', '.join(names)}", hint)

@@ -1,0 +1,38 @@
+"""What a reward is, and what runs rewards for the driver loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from reinforce_ada.types import Completion, Failed, Prompt, Scored
+
+
+class Reward(Protocol):
+    """(prompt, completion text) -> a finite float. May also offer `batch(prompts, completions) -> list of floats`."""
+
+    def __call__(self, prompt: Prompt, completion: str, /) -> float: ...
+
+
+@runtime_checkable
+class BatchReward(Protocol):
+    """A reward that scores many completions in one call."""
+
+    def batch(self, prompts: Sequence[Prompt], completions: Sequence[str], /) -> Sequence[float]: ...
+
+
+@runtime_checkable
+class RewardRunner(Protocol):
+    """What the driver loop needs: hand over completions, collect scores. Every submitted completion yields exactly one event."""
+
+    def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
+        """Start scoring; prompts[i] is the prompt of completions[i]."""
+        ...
+
+    def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
+        """What has been scored since the last call; waits up to `wait_s` seconds for the first one."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers."""
+        ...

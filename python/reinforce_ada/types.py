@@ -1,0 +1,177 @@
+"""The records that travel between sampler, engines, rewards, store and trainer.
+
+Frozen, engine-free and torch-free. Shape letters: P prompts, G groups, N completions, T tokens, V vocabulary, D hidden, L one
+completion's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class CompletionId(NamedTuple):
+    """What identifies a completion: the step, the prompt, and the request's number within the prompt (from 0).
+
+    Prompts recur every epoch, so the step is part of the identity: a late completion of another step is never credited.
+    """
+
+    step: int
+    prompt_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prompt as the sampler sees it: an id, token ids for the engine, and whatever its reward function needs."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...] = ()  # [prompt length]
+    text: str = ""  # rendered, as the engine sees it
+    data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One completion to sample. The same id always carries the same seed, also when it is issued again after a loss."""
+
+    id: CompletionId
+    prompt: Prompt
+    seed: int  # in [0, 2**63)
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """One sampled response. `policy_version` is that of the weights that sampled it, as the engine knows it."""
+
+    id: CompletionId
+    token_ids: NDArray[np.int32]  # [L]
+    rollout_logprobs: NDArray[np.float32]  # [L], log-probabilities of the sampling distribution (after temperature)
+    text: str
+    finish_reason: str  # "stop" | "length" | "abort"
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
+        object.__setattr__(self, "rollout_logprobs", np.asarray(self.rollout_logprobs, dtype=np.float32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A completion with its reward (finite)."""
+
+    completion: Completion
+    reward: float
+
+    @property
+    def id(self) -> CompletionId:
+        return self.completion.id
+
+    @property
+    def policy_version(self) -> int:
+        return self.completion.policy_version
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Failed:
+    """A completion whose reward failed for good: a void. It is committed at its index but counts in no statistic."""
+
+    id: CompletionId
+    policy_version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lost:
+    """A request the driver has given up waiting for; the sampler issues it again with the same seed."""
+
+    id: CompletionId
+    policy_version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aborted:
+    """A request the engine dropped. For an exited prompt it is waste; for an active one it is issued again."""
+
+    id: CompletionId
+    policy_version: int
+    num_tokens: int = 0  # tokens it had generated, where the engine knows
+
+
+Event: TypeAlias = Scored | Failed | Lost | Aborted
+Outcome: TypeAlias = Scored | Failed  # what is committed to a pool
+ExitReason: TypeAlias = Literal["satisfied", "exhausted", "dropped"]
+
+
+class PoolStats(NamedTuple):
+    """Raw-reward statistics of G pools, each [G] float64; numpy arrays from the sampler, tensors are accepted by the operators.
+
+    `m2` is the centred second moment: sum of (reward - mean)^2. A pool is degenerate (no signal) when min == max, exactly.
+    An empty pool has count 0, mean 0, m2 0, min +inf, max -inf.
+    """
+
+    count: Any  # [G]
+    mean: Any  # [G]
+    m2: Any  # [G]
+    min: Any  # [G]
+    max: Any  # [G]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pool:
+    """Every committed completion of one prompt in one step, in request order, with the statistics of the raw rewards."""
+
+    prompt: Prompt
+    outcomes: tuple[Outcome, ...]  # [committed], position = index
+    num_correct: int  # reward > positive_threshold
+    num_wrong: int
+    num_void: int
+    mean: float  # over the scored ones; 0.0 where there is none
+    m2: float
+    min: float
+    max: float
+    num_issued: int  # requests handed out, committed or not
+    exit: ExitReason
+
+    @property
+    def count(self) -> int:
+        """Scored completions (voids are not counted)."""
+        return self.num_correct + self.num_wrong
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any two rewards differ: max != min, exactly."""
+        return self.count > 0 and self.min != self.max
+
+    @property
+    def scored(self) -> tuple[Scored, ...]:
+        return tuple(o for o in self.outcomes if isinstance(o, Scored))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The completions kept for the loss, in request order, with the pool they came from."""
+
+    pool: Pool
+    kept: tuple[Scored, ...]  # [<= group_size]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingResult:
+    """What one step's sampling produced."""
+
+    pools: tuple[Pool, ...]  # [P], in the order the prompts entered
+    groups: tuple[Group, ...]  # [G], G <= P
+    metrics: Mapping[str, float]
+
+    def pool_stats(self) -> PoolStats:
+        """Statistics of the groups' pools, each [G] float64, ready for `ops.group_advantages(pool=...)`."""
+        rows = [(g.pool.count, g.pool.mean, g.pool.m2, g.pool.min, g.pool.max) for g in self.groups]
+        columns = np.asarray(rows, dtype=np.float64).reshape(len(rows), 5).T
+        return PoolStats(*columns)
