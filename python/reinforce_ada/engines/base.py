@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
 
@@ -38,6 +39,28 @@ class Engine(Protocol):
         """Take new weights; completions submitted from now on carry `policy_version`. Called with nothing in flight."""
         ...
 
+    def sleep(self) -> None:
+        """Give back what memory it can until `wake`; called between sampling phases with nothing in flight. May do nothing."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
     def close(self) -> None:
         """Release what it holds; further calls are errors."""
         ...
+
+
+def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:
+    """Raises InputError when prompt and completion do not fit into max_model_len, or the prompt is empty."""
+    size = len(request.prompt.token_ids)
+    if size == 0:
+        raise InputError(where, f"prompt {request.id.prompt_id!r} is empty", "at least one token")
+    if size + max_tokens > max_model_len:
+        raise InputError(
+            where,
+            f"prompt {request.id.prompt_id!r} has {size} tokens",
+            f"at most max_model_len - max_tokens = {max_model_len} - {max_tokens}",
+            "raise --max-model-len, or shorten the prompt",
+        )

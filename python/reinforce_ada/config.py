@@ -1,0 +1,238 @@
+"""One typed configuration: defaults < TOML file < command-line flags. Every key is also a flag of `reinforce-ada train`.
+
+Stdlib at import, so that `--help` stays fast; msgspec does the type conversion when a configuration is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from reinforce_ada.errors import InputError, unknown_name
+
+
+def option(default: Any, about: str) -> Any:
+    """A configuration key: its default and the line `--help` prints."""
+    return field(default=default, metadata={"about": about})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which policy is trained, and where."""
+
+    model: str = option("smollm2", "smollm2 | tiny | a folder or hub id of any Hugging Face causal LM")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "dtype of the weights; bfloat16 keeps an fp32 master copy")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes cuda where there is one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    """What is asked, and how answers are scored."""
+
+    task: str = option("chain_sum", "a reasoning-gym dataset, or a JSONL file of {prompt, answer, ...} records")
+    task_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
+    )
+    reward: str = option("", 'module:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
+    template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
+    num_examples: int = option(2, "worked examples shown before each question (from the same generator)")
+    eval_prompts: int = option(64, "held-out prompts; never trained on")
+    eval_k: int = option(8, "completions per held-out prompt (the k of Avg@k)")
+    eval_every: int = option(0, "steps between evaluations; 0 evaluates before and after only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How rollouts are spent."""
+
+    preset: str = option("reinforce-ada-balance", "grpo | dapo | reinforce-ada-pos | reinforce-ada-balance")
+    schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
+    prompts_per_step: int = option(12, "prompts entering each step")
+    group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
+    round_size: int | None = option(None, "completions requested together (default: the preset's)")
+    max_rounds: int | None = option(None, "rounds at most; the cap is round_size x max_rounds (default: the preset's)")
+    decide_every: int | None = option(None, "committed completions between two looks of the exit rule (default: the preset's)")
+    min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
+    positive_threshold: float | None = option(
+        None, "a completion is correct when its reward exceeds this (default: the preset's)"
+    )
+    degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
+    window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")
+    temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
+    max_tokens: int = option(12, "tokens per completion at most")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What generates, and what scores."""
+
+    engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto takes vllm where it is installed, and says which")
+    max_num_seqs: int = option(128, "requests in the engine at once")
+    max_model_len: int = option(512, "longest prompt + completion in tokens")
+    memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
+    request_timeout_s: float = option(120.0, "a request without answer for so long is issued again")
+    reward_workers: int = option(1, "processes that score completions")
+    reward_timeout_s: float = option(10.0, "one scoring call at most; then the worker is replaced and the call retried")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How the kept completions become a gradient."""
+
+    steps: int = option(20, "steps in all; a resumed run goes on to this number")
+    learning_rate: float = option(1e-5, "AdamW, after warm-up")
+    warmup_steps: int = option(2, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW")
+    max_grad_norm: float = option(1.0, "gradient clipping by global norm")
+    minibatches: int = option(1, "optimizer steps per step; above 1 the ratios are to logprobs recomputed before the first")
+    tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
+    loss: Literal["reinforce", "ppo", "cispo", "gspo", "sapo"] = option("ppo", "policy loss")
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = option(
+        "token-mean", "how token losses become one number"
+    )
+    clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
+    clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
+    entropy_coef: float = option(0.0, "entropy bonus")
+    rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
+        "none", "importance weights for the engine's own logprobs"
+    )
+    correction_high: float = option(2.0, "largest importance weight of the rollout correction")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where the run lives."""
+
+    out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
+    seed: int = option(0, "everything random follows from it")
+    checkpoint_every: int = option(10, "steps between checkpoints; 0 writes none before the end")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration; one TOML table per section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def sections() -> Iterator[tuple[str, type]]:
+    """(section name, its dataclass), in order."""
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        yield f.name, hints[f.name]
+
+
+def section_of() -> dict[str, str]:
+    """Key -> section. Keys are unique over all sections, so each is one flag."""
+    return {f.name: name for name, cls in sections() for f in dataclasses.fields(cls)}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as nested dictionaries."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as e:
+        raise InputError("config", f"cannot read {path}: {e.strerror}", "a readable TOML file") from e
+    except tomllib.TOMLDecodeError as e:
+        raise InputError("config", f"{path} is not TOML: {e}", "a valid TOML file") from e
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Defaults, then the file at `path`, then `overrides` (key -> value or its text).
+
+    Raises: InputError for an unknown section or key (naming the nearest valid one) and for a value of the wrong type.
+    """
+    merged: dict[str, dict[str, Any]] = {name: {} for name, _ in sections()}
+    where = str(path) if path else "config"
+    for section, values in (read_toml(path) if path else {}).items():
+        _merge_section(merged, where, section, values)
+    homes = section_of()
+    for key, value in (overrides or {}).items():
+        if key not in homes:
+            raise unknown_name("config", "key", key, homes)
+        merged[homes[key]][key] = value
+    config = Config(**{name: _convert(name, cls, merged[name]) for name, cls in sections()})
+    _check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML that `load` reads back to an equal one (keys that are None are left out)."""
+    import json
+
+    lines: list[str] = []
+    for section, values in dataclasses.asdict(config).items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            if isinstance(value, dict):  # an inline table: TOML writes = where JSON writes :
+                inner = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items())
+                lines.append(f"{key} = {{{inner}}}")
+            elif value is not None:
+                lines.append(f"{key} = {json.dumps(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, values: Any) -> None:
+    if section not in merged:
+        raise unknown_name(where, "section", section, merged)
+    if not isinstance(values, Mapping):
+        raise InputError(where, f"{section} = {values!r}", f"a table [{section}]")
+    known = [f.name for f in dataclasses.fields(dict(sections())[section])]
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"{where} [{section}]", "key", key, known)
+        merged[section][key] = value
+
+
+def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
+    import json
+
+    import msgspec
+
+    hints = typing.get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        is_text = isinstance(value, str)
+        try:
+            if is_text and typing.get_origin(hints[key]) is dict:
+                value = json.loads(value)
+            # Text comes from the command line, where "10" is the integer; a TOML file has types of its own.
+            out[key] = msgspec.convert(value, type=hints[key], strict=not is_text)
+        except (msgspec.ValidationError, json.JSONDecodeError) as e:
+            raise InputError(f"config [{section}]", f"{key} = {value!r}", str(e)) from None
+    return cls(**out)
+
+
+_AT_LEAST = {
+    "prompts_per_step": 1, "eval_prompts": 0, "eval_k": 1, "eval_every": 0, "num_examples": 0, "max_tokens": 1, "max_num_seqs": 1,
+    "max_model_len": 2, "reward_workers": 1, "steps": 0, "warmup_steps": 0, "minibatches": 1, "tokens_per_pass": 1,
+    "checkpoint_every": 0, "seed": 0, "weight_decay": 0,
+}  # fmt: skip
+_POSITIVE = ("temperature", "memory_fraction", "request_timeout_s", "reward_timeout_s", "learning_rate", "max_grad_norm")
+
+
+def _check(config: Config) -> None:
+    values = {k: v for section in dataclasses.asdict(config).values() for k, v in section.items()}
+    for key, least in _AT_LEAST.items():
+        if values[key] < least:
+            raise InputError("config", f"{key} = {values[key]}", f"at least {least}")
+    for key in _POSITIVE:
+        if not values[key] > 0:
+            raise InputError("config", f"{key} = {values[key]}", "a positive number")

@@ -1,0 +1,160 @@
+"""The one driver loop: requests to the engine, completions to the rewards, events to the sampler."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from reinforce_ada.engines.base import Engine
+from reinforce_ada.errors import InputError
+from reinforce_ada.rewards.inline import InlineRewards
+from reinforce_ada.rewards.protocol import Reward, RewardRunner
+from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress
+from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Request, SamplingResult
+
+# With nothing at the engine only a reward can make progress, so the wait may be long; it bounds how late on_progress is called.
+_REWARD_WAIT_S = 1.0
+
+
+class Journal(Protocol):
+    """What makes a step resumable: events written down before the sampler sees them."""
+
+    def append(self, events: Sequence[Event], /) -> Sequence[Event]:
+        """Write these events in one transaction and return them."""
+        ...
+
+
+def run(
+    sampler: AdaptiveSampler,
+    engine: Engine,
+    rewards: RewardRunner | Reward,
+    journal: Journal | None = None,
+    *,
+    request_timeout_s: float | None = None,
+    max_losses: int = 3,
+    on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> SamplingResult:
+    """Drive one step to its end.
+
+    Args:
+        sampler: fresh, or restored from a journal.
+        engine: never given more than its `free_slots`.
+        rewards: a runner, or a plain callable (prompt, text) -> float, which is called in this process.
+        journal: gets the non-empty list of events of each poll, before the sampler.
+        request_timeout_s: a request not back from the engine after that long is aborted there and issued again.
+        max_losses: the request that is lost (timed out, or dropped by the engine) that many times becomes a void.
+        on_progress: called with the sampler's counts after each poll that brought events.
+        clock: seconds, monotonic.
+    Returns: the sampler's result. However the loop ends, its requests are aborted at the engine.
+    Raises: RuntimeError when nothing is in flight anywhere and the sampler cannot go on.
+    """
+    if max_losses < 1:
+        raise InputError("run", f"max_losses {max_losses}", "at least 1 is needed")
+    runner = rewards if isinstance(rewards, RewardRunner) else InlineRewards(rewards)
+    flights = _Flights(engine, request_timeout_s, max_losses, clock)
+    scoring: set[CompletionId] = set()
+    was_stalled = False
+    try:
+        while not sampler.done:
+            flights.start(sampler.next_requests(engine.free_slots))
+            engine_idle = not flights.running
+            finished, events = _sort(sampler, flights, flights.land())
+            runner.submit([sampler.prompt(c.id.prompt_id) for c in finished], finished)
+            scoring.update(c.id for c in finished)
+            events += runner.poll(_REWARD_WAIT_S if engine_idle and scoring else 0.0)
+            events += flights.overdue()
+            stalled = engine_idle and not scoring and not events
+            if stalled and was_stalled:  # twice: a poll may be what frees the slots of aborted requests
+                raise RuntimeError(_stall(sampler, engine))
+            was_stalled = stalled
+            if not events:
+                continue
+            scoring.difference_update(event.id for event in events)
+            for event in journal.append(events) if journal is not None else events:
+                flights.stop(sampler.receive(event))
+            if on_progress is not None:
+                on_progress(sampler.progress())
+    finally:
+        flights.stop(list(flights.running))
+    return sampler.result()
+
+
+def _sort(sampler: AdaptiveSampler, flights: _Flights, completions: list[Completion]) -> tuple[list[Completion], list[Event]]:
+    """The completions worth a reward, and events for the others: aborted ones, and answers nobody waits for any more."""
+    finished: list[Completion] = []
+    events: list[Event] = []
+    for completion in completions:
+        if completion.finish_reason != "abort" and sampler.is_open(completion.id):
+            finished.append(completion)
+            continue
+        aborted = Aborted(completion.id, completion.policy_version, len(completion.token_ids))
+        events.append(flights.lose(aborted) if sampler.is_open(completion.id) else aborted)
+    return finished, events
+
+
+class _Flights:
+    """Requests at the engine, with their start times and how often each was lost."""
+
+    def __init__(self, engine: Engine, timeout_s: float | None, max_losses: int, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._max_losses = max_losses
+        self._clock = clock
+        self._num_losses: Counter[CompletionId] = Counter()
+        self._echoes: set[CompletionId] = set()  # timed out and aborted by us: the engine may still return the aborted remains
+        self.running: dict[CompletionId, tuple[float, Request]] = {}
+
+    def start(self, requests: list[Request]) -> None:
+        if requests:
+            now = self._clock()
+            self._engine.submit(requests)
+            self.running.update((r.id, (now, r)) for r in requests)
+
+    def stop(self, ids: list[CompletionId]) -> None:
+        running = [i for i in ids if self.running.pop(i, None) is not None]
+        if running:
+            self._engine.abort(running)
+
+    def land(self) -> list[Completion]:
+        """What the engine has finished, without the remains of requests that timed out."""
+        landed: list[Completion] = []
+        for completion in self._engine.poll():
+            request_id = completion.id
+            if completion.finish_reason == "abort" and request_id in self._echoes:
+                self._echoes.discard(request_id)
+                continue
+            if request_id in self._num_losses:  # answered late: the second attempt is not needed
+                self.stop([request_id])
+            self.running.pop(request_id, None)
+            landed.append(completion)
+        return landed
+
+    def overdue(self) -> list[Event]:
+        """Events for the requests that have been out too long; they are aborted at the engine."""
+        if self._timeout_s is None:
+            return []
+        latest = self._clock() - self._timeout_s
+        late = [request for started, request in self.running.values() if started < latest]
+        self.stop([request.id for request in late])
+        self._echoes.update(request.id for request in late)
+        return [self.lose(Lost(r.id, r.policy_version, f"no answer after {self._timeout_s} s")) for r in late]
+
+    def lose(self, event: Lost | Aborted) -> Event:
+        """The event itself, or a void when this id has been lost too often."""
+        self._num_losses[event.id] += 1
+        if self._num_losses[event.id] < self._max_losses:
+            return event
+        reason = event.reason if isinstance(event, Lost) else "dropped by the engine"
+        return Failed(event.id, event.policy_version, f"{reason} ({self._num_losses[event.id]} times)")
+
+
+def _stall(sampler: AdaptiveSampler, engine: Engine) -> str:
+    progress = sampler.progress()
+    return (
+        f"run: {progress.num_active} of {progress.num_prompts} prompts are open, {sampler.num_outstanding} requests unanswered, "
+        f"but neither the engine ({engine.free_slots} free slots) nor the rewards have anything in flight; "
+        "every request must be answered under the sampler's step and policy_version"
+    )

@@ -1,0 +1,5 @@
+"""Engines: what turns requests into completions. Each is its own module; importing this package imports none of them."""
+
+from reinforce_ada.engines.base import Engine
+
+__all__ = ["Engine"]

@@ -1,0 +1,69 @@
+"""The engine that wraps your own generate function: adaptive sampling in a trainer you already have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Completion, CompletionId, Prompt, Request
+
+
+class FunctionEngine:
+    """An engine around your own batched generate function; weights and tokens stay yours, so its completions carry text only.
+
+    Args:
+        generate: (prompts, seeds) -> texts, one each, from a prompt's `text` or `token_ids`; seeds are in [0, 2**63).
+        batch_size: most prompts in one call.
+    """
+
+    def __init__(self, generate: Callable[[Sequence[Prompt], Sequence[int]], Sequence[str]], *, batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise InputError("FunctionEngine", f"batch_size {batch_size}", "at least 1 is needed")
+        self._generate = generate
+        self._batch_size = batch_size
+        self._waiting: dict[CompletionId, Request] = {}
+        self._policy_version = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._batch_size - len(self._waiting)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Put these into the next call. Raises InputError beyond `free_slots`."""
+        if len(requests) > self.free_slots:
+            raise InputError("FunctionEngine", f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
+        self._waiting.update((r.id, r) for r in requests)
+
+    def poll(self) -> list[Completion]:
+        """One call of `generate` on everything that waits."""
+        requests, self._waiting = list(self._waiting.values()), {}
+        if not requests:
+            return []
+        texts = self._generate([r.prompt for r in requests], [r.seed for r in requests])
+        if len(texts) != len(requests):
+            raise InputError("FunctionEngine", f"{len(texts)} texts from generate for {len(requests)} prompts", "one each is needed")
+        return [self._complete(request, text) for request, text in zip(requests, texts, strict=True)]
+
+    def _complete(self, request: Request, text: str) -> Completion:
+        return Completion(request.id, np.empty(0, np.int32), np.empty(0, np.float32), text, "stop", self._policy_version)
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """Take these out of the next call."""
+        for request_id in ids:
+            self._waiting.pop(request_id, None)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
+        """Carry `policy_version` from now on; the weights are the function's own."""
+        self._policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Nothing: its memory is your own."""
+
+    def wake(self) -> None:
+        """Nothing, as `sleep` did nothing."""
+
+    def close(self) -> None:
+        self._waiting.clear()

@@ -1,0 +1,93 @@
+"""An engine whose output is known beforehand, for tests and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Completion, CompletionId, Request
+
+
+class ScriptedEngine:
+    """Answers from a script, in a chosen order of finishing.
+
+    Args:
+        script: prompt_id -> outcomes such as "+-+-", where completion k is the k-th character (repeating past the end), or a
+            function of the request that gives the text.
+        slots: requests it holds at once.
+        num_per_poll: how many finish at each poll; None finishes all that are running.
+        shuffle_seed: finishes in an order drawn from this seed; None finishes in the order of submission.
+    Attributes: num_submitted, num_finished, num_aborted, max_running: counts over its life.
+    """
+
+    def __init__(
+        self,
+        script: Mapping[str, str] | Callable[[Request], str],
+        *,
+        slots: int = 64,
+        num_per_poll: int | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if slots < 1 or (num_per_poll is not None and num_per_poll < 1):
+            raise InputError("ScriptedEngine", f"slots {slots}, num_per_poll {num_per_poll}", "at least 1 of each is needed")
+        self._text = script if callable(script) else _outcome_of(script)
+        self._slots = slots
+        self._num_per_poll = num_per_poll
+        self._rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
+        self._running: dict[CompletionId, Request] = {}
+        self._policy_version = 0
+        self.num_submitted = self.num_finished = self.num_aborted = self.max_running = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - len(self._running)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Start these requests. Raises InputError beyond `free_slots`."""
+        if len(requests) > self.free_slots:
+            raise InputError("ScriptedEngine", f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
+        self._running.update((r.id, r) for r in requests)
+        self.num_submitted += len(requests)
+        self.max_running = max(self.max_running, len(self._running))
+
+    def poll(self) -> list[Completion]:
+        """The next `num_per_poll` completions."""
+        ids = list(self._running)
+        if self._rng is not None:
+            ids = [ids[i] for i in self._rng.permutation(len(ids))]
+        requests = [self._running.pop(i) for i in ids[: self._num_per_poll]]
+        self.num_finished += len(requests)
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: Request) -> Completion:
+        """The scripted text; its tokens are its UTF-8 bytes, with log-probability 0 each."""
+        text = self._text(request)
+        token_ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+        return Completion(request.id, token_ids, np.zeros(len(token_ids), np.float32), text, "stop", self._policy_version)
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """Stop these requests; nothing of them is returned."""
+        self.num_aborted += sum(self._running.pop(i, None) is not None for i in ids)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
+        """Carry `policy_version` from now on; a script has no weights."""
+        self._policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Nothing: a script has no memory to give back."""
+
+    def wake(self) -> None:
+        """Nothing, as `sleep` did nothing."""
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+def _outcome_of(script: Mapping[str, str]) -> Callable[[Request], str]:
+    for prompt_id, outcomes in script.items():
+        if not outcomes:
+            raise InputError("ScriptedEngine", f"no outcomes for prompt {prompt_id!r}", "at least one character is needed")
+    return lambda request: script[request.id.prompt_id][request.id.index % len(script[request.id.prompt_id])]

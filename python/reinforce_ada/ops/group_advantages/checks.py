@@ -1,0 +1,89 @@
+"""Checks of group_advantages, before any native code sees an address; group numbers and offsets where they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
+from reinforce_ada.ops.token_logprobs.checks import describe
+from reinforce_ada.types import PoolStats
+
+WHERE = "group_advantages"
+BASELINES = ("pool", "group", "leave-one-out")
+SCALES = ("none", "pool", "group", "batch")
+
+
+def check_rows(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Rewards, and exactly one way to say which belong together."""
+    if rewards.ndim != 1 or rewards.dtype not in (torch.float32, torch.float64):
+        raise InputError(WHERE, f"rewards is {describe(rewards)}", "[N] float32 or float64")
+    if (group_of is None) == (cu_seqlens is None):
+        given = "neither group_of nor cu_seqlens" if group_of is None else "both group_of and cu_seqlens"
+        raise InputError(WHERE, given, "exactly one of them")
+    if cu_seqlens is not None:
+        check_cu_seqlens(WHERE, cu_seqlens, rewards.device)
+        return
+    assert group_of is not None
+    if group_of.shape != rewards.shape or group_of.dtype != torch.int64 or group_of.device != rewards.device:
+        raise InputError(WHERE, f"group_of is {describe(group_of)}", f"{list(rewards.shape)} int64 on {rewards.device}")
+
+
+def check_choices(baseline: str | Tensor, scale: str, ddof: int, eps: float) -> None:
+    """Names and numbers."""
+    if isinstance(baseline, str) and baseline not in BASELINES:
+        raise unknown_name(WHERE, "baseline", baseline, BASELINES)
+    if scale not in SCALES:
+        raise unknown_name(WHERE, "scale", scale, SCALES)
+    if not (ddof >= 0 and eps >= 0):
+        raise InputError(WHERE, f"ddof={ddof}, eps={eps}", "both at least 0")
+
+
+def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: str | Tensor, class_weights: Tensor | None) -> int | None:
+    """G, as every argument with one value a group says; None where there is no such argument."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if cu_seqlens is not None:
+        shapes["cu_seqlens"] = (cu_seqlens.shape[0] - 1,)
+    if pool is not None:
+        shapes |= {f"pool.{name}": tuple(x.shape) for name, x in pool._asdict().items()}
+    if isinstance(baseline, Tensor):
+        shapes["baseline"] = tuple(baseline.shape)
+    if class_weights is not None:
+        if class_weights.ndim != 2 or class_weights.shape[1] != 2:
+            raise InputError(WHERE, f"class_weights is {describe(class_weights)}", "[G, 2]")
+        shapes["class_weights"] = (class_weights.shape[0],)
+    if not shapes:
+        return None
+    (first, shape), *others = shapes.items()
+    if len(shape) != 1:
+        raise InputError(WHERE, f"{first} has shape {list(shape)}", "one value a group, [G]")
+    for name, other in others:
+        if other != shape:
+            given = f"{first} for {list(shape)} groups and {name} for {list(other)}"
+            raise InputError(WHERE, given, "one value a group, [G], in each")
+    return shape[0]
+
+
+def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None, groups: int | None) -> tuple[Tensor, int]:
+    """(group_of, G) from either way to say which rows belong together, with their values checked."""
+    rows = rewards.shape[0]
+    if cu_seqlens is not None:
+        at = first_wrong_offset(cu_seqlens, rows)
+        if at is not None:
+            raise wrong_offset(WHERE, cu_seqlens, at, rows)
+        return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows), cu_seqlens.shape[0] - 1
+    assert group_of is not None
+    num_groups = groups
+    if num_groups is None:
+        num_groups = int(group_of.max()) + 1 if rows else 0
+    outside = (group_of < 0) | (group_of >= num_groups)
+    if outside.any():
+        raise wrong_group(group_of, int(outside.nonzero()[0]), groups)
+    return group_of, num_groups
+
+
+def wrong_group(group_of: Tensor, row: int, groups: int | None) -> InputError:
+    """The error for a group number out of range."""
+    needed = "group numbers of at least 0" if groups is None else f"group numbers in [0, {groups})"
+    return InputError(WHERE, f"group_of[{row}] = {int(group_of[row])}", needed)

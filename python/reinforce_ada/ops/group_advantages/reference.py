@@ -1,0 +1,66 @@
+"""Advantages in plain PyTorch, float64 inside: what every other form is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.types import PoolStats
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_of: Tensor,
+    num_groups: int,
+    pool: PoolStats | None,
+    baseline: str | Tensor,
+    scale: str,
+    class_weights: Tensor | None,
+    ddof: int,
+    eps: float,
+) -> Tensor:
+    """`(reward - baseline) / (std + eps) * class weight`, one value a completion; arguments as in `ops.group_advantages`."""
+    r = rewards.double()
+    group = moments(r, group_of, num_groups)
+    pool = group if pool is None else pool
+
+    advantages = r - _baseline(r, group_of, group, pool, baseline)
+    if scale == "batch":
+        everything = moments(r, torch.zeros_like(group_of), 1)
+        advantages = advantages / _divisor(everything, ddof, eps)
+    elif scale != "none":
+        advantages = advantages / _divisor(group if scale == "group" else pool, ddof, eps)[group_of]
+    if class_weights is not None:
+        advantages = advantages * class_weights[group_of, (advantages >= 0).long()]
+    if not isinstance(baseline, Tensor):
+        stats = group if baseline == "group" else pool
+        advantages = advantages.masked_fill((stats.min == stats.max)[group_of], 0.0)
+    return advantages.to(rewards.dtype)
+
+
+def moments(r: Tensor, group_of: Tensor, num_groups: int) -> PoolStats:
+    """Count, mean, centred second moment, min and max of `r` [N] in each of `num_groups` groups, each [G] float64."""
+    zeros = r.new_zeros(num_groups)
+    count = zeros.index_add(0, group_of, torch.ones_like(r))
+    mean = zeros.index_add(0, group_of, r) / count.clamp(min=1)
+    m2 = zeros.index_add(0, group_of, (r - mean[group_of]) ** 2)
+    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, group_of, r, "amin")
+    high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, group_of, r, "amax")
+    return PoolStats(count, mean, m2, low, high)
+
+
+def _baseline(r: Tensor, group_of: Tensor, group: PoolStats, pool: PoolStats, baseline: str | Tensor) -> Tensor:
+    if isinstance(baseline, Tensor):
+        return baseline[group_of]
+    mean: Tensor = (group if baseline == "group" else pool).mean[group_of]
+    if baseline == "leave-one-out":
+        count = pool.count[group_of]
+        return torch.where(count > 1, (count * mean - r) / (count - 1), r)  # nobody else to compare with: advantage 0
+    return mean
+
+
+def _divisor(stats: PoolStats, ddof: int, eps: float) -> Tensor:
+    """[G], std + eps; 1 where there is no spread to divide by."""
+    degrees = stats.count - ddof
+    std = (stats.m2 / degrees.clamp(min=1)).sqrt()
+    return torch.where((degrees > 0) & (stats.min != stats.max), std + eps, 1.0)

@@ -1,0 +1,143 @@
+"""The policy losses from hidden states and the output head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops.linear_policy_loss import reference
+from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
+from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_values, describe
+
+__all__ = ["linear_policy_loss"]
+
+_WHERE = "linear_policy_loss"
+
+declare(_WHERE, Form("reference"))
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_coef: float = 0.0,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    loss_agg: str = "token-mean",
+    num_tokens_global: float | None = None,
+    num_seqs_global: float | None = None,
+    norm_length: float | None = None,
+    rollout_correction: RolloutCorrection | None = None,
+    kl: str | None = None,
+    kl_coef: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
+
+        logprobs, H = linear_token_logprobs(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature)
+        loss = policy_loss(logprobs, advantages, mask, ...) - entropy_coef * aggregate(H)
+
+    with the aggregation and denominators of `policy_loss`. Differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: [T, D] with `cu_seqlens`, or [N, L, D] without; float32, bfloat16 or float16 (float64 for checks). hidden[t] scores
+            token_ids[t]: the shift by one is the caller's. Hidden states and ids where the mask is 0 never matter.
+        weight: [V, D], of the same dtype.
+        token_ids: [T] or [N, L], int64 or int32, in [0, V) where the mask is 1.
+        advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens: as in `policy_loss`, for tokens of that shape.
+        bias: [V], of the same dtype.
+        logit_scale, soft_cap, temperature: as in `linear_token_logprobs`; a temperature tensor has the shape of token_ids.
+        entropy_coef: factor of the entropy bonus.
+        loss, clip_low, clip_high, dual_clip, loss_agg, num_tokens_global, num_seqs_global, norm_length, rollout_correction, kl,
+            kl_coef: as in `policy_loss`.
+        backend: "auto" or "reference".
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 inputs), and the metrics of `policy_loss`, with a non-zero entropy_coef
+        also entropy: the mean over the counted tokens, in nats.
+
+    Raises:
+        InputError: for arguments that do not fit; BackendError for a backend that cannot run here.
+
+    Source: `linear_token_logprobs` and `policy_loss`; the entropy bonus as in arXiv 1602.01783.
+    """
+    num_seqs = check_layout(_WHERE, "token_ids", token_ids, cu_seqlens)
+    others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
+    settings = Settings(
+        loss=loss,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        loss_agg=loss_agg,
+        num_tokens_global=num_tokens_global,
+        num_seqs_global=num_seqs_global,
+        norm_length=norm_length,
+        rollout_correction=rollout_correction,
+        kl=kl,
+        kl_coef=kl_coef,
+        advantages_per_token=check_tensors(_WHERE, token_ids, num_seqs, advantages, mask, others),
+    )
+    check_settings(_WHERE, settings, others)
+    _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
+    resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
+    if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+        flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+        check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)
+
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    adv, old, rollout, ref = constants(dtype, advantages, *others.values())
+    assert adv is not None
+    head = (bias, logit_scale, soft_cap, temperature, entropy_coef)
+    value, metrics, entropy = reference.linear_policy_loss(
+        hidden, weight, token_ids.long(), adv, mask, *head, old, rollout, ref, cu_seqlens, settings
+    )
+    named = settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None)
+    return value, named if entropy is None else {**named, "entropy": entropy}
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    soft_cap: float | None,
+    temperature: float | Tensor,
+    entropy_coef: float,
+) -> None:
+    check_matrix(_WHERE, "weight", weight)
+    vocab, width = weight.shape
+    if tuple(hidden.shape) != (*token_ids.shape, width) or hidden.dtype != weight.dtype or hidden.device != weight.device:
+        given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
+        raise InputError(_WHERE, given, f"{[*token_ids.shape, width]} and [V, {width}] of one dtype and device")
+    if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.device != hidden.device:
+        raise InputError(_WHERE, f"token_ids is {describe(token_ids)}", f"int64 or int32 on {hidden.device}")
+    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
+        raise InputError(_WHERE, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
+    if isinstance(temperature, Tensor) and temperature.shape != token_ids.shape:
+        raise InputError(_WHERE, f"temperature is {describe(temperature)}", f"a number, or {list(token_ids.shape)}")
+    flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+    check_temperature(_WHERE, flat, token_ids.numel(), hidden.device)
+    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf) or not math.isfinite(entropy_coef):
+        given = f"logit_scale={logit_scale}, soft_cap={soft_cap}, entropy_coef={entropy_coef}"
+        raise InputError(_WHERE, given, "finite numbers, the soft cap positive or None")

@@ -1,0 +1,50 @@
+"""linear_policy_loss in plain PyTorch: the head, its log-probabilities, the policy loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops.linear_token_logprobs import reference as head
+from reinforce_ada.ops.policy_loss import reference
+from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.token_logprobs.checks import IGNORED
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    soft_cap: float | None,
+    temperature: float | Tensor,
+    entropy_coef: float,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, metrics in the order of `METRICS`, mean entropy or None); arguments as in `ops.linear_policy_loss`."""
+    keep = mask != 0
+    # Also the hidden states: a NaN there would reach the weight's gradient as NaN * 0.
+    hidden = torch.where(keep[..., None], hidden, 0.0).flatten(0, -2)
+    ids = torch.where(keep, token_ids, IGNORED).flatten()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.flatten()
+    with_entropy = entropy_coef != 0
+    logprobs, entropy, _ = head.linear_token_logprobs(
+        hidden, weight, bias, ids, temperature, logit_scale, soft_cap, with_entropy, False, None
+    )
+    loss, metrics = reference.policy_loss(
+        logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens, settings
+    )
+    if entropy is None:
+        return loss, metrics, None
+    seqs = reference.Sequences.of(mask, cu_seqlens)
+    entropy = entropy.view(mask.shape)
+    loss = loss - entropy_coef * reference.aggregate(entropy, seqs, settings)
+    return loss, metrics, seqs.token_mean(entropy.detach()).double()

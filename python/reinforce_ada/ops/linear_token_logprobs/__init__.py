@@ -1,0 +1,136 @@
+"""Log-probabilities of given tokens from hidden states and the output head."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops.linear_token_logprobs import reference
+from reinforce_ada.ops.token_logprobs import TokenLogprobs
+from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_tokens, check_values, describe
+
+__all__ = ["linear_token_logprobs"]
+
+_WHERE = "linear_token_logprobs"
+
+declare(_WHERE, Form("reference"))
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    soft_cap: float | None = ...,
+    temperature: float | Tensor = ...,
+    entropy: Literal[False] = ...,
+    sum_p2: Literal[False] = ...,
+    max_extra_bytes: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    soft_cap: float | None = ...,
+    temperature: float | Tensor = ...,
+    entropy: bool = ...,
+    sum_p2: bool = ...,
+    max_extra_bytes: int | None = ...,
+    backend: str = ...,
+) -> TokenLogprobs: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    sum_p2: bool = False,
+    max_extra_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | TokenLogprobs:
+    """The log-probability of one token for each hidden state, through the output head of a language model.
+
+        z = logit_scale (hidden weight^T + bias), then, with a soft cap, z = soft_cap tanh(z / soft_cap)
+        results = token_logprobs(z, token_ids, temperature=temperature)
+
+    The matmul runs in the dtype of its inputs, like a model's head, also under autocast; everything after it in float32.
+    Differentiable in hidden, weight and bias through `logprobs` and `entropy`.
+
+    `max_extra_bytes` bounds what is held beyond the inputs, the results and the returned gradients: logits are computed for as many
+    tokens at a time as fit, and once more in the backward. The weight's gradient is then the sum over chunks in the dtype of the
+    weight. Without it, autograd keeps the logits of all tokens. Several micro-batches accumulate into `weight.grad` as usual.
+
+    Args:
+        hidden: [T, D], float32, bfloat16 or float16 (float64 for checks); finite, also where the token is ignored.
+        weight: [V, D], of the same dtype.
+        token_ids: [T] int64 or int32, in [0, V), or -100: such a row has results and gradient 0.
+        bias: [V], of the same dtype.
+        logit_scale: factor on the logits (Cohere's logit_scale; 1 / logits_scaling for Granite).
+        soft_cap: limit of the logits' magnitude (Gemma 2's final_logit_softcapping).
+        temperature: a positive number, or [T] for one temperature a token.
+        entropy, sum_p2: also return them, see `token_logprobs`.
+        max_extra_bytes: at least that of one token's logits, 40 V (80 V for float64).
+        backend: "auto" or "reference".
+
+    Returns:
+        logprobs [T] float32 (float64 for float64 inputs), or `TokenLogprobs` when `entropy` or `sum_p2` is asked for.
+
+    Raises:
+        InputError: for arguments that do not fit; BackendError for a backend that cannot run here.
+
+    Source: token_logprobs behind a linear head, chunked as in arXiv 2411.09009 (Cut Your Losses).
+    """
+    _check_head(hidden, weight, bias, logit_scale, soft_cap)
+    check_tokens(_WHERE, token_ids, hidden.shape[0], hidden.device)
+    check_temperature(_WHERE, temperature, hidden.shape[0], hidden.device)
+    resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+        check_values(_WHERE, token_ids, weight.shape[0], temperature)
+    chunk = None if max_extra_bytes is None else _chunk(max_extra_bytes, weight)
+    results = reference.linear_token_logprobs(
+        hidden, weight, bias, token_ids.long(), temperature, logit_scale, soft_cap, entropy, sum_p2, chunk
+    )
+    return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, soft_cap: float | None) -> None:
+    check_matrix(_WHERE, "hidden", hidden)
+    check_matrix(_WHERE, "weight", weight)
+    vocab, width = weight.shape
+    if hidden.shape[1] != width or hidden.dtype != weight.dtype or hidden.device != weight.device or vocab == 0:
+        given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
+        raise InputError(_WHERE, given, "[T, D] and [V, D] of one dtype and device, V >= 1", "cast one with .to(dtype)")
+    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
+        raise InputError(_WHERE, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
+    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf):
+        given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
+        raise InputError(_WHERE, given, "a finite scale, and None or a positive finite soft cap")
+
+
+def _chunk(max_extra_bytes: int, weight: Tensor) -> int:
+    """Tokens whose logits fit."""
+    row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
+    if max_extra_bytes < row_bytes:
+        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+    return max_extra_bytes // row_bytes

@@ -1,0 +1,138 @@
+"""The policy losses over packed or padded tokens: scalar, gradient and metrics in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.ops import _native
+from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops.policy_loss import cpu, reference
+from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.settings import KL_ESTIMATORS, LOSS_AGGS, LOSSES, METRICS, WHERE, RolloutCorrection, Settings
+from reinforce_ada.ops.token_logprobs.checks import describe
+
+__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "RolloutCorrection", "policy_loss"]
+
+declare(
+    WHERE,
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32,), missing=_native.missing),
+    Form("reference"),
+)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    loss_agg: str = "token-mean",
+    num_tokens_global: float | None = None,
+    num_seqs_global: float | None = None,
+    norm_length: float | None = None,
+    rollout_correction: RolloutCorrection | None = None,
+    kl: str | None = None,
+    kl_coef: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a policy-gradient step over the counted tokens, with what there is to log about it.
+
+        loss = aggregate(w * L(A, r) + kl_coef * KL(l, l_ref))       d = l - l_old, r = exp(clamp(d, -20, 20))
+
+    | `loss` | L of one token | gradient of L in l |
+    |---|---|---|
+    | "reinforce" | -A l | -A |
+    | "ppo" | max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip | -A r, 0 where clipped |
+    | "cispo" | -sg[clip(r, 1 - clip_low, 1 + clip_high)] A l | -clip(r) A |
+    | "gspo" | "ppo" with r = exp(min(mean of d over the sequence, 10)) | -A r for the token itself, 0 where clipped |
+    | "sapo" | -A sigmoid(tau (r - 1)) 4 / tau, tau = 1 for A > 0, else 1.05 | its derivative |
+
+    | `loss_agg` | value |
+    |---|---|
+    | "token-mean" | sum over tokens / num_tokens |
+    | "seq-mean-token-mean" | sum over sequences of their token means / num_seqs |
+    | "seq-mean-token-sum" | sum over tokens / num_seqs |
+    | "seq-mean-token-sum-norm" | sum over tokens / (num_seqs * norm_length) |
+
+    num_tokens counts mask 1, num_seqs the sequences with any such token, unless the `_global` argument replaces them: micro-batches
+    that share global denominators add up to the loss and gradient of one big batch. Where a data-parallel wrapper averages
+    gradients over D ranks, give the global count divided by D.
+
+    KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, 10); "k1+" and so on have that value and the
+    gradient of k2.
+
+    Args:
+        logprobs: l, packed [T] with `cu_seqlens`, or padded [N, L] without; float32 or float64. The loss is differentiable in it.
+        advantages: [N], or one a token in the shape of logprobs. [N] wins where both fit.
+        mask: shape of logprobs; bool or floating point in {0, 1}. Values where it is 0, NaN included, never matter.
+        old_logprobs: l_old of the policy that ratios refer to, shape of logprobs. None is on-policy: r = 1, with gradient.
+        rollout_logprobs: of the engine that sampled; used for the correction and its metrics only.
+        ref_logprobs: l_ref, with `kl`.
+        cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
+        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo".
+        clip_low, clip_high: widths of the clip below and above 1.
+        dual_clip: > 1, "ppo" only; None for no dual clip.
+        loss_agg: see above.
+        num_tokens_global, num_seqs_global: denominators instead of the local counts, > 0.
+        norm_length: of "seq-mean-token-sum-norm", in tokens; None for the padded width, or the longest packed sequence (which
+            differs between micro-batches: give it when accumulating).
+        rollout_correction: importance weights w, see `RolloutCorrection`; needs rollout_logprobs.
+        kl: "k1", "k2", "k3" or "abs", each also with "+"; needs ref_logprobs.
+        kl_coef: factor of the KL, which `rollout_correction` does not weigh.
+        backend: "auto", "cpu" (float32) or "reference".
+
+    Returns:
+        The loss, a scalar in the dtype of logprobs, and the metrics, 0-d float64 without gradient, means over the local counted
+        tokens: num_tokens, num_masked; with old_logprobs approx_kl_k1, approx_kl_k3 (of old || new), ratio_mean, ratio_min, ratio_max
+        (gspo: of the sequence ratio) and clip_fraction_low, clip_fraction_high, clip_fraction_dual; with rollout_logprobs
+        rollout_kl_k1, rollout_kl_k3 (of rollout || old); with a correction rollout_weight_mean, rollout_weight_max and
+        effective_sample_size (sum w)^2 / (n sum w^2), in (0, 1]; with a kl its value, kl. What does not apply is absent.
+
+    Raises:
+        InputError: for shapes, dtypes, names and settings that do not fit; BackendError for a backend that cannot run here.
+
+    Source: arXiv 1707.06347 (ppo), 1912.09729 (dual clip), 2503.14476 (clip-higher, token-mean), 2506.13585 (cispo), 2507.18071
+    (gspo), 2511.20347 (sapo), 2503.20783 (norm_length). Log-ratios are bounded as in verl. TRL's cispo differs: its cap is clip_high
+    itself, not 1 + clip_high, and has no lower bound. verl aggregates sapo with seq-mean-token-mean always; here as `loss_agg` says.
+    """
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32 or float64")
+    num_seqs = check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
+    others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
+    settings = Settings(
+        loss=loss,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        loss_agg=loss_agg,
+        num_tokens_global=num_tokens_global,
+        num_seqs_global=num_seqs_global,
+        norm_length=norm_length,
+        rollout_correction=rollout_correction,
+        kl=kl,
+        kl_coef=kl_coef,
+        advantages_per_token=check_tensors(WHERE, logprobs, num_seqs, advantages, mask, others),
+    )
+    check_settings(WHERE, settings, others)
+    adv, old, rollout, ref = constants(logprobs.dtype, advantages, *others.values())
+    assert adv is not None
+    if resolve(WHERE, backend, logprobs.device, logprobs.dtype) == "cpu":
+        value, metrics = cpu.policy_loss(logprobs, adv, mask, old, rollout, ref, cu_seqlens, settings)
+    else:
+        check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
+        value, metrics = reference.policy_loss(logprobs, adv, mask, old, rollout, ref, cu_seqlens, settings)
+    return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None)
+
+
+def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Without gradient, in the dtype of the logprobs."""
+    return [None if x is None else x.detach().to(dtype) for x in tensors]

@@ -1,0 +1,72 @@
+"""Checks of the policy losses, before any native code sees an address; `where` is the operator that was called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
+from reinforce_ada.ops.policy_loss.settings import KL_ESTIMATORS, LOSS_AGGS, LOSSES, Settings
+from reinforce_ada.ops.token_logprobs.checks import describe
+
+
+def check_layout(where: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Packed [T] with cu_seqlens or padded [N, L] without; the number of sequences."""
+    if tokens.ndim != (2 if cu_seqlens is None else 1):
+        given = f"{name} of shape {list(tokens.shape)} with{'out' if cu_seqlens is None else ''} cu_seqlens"
+        raise InputError(where, given, "packed [T] with cu_seqlens, or padded [N, L] without")
+    if cu_seqlens is None:
+        return tokens.shape[0]
+    check_cu_seqlens(where, cu_seqlens, tokens.device)
+    return cu_seqlens.shape[0] - 1
+
+
+def check_tensors(where: str, tokens: Tensor, num_seqs: int, advantages: Tensor, mask: Tensor, others: Mapping[str, Tensor | None]) -> bool:
+    """One value a token, in the shape of `tokens` and on its device; whether the advantages are so too, or one a sequence."""
+    shape, device = tokens.shape, tokens.device
+    if mask.shape != shape or mask.device != device or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise InputError(where, f"mask is {describe(mask)}", f"{list(shape)} bool or floating on {device}")
+    for name, x in others.items():
+        if x is not None and (x.shape != shape or x.device != device or not x.is_floating_point()):
+            raise InputError(where, f"{name} is {describe(x)}", f"{list(shape)} floating on {device}, one value a token")
+    per_token = tuple(advantages.shape) != (num_seqs,)
+    if (per_token and advantages.shape != shape) or advantages.device != device or not advantages.is_floating_point():
+        needed = f"floating on {device}, [{num_seqs}] (one a sequence) or {list(shape)} (one a token)"
+        raise InputError(where, f"advantages is {describe(advantages)}", needed)
+    return per_token
+
+
+def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:
+    """Names and numbers, and that settings come together with the tensors they read."""
+    for kind, value, known in (("loss", s.loss, LOSSES), ("loss_agg", s.loss_agg, LOSS_AGGS), ("kl", s.kl, KL_ESTIMATORS)):
+        if value is not None and value not in known:
+            raise unknown_name(where, kind, value, known)
+    if not (0 <= s.clip_low <= 1 and s.clip_high >= 0):
+        raise InputError(where, f"clip_low={s.clip_low}, clip_high={s.clip_high}", "0 <= clip_low <= 1 and clip_high >= 0")
+    if s.dual_clip is not None and not (s.loss == "ppo" and s.dual_clip > 1):
+        raise InputError(where, f"dual_clip={s.dual_clip} with loss={s.loss!r}", 'dual_clip > 1 with loss="ppo"')
+    for name in ("num_tokens_global", "num_seqs_global", "norm_length"):
+        value = getattr(s, name)
+        if value is not None and not value > 0:
+            raise InputError(where, f"{name}={value}", f"{name} > 0")
+    if s.norm_length is not None and s.loss_agg != "seq-mean-token-sum-norm":
+        raise InputError(where, f"norm_length={s.norm_length} with loss_agg={s.loss_agg!r}", 'loss_agg="seq-mean-token-sum-norm"')
+    if s.kl is None and s.kl_coef != 0:
+        raise InputError(where, f"kl_coef={s.kl_coef} without kl", "kl, the estimator", f"one of {', '.join(KL_ESTIMATORS)}")
+    if (s.kl is None) != (others["ref_logprobs"] is None):
+        given = "ref_logprobs without kl" if s.kl is None else f"kl={s.kl!r} without ref_logprobs"
+        raise InputError(where, given, "both or neither")
+    if s.rollout_correction is not None and others["rollout_logprobs"] is None:
+        raise InputError(where, "rollout_correction without rollout_logprobs", "rollout_logprobs, the engine's")
+
+
+def check_offsets(where: str, cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """The values of cu_seqlens; a traced tensor has none to check."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return
+    at = first_wrong_offset(cu_seqlens, num_tokens)
+    if at is not None:
+        raise wrong_offset(where, cu_seqlens, at, num_tokens)

@@ -1,0 +1,235 @@
+"""The policy losses in plain PyTorch: readable, differentiable by autograd, float64-capable; the truth for every other form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops.policy_loss.settings import (
+    KL_BOUND,
+    LOG_RATIO_BOUND,
+    METRICS,
+    SAPO_TAU,
+    SEQUENCE_LOG_RATIO_BOUND,
+    RolloutCorrection,
+    Settings,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """The mask, and sums over each sequence, for packed tokens [T] and padded rows [N, L] alike."""
+
+    mask: Tensor  # bool, [T] or [N, L]
+    seq_of: Tensor | None  # [T], packed only
+    num_seqs: int
+    longest: Tensor | int  # tokens of the longest sequence, or the padded width
+
+    @classmethod
+    def of(cls, mask: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+        if cu_seqlens is None:
+            return cls(mask != 0, None, mask.shape[0], mask.shape[1])
+        lengths = cu_seqlens.diff()
+        seq_of = torch.repeat_interleave(lengths, output_size=mask.shape[0])
+        return cls(mask != 0, seq_of, lengths.shape[0], lengths.max() if lengths.shape[0] else 0)
+
+    def clean(self, x: Tensor) -> Tensor:
+        """`x` with 0 where the mask is 0: a NaN there reaches neither value nor gradient."""
+        return torch.where(self.mask, x, 0.0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[N], the sum over each sequence's counted tokens."""
+        if self.seq_of is None:
+            return self.clean(x).sum(-1)
+        return x.new_zeros(self.num_seqs).index_add(0, self.seq_of, self.clean(x))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[N], the mean over each sequence's counted tokens; 0 where there is none."""
+        return self.sum(x) / self.sum(torch.ones_like(x)).clamp(min=1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[N] to one value a token."""
+        return x[:, None].expand(self.mask.shape) if self.seq_of is None else x[self.seq_of]
+
+    def token_mean(self, x: Tensor) -> Tensor:
+        """The mean over all counted tokens; 0 where there is none."""
+        return self.clean(x).sum() / self.mask.sum().clamp(min=1)
+
+    def extremum(self, x: Tensor, largest: bool) -> Tensor:
+        """The smallest or largest value of a counted token; 0 where there is none."""
+        if not x.numel():
+            return x.new_zeros(())
+        worst = -torch.inf if largest else torch.inf
+        x = torch.where(self.mask, x, worst)
+        return torch.where(self.mask.any(), x.max() if largest else x.min(), 0.0)
+
+
+class Terms(NamedTuple):
+    """What a loss says of each token, before weights and aggregation."""
+
+    loss: Tensor
+    ratio: Tensor
+    low: Tensor | None = None  # bool: clipped from below
+    high: Tensor | None = None
+    dual: Tensor | None = None
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`, 0 for those that do not apply); arguments as in `ops.policy_loss`."""
+    seqs = Sequences.of(mask, cu_seqlens)
+    logp = seqs.clean(logprobs)
+    adv = seqs.clean(advantages if settings.advantages_per_token else seqs.spread(advantages))
+    old = logp.detach() if old_logprobs is None else seqs.clean(old_logprobs)
+
+    terms = _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
+    loss = terms.loss
+    measured = {"num_tokens": seqs.mask.sum(), "num_masked": (~seqs.mask).sum(), **_drift(terms, logp - old, seqs)}
+    if rollout_logprobs is not None:
+        gap = old - seqs.clean(rollout_logprobs)
+        measured |= _rollout_gap(gap, seqs)
+        if settings.rollout_correction is not None:
+            weight = rollout_weight(gap, seqs, settings.rollout_correction)
+            loss = loss * weight
+            measured |= _rollout_weights(weight, seqs)
+    if ref_logprobs is not None and settings.kl is not None:
+        kl = kl_estimate(logp - seqs.clean(ref_logprobs), settings.kl)
+        loss = loss + settings.kl_coef * kl
+        measured["kl"] = seqs.token_mean(kl)
+
+    zero = logp.new_zeros((), dtype=torch.float64)
+    metrics = torch.stack([measured.get(name, zero).detach().double() for name in METRICS])
+    return aggregate(loss, seqs, settings), metrics
+
+
+def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
+    """One number out of one a token, by `settings.loss_agg` and its denominators."""
+    if settings.loss_agg == "token-mean":
+        return seqs.clean(x).sum() / (settings.num_tokens_global or seqs.mask.sum().clamp(min=1))
+    num_seqs = settings.num_seqs_global or (seqs.sum(torch.ones_like(x)) > 0).sum().clamp(min=1)
+    if settings.loss_agg == "seq-mean-token-mean":
+        return seqs.mean(x).sum() / num_seqs
+    total = seqs.clean(x).sum() / num_seqs
+    if settings.loss_agg == "seq-mean-token-sum":
+        return total
+    longest = torch.as_tensor(seqs.longest).clamp(min=1)
+    return total / (settings.norm_length or longest)
+
+
+def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    return Terms(-adv * logp, _ratio(d))
+
+
+def _ppo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    return _clipped(_ratio(d), adv, settings)
+
+
+def _gspo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    """The ratio's value is the sequence's (geometric mean), its gradient the token's own."""
+    log_ratio = logp - logp.detach() + seqs.spread(seqs.mean(d)).detach()
+    return _clipped(log_ratio.clamp(max=SEQUENCE_LOG_RATIO_BOUND).exp(), adv, settings)
+
+
+def _clipped(ratio: Tensor, adv: Tensor, settings: Settings) -> Terms:
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(low, high))
+    dual = None
+    if settings.dual_clip is not None:
+        dual = (adv < 0) & (loss > -adv * settings.dual_clip)
+        loss = torch.where(dual, -adv * settings.dual_clip, loss)
+    return Terms(loss, ratio, (adv < 0) & (ratio < low), (adv > 0) & (ratio > high), dual)
+
+
+def _cispo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    """The clipped ratio weighs the gradient; no token loses it."""
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    ratio = _ratio(d)
+    return Terms(-ratio.clamp(low, high).detach() * adv * logp, ratio, ratio < low, ratio > high)
+
+
+def _sapo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    """A sigmoid gate around ratio 1 in place of the clip."""
+    ratio = _ratio(d)
+    tau = torch.where(adv > 0, SAPO_TAU[0], SAPO_TAU[1])
+    return Terms(-adv * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio)
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms]] = {
+    "reinforce": _reinforce,
+    "ppo": _ppo,
+    "gspo": _gspo,
+    "cispo": _cispo,
+    "sapo": _sapo,
+}
+
+
+def _ratio(d: Tensor) -> Tensor:
+    return d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def rollout_weight(gap: Tensor, seqs: Sequences, correction: RolloutCorrection) -> Tensor:
+    """One weight a token from `gap`, old minus rollout; no gradient."""
+    gap = gap.detach()
+    weight = _ratio(seqs.spread(seqs.sum(gap)) if correction.level == "sequence" else gap)
+    if correction.mode == "truncate":
+        return weight.clamp(max=correction.high)
+    outside = (weight > correction.high) | (weight < (correction.low or 0.0))
+    return weight.masked_fill(outside, 0.0)
+
+
+def kl_estimate(x: Tensor, kind: str) -> Tensor:
+    """The KL estimate of one token from `x`, logprobs minus ref_logprobs; with a "+" its gradient is that of k2."""
+    if kind.endswith("+"):
+        k2 = x * x / 2
+        return kl_estimate(x, kind[:-1]).detach() + k2 - k2.detach()
+    if kind == "k1":
+        return x
+    if kind == "abs":
+        return x.abs()
+    if kind == "k2":
+        return x * x / 2
+    y = (-x).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return (y.exp() - y - 1).clamp(-KL_BOUND, KL_BOUND)
+
+
+def _drift(terms: Terms, d: Tensor, seqs: Sequences) -> dict[str, Tensor]:
+    """How far the policy has moved from the one the ratios refer to."""
+    x = d.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = terms.ratio.detach()
+    measured = {
+        "approx_kl_k1": seqs.token_mean(-x),
+        "approx_kl_k3": seqs.token_mean(x.exp() - 1 - x),
+        "ratio_mean": seqs.token_mean(ratio),
+        "ratio_min": seqs.extremum(ratio, largest=False),
+        "ratio_max": seqs.extremum(ratio, largest=True),
+    }
+    clipped = {"clip_fraction_low": terms.low, "clip_fraction_high": terms.high, "clip_fraction_dual": terms.dual}
+    return measured | {name: seqs.token_mean(flag.to(d.dtype)) for name, flag in clipped.items() if flag is not None}
+
+
+def _rollout_gap(gap: Tensor, seqs: Sequences) -> dict[str, Tensor]:
+    """The distance between what sampled and what trains: k1 and k3 of KL(rollout || old)."""
+    x = gap.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return {"rollout_kl_k1": seqs.token_mean(-x), "rollout_kl_k3": seqs.token_mean(x.exp() - 1 - x)}
+
+
+def _rollout_weights(weight: Tensor, seqs: Sequences) -> dict[str, Tensor]:
+    """Of the weights as used, after truncation or masking; the effective sample size as a fraction of the tokens."""
+    mean, mean_square = seqs.token_mean(weight), seqs.token_mean(weight * weight)
+    return {
+        "rollout_weight_mean": mean,
+        "rollout_weight_max": seqs.extremum(weight, largest=True),
+        "effective_sample_size": torch.where(mean_square > 0, mean * mean / mean_square, 0.0),
+    }

@@ -1,0 +1,121 @@
+"""Log-probabilities of given tokens from logits."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.ops import _native
+from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops.token_logprobs import cpu, reference
+from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_tokens, check_values
+
+__all__ = ["TokenLogprobs", "token_logprobs"]
+
+_WHERE = "token_logprobs"
+
+declare(
+    _WHERE,
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("reference"),
+)
+
+
+class TokenLogprobs(NamedTuple):
+    """What a sweep over the vocabulary gives for each token; None where it was not asked for."""
+
+    logprobs: Tensor  # [T], nats
+    entropy: Tensor | None  # [T], nats
+    sum_p2: Tensor | None  # [T], in (0, 1]
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    entropy: Literal[False] = ...,
+    sum_p2: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    entropy: bool = ...,
+    sum_p2: bool = ...,
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> TokenLogprobs: ...
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    sum_p2: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor | TokenLogprobs:
+    """The log-probability of one token in each row of logits, in one sweep and without a softmax in memory.
+
+        z = logits / temperature      p = softmax(z)
+        logprobs[t] = z[t, token_ids[t]] - logsumexp(z[t])
+        entropy[t] = -sum_j p[t, j] log p[t, j]      sum_p2[t] = sum_j p[t, j]^2
+
+    Differentiable in the logits through `logprobs` and `entropy`; once, not twice. `sum_p2` and the temperature are constants.
+    A logit of -inf has probability 0. A row whose token is -100 is not read: its results and its gradient are 0, whatever it holds.
+    A row whose incoming gradients are 0 gets the gradient 0, whatever it holds.
+
+    Args:
+        logits: [T, V], float32, bfloat16 or float16 (float64: reference form). Rows may lie any distance apart (a slice of a
+            larger tensor is not copied); within a row the logits must be contiguous.
+        token_ids: [T] int64 or int32, in [0, V), or -100 to ignore the row.
+        temperature: a positive number, or [T] for one temperature a row.
+        entropy, sum_p2: also return them.
+        inplace_backward: let the gradient overwrite the logits, so that no second [T, V] is allocated; forms that cannot do
+            so allocate one. The logits must not be a leaf, and nothing else may need them in the backward pass: a second
+            backward, or another operation that saved them, raises.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        logprobs [T] float32 (float64 for float64 logits), or `TokenLogprobs` when `entropy` or `sum_p2` is asked for.
+
+    Raises:
+        InputError: for shapes, dtypes, devices, strides, ids or temperatures that do not fit; BackendError for a backend that
+            cannot run here.
+
+    Source: the quantity every policy-gradient loss needs (arXiv 2402.03300, eq. 3); one-sweep normalizer after arXiv 1805.02867.
+    """
+    _check(logits, token_ids, temperature, inplace_backward)
+    if resolve(_WHERE, backend, logits.device, logits.dtype) == "cpu":
+        results = cpu.token_logprobs(logits, token_ids, temperature, entropy, sum_p2, inplace_backward)
+    else:
+        if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+            check_values(_WHERE, token_ids, logits.shape[1], temperature)
+        results = reference.token_logprobs(logits, token_ids.long(), temperature, entropy, sum_p2)
+    return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
+
+
+def _check(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, inplace_backward: bool) -> None:
+    check_matrix(_WHERE, "logits", logits)
+    num_tokens, vocab = logits.shape
+    if vocab == 0:
+        raise InputError(_WHERE, "logits of an empty vocabulary", "V >= 1")
+    check_tokens(_WHERE, token_ids, num_tokens, logits.device)
+    check_temperature(_WHERE, temperature, num_tokens, logits.device)
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise InputError(_WHERE, "inplace_backward=True with logits that are a leaf", "logits computed by another operation")
+    if inplace_backward and num_tokens > 1 and abs(logits.stride(0)) < vocab:
+        raise InputError(_WHERE, "inplace_backward=True with rows that overlap", "rows of their own", "logits.contiguous()")

@@ -1,0 +1,170 @@
+"""token_logprobs on the CPU: csrc/ops/token_logprobs behind torch's registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops._native import cpu
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address
+from reinforce_ada.ops.token_logprobs.checks import check_temperature_values, wrong_token
+
+_WHERE = "token_logprobs"
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, sum_p2: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(logprobs, entropy or None, sum_p2 or None), each [T] float32; see the public function."""
+    per_token = isinstance(temperature, Tensor)
+    temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+    scalar = 1.0 if per_token else float(temperature)
+    ids = token_ids.long().contiguous()
+    logprobs, _, h, s = _forward_op(logits, ids, temperatures, scalar, entropy, sum_p2, inplace_backward)
+    return logprobs, h if entropy else None, s if sum_p2 else None
+
+
+def _forward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: bool,
+    sum_p2: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, vocab = logits.shape
+    # Here and not in the public function: under torch.compile the values are known only when this runs.
+    row = cpu.first_invalid_token(address(token_ids), num_tokens, vocab)
+    if row >= 0:
+        raise wrong_token(_WHERE, token_ids, row, vocab)
+    if temperatures is not None:
+        check_temperature_values(_WHERE, temperatures)
+    logprobs, log2_normalizer, h, s = _fake_forward(logits, token_ids, temperatures, temperature, entropy, sum_p2, inplace_backward)
+    cpu.token_logprobs_forward(
+        address(logits),
+        DTYPE_CODES[logits.dtype],
+        num_tokens,
+        vocab,
+        logits.stride(0),
+        address(token_ids),
+        address(temperatures),
+        temperature,
+        address(logprobs),
+        address(log2_normalizer),
+        address(h),
+        address(s),
+        torch.get_num_threads(),
+    )
+    return logprobs, log2_normalizer, h, s
+
+
+def _fake_forward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: bool,
+    sum_p2: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens = logits.shape[0]
+    return (
+        logits.new_empty(num_tokens, dtype=torch.float32),
+        logits.new_empty(num_tokens, dtype=torch.float64),
+        logits.new_empty(num_tokens if entropy else 0, dtype=torch.float32),
+        logits.new_empty(num_tokens if sum_p2 else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, token_ids, temperatures, ctx.temperature, _, _, ctx.inplace_backward = inputs
+    _, log2_normalizer, entropy, sum_p2 = output
+    ctx.save_for_backward(logits, token_ids, temperatures, log2_normalizer, entropy)
+    ctx.mark_non_differentiable(log2_normalizer, sum_p2)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Tensor | None, __: None) -> tuple[Any, ...]:
+    logits, token_ids, temperatures, log2_normalizer, entropy = ctx.saved_tensors
+    g, h = (None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy))
+    rest = (token_ids, temperatures, ctx.temperature, log2_normalizer, entropy, g, h)
+    if not ctx.inplace_backward:
+        return _gradient_op(logits, *rest), None, None, None, None, None, None
+    grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises
+    _gradient_over_logits_op(grad, *rest)
+    return grad, None, None, None, None, None, None
+
+
+def _write_gradient(
+    grad: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    log2_normalizer: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    num_tokens, vocab = logits.shape
+    cpu.token_logprobs_backward(
+        address(logits),
+        DTYPE_CODES[logits.dtype],
+        num_tokens,
+        vocab,
+        logits.stride(0),
+        address(token_ids),
+        address(temperatures),
+        temperature,
+        address(log2_normalizer),
+        address(entropy),
+        address(grad_logprobs),
+        address(grad_entropy),
+        address(grad),
+        grad.stride(0),
+        torch.get_num_threads(),
+    )
+
+
+def _gradient(logits: Tensor, *rest: Any) -> Tensor:
+    grad = logits.new_empty(logits.shape)
+    _write_gradient(grad, logits, *rest)
+    return grad
+
+
+def _gradient_over_logits(logits: Tensor, *rest: Any) -> None:
+    _write_gradient(logits, logits, *rest)
+
+
+_SAVED = (
+    "Tensor token_ids, Tensor? temperatures, float temperature, Tensor log2_normalizer, Tensor entropy, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy"
+)
+
+_gradient_op = NativeOp(
+    "token_logprobs_gradient",
+    f"(Tensor logits, {_SAVED}) -> Tensor",
+    _gradient,
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+
+_gradient_over_logits_op = NativeOp(
+    "token_logprobs_gradient_over_logits",
+    f"(Tensor(a!) logits, {_SAVED}) -> ()",
+    _gradient_over_logits,
+    lambda *_: None,
+    mutates=("logits",),
+)
+
+_forward_op = NativeOp(
+    "token_logprobs",
+    "(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, bool entropy, bool sum_p2, "
+    "bool inplace_backward) -> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
+    _forward,
+    _fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

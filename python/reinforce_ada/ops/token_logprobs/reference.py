@@ -1,0 +1,28 @@
+"""token_logprobs in plain PyTorch: the contract's meaning, in float64 where the logits are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops.token_logprobs.checks import IGNORED
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, sum_p2: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 logits); see the public function."""
+    ignored = token_ids == IGNORED
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    # Before the softmax, so that a NaN in an ignored row reaches neither the results nor, as 0 * NaN, the gradient.
+    log_p = z.masked_fill(ignored[:, None], 0).log_softmax(-1)
+    logprobs = log_p.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1).masked_fill(ignored, 0)
+    h = _entropy(log_p).masked_fill(ignored, 0) if entropy else None
+    s = (2 * log_p.detach()).exp().sum(-1).masked_fill(ignored, 0) if sum_p2 else None
+    return logprobs, h, s
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p, where a token of probability 0 (a logit of -inf) adds nothing, not 0 * -inf."""
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)

@@ -1,0 +1,21 @@
+"""Rewards: the protocol, the process pool, and the rewards that come with the package. Imports no torch."""
+
+from __future__ import annotations
+
+from reinforce_ada.rewards.exact import exact_match
+from reinforce_ada.rewards.inline import InlineRewards
+from reinforce_ada.rewards.pool import RewardCounters, RewardPool
+from reinforce_ada.rewards.protocol import BatchReward, Reward, RewardRunner
+from reinforce_ada.rewards.reasoning_gym import ReasoningGymReward, make_entries
+
+__all__ = [
+    "BatchReward",
+    "InlineRewards",
+    "ReasoningGymReward",
+    "Reward",
+    "RewardCounters",
+    "RewardPool",
+    "RewardRunner",
+    "exact_match",
+    "make_entries",
+]

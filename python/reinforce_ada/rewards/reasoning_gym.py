@@ -1,0 +1,71 @@
+"""reasoning_gym tasks: their entries, and their own scoring as a reward. reasoning_gym is imported on use (1 s)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.rewards.answers import extract_answer
+from reinforce_ada.types import Prompt
+
+
+class ReasoningGymReward:
+    """The dataset's own `score_answer` on the entry in `prompt.data` (question, answer, metadata).
+
+    The answer is what `extract_answer` finds in the completion. Many datasets give partial credit: set the sampler's
+    positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off the clock.
+
+    Args:
+        dataset: a registered name, "chain_sum" say.
+        **config: the dataset's settings.
+    Raises: InputError for an unknown dataset or setting, or when reasoning_gym is missing.
+    """
+
+    def __init__(self, dataset: str, **config: Any) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._task = _create(dataset, config)
+
+    def __call__(self, prompt: Prompt, completion: str) -> float:
+        return float(self._task.score_answer(extract_answer(completion), dict(prompt.data)))
+
+    def __reduce__(self) -> tuple[Callable[..., ReasoningGymReward], tuple[str, dict[str, Any]]]:
+        return _rebuild, (self._dataset, self._config)
+
+
+def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict[str, Any]]:
+    """`size` entries of a dataset, each {"question", "answer", "metadata"}; the same seed gives the same entries.
+
+    Args:
+        dataset: a registered name.
+        size: how many.
+        seed: the dataset's seed.
+        **config: the dataset's settings.
+    Raises: InputError as ReasoningGymReward does.
+    """
+    task = _create(dataset, {**config, "size": size, "seed": seed})
+    return [dict(task[i]) for i in range(size)]
+
+
+def _rebuild(dataset: str, config: dict[str, Any]) -> ReasoningGymReward:
+    return ReasoningGymReward(dataset, **config)
+
+
+def _create(dataset: str, config: dict[str, Any]) -> Any:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise InputError(
+            "reasoning_gym", "the package is not installed", "it is needed for this task", "pip install reasoning-gym"
+        )
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if dataset not in DATASETS:
+        raise unknown_name("reasoning_gym", "dataset", dataset, DATASETS)
+    try:
+        return reasoning_gym.create_dataset(dataset, **config)
+    except (TypeError, AssertionError, ValueError) as error:  # a setting it does not have, or out of its range
+        raise InputError(
+            "reasoning_gym", f"{dataset} with {config}: {error}", "settings that dataset takes are needed"
+        ) from error

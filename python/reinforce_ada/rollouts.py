@@ -1,0 +1,401 @@
+"""The rollout store: every event of the driver loop in an SQLite file, one transaction per poll. Imports no torch.
+
+It is the journal a killed run resumes from, and the source of the report. WAL with synchronous=NORMAL: a killed process loses no
+committed transaction; a power loss may lose the last ones, never the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
+
+_SCHEMA_VERSION = "1"
+# The long columns come last, so that a query on the short ones does not read through them.
+# `reward` and the texts have no affinity: a REAL column would turn -0.0 into 0.0, and a text with a lone surrogate is kept as bytes.
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
+    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text,
+    token_ids BLOB, rollout_logprobs BLOB);
+CREATE INDEX events_by_step ON events (step);
+CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
+CREATE TABLE pools (
+    step INTEGER NOT NULL, position INTEGER NOT NULL, prompt_id NOT NULL, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL,
+    num_void INTEGER NOT NULL, num_issued INTEGER NOT NULL, exit TEXT NOT NULL, text, data TEXT NOT NULL,
+    PRIMARY KEY (step, prompt_id)) WITHOUT ROWID;
+CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
+"""
+_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, rollout_logprobs"
+_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_DIFFERENT_CONFIG = "a store belongs to one configuration"
+
+
+class PoolCounts(NamedTuple):
+    """One pool of a finished step, as counts."""
+
+    step: int
+    prompt_id: str
+    num_correct: int
+    num_wrong: int
+    num_void: int
+    num_issued: int
+
+
+class RolloutStore:
+    """The events of one run, in the order they came; the driver's journal.
+
+    Only one process may have a store open for writing; the lock goes with the process. Reading beside it is fine.
+
+    Args:
+        path: the SQLite file; made when absent.
+        run: the run's configuration, as JSON. Kept in a new store, and compared when one is opened again; None is not compared.
+        read_only: open an existing store without the writer's lock.
+
+    Raises: InputError when the file is another configuration's, is not a store, is damaged, cannot be opened, or has a writer; from
+        every method when the disk is full or the file is damaged. What was committed before stays readable.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, run: Mapping[str, Any] | None = None, read_only: bool = False) -> None:
+        self._path = Path(path)
+        self._lock: int | None = None
+        self._connection: sqlite3.Connection | None = None
+        if read_only and not self._path.is_file():
+            raise InputError("RolloutStore", f"{self._path} does not exist", "a store to read is needed")
+        try:
+            if not read_only:
+                self._lock = _take_lock(self._path)
+            with self._guarded():
+                self._connection = _connect(self._path, read_only)
+                self._open(run, read_only)
+        except BaseException:
+            self.close()
+            raise
+
+    # -------------------- writing
+
+    def append(self, events: Sequence[Event], /) -> Sequence[Event]:
+        """Write these events in one transaction and return them."""
+        rows = [_row(event) for event in events]
+        with self._transaction() as connection:
+            connection.executemany(_INSERT, rows)
+        return events
+
+    def finish_step(self, step: int, result: SamplingResult) -> None:
+        """Write which events make up the step's pools and groups, and that the step is finished; again for the same step, instead."""
+        kept = {scored.id for group in result.groups for scored in group.kept}
+        with self._transaction() as connection:
+            seq_of = _first_outcomes(connection, step)
+            connection.execute("DELETE FROM committed WHERE seq IN (SELECT seq FROM events WHERE step = ?)", (step,))
+            connection.execute("DELETE FROM pools WHERE step = ?", (step,))
+            outcomes = [o for pool in result.pools for o in pool.outcomes]
+            members = [(seq_of[(o.id, o.policy_version)], o.id in kept) for o in outcomes if (o.id, o.policy_version) in seq_of]
+            connection.executemany("INSERT INTO committed (seq, kept) VALUES (?, ?)", members)
+            rows = [_pool_row(step, position, pool) for position, pool in enumerate(result.pools)]
+            connection.executemany("INSERT INTO pools VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            connection.execute("INSERT OR REPLACE INTO finished_steps (step) VALUES (?)", (step,))
+
+    # -------------------- reading
+
+    def events(self, step: int) -> list[Event]:
+        """The step's events in journal order, equal to what was appended to the bit."""
+        with self._guarded():
+            rows = self._open_connection().execute(f"SELECT {_COLUMNS} FROM events WHERE step = ? ORDER BY seq", (step,))
+            return [_event(row) for row in rows]
+
+    def last_step(self) -> int | None:
+        """The latest step with an event, or None."""
+        with self._guarded():
+            row: tuple[int | None] = self._open_connection().execute("SELECT MAX(step) FROM events").fetchone()
+            return row[0]
+
+    def finished_steps(self) -> list[int]:
+        """The steps `finish_step` was called for, ascending."""
+        with self._guarded():
+            return [step for (step,) in self._open_connection().execute("SELECT step FROM finished_steps ORDER BY step")]
+
+    def pool_counts(self) -> list[PoolCounts]:
+        """The pools of all finished steps, by step and in the order the prompts entered."""
+        query = "SELECT step, prompt_id, num_correct, num_wrong, num_void, num_issued FROM pools ORDER BY step, position"
+        with self._guarded():
+            rows = self._open_connection().execute(query)
+            return [PoolCounts(step, _str(prompt_id), *counts) for step, prompt_id, *counts in rows]
+
+    def export_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Write one row per scored or void completion, by step, in journal order.
+
+        Columns: step, prompt_id, index, prompt_text, text, reward, kept, committed, policy_version, finish_reason,
+        token_ids list<int32>, rollout_logprobs list<float>, data (the prompt's record as JSON). A void has no reward, text or tokens;
+        an unfinished step has no prompt_text or data, and nothing committed.
+
+        Returns: the path. Raises: InputError when pyarrow is missing.
+        """
+        if importlib.util.find_spec("pyarrow") is None:
+            hint = "pip install 'reinforce-ada[report]'"
+            raise InputError("export_parquet", "pyarrow is not installed", "it is needed to write Parquet", hint)
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with self._guarded():
+                _write_parquet(self._open_connection(), partial)
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError("export_parquet", f"{target}: {error}", "a writable folder with space is needed") from error
+        return target
+
+    # -------------------- life cycle
+
+    def close(self) -> None:
+        """Give the file and its lock back. May be called twice."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RolloutStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open_connection(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise InputError("RolloutStore", f"{self._path} is closed", "an open store is needed")
+        return self._connection
+
+    def _open(self, run: Mapping[str, Any] | None, read_only: bool) -> None:
+        """Make the tables of a new file; check those of an old one."""
+        connection = self._open_connection()
+        is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
+        if is_empty and not read_only:
+            self._create(run)
+            return
+        try:
+            meta = dict(connection.execute("SELECT key, value FROM meta"))
+        except sqlite3.OperationalError:  # no such table
+            meta = {}
+        if meta.get("schema_version") != _SCHEMA_VERSION:
+            given = f"{self._path} has schema version {meta.get('schema_version')}"
+            raise InputError("RolloutStore", given, f"a rollout store of version {_SCHEMA_VERSION} is needed")
+        if run is not None and meta["fingerprint"] != _fingerprint(run):
+            raise InputError("RolloutStore", f"{self._path} {_difference(meta['run'], run)}", _DIFFERENT_CONFIG, "use a new folder")
+
+    def _create(self, run: Mapping[str, Any] | None) -> None:
+        meta = {"schema_version": _SCHEMA_VERSION, "fingerprint": _fingerprint(run or {}), "run": _canonical(run or {})}
+        self._open_connection().execute("PRAGMA journal_mode = WAL")
+        with self._transaction() as connection:
+            for statement in _SCHEMA.split(";\n"):
+                connection.execute(statement)
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing, whatever ends it."""
+        with self._guarded():
+            connection = self._open_connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk may have rolled it back already
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """SQLite's errors as one line that says what to do."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _input_error(self._path, error) from error
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
+    connection = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)  # explicit transactions only
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _take_lock(path: Path) -> int:
+    """The writer's lock, beside the file: SQLite's own would keep readers out. It ends with the process, however that ends."""
+    try:
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError("RolloutStore", f"{path}: {error.strerror}", "a file in a writable folder is needed") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError("RolloutStore", f"{path} is open for writing elsewhere", "one writer at a time") from error
+    return lock
+
+
+def _input_error(path: Path, error: sqlite3.Error) -> InputError:
+    text = str(error)
+    if "is full" in text:
+        hint = "free some and resume: what was committed before is safe"
+        return InputError("RolloutStore", f"{path}: {text}", "space for the rollouts is needed", hint)
+    if "malformed" in text or "not a database" in text:
+        return InputError("RolloutStore", f"{path}: {text}", "an undamaged rollout store is needed", "use a new folder")
+    return InputError("RolloutStore", f"{path}: {text}", "a store that can be read and written is needed")
+
+
+# -------------------- rows
+
+
+def _row(event: Event) -> tuple[Any, ...]:
+    head = (event.id.step, _sql_text(event.id.prompt_id), event.id.index)
+    if isinstance(event, Scored):
+        if not math.isfinite(event.reward):
+            raise InputError("RolloutStore.append", f"reward {event.reward} for {tuple(event.id)}", "a finite reward is needed")
+        c = event.completion
+        blobs = (c.token_ids.astype("<i4").tobytes(), c.rollout_logprobs.astype("<f4").tobytes())
+        short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
+        return (*head, "scored", *short, None, _sql_text(c.text), *blobs)
+    if isinstance(event, Aborted):
+        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None, None)
+    kind = "failed" if isinstance(event, Failed) else "lost"
+    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None, None)
+
+
+def _event(row: Sequence[Any]) -> Event:
+    step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, logprobs = row
+    id_ = CompletionId(step, _str(prompt_id), index)
+    if kind == "scored":
+        tokens = np.frombuffer(token_ids, "<i4").astype(np.int32)
+        values = np.frombuffer(logprobs, "<f4").astype(np.float32)
+        return Scored(Completion(id_, tokens, values, _str(text), finish_reason, policy_version), reward)
+    if kind == "aborted":
+        return Aborted(id_, policy_version, num_tokens)
+    return (Failed if kind == "failed" else Lost)(id_, policy_version, _str(reason))
+
+
+def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[CompletionId, int], int]:
+    """(id, policy version) -> the row the sampler took: the first answer; later ones are duplicates to it."""
+    query = "SELECT seq, prompt_id, idx, policy_version FROM events WHERE step = ? AND kind IN ('scored', 'failed') ORDER BY seq DESC"
+    rows = connection.execute(query, (step,))
+    return {(CompletionId(step, _str(prompt_id), index), version): seq for seq, prompt_id, index, version in rows}
+
+
+def _pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
+    counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
+    data = json.dumps(dict(pool.prompt.data), default=repr)
+    return (step, position, _sql_text(pool.prompt.prompt_id), *counts, _sql_text(pool.prompt.text), data)
+
+
+def _sql_text(text: str) -> str | bytes:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but not a reason to stop a run
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def _str(stored: str | bytes) -> str:
+    return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
+
+
+# -------------------- configuration
+
+
+def _canonical(run: Mapping[str, Any]) -> str:
+    return json.dumps(dict(run), sort_keys=True, default=str)
+
+
+def _fingerprint(run: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(run).encode()).hexdigest()
+
+
+def _difference(stored: str, run: Mapping[str, Any]) -> str:
+    """ "was made with lr=1e-05 (now 1e-06)", for the first three keys that differ."""
+    then, now = dict(_flat(json.loads(stored))), dict(_flat(json.loads(_canonical(run))))
+    keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+    shown = ", ".join(f"{k}={then.get(k, 'absent')} (now {now.get(k, 'absent')})" for k in keys[:3])
+    return f"was made with {shown}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# -------------------- Parquet
+
+_EXPORT = """
+SELECT e.step, e.prompt_id, e.idx, p.text, e.text, e.reward, COALESCE(c.kept, 0), c.seq IS NOT NULL, e.policy_version,
+       e.finish_reason, e.token_ids, e.rollout_logprobs, p.data
+FROM events e
+LEFT JOIN committed c ON c.seq = e.seq
+LEFT JOIN pools p ON p.step = e.step AND p.prompt_id = e.prompt_id
+WHERE e.step = ? AND e.kind IN ('scored', 'failed') ORDER BY e.seq
+"""
+
+
+def _write_parquet(connection: sqlite3.Connection, path: Path) -> None:
+    """A row group per step, so that memory holds one step."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("step", pa.int64()),
+            ("prompt_id", pa.string()),
+            ("index", pa.int64()),
+            ("prompt_text", pa.string()),
+            ("text", pa.string()),
+            ("reward", pa.float64()),
+            ("kept", pa.bool_()),
+            ("committed", pa.bool_()),
+            ("policy_version", pa.int64()),
+            ("finish_reason", pa.string()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("rollout_logprobs", pa.list_(pa.float32())),
+            ("data", pa.string()),
+        ]
+    )
+    steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
+    with pq.ParquetWriter(path, schema) as writer:
+        for step in steps:
+            rows = [_export_row(row) for row in connection.execute(_EXPORT, (step,))]
+            writer.write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
+
+
+def _export_row(row: Iterable[Any]) -> tuple[Any, ...]:
+    step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, token_ids, logprobs, data = row
+    arrays = (_array(token_ids, "<i4"), _array(logprobs, "<f4"))
+    texts = (_utf8(prompt_text), _utf8(text))
+    return (step, _utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
+
+
+def _array(blob: bytes | None, dtype: str) -> NDArray[Any] | None:
+    return None if blob is None else np.frombuffer(blob, dtype)
+
+
+def _utf8(stored: str | bytes | None) -> str | None:
+    """Parquet takes UTF-8 only: a lone surrogate becomes U+FFFD there."""
+    return stored.decode(errors="replace") if isinstance(stored, bytes) else stored

@@ -1,0 +1,49 @@
+"""Adaptive sampling: policies, the sampler and its exact statistics. Pure Python and numpy; no torch, no engine."""
+
+from __future__ import annotations
+
+from reinforce_ada.sampling.policies import (
+    AdvantageSpec,
+    All,
+    AllPrompts,
+    Balance,
+    Balanced,
+    Centered,
+    Counts,
+    DropOneClass,
+    First,
+    Never,
+    Policy,
+    Positive,
+    Refill,
+    Rounds,
+    Verdict,
+)
+from reinforce_ada.sampling.presets import PRESETS, preset
+from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
+from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
+
+__all__ = [
+    "PRESETS",
+    "AdaptiveSampler",
+    "AdvantageSpec",
+    "All",
+    "AllPrompts",
+    "Balance",
+    "Balanced",
+    "Centered",
+    "Counts",
+    "DropOneClass",
+    "First",
+    "Never",
+    "Policy",
+    "Positive",
+    "Progress",
+    "Refill",
+    "Rounds",
+    "StoppingTable",
+    "Verdict",
+    "preset",
+    "request_seed",
+    "stopping_table",
+]

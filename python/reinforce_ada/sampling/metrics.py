@@ -1,0 +1,100 @@
+"""What one step's sampling reports; docs/sampling.md says what each number means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from reinforce_ada.sampling.policies import Policy
+from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Scored
+
+
+@dataclass
+class Tally:
+    """Counters the sampler keeps as events come in."""
+
+    num_issued: int = 0
+    num_committed: int = 0
+    num_correct: int = 0
+    num_satisfied: int = 0
+    num_dropped: int = 0
+    num_lost: int = 0
+    num_aborted: int = 0
+    num_duplicates: int = 0
+    num_rejected: int = 0
+    tokens_committed: int = 0
+    tokens_wasted: int = 0
+
+    def commit(self, outcome: Outcome, positive_threshold: float) -> None:
+        self.num_committed += 1
+        if isinstance(outcome, Scored):
+            self.num_correct += outcome.reward > positive_threshold
+            self.tokens_committed += len(outcome.completion.token_ids)
+
+    def lose(self, event: Aborted | Lost) -> None:
+        """A request of an active prompt that is to be issued again."""
+        if isinstance(event, Aborted):
+            self.num_aborted += 1
+            self.tokens_wasted += event.num_tokens
+        else:
+            self.num_lost += 1
+
+    def waste(self, event: Scored | Failed | Aborted) -> None:
+        """An answer that is never committed."""
+        if isinstance(event, Scored):
+            self.tokens_wasted += len(event.completion.token_ids)
+        elif isinstance(event, Aborted):
+            self.tokens_wasted += event.num_tokens
+
+
+def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:
+    """The flat table of metrics of one step. A mean over nothing is nan."""
+    num_prompts = len(pools)
+    missing = [_missing(pool, policy) for pool in pools if pool.exit == "exhausted"]
+    metrics = {
+        # Only the first num_wanted prompts: a later one enters because others were dropped, which biases the whole.
+        "first_round_reward": _mean(m for pool in pools[:num_wanted] if (m := _first_reward(pool, policy)) is not None),
+        "pool_reward": _mean(pool.mean for pool in pools if pool.count),
+        "kept_reward": _mean(s.reward for group in groups for s in group.kept),
+        "signal_fraction": sum(pool.has_signal for pool in pools) / num_prompts,
+        "samples_per_prompt": tally.num_committed / num_prompts,
+        "issued_per_prompt": tally.num_issued / num_prompts,
+        "waste_fraction": (tally.num_issued - tally.num_committed) / tally.num_issued,
+        "num_prompts": num_prompts,
+        "num_groups": len(groups),
+        "num_satisfied": tally.num_satisfied,
+        "num_dropped": tally.num_dropped,
+        "num_exhausted": len(missing),
+        "open_missing_correct": missing.count((True, False)),
+        "open_missing_wrong": missing.count((False, True)),
+        "open_missing_both": missing.count((True, True)),
+        "refill_exhausted": num_prompts - tally.num_dropped < num_wanted,
+        "num_completions_issued": tally.num_issued,
+        "num_completions_committed": tally.num_committed,
+        "num_completions_kept": sum(len(group.kept) for group in groups),
+        "num_voids": sum(pool.num_void for pool in pools),
+        "num_lost": tally.num_lost,
+        "num_aborted": tally.num_aborted,
+        "num_duplicates": tally.num_duplicates,
+        "num_rejected": tally.num_rejected,
+        "tokens_committed": tally.tokens_committed,
+        "tokens_wasted": tally.tokens_wasted,
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _first_reward(pool: Pool, policy: Policy) -> float | None:
+    """Mean reward of the completions that are drawn whatever the outcomes."""
+    rewards = [o.reward for o in pool.outcomes[: policy.num_always_drawn] if isinstance(o, Scored)]
+    return math.fsum(rewards) / len(rewards) if rewards else None
+
+
+def _missing(pool: Pool, policy: Policy) -> tuple[bool, bool]:
+    num_correct, num_wrong = policy.decide.needs
+    return pool.num_correct < num_correct, pool.num_wrong < num_wrong
+
+
+def _mean(values: Iterable[float]) -> float:
+    items = list(values)
+    return math.fsum(items) / len(items) if items else math.nan

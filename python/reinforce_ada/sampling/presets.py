@@ -1,0 +1,201 @@
+"""Published algorithms by name, any keyword overridable: `preset("reinforce-ada-balance", round_size=4)`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from reinforce_ada.errors import unknown_name
+from reinforce_ada.sampling.policies import (
+    Balance,
+    Balanced,
+    Baseline,
+    Centered,
+    Decide,
+    Degenerate,
+    DropOneClass,
+    First,
+    Never,
+    Policy,
+    Positive,
+    Refill,
+    Rounds,
+    Scale,
+    at_least,
+)
+
+
+def grpo(
+    *,
+    group_size: int = 8,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    baseline: Baseline = "group",
+    scale: Scale = "group",
+) -> Policy:
+    """A fixed number of completions per prompt; advantage = (reward - group mean) / (group std + 1e-6).
+
+    The std is the sample std (ddof 1), as TRL and verl both compute it; eps 1e-6 is verl's (TRL adds 1e-4).
+    Source: Shao et al. 2024, arXiv 2402.03300.
+    """
+    at_least("grpo", "group_size", group_size, 1)
+    return Policy(
+        name="grpo",
+        group_size=group_size,
+        allocate=Rounds(group_size, 1),
+        decide=Never(),
+        select=First(),
+        weight=Centered(baseline, scale),
+        decide_every=group_size,
+        min_pool=0,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+def dapo(
+    *,
+    group_size: int = 16,
+    max_prompts_factor: float = 10.0,
+    positive_threshold: float = 0.7,
+    baseline: Baseline = "group",
+    scale: Scale = "group",
+) -> Policy:
+    """GRPO that drops one-class groups and samples another prompt for each, up to `max_prompts_factor` times the batch.
+
+    Source: Yu et al. 2025, arXiv 2503.14476 (dynamic sampling; 16 completions per prompt).
+    """
+    at_least("dapo", "group_size", group_size, 1)
+    return Policy(
+        name="dapo",
+        group_size=group_size,
+        allocate=Rounds(group_size, 1),
+        decide=DropOneClass(),
+        select=First(),
+        weight=Centered(baseline, scale),
+        decide_every=group_size,
+        min_pool=0,
+        propose=Refill(max_prompts_factor),
+        positive_threshold=positive_threshold,
+        degenerate="drop",
+    )
+
+
+def reinforce_ada_pos(
+    *,
+    group_size: int = 4,
+    round_size: int = 8,
+    max_rounds: int = 4,
+    decide_every: int | None = None,
+    min_pool: int | None = None,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    num_correct: int = 1,
+    baseline: Baseline = "pool",
+    scale: Scale = "none",
+) -> Policy:
+    """Sample in rounds until `num_correct` correct completions; keep a balanced group; advantage = reward - pool mean.
+
+    Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the positive-focused exit.
+    """
+    return _reinforce_ada(
+        "reinforce-ada-pos",
+        Positive(num_correct),
+        Centered(baseline, scale),
+        group_size=group_size,
+        allocate=Rounds(round_size, max_rounds),
+        decide_every=decide_every,
+        min_pool=min_pool,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+def reinforce_ada_balance(
+    *,
+    group_size: int = 4,
+    round_size: int = 8,
+    max_rounds: int = 4,
+    decide_every: int | None = None,
+    min_pool: int | None = None,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    num_correct: int | None = None,
+    num_wrong: int | None = None,
+    baseline: Baseline = "pool",
+    scale: Scale = "none",
+) -> Policy:
+    """Sample in rounds until group_size//2 correct and the rest wrong; keep those; advantage = reward - pool mean.
+
+    Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the balanced exit.
+    """
+    at_least("reinforce-ada-balance", "group_size", group_size, 1)
+    correct = group_size // 2 if num_correct is None else num_correct
+    wrong = group_size - group_size // 2 if num_wrong is None else num_wrong
+    return _reinforce_ada(
+        "reinforce-ada-balance",
+        Balance(correct, wrong),
+        Centered(baseline, scale),
+        group_size=group_size,
+        allocate=Rounds(round_size, max_rounds),
+        decide_every=decide_every,
+        min_pool=min_pool,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+def _reinforce_ada(
+    name: str,
+    decide: Decide,
+    weight: Centered,
+    *,
+    group_size: int,
+    allocate: Rounds,
+    decide_every: int | None,
+    min_pool: int | None,
+    positive_threshold: float,
+    degenerate: Degenerate,
+) -> Policy:
+    return Policy(
+        name=name,
+        group_size=group_size,
+        allocate=allocate,
+        decide=decide,
+        select=Balanced(),
+        weight=weight,
+        decide_every=allocate.round_size if decide_every is None else decide_every,
+        min_pool=group_size if min_pool is None else min_pool,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
+    {
+        "grpo": grpo,
+        "dapo": dapo,
+        "reinforce-ada-pos": reinforce_ada_pos,
+        "reinforce-ada-balance": reinforce_ada_balance,
+    }
+)
+
+
+def preset(name: str, **overrides: Any) -> Policy:
+    """The policy of a published algorithm.
+
+    Args:
+        name: "grpo" | "dapo" | "reinforce-ada-pos" | "reinforce-ada-balance".
+        overrides: keywords of that preset's function (group_size, round_size, decide_every, ...).
+    Returns: a Policy.
+    Raises: InputError for an unknown name or override, with the nearest valid one, and for values that cannot go together.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", "name", name, PRESETS)
+    known = inspect.signature(PRESETS[name]).parameters
+    for key in overrides:
+        if key not in known:
+            raise unknown_name(f"preset {name!r}", "override", key, known)
+    return PRESETS[name](**overrides)

@@ -1,0 +1,474 @@
+"""The adaptive sampler: a state machine that hands out requests and takes events. It does no I/O and knows no clock."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import islice
+from typing import Literal, NamedTuple, TypeAlias
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.sampling.metrics import Tally, sampling_metrics
+from reinforce_ada.sampling.policies import Policy, Verdict, at_least
+from reinforce_ada.sampling.pool import GrowingPool, rewards_of
+from reinforce_ada.types import (
+    Aborted,
+    CompletionId,
+    Event,
+    ExitReason,
+    Group,
+    Lost,
+    Outcome,
+    Pool,
+    Prompt,
+    Request,
+    SamplingResult,
+    Scored,
+)
+
+Schedule: TypeAlias = Literal["stream", "rounds"]
+
+_WHERE = "AdaptiveSampler"
+_EXIT_OF: dict[Verdict, ExitReason] = {Verdict.STOP: "satisfied", Verdict.DROP: "dropped"}
+
+
+class Progress(NamedTuple):
+    """Running counts of one step, cheap enough to ask after every poll."""
+
+    num_prompts: int  # entered so far
+    num_active: int
+    num_satisfied: int
+    num_dropped: int
+    num_issued: int
+    num_committed: int
+    num_correct: int  # among the committed
+
+
+def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
+    """The seed of a request, in [0, 2**63): the same whenever, wherever and however often it is issued."""
+    key = f"{run_seed},{step},{index},{prompt_id}".encode()  # prompt_id last: it may hold commas
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+class _PromptState:
+    """What the sampler remembers of one prompt. `num_issued` is the next fresh index."""
+
+    __slots__ = (
+        "arrived",
+        "behind",
+        "discarded",
+        "exit",
+        "lost",
+        "num_issued",
+        "order",
+        "outstanding",
+        "pool",
+        "prompt",
+        "queued",
+        "round_limit",
+    )
+
+    def __init__(self, order: int, prompt: Prompt, positive_threshold: float) -> None:
+        self.order = order  # position in the source: breaks ties
+        self.prompt = prompt
+        self.pool = GrowingPool(positive_threshold)
+        self.num_issued = 0
+        self.outstanding: set[int] = set()  # handed out, not answered
+        self.lost: set[int] = set()  # to be issued again
+        self.arrived: dict[int, Outcome] = {}  # answered, waiting for an earlier index
+        self.discarded: set[int] = set()  # answered, never to be committed
+        self.exit: ExitReason | None = None
+        self.queued = False  # has an entry in the ready heap
+        self.round_limit = 0  # rounds: no index at or past this before the next barrier
+        self.behind = False  # rounds: holds the barrier back
+
+    @property
+    def committed(self) -> int:
+        return len(self.pool.outcomes)
+
+
+class AdaptiveSampler:
+    """Spends one step's rollout budget where the signal is.
+
+    Completions are committed in request order: completion k counts when 0..k-1 have. The exit rule sees the committed prefix
+    only, so the pools follow the law of the sequential sampler and depend on neither timing nor window. On exit the prompt's
+    other requests are aborted and what had finished past the prefix is waste.
+
+    Args:
+        prompts: a sequence, or an iterator read lazily, of prompts with distinct ids.
+        policy: see `preset` and `Policy`.
+        step: part of every completion's identity; events of another step are rejected and counted.
+        policy_version: of the weights that sample; events of another version are rejected and counted.
+        schedule: "stream" (no barrier) or "rounds" (nobody gets its next round before every active prompt has committed its
+            current one; a prompt that refills a dropped one joins at the next barrier). Same pools at equal `decide_every`.
+        seed: run seed from which request seeds derive.
+        window: stream only: a prompt may be issued up to committed + window requests; a window of at most `decide_every` never
+            reaches past the next decision. None adapts: ceil((free_slots + outstanding) / active prompts), at least round_size.
+        num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
+    Raises: InputError for no prompts, duplicate ids, and arguments that cannot go together.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterable[Prompt],
+        policy: Policy,
+        *,
+        step: int = 0,
+        policy_version: int = 0,
+        schedule: Schedule = "stream",
+        seed: int = 0,
+        window: int | None = None,
+        num_prompts: int | None = None,
+    ) -> None:
+        if schedule not in ("stream", "rounds"):
+            raise unknown_name(_WHERE, "schedule", schedule, ("stream", "rounds"))
+        if window is not None:
+            at_least(_WHERE, "window", window, 1)
+            if schedule == "rounds":
+                raise InputError(_WHERE, f"window {window} with schedule 'rounds'", "rounds have no window", "leave it out")
+        self._policy = policy
+        self._step = step
+        self._policy_version = policy_version
+        self._schedule = schedule
+        self._seed = seed
+        self._fixed_window = window
+        self._num_wanted = _num_wanted(prompts, policy, num_prompts)
+        self._source: Iterator[Prompt] = iter(prompts)
+
+        self._states: dict[str, _PromptState] = {}
+        self._by_order: list[_PromptState] = []
+        self._num_active = 0
+        self._num_outstanding = 0
+        self._num_behind = 0
+        self._tally = Tally()
+        self._ready: list[tuple[int, int]] = []  # heap of (num_issued, order): breadth first
+        self._waiting: dict[int, list[int]] = defaultdict(list)  # window needed -> orders that wait for it (stale ones included)
+        self._reissue: list[tuple[int, int]] = []  # heap of (order, index); stale unless index is in that prompt's `lost`
+        self._admit()
+        if not self._by_order:
+            raise InputError(_WHERE, "no prompts", "at least one is needed")
+        if schedule == "rounds":
+            self._start_round()
+
+    # -------------------- read-only
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def done(self) -> bool:
+        """Whether every prompt that entered has exited."""
+        return self._num_active == 0
+
+    @property
+    def num_active(self) -> int:
+        return self._num_active
+
+    @property
+    def num_eliminated(self) -> int:
+        """Prompts that entered and have exited, for whatever reason."""
+        return len(self._by_order) - self._num_active
+
+    @property
+    def num_admitted(self) -> int:
+        return len(self._by_order)
+
+    @property
+    def num_committed(self) -> int:
+        return self._tally.num_committed
+
+    @property
+    def num_outstanding(self) -> int:
+        return self._num_outstanding
+
+    @property
+    def outstanding(self) -> list[CompletionId]:
+        """Requests handed out and not answered, of active prompts, in prompt and request order."""
+        return [self._id(state, index) for state in self._by_order for index in sorted(state.outstanding)]
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """The prompt of that id. Raises KeyError when none such has entered this step."""
+        return self._states[prompt_id].prompt
+
+    def committed(self, prompt_id: str) -> int:
+        """Length of that prompt's committed prefix."""
+        return self._states[prompt_id].committed
+
+    def is_open(self, request_id: CompletionId) -> bool:
+        """Whether the answer to this request could still be committed."""
+        state = self._states.get(request_id.prompt_id)
+        if state is None or state.exit is not None or request_id.step != self._step:
+            return False
+        return state.committed <= request_id.index < state.num_issued and request_id.index not in state.arrived
+
+    def progress(self) -> Progress:
+        t = self._tally
+        return Progress(
+            num_prompts=self.num_admitted,
+            num_active=self._num_active,
+            num_satisfied=t.num_satisfied,
+            num_dropped=t.num_dropped,
+            num_issued=t.num_issued,
+            num_committed=t.num_committed,
+            num_correct=t.num_correct,
+        )
+
+    # -------------------- requests
+
+    def next_requests(self, free_slots: int) -> list[Request]:
+        """Up to `free_slots` requests: lost ones first, then breadth first (fewest issued first, ties in prompt order)."""
+        at_least(f"{_WHERE}.next_requests", "free_slots", free_slots, 0)
+        window = self._window(free_slots)
+        self._release(window)
+        requests: list[Request] = []
+        while len(requests) < free_slots and (state_index := self._next_lost() or self._next_fresh(window)):
+            requests.append(self._issue(*state_index))
+        return requests
+
+    def _window(self, free_slots: int) -> int:
+        if self._fixed_window is not None:
+            return min(self._fixed_window, self._policy.cap)
+        capacity = free_slots + self._num_outstanding
+        return min(max(math.ceil(capacity / max(self._num_active, 1)), self._policy.allocate.round_size), self._policy.cap)
+
+    def _next_lost(self) -> tuple[_PromptState, int] | None:
+        while self._reissue:
+            order, index = heapq.heappop(self._reissue)
+            state = self._by_order[order]
+            if state.exit is None and index in state.lost:
+                return state, index
+        return None
+
+    def _release(self, window: int) -> None:
+        """Queue the prompts that waited for a window this wide."""
+        for needed in [n for n in self._waiting if n <= window]:
+            for order in self._waiting.pop(needed):
+                self._queue(self._by_order[order])
+
+    def _next_fresh(self, window: int) -> tuple[_PromptState, int] | None:
+        while self._ready:
+            state = self._by_order[heapq.heappop(self._ready)[1]]
+            state.queued = False
+            needed = self._window_needed(state)
+            if state.exit is None and needed <= window:
+                return state, state.num_issued
+            if state.exit is None and needed <= self._policy.cap:
+                self._waiting[needed].append(state.order)
+        return None
+
+    def _window_needed(self, state: _PromptState) -> int:
+        """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
+        never = self._policy.cap + 1
+        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else self._policy.cap):
+            return never
+        if self._schedule == "rounds":
+            return 0
+        needed = state.num_issued - state.committed + 1
+        every = self._policy.decide_every
+        past_decision = state.num_issued >= (state.committed // every + 1) * every
+        return max(needed, every + 1) if past_decision else needed
+
+    def _issue(self, state: _PromptState, index: int) -> Request:
+        state.outstanding.add(index)
+        self._num_outstanding += 1
+        if index in state.lost:
+            state.lost.discard(index)
+        else:
+            state.num_issued += 1
+            self._tally.num_issued += 1
+            self._queue(state)
+        request_id = self._id(state, index)
+        seed = request_seed(self._seed, self._step, state.prompt.prompt_id, index)
+        return Request(request_id, state.prompt, seed, self._policy_version)
+
+    def _queue(self, state: _PromptState) -> None:
+        if not state.queued and state.exit is None:
+            state.queued = True
+            heapq.heappush(self._ready, (state.num_issued, state.order))
+
+    def _id(self, state: _PromptState, index: int) -> CompletionId:
+        return CompletionId(self._step, state.prompt.prompt_id, index)
+
+    # -------------------- events
+
+    def receive(self, event: Event) -> list[CompletionId]:
+        """Take one event, in any order, any number of times.
+
+        Returns: the requests to abort: all that are still outstanding of the prompt that this event made exit.
+        Raises: InputError for a Scored whose reward is not finite.
+        """
+        state = self._state_of(event)
+        if state is None or event.id.index >= state.num_issued:
+            self._tally.num_rejected += 1
+            return []
+        return self._take(state, event)
+
+    def restore(self, events: Iterable[Event]) -> None:
+        """Replay a journal in its order, before any request is issued. What it leaves open is issued again, same seeds.
+
+        Raises: InputError once requests have been issued.
+        """
+        if self._tally.num_issued:
+            raise InputError(f"{_WHERE}.restore", f"{self._tally.num_issued} issued requests", "a sampler that has issued none is needed")
+        for event in events:
+            state = self._state_of(event)
+            if state is None:
+                self._tally.num_rejected += 1
+                continue
+            self._mark_issued(state, event.id.index)
+            self._take(state, event)
+        self._ready = []
+        self._waiting.clear()
+        for state in self._by_order:
+            state.queued = False
+            self._queue(state)
+
+    def _state_of(self, event: Event) -> _PromptState | None:
+        """The prompt this event may be credited to, or None."""
+        if isinstance(event, Scored) and not math.isfinite(event.reward):
+            given = f"reward {event.reward} for {tuple(event.id)}"
+            raise InputError(f"{_WHERE}.receive", given, "a finite reward is needed", "send a Failed event for it")
+        if event.id.step != self._step or event.policy_version != self._policy_version:
+            return None
+        state = self._states.get(event.id.prompt_id)
+        return state if state is not None and 0 <= event.id.index < self._policy.cap else None
+
+    def _mark_issued(self, state: _PromptState, index: int) -> None:
+        """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
+        for missing in range(state.num_issued, index):
+            self._issue_again(state, missing)
+        self._tally.num_issued += max(index + 1 - state.num_issued, 0)
+        state.num_issued = max(index + 1, state.num_issued)
+
+    def _issue_again(self, state: _PromptState, index: int) -> None:
+        state.lost.add(index)
+        heapq.heappush(self._reissue, (state.order, index))
+
+    def _take(self, state: _PromptState, event: Event) -> list[CompletionId]:
+        index, again = event.id.index, isinstance(event, (Aborted, Lost))
+        if index < state.committed or index in state.arrived or index in state.discarded or (again and index in state.lost):
+            self._tally.num_duplicates += 1
+            return []
+        if state.exit is not None:
+            self._waste(state, index, event)
+            return []
+        if index in state.outstanding:
+            state.outstanding.discard(index)
+            self._num_outstanding -= 1
+        if isinstance(event, Aborted | Lost):
+            self._tally.lose(event)
+            self._issue_again(state, index)
+            return []
+        state.lost.discard(index)
+        state.arrived[index] = event
+        return self._commit(state)
+
+    def _waste(self, state: _PromptState, index: int, event: Event) -> None:
+        """An answer for a prompt that has exited."""
+        if not isinstance(event, Lost):  # a lost one may still answer
+            state.discarded.add(index)
+            self._tally.waste(event)
+
+    def _commit(self, state: _PromptState) -> list[CompletionId]:
+        """Extend the committed prefix as far as it goes, asking the exit rule at every decision point."""
+        while (outcome := state.arrived.pop(state.committed, None)) is not None:
+            state.pool.add(outcome)
+            self._tally.commit(outcome, self._policy.positive_threshold)
+            verdict = self._policy.verdict(state.pool.counts)
+            if verdict is not Verdict.CONTINUE or state.committed == self._policy.cap:
+                return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))
+        self._queue(state)
+        if state.behind and state.committed >= state.round_limit:
+            self._catch_up(state)
+        return []
+
+    def _exit(self, state: _PromptState, reason: ExitReason) -> list[CompletionId]:
+        state.exit = reason
+        self._num_active -= 1
+        self._tally.num_satisfied += reason == "satisfied"
+        self._tally.num_dropped += reason == "dropped"
+        to_abort = [self._id(state, index) for index in sorted(state.outstanding)]
+        self._num_outstanding -= len(to_abort)
+        state.outstanding.clear()
+        for index, outcome in state.arrived.items():
+            self._waste(state, index, outcome)
+        state.arrived.clear()
+        if reason == "dropped":
+            self._admit()
+        if state.behind:
+            self._catch_up(state)
+        return to_abort
+
+    # -------------------- admission and barriers
+
+    def _admit(self) -> None:
+        """Let prompts in from the source until as many have entered as the policy proposes."""
+        wanted = self._policy.propose(self._num_wanted, self._tally.num_dropped)
+        for prompt in islice(self._source, wanted - len(self._by_order)):
+            if prompt.prompt_id in self._states:
+                raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
+            state = _PromptState(len(self._by_order), prompt, self._policy.positive_threshold)
+            self._states[prompt.prompt_id] = state
+            self._by_order.append(state)
+            self._num_active += 1
+            self._queue(state)
+
+    def _catch_up(self, state: _PromptState) -> None:
+        state.behind = False
+        self._num_behind -= 1
+        if self._num_behind == 0:
+            self._start_round()
+
+    def _start_round(self) -> None:
+        """The barrier: every active prompt gets its next round."""
+        for state in self._by_order:
+            if state.exit is None:
+                state.round_limit = self._policy.allocate(state.pool.counts)
+                state.behind = True
+                self._num_behind += 1
+                self._queue(state)
+
+    # -------------------- result
+
+    def result(self) -> SamplingResult:
+        """Pools in the order the prompts entered, the groups kept of them, and the metrics (docs/sampling.md).
+
+        Raises: InputError while prompts are active.
+        """
+        if not self.done:
+            given = f"{self._num_active} of {self.num_admitted} prompts still active"
+            raise InputError(f"{_WHERE}.result", given, "every prompt must have exited", "drive the sampler until .done")
+        pools = tuple(s.pool.freeze(s.prompt, s.num_issued, s.exit) for s in self._by_order if s.exit is not None)
+        groups = tuple(group for pool in pools if (group := self._group(pool)) is not None)
+        return SamplingResult(pools, groups, sampling_metrics(pools, groups, self._policy, self._num_wanted, self._tally))
+
+    def _group(self, pool: Pool) -> Group | None:
+        """What is kept of a pool; None for a dropped or empty one, and for one without signal where the policy drops those."""
+        if pool.exit == "dropped" or pool.count == 0 or (self._policy.degenerate == "drop" and not pool.has_signal):
+            return None
+        scored = pool.scored
+        rewards = rewards_of(scored)
+        kept = self._policy.select(rewards, rewards > self._policy.positive_threshold, self._policy.group_size)
+        return Group(pool, tuple(scored[i] for i in kept))
+
+
+def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | None) -> int:
+    """Groups wanted in the step; see AdaptiveSampler."""
+    available = len(prompts) if isinstance(prompts, Sequence) else None
+    if available == 0:
+        raise InputError(_WHERE, "no prompts", "at least one is needed")
+    if num_prompts is None:
+        if available is None:
+            raise InputError(_WHERE, "an iterator of prompts", "num_prompts is needed with it")
+        if policy.propose(available, available) > available:
+            given = f"policy {policy.name!r}, which refills dropped prompts, without num_prompts"
+            raise InputError(_WHERE, given, "num_prompts is needed", "give fewer than there are prompts to draw from")
+        return available
+    at_least(_WHERE, "num_prompts", num_prompts, 1)
+    if available is not None and num_prompts > available:
+        raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most as many as there are is possible")
+    return num_prompts

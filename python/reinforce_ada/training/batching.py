@@ -1,0 +1,136 @@
+"""Kept completions as tensors: minibatches of shuffled groups, micro-batches under a token budget, prompts shared within a row.
+
+A row is one prompt followed by several of its completions. Completions see the prompt and themselves, never each other, and each
+continues the prompt's positions; so a group of 4 short answers to a 96-token prompt costs about 108 tokens of forward, not 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reinforce_ada.types import Completion, Prompt
+
+PAD = -1  # segment of padding; 0 is the prompt, 1.. are the completions of the row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One completion on its way to the loss."""
+
+    prompt: Prompt
+    completion: Completion
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One forward pass: R rows of S tokens, holding N completions of T tokens in all."""
+
+    input_ids: Tensor  # [R, S] int64
+    position_ids: Tensor  # [R, S] int64
+    segment_of: Tensor  # [R, S] int64: PAD, 0 (prompt) or 1.. (completion)
+    row_of: Tensor  # [T] int64: row of the state that predicts each completion token
+    column_of: Tensor  # [T] int64: its column
+    token_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [N + 1] int64
+    advantages: Tensor  # [N] fp32
+    rollout_logprobs: Tensor  # [T] fp32
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_seqs(self) -> int:
+        return self.advantages.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Additive mask [R, 1, S, S]: 0 where position i may look at j, the dtype's minimum elsewhere.
+
+    i sees j when j <= i and j is in the prompt or in i's own completion. Padding sees itself, so that no softmax row is empty.
+    """
+    seg = batch.segment_of
+    size = seg.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=seg.device).tril()
+    same = seg[:, :, None] == seg[:, None, :]
+    visible = causal & (same | (seg[:, None, :] == 0))
+    mask = torch.zeros(visible.shape, dtype=dtype, device=seg.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: Sequence[int]) -> list[list[Sample]]:
+    """`count` lists of samples, whole groups each, in a seeded random order of groups.
+
+    The shuffle matters: groups arrive easiest first, and unshuffled minibatches would be sorted by difficulty.
+    """
+    order = np.random.default_rng(list(seed)).permutation(len(groups))
+    parts = np.array_split(order, count)
+    return [[s for g in part for s in groups[g]] for part in parts if len(part)]
+
+
+def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prompts: bool, pad_id: int) -> Iterator[Batch]:
+    """The samples as batches of at most `tokens_per_pass` padded tokens (one row at least), longest rows first."""
+    rows = sorted(_rows(samples, share_prompts), key=_row_length, reverse=True)
+    start = 0
+    while start < len(rows):
+        count = max(1, tokens_per_pass // _row_length(rows[start]))
+        yield collate(rows[start : start + count], pad_id)
+        start += count
+
+
+def _rows(samples: Sequence[Sample], share_prompts: bool) -> list[list[Sample]]:
+    if not share_prompts:
+        return [[s] for s in samples]
+    rows: dict[str, list[Sample]] = {}
+    for s in samples:
+        rows.setdefault(s.prompt.prompt_id, []).append(s)
+    return list(rows.values())
+
+
+def _row_length(row: Sequence[Sample]) -> int:
+    return len(row[0].prompt.token_ids) + sum(s.completion.token_ids.size for s in row)
+
+
+def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
+    """One batch of these rows; the samples of a row share its prompt."""
+    size = max(map(_row_length, rows))
+    input_ids = np.full((len(rows), size), pad_id, dtype=np.int64)
+    position_ids = np.zeros((len(rows), size), dtype=np.int64)
+    segment_of = np.full((len(rows), size), PAD, dtype=np.int64)
+    row_of, column_of, lengths = [], [], []
+    for r, row in enumerate(rows):
+        prompt = row[0].prompt.token_ids
+        end = len(prompt)
+        input_ids[r, :end], position_ids[r, :end], segment_of[r, :end] = prompt, np.arange(end), 0
+        for segment, sample in enumerate(row, start=1):
+            ids = sample.completion.token_ids
+            here = slice(end, end + ids.size)
+            input_ids[r, here], segment_of[r, here] = ids, segment
+            position_ids[r, here] = len(prompt) + np.arange(ids.size)
+            # A completion's first token is predicted by the prompt's last state, the others by their predecessor.
+            column_of.append(np.concatenate([[len(prompt) - 1], np.arange(end, end + ids.size - 1)])[: ids.size])
+            row_of.append(np.full(ids.size, r))
+            lengths.append(ids.size)
+            end += ids.size
+    samples = [s for row in rows for s in row]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segment_of=torch.from_numpy(segment_of),
+        row_of=torch.from_numpy(np.concatenate(row_of).astype(np.int64)),
+        column_of=torch.from_numpy(np.concatenate(column_of).astype(np.int64)),
+        token_ids=torch.from_numpy(np.concatenate([s.completion.token_ids for s in samples]).astype(np.int64)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
+        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        rollout_logprobs=torch.from_numpy(np.concatenate([s.completion.rollout_logprobs for s in samples]).astype(np.float32)),
+    )

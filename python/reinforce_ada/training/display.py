@@ -1,0 +1,82 @@
+"""What a person watching the run sees: a bar while sampling and training, a line per step, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from reinforce_ada.sampling import Progress
+
+
+class Display:
+    """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """One line, also while a bar is up."""
+        self._console.print(text, markup=False)
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Two columns under a title."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        self._console.print(table)
+
+    @contextmanager
+    def sampling(self, what: str) -> Iterator[Callable[[Progress], None]]:
+        """A bar over eliminated prompts; yields what the driver calls after every poll."""
+        started = time.monotonic()
+        with self._bar(what, "{task.fields[text]}") as (bar, task):
+
+            def update(p: Progress) -> None:
+                done = p.num_prompts - p.num_active
+                speed = p.num_tokens / max(time.monotonic() - started, 1e-3)
+                text = (
+                    f"{p.num_active} active, {done} eliminated · {p.num_committed} of {p.num_issued} committed · "
+                    f"signal {p.num_with_signal / max(p.num_prompts, 1):.2f} · {speed:.0f} tok/s"
+                )
+                bar.update(task, total=p.num_prompts, completed=done, text=text)
+
+            yield update
+
+    @contextmanager
+    def training(self, what: str, num_tokens: int) -> Iterator[Callable[[int], None]]:
+        """A bar over completion tokens; yields a function that takes how many more have been trained on."""
+        started = time.monotonic()
+        with self._bar(what, "{task.fields[text]}") as (bar, task):
+
+            def advance(count: int) -> None:
+                bar.advance(task, count)
+                done = bar.tasks[0].completed
+                bar.update(task, text=f"{done:.0f} tokens · {done / max(time.monotonic() - started, 1e-3):.0f} tok/s")
+
+            bar.update(task, total=num_tokens)
+            yield advance
+
+    @contextmanager
+    def _bar(self, what: str, text: str) -> Iterator[tuple[Any, Any]]:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn(text), TimeElapsedColumn())
+        with Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+            yield bar, bar.add_task(what, total=None, text="")
+
+
+def step_line(record: dict[str, Any], steps: int) -> str:
+    """The line of one finished step."""
+    return (
+        f"step {record['step']:>3}/{steps} · reward {record['first_round_reward']:.3f} · signal {record['signal_fraction']:.2f} · "
+        f"samples/prompt {record['samples_per_prompt']:.1f} · waste {record['waste_fraction']:.2f} · "
+        f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · grad {record['grad_norm']:.2f} · "
+        f"sampling {record['sampling_s']:.1f} s ({record['sampling_tokens_per_s']:.0f} tok/s) · training {record['training_s']:.1f} s"
+    )

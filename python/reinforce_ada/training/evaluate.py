@@ -1,0 +1,100 @@
+"""Avg@k with its standard error, unbiased pass@k, and the paired comparison of two evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reinforce_ada.driver import run
+from reinforce_ada.engines.base import Engine
+from reinforce_ada.errors import InputError
+from reinforce_ada.rewards.protocol import RewardRunner
+from reinforce_ada.sampling import AdaptiveSampler, Progress, preset
+from reinforce_ada.types import Prompt
+
+_STEP = -1  # evaluations are no training step; always the same one, so that before and after draw from the same seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """k completions for each of P prompts."""
+
+    k: int
+    avg_at_k: float  # mean over prompts of the share of correct completions
+    stderr: float  # of avg_at_k over prompts
+    pass_at_k: Mapping[str, float]  # "1", "2", "4", .. k
+    per_prompt: tuple[float, ...]  # [P], share of correct completions; nan where every reward failed
+    num_tokens: int
+    num_voids: int
+
+    def record(self) -> dict[str, Any]:
+        """The evaluation as a log record."""
+        return {"kind": "eval", **asdict(self), "per_prompt": list(self.per_prompt)}
+
+
+def evaluate(
+    engine: Engine,
+    rewards: RewardRunner,
+    prompts: Sequence[Prompt],
+    *,
+    k: int,
+    seed: int,
+    policy_version: int,
+    positive_threshold: float,
+    request_timeout_s: float | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Sample k completions of every prompt and count the correct ones (reward > positive_threshold)."""
+    if not prompts:
+        raise InputError("evaluate", "no prompts", "at least one", "raise --eval-prompts")
+    policy = preset("grpo", group_size=k, positive_threshold=positive_threshold)
+    sampler = AdaptiveSampler(prompts, policy, step=_STEP, policy_version=policy_version, seed=seed)
+    result = run(sampler, engine, rewards, request_timeout_s=request_timeout_s, on_progress=on_progress)
+    counts = [(pool.count, pool.num_correct) for pool in result.pools]
+    shares = tuple(c / n if n else math.nan for n, c in counts)
+    known = [s for s in shares if not math.isnan(s)]
+    return Evaluation(
+        k=k,
+        avg_at_k=_mean(known),
+        stderr=standard_error(known),
+        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in _powers(k)},
+        per_prompt=shares,
+        num_tokens=int(result.metrics["tokens_committed"]),
+        num_voids=int(result.metrics["num_voids"]),
+    )
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k is correct) from c correct of n >= k: 1 - C(n-c, k) / C(n, k).
+
+    Source: Chen et al. 2021, arXiv 2107.03374.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise InputError("pass_at_k", f"n={n}, c={c}, k={k}", "0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean of after - before over the prompts, and its standard error (prompts without a share in both are left out)."""
+    differences = [b - a for a, b in zip(before, after, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    return _mean(differences), standard_error(differences)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Sample standard deviation (ddof 1) / sqrt(n); nan below two values."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _powers(k: int) -> list[int]:
+    """1, 2, 4, .. up to k, and k."""
+    return sorted({1 << i for i in range(k.bit_length())} | {k})

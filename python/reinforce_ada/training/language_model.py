@@ -1,0 +1,155 @@
+"""The policy as the trainer sees it: hidden states for the linear operators, or logits where those do not fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reinforce_ada import ops
+from reinforce_ada.training.batching import Batch, attention_mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The last projection: logits = soft_cap * tanh(logit_scale * (hidden @ weight.T + bias) / soft_cap)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+
+class LanguageModel(Protocol):
+    """What the trainer needs of a model."""
+
+    module: nn.Module
+    pad_id: int
+    share_prompts: bool  # whether several completions may share a row (and its prompt)
+    use_head: bool  # whether `hidden` and `head` reproduce the model's own logits
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """States that predict the batch's completion tokens, [T, D]."""
+        ...
+
+    def head(self) -> Head:
+        """The projection from states to logits."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits of the batch's completion tokens, [T, V]."""
+        ...
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under the names engines know them by."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """A folder that transformers and vLLM load."""
+        ...
+
+
+class HuggingFaceModel:
+    """Any transformers causal LM with its tokenizer."""
+
+    def __init__(self, module: Any, tokenizer: Any) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.share_prompts = True
+        self.use_head = True
+        self._config = module.config.get_text_config()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        if self.share_prompts:
+            mask = attention_mask(batch, next(self.module.parameters()).dtype)
+        else:
+            mask = (batch.segment_of >= 0).long()
+        return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """States that predict the batch's completion tokens, [T, D]."""
+        states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
+        return states[batch.row_of, batch.column_of]
+
+    def head(self) -> Head:
+        """The projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
+        layer = self.module.get_output_embeddings()
+        scale = getattr(self._config, "logit_scale", None) or 1.0 / (getattr(self._config, "logits_scaling", None) or 1.0)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits of the batch's completion tokens, [T, V]."""
+        logits: Tensor = self.module(**self._inputs(batch)).logits
+        return logits[batch.row_of, batch.column_of]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The state dict, detached."""
+        for name, tensor in self.module.state_dict().items():
+            yield name, tensor.detach()
+
+    def save(self, folder: Path) -> None:
+        """Weights as safetensors, configuration and tokenizer."""
+        self.module.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def token_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
+    """log pi(token) of the batch's completion tokens at `temperature`, [T] fp32, through the fused operator that fits the model."""
+    if not model.use_head:
+        return _only(ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=temperature))
+    head = model.head()
+    return _only(
+        ops.linear_token_logprobs(
+            model.hidden(batch), head.weight, batch.token_ids, bias=head.bias, logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap, temperature=temperature,
+        )
+    )  # fmt: skip
+
+
+def _only(logprobs: Any) -> Tensor:
+    """The operators return a bare tensor when nothing but logprobs is asked for."""
+    assert isinstance(logprobs, Tensor)
+    return logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class FormCheck:
+    """Largest and mean difference in nats between two ways to the same logprobs, and whether it is within rounding."""
+
+    max_diff: float
+    mean_diff: float
+    ok: bool
+
+
+# Mean difference allowed (ten times that for one token). Two correct paths in bf16 differ by the rounding of 8-bit mantissas.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@torch.no_grad()
+def check_forms(model: LanguageModel, plain: Batch, shared: Batch, temperature: float) -> tuple[FormCheck, FormCheck]:
+    """Compare the fast forms with the model's own logits and set `use_head` and `share_prompts` accordingly.
+
+    Args: the same completions in rows of one (`plain`) and in shared rows (`shared`), in the same order.
+    Returns: the check of the linear operators, and of rows that share prompts.
+    """
+    model.share_prompts, model.use_head = False, False
+    truth = token_logprobs(model, plain, temperature)
+    model.use_head = True
+    head = _compare(token_logprobs(model, plain, temperature), truth, model)
+    model.use_head = head.ok
+    model.share_prompts = True
+    rows = _compare(token_logprobs(model, shared, temperature), truth, model)
+    model.share_prompts = rows.ok
+    return head, rows
+
+
+def _compare(got: Tensor, truth: Tensor, model: LanguageModel) -> FormCheck:
+    diff = (got - truth).abs()
+    max_diff, mean_diff = float(diff.max()), float(diff.mean())
+    tolerance = _TOLERANCE[next(model.module.parameters()).dtype]
+    return FormCheck(max_diff, mean_diff, mean_diff <= tolerance and max_diff <= 10 * tolerance)

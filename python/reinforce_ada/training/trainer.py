@@ -1,0 +1,268 @@
+"""The compact trainer: sample adaptively, take one policy-gradient step, send the new weights to the engine, repeat.
+
+A step is a function of (weights, data position, seed) and of what the engine and the rewards answered, and the answers are journaled. So
+a killed run goes on from its last checkpoint: steps since then are trained again from the journal, the open one is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.config import Config
+from reinforce_ada.driver import run
+from reinforce_ada.engines.base import Engine
+from reinforce_ada.errors import InputError
+from reinforce_ada.rewards.protocol import RewardRunner
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.sampling import AdaptiveSampler, Policy
+from reinforce_ada.training import checkpoint
+from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, shuffled_minibatches
+from reinforce_ada.training.display import Display, step_line
+from reinforce_ada.training.evaluate import evaluate
+from reinforce_ada.training.language_model import LanguageModel, check_forms, token_logprobs
+from reinforce_ada.training.log import RunLog
+from reinforce_ada.training.objectives import Objective, combine_metrics, samples_with_advantages
+from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
+from reinforce_ada.training.tasks import PromptStream
+from reinforce_ada.types import Completion, CompletionId, Prompt, SamplingResult
+
+WARM_START_TOKENS = 6  # of made-up completion in the check of the linear operators
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What a trainer is made of."""
+
+    model: LanguageModel
+    engine: Engine
+    rewards: RewardRunner
+    train: Callable[[int], PromptStream]  # data position -> prompts from there
+    held_out: Sequence[Prompt]
+    policy: Policy
+    store: RolloutStore
+
+
+class Trainer:
+    """Trains `parts.model` in place, writing log, journal and checkpoints under `out`."""
+
+    def __init__(self, parts: Parts, config: Config, out: Path, display: Display) -> None:
+        self.parts, self.config, self.out, self.display = parts, config, out, display
+        self.log = RunLog(out / "log.jsonl")
+        self.objective = Objective.from_config(config)
+        self.optimizer = MasterAdamW(
+            parts.model.module.named_parameters(),
+            weight_decay=config.training.weight_decay,
+            max_grad_norm=config.training.max_grad_norm,
+        )
+        self.device = next(parts.model.module.parameters()).device
+        self.step = 0  # finished steps; also the policy version
+        self.position = 0
+        self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
+
+    # -------------------- the run
+
+    def run(self) -> None:
+        """From where it stands to `steps`, with an evaluation before and after."""
+        self.check_model()
+        if self.step == 0 or self._wants_evaluation():
+            self.evaluate()
+        while self.step < self.config.training.steps:
+            self.train_step()
+            every = self.config.run.checkpoint_every
+            if every and self.step % every == 0:
+                self.save_checkpoint()
+            if self._wants_evaluation():
+                self.evaluate()
+        checkpoint.with_aside(self.out / "model", self.parts.model.save)
+
+    def _wants_evaluation(self) -> bool:
+        every = self.config.task.eval_every
+        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint; without one the run starts over, with its journal."""
+        found = checkpoint.latest(self.out / "checkpoints")
+        if found is not None:
+            tensors = found.tensors()
+            torch.set_rng_state(tensors.pop("rng/torch"))
+            self.optimizer.load(tensors)
+            self.step, self.position = found.step, found.position
+        self.log.cut_after(self.step)
+        self.display.line(f"resuming after step {self.step}; the journal reaches step {self.parts.store.last_step() or 0}")
+
+    def save_checkpoint(self) -> None:
+        """Weights, master copy, moments, random state and data position."""
+        tensors = {**self.optimizer.tensors(), "rng/torch": torch.get_rng_state()}
+        checkpoint.save(self.out / "checkpoints", self.step, self.position, self.parts.model.save, tensors)
+
+    def check_model(self) -> None:
+        """Compare the linear operators and rows that share a prompt with the model's own logits, and say what is used."""
+        prompts = list(islice(self.parts.train(0), 2))
+        samples = [
+            Sample(p, _made_up(p, i, WARM_START_TOKENS), 0.0) for p in prompts for i in range(min(2, len(p.token_ids) // WARM_START_TOKENS + 1))
+        ]
+        pad = self.parts.model.pad_id
+        rows: dict[str, list[Sample]] = {}
+        for s in samples:
+            rows.setdefault(s.prompt.prompt_id, []).append(s)
+        plain = collate([[s] for s in samples], pad).to(self.device)
+        shared = collate(list(rows.values()), pad).to(self.device)
+        head, sharing = check_forms(self.parts.model, plain, shared, self.objective.temperature)
+        self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
+        self._say_form("rows that share a prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
+        if not head.ok and self.objective.entropy_coef:
+            raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
+
+    def _say_form(self, what: str, ok: bool, max_diff: float, otherwise: str) -> None:
+        verdict = "agrees with the model's logits" if ok else f"does not agree with the model's logits: {otherwise}"
+        self.display.line(f"{what} {verdict} (largest difference {max_diff:.1e} nats)")
+
+    # -------------------- one step
+
+    def train_step(self) -> None:
+        """Sample, update, log."""
+        step, started = self.step + 1, time.monotonic()
+        result = self._sample(step)
+        sampled = time.monotonic()
+        trained = self._update(step, result)
+        self.step = step
+        record = {
+            "kind": "step",
+            "step": step,
+            **result.metrics,
+            **trained,
+            "sampling_s": sampled - started,
+            "sampling_tokens_per_s": (result.metrics["tokens_committed"] + result.metrics["tokens_wasted"]) / (sampled - started),
+            "training_s": time.monotonic() - sampled,
+        }
+        self.log.write(record)
+        self.display.line(step_line(record, self.config.training.steps))
+
+    def _sample(self, step: int) -> SamplingResult:
+        sampling, parts = self.config.sampling, self.parts
+        stream = parts.train(self.position)
+        sampler = AdaptiveSampler(
+            stream,
+            parts.policy,
+            step=step,
+            policy_version=self.step,
+            schedule=sampling.schedule,
+            seed=self.config.run.seed,
+            window=self._window(),
+            num_prompts=sampling.prompts_per_step,
+        )
+        sampler.restore(parts.store.events(step))
+        if not sampler.done:
+            self._sync()
+        with self.display.sampling(f"step {step} sampling") as on_progress:
+            result = run(
+                sampler, parts.engine, parts.rewards, parts.store, request_timeout_s=self.config.engine.request_timeout_s,
+                on_progress=on_progress,
+            )  # fmt: skip
+        parts.engine.sleep()
+        parts.store.finish_step(step, result)
+        self.position = stream.position
+        return result
+
+    def _window(self) -> int | None:
+        sampling = self.config.sampling
+        if sampling.schedule == "rounds" or sampling.window is not None:
+            return sampling.window
+        # A longer batch is nearly free on a GPU; on a CPU every surplus request costs its full time.
+        return self.parts.policy.allocate.round_size if self.device.type == "cpu" else None
+
+    def _sync(self) -> None:
+        if self._engine_version != self.step:
+            self.parts.engine.sync_weights(self.parts.model.named_tensors(), self.step)
+            self._engine_version = self.step
+        self.parts.engine.wake()
+
+    def _update(self, step: int, result: SamplingResult) -> dict[str, float]:
+        t = self.config.training
+        groups = samples_with_advantages(result, self.parts.policy)
+        minibatches = [self._passes(m) for m in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))]
+        old = self._old_logprobs(minibatches)
+        learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
+        parts: list[tuple[dict[str, Tensor], int]] = []
+        norms: list[float] = []
+        losses: list[float] = []
+        with self.display.training(f"step {step} training", sum(b.num_tokens for m in minibatches for b in m)) as advance:
+            for passes, old_logprobs in zip(minibatches, old, strict=True):
+                num_tokens, num_seqs = sum(b.num_tokens for b in passes), sum(b.num_seqs for b in passes)
+                loss = 0.0
+                for batch, old_of_batch in zip(passes, old_logprobs, strict=True):
+                    value, metrics = self.objective(self.parts.model, batch, old_of_batch, num_tokens, num_seqs)
+                    value.backward()
+                    self.optimizer.accumulate()
+                    loss += float(value)
+                    parts.append((dict(metrics), batch.num_tokens))
+                    advance(batch.num_tokens)
+                norms.append(self.optimizer.step(learning_rate))
+                losses.append(loss)
+        return {
+            **combine_metrics(parts),
+            "loss": sum(losses) / max(len(losses), 1),
+            "grad_norm": max(norms, default=0.0),
+            "learning_rate": learning_rate,
+        }
+
+    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
+        t, model = self.config.training, self.parts.model
+        batches = micro_batches(samples, t.tokens_per_pass, share_prompts=model.share_prompts, pad_id=model.pad_id)
+        return [b.to(self.device) for b in batches]
+
+    @torch.no_grad()
+    def _old_logprobs(self, minibatches: Sequence[Sequence[Batch]]) -> list[list[Tensor | None]]:
+        """Logprobs before the step's first update. The first minibatch sees those very weights: its ratio is 1 by definition."""
+        temperature = self.objective.temperature
+        return [
+            [None if m == 0 else token_logprobs(self.parts.model, batch, temperature) for batch in passes]
+            for m, passes in enumerate(minibatches)
+        ]
+
+    # -------------------- evaluation
+
+    def evaluate(self) -> None:
+        """Avg@k on the held-out prompts at the present weights, unless the log has it already."""
+        if not self.parts.held_out or self.log.evaluation(self.step) is not None:
+            return
+        started = time.monotonic()
+        self._sync()
+        with self.display.sampling(f"step {self.step} held-out") as on_progress:
+            e = evaluate(
+                self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
+                policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
+                request_timeout_s=self.config.engine.request_timeout_s, on_progress=on_progress,
+            )  # fmt: skip
+        self.parts.engine.sleep()
+        seconds = time.monotonic() - started
+        self.log.write({**e.record(), "step": self.step, "eval_s": seconds})
+        self.display.line(
+            f"held-out after step {self.step}: Avg@{e.k} {e.avg_at_k:.3f} ± {e.stderr:.3f}, pass@{e.k} {e.pass_at_k[str(e.k)]:.3f} "
+            f"on {len(e.per_prompt)} prompts · {seconds:.1f} s"
+        )
+
+
+def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
+    """Tokens of the prompt itself as a completion: in the vocabulary, and different for each index."""
+    ids = [prompt.token_ids[(index * length + i) % len(prompt.token_ids)] for i in range(length)]
+    return Completion(
+        id=CompletionId(0, prompt.prompt_id, index), token_ids=ids, rollout_logprobs=[0.0] * length, text="", finish_reason="stop",
+        policy_version=0,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What must not change when a run resumes: everything but its length, its place and how fast it goes."""
+    free = {"steps", "out", "checkpoint_every", "reward_workers", "reward_timeout_s", "request_timeout_s", "eval_every"}
+    sections = dataclasses.asdict(config)
+    return {section: {k: v for k, v in values.items() if k not in free} for section, values in sections.items()}

@@ -1,0 +1,114 @@
+"""What every form of every operator is held to; the tests of an operator say on which inputs.
+
+A build is a form, and for the native one also an instruction set. `builds(op)` lists those the registry declares; the `backend`
+fixture selects one and hands over the name that the operator takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops import _dispatch, _native
+
+
+class Build(NamedTuple):
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+
+
+def builds(op: str, *, native_only: bool = False) -> list[Any]:
+    """Every build of every declared form of `op` as pytest parameters; one that cannot run here is a skip with its reason."""
+    params: list[Any] = []
+    for backend, form in _dispatch.forms(op).items():
+        reason = form.missing()
+        if native_only and backend == "reference":
+            continue
+        if backend != "cpu" or reason is not None:
+            marks = () if reason is None else pytest.mark.skip(reason=reason)
+            params.append(pytest.param(Build(backend), id=backend, marks=marks))
+            continue
+        info = _native.cpu.build_info()
+        for isa in info["built_isas"]:
+            marks = () if isa in info["usable_isas"] else pytest.mark.skip(reason=f"this CPU lacks {isa}")
+            params.append(pytest.param(Build(backend, isa), id=f"{backend}-{isa}", marks=marks))
+    return params
+
+
+@contextmanager
+def using(build: Build) -> Iterator[str]:
+    """Selects the build's instruction set; yields the name of its backend."""
+    if build.isa is None:
+        yield build.backend
+        return
+    selected = _native.cpu.build_info()["selected_isa"]
+    _native.cpu.select_isa(build.isa)
+    try:
+        yield build.backend
+    finally:
+        _native.cpu.select_isa(selected)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN (the largest value for integers), so what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_no_worse(actual: Tensor, truth: Tensor, plain: Tensor, tol: float, what: str = "") -> None:
+    """|actual - truth| <= max |plain - truth| + tol: no further from float64 than plain PyTorch in the same dtype, up to `tol`.
+
+    An infinite truth must be met exactly.
+    """
+    assert actual.shape == truth.shape == plain.shape, what
+    assert not actual.isnan().any(), f"{what}: NaN"
+    finite = truth.isfinite()
+    assert torch.equal(actual[~finite].double(), truth[~finite]), f"{what}: infinities"
+    if finite.any():
+        error = (actual.double() - truth)[finite].abs().max().item()
+        allowed = (plain.double() - truth)[finite].abs().max().item() + tol
+        assert error <= allowed, f"{what}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None], what: str = "") -> None:
+    """Equal bit for bit (NaN equals NaN)."""
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a is None or b is None:
+            assert a is b, f"{what}: result {i}"
+        else:
+            assert torch.equal(a.nan_to_num(nan=1.5), b.nan_to_num(nan=1.5)), f"{what}: result {i} differs"
+            assert torch.equal(a.isnan(), b.isnan()), f"{what}: result {i} differs in NaN"
+
+
+def assert_repeatable(run: Callable[[], Sequence[Tensor | None]]) -> None:
+    """The same bits twice, in poisoned memory, and with 1 and 2 threads. `run` returns results and gradients."""
+    with threads(2):
+        first = run()
+        assert_same_bits(first, run(), "second run")
+        with poisoned_memory():
+            assert_same_bits(first, run(), "poisoned memory")
+    with threads(1):
+        assert_same_bits(first, run(), "one thread")

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conformance import using
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The build given by `@pytest.mark.parametrize("backend", builds(op), indirect=True)`, selected."""
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile forgets what earlier tests compiled."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling_world import scored
+
+from reinforce_ada.sampling.policies import Counts
+from reinforce_ada.sampling.pool import GrowingPool, reward_statistics, rewards_of
+from reinforce_ada.types import CompletionId, Failed, Prompt
+
+rewards_lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
+
+
+@given(rewards_lists)
+def test_statistics_against_rationals(rewards: list[float]) -> None:
+    mean, m2, low, high = reward_statistics(rewards)
+    exact_mean = sum(map(Fraction, rewards)) / len(rewards)
+    exact_m2 = sum((Fraction(r) - exact_mean) ** 2 for r in rewards)
+    assert (low, high) == (min(rewards), max(rewards))
+    assert abs(Fraction(mean) - exact_mean) <= 2 * Fraction(math.ulp(mean))
+    assert math.isclose(m2, exact_m2, rel_tol=1e-9, abs_tol=1e-9 * max(abs(low), abs(high)) ** 2 * 1e-9)
+
+
+@given(rewards_lists, st.randoms(use_true_random=False))
+def test_statistics_do_not_depend_on_order(rewards: list[float], rng) -> None:
+    shuffled = rng.sample(rewards, len(rewards))
+    assert reward_statistics(shuffled) == reward_statistics(rewards)
+
+
+def test_a_one_valued_pool_has_no_spread_at_all() -> None:
+    for value in (0.1, 1 / 3, 1e300):
+        assert reward_statistics([value] * 3) == (value, 0.0, value, value)
+
+
+def test_an_empty_pool() -> None:
+    assert reward_statistics([]) == (0.0, 0.0, math.inf, -math.inf)
+
+
+def test_raw_rewards_and_strict_threshold() -> None:
+    """The mean is of the raw rewards, never of the binarised ones; exactly the threshold is wrong."""
+    pool = GrowingPool(0.7)
+    for index, reward in enumerate((0.8, 0.7, 0.2, 0.9)):
+        pool.add(scored(CompletionId(0, "a", index), reward))
+    assert pool.counts == Counts(correct=2, wrong=2)
+    record = pool.freeze(Prompt("a"), 4, "exhausted")
+    assert record.mean == pytest.approx(0.65, abs=1e-15)
+    assert record.m2 == pytest.approx(0.29, abs=1e-15)
+    assert (record.min, record.max, record.count, record.has_signal) == (0.2, 0.9, 4, True)
+
+
+def test_voids_enter_no_statistic() -> None:
+    pool = GrowingPool(0.7)
+    pool.add(scored(CompletionId(0, "a", 0), 1.0))
+    pool.add(Failed(CompletionId(0, "a", 1), 0, "void"))
+    pool.add(scored(CompletionId(0, "a", 2), 1.0))
+    assert pool.counts == Counts(2, 0, 1)
+    assert (pool.counts.scored, pool.counts.committed) == (2, 3)
+    record = pool.freeze(Prompt("a"), 5, "exhausted")
+    assert (record.count, record.num_void, record.mean, record.m2, record.has_signal) == (2, 1, 1.0, 0.0, False)
+    assert [s.id.index for s in record.scored] == [0, 2]
+    assert rewards_of(record.scored).tolist() == [1.0, 1.0]

@@ -1,0 +1,69 @@
+"""The typed configuration: file, overrides, errors that name the nearest valid key."""
+
+import dataclasses
+import json
+
+import pytest
+from reinforce_ada import config
+from reinforce_ada.errors import InputError
+
+
+def test_defaults_are_the_demo():
+    c = config.load()
+    assert (c.model.model, c.task.task, c.sampling.preset, c.sampling.schedule) == ("smollm2", "chain_sum", "reinforce-ada-balance", "stream")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nsteps = 7\nlearning_rate = 1e-4\n[task]\ntask_options = {max_terms = 3}\n")
+    c = config.load(file, {"steps": "9", "entropy_coef": "0.5", "group_size": "6"})
+    assert (c.training.steps, c.training.learning_rate, c.training.entropy_coef) == (9, 1e-4, 0.5)
+    assert c.task.task_options == {"max_terms": 3}
+    assert c.sampling.group_size == 6
+
+
+def test_dump_and_load_give_the_same_configuration(tmp_path):
+    c = config.load(None, {"task_options": '{"max_terms": 3, "name": "a\\"b"}', "system_prompt": "line\none", "window": 3, "reward": "m:f"})
+    file = tmp_path / "c.toml"
+    file.write_text(config.dump(c))
+    assert config.load(file) == c
+
+
+def test_keys_are_unique_over_sections():
+    names = [f.name for _, cls in config.sections() for f in dataclasses.fields(cls)]
+    assert len(names) == len(set(names)) == len(config.section_of())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nlearning_rat = 1.0", "did you mean 'learning_rate'?"),
+        ("[trainin]\nsteps = 1", "did you mean 'training'?"),
+        ("[training]\nsteps = 'many'", "steps = 'many'"),
+        ("[training]\nsteps = 1.5", "steps = 1.5"),
+        ("[training]\nsteps = -1", "at least 0"),
+        ("[sampling]\ntemperature = 0.0", "a positive number"),
+        ("[sampling]\nschedule = 'strem'", "schedule = 'strem'"),
+        ("training = 3", "a table [training]"),
+        ("[training\n", "is not TOML"),
+    ],
+)
+def test_bad_files_get_one_clear_line(tmp_path, text, message):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        config.load(file)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_unknown_override(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        config.load(tmp_path / "none.toml")
+    with pytest.raises(InputError, match="did you mean 'prompts_per_step'"):
+        config.load(None, {"prompt_per_step": "1"})
+
+
+def test_every_key_survives_the_command_line():
+    text = {k: json.dumps(v) if isinstance(v, dict) else str(v) for s in dataclasses.asdict(config.load()).values() for k, v in s.items() if v is not None}
+    assert config.load(None, text) == config.load()

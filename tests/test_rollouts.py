@@ -1,0 +1,342 @@
+"""RolloutStore: what goes in comes out, to the bit, whatever ends the process; and one clear line when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.rollouts import PoolCounts, RolloutStore
+from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Group, Lost, Pool, Prompt, SamplingResult, Scored
+
+
+def scored(prompt_id: str, index: int, reward: float, *, step: int = 1, version: int = 1, tokens: Sequence[int] = (5, 6)) -> Scored:
+    logprobs = -np.arange(1, len(tokens) + 1) / 3
+    id_ = CompletionId(step, prompt_id, index)
+    return Scored(Completion(id_, np.array(tokens), logprobs, f"text {prompt_id}{index}", "stop", version), reward)
+
+
+def bits(event: Event) -> tuple[Any, ...]:
+    """An event as something that is equal exactly when every bit is."""
+    if isinstance(event, Scored):
+        c = event.completion
+        arrays = tuple((a.dtype.str, a.shape, a.tobytes()) for a in (c.token_ids, c.rollout_logprobs))
+        return (Scored, c.id, *arrays, c.text, c.finish_reason, c.policy_version, struct.pack("d", event.reward))
+    return (type(event), *(getattr(event, f.name) for f in fields(event)))
+
+
+def assert_same(got: Sequence[Event], expected: Sequence[Event]) -> None:
+    assert [bits(e) for e in got] == [bits(e) for e in expected]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[RolloutStore]:
+    with RolloutStore(tmp_path / "rollouts.sqlite", run={"lr": 1e-6}) as store:
+        yield store
+
+
+# -------------------- the journal
+
+ids = st.builds(CompletionId, st.integers(1, 2), st.text(st.characters(), max_size=5), st.integers(0, 2**31))
+versions = st.integers(0, 2**40)
+reasons = st.text(st.characters(), max_size=20)
+
+
+@st.composite
+def completions(draw: st.DrawFn) -> Completion:
+    length = draw(st.integers(0, 6))
+    tokens = draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=length, max_size=length))
+    logprobs = draw(st.lists(st.floats(width=32), min_size=length, max_size=length))  # NaN and infinities too
+    text, finish = draw(reasons), draw(st.sampled_from(["stop", "length"]))
+    return Completion(draw(ids), np.array(tokens, np.int32), np.array(logprobs, np.float32), text, finish, draw(versions))
+
+
+events = st.one_of(
+    st.builds(Scored, completions(), st.floats(allow_nan=False, allow_infinity=False)),
+    st.builds(Failed, ids, versions, reasons),
+    st.builds(Lost, ids, versions, reasons),
+    st.builds(Aborted, ids, versions, st.integers(0, 2**31)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(polls=st.lists(st.lists(events, max_size=6), max_size=4))
+def test_events_come_back_in_order_and_to_the_bit(tmp_path_factory: pytest.TempPathFactory, polls: list[list[Event]]) -> None:
+    path = tmp_path_factory.mktemp("store") / "rollouts.sqlite"
+    with RolloutStore(path) as store:
+        for poll in polls:
+            assert store.append(poll) is poll
+    written = [event for poll in polls for event in poll]
+    with RolloutStore(path) as store:
+        for step in (1, 2):
+            assert_same(store.events(step), [e for e in written if e.id.step == step])
+        assert store.events(3) == []
+        assert store.last_step() == max((e.id.step for e in written), default=None)
+
+
+def test_what_comes_back_can_be_written_to(store: RolloutStore) -> None:
+    store.append([scored("a", 0, 1.0)])
+    (event,) = store.events(1)
+    assert isinstance(event, Scored)
+    event.completion.token_ids[0] = 7
+    event.completion.rollout_logprobs[0] = 0.0
+
+
+def test_an_append_is_all_or_nothing(store: RolloutStore) -> None:
+    store.append([scored("a", 0, 1.0)])
+    with pytest.raises(InputError, match=r"^RolloutStore.append: reward nan for \(1, 'b', 1\); a finite reward is needed$"):
+        store.append([scored("b", 0, 1.0), scored("b", 1, float("nan"))])
+    assert_same(store.events(1), [scored("a", 0, 1.0)])
+    store.append([scored("c", 0, 1.0)])
+    assert len(store.events(1)) == 2
+
+
+# -------------------- finished steps
+
+
+def finished_step(step: int = 1) -> tuple[list[Event], SamplingResult]:
+    """Two prompts: `a` with 4 committed (one void, two kept), `b` with 2 committed; and what the sampler did not take."""
+    a = [
+        scored("a", 0, 1.0, step=step),
+        Failed(CompletionId(step, "a", 1), 1, "no"),
+        scored("a", 2, 0.0, step=step),
+        scored("a", 3, 0.0, step=step),
+    ]
+    b = [scored("b", 0, 0.0, step=step), scored("b", 1, 0.0, step=step)]
+    extra: list[Event] = [
+        scored("a", 0, 0.5, step=step, version=0),  # another policy's: rejected
+        Lost(CompletionId(step, "a", 2), 1, "late"),
+        Aborted(CompletionId(step, "b", 2), 1, 9),
+        scored("b", 3, 1.0, step=step),  # after b's exit: waste
+        scored("a", 0, 1.0, step=step),  # a duplicate
+    ]
+    pool_a = Pool(
+        Prompt(
+            "a",
+            text="1+1?",
+            data={
+                "answer": "2",
+                "odd": {
+                    1,
+                },
+            },
+        ),
+        tuple(a),
+        1,
+        2,
+        1,
+        1 / 3,
+        2 / 3,
+        0.0,
+        1.0,
+        4,
+        "satisfied",
+    )
+    pool_b = Pool(Prompt("b", text="2+2?", data={"answer": "4"}), tuple(b), 0, 2, 0, 0.0, 0.0, 0.0, 0.0, 4, "exhausted")
+    groups = (Group(pool_a, (a[0], a[2])), Group(pool_b, (b[0],)))  # type: ignore[arg-type]
+    return [extra[0], *a, *b, *extra[1:]], SamplingResult((pool_a, pool_b), groups, {})
+
+
+def test_finish_step_marks_what_was_committed_and_kept(store: RolloutStore) -> None:
+    journal, result = finished_step()
+    store.append(journal)
+    assert store.finished_steps() == []
+    for _ in range(2):  # a step that is trained again is finished again
+        store.finish_step(1, result)
+        assert store.finished_steps() == [1]
+        assert store.pool_counts() == [PoolCounts(1, "a", 1, 2, 1, 4), PoolCounts(1, "b", 0, 2, 0, 4)]
+    assert_same(store.events(1), journal)
+
+
+def test_export_has_a_row_per_answer(store: RolloutStore, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    journal, result = finished_step()
+    store.append(journal)
+    store.finish_step(1, result)
+    store.append([scored("\ud800", 0, 1.0, step=2, tokens=())])
+    path = store.export_parquet(tmp_path / "rollouts.parquet")
+    rows = pq.read_table(path).to_pylist()
+    assert [(r["step"], r["prompt_id"], r["index"], r["reward"], r["committed"], r["kept"]) for r in rows] == [
+        (1, "a", 0, 0.5, False, False),
+        (1, "a", 0, 1.0, True, True),
+        (1, "a", 1, None, True, False),
+        (1, "a", 2, 0.0, True, True),
+        (1, "a", 3, 0.0, True, False),
+        (1, "b", 0, 0.0, True, True),
+        (1, "b", 1, 0.0, True, False),
+        (1, "b", 3, 1.0, False, False),
+        (1, "a", 0, 1.0, False, False),
+        (2, "\ufffd" * 3, 0, 1.0, False, False),
+    ]
+    first, void, last = rows[1], rows[2], rows[-1]
+    assert first["token_ids"] == [5, 6]
+    assert first["rollout_logprobs"] == [float(np.float32(-1 / 3)), float(np.float32(-2 / 3))]
+    assert (first["prompt_text"], first["text"], first["finish_reason"], first["policy_version"]) == ("1+1?", "text a0", "stop", 1)
+    assert json.loads(first["data"]) == {"answer": "2", "odd": "{1}"}
+    assert (void["text"], void["token_ids"], void["rollout_logprobs"], void["finish_reason"]) == (None, None, None, None)
+    assert (last["prompt_text"], last["data"], last["token_ids"]) == (None, None, [])
+    assert sorted(p.name for p in tmp_path.iterdir() if "parquet" in p.name) == ["rollouts.parquet"]
+
+
+def test_export_without_pyarrow_says_what_to_install(store: RolloutStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^export_parquet: pyarrow is not installed; .*pip install 'reinforce-ada\[report\]'$"):
+        store.export_parquet(tmp_path / "x.parquet")
+
+
+def test_export_to_a_folder_that_is_not_there_is_one_line(store: RolloutStore, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    with pytest.raises(InputError, match=r"^export_parquet: .*; a writable folder with space is needed$"):
+        store.export_parquet(tmp_path / "absent" / "x.parquet")
+
+
+# -------------------- one configuration, one writer
+
+
+def test_a_store_belongs_to_one_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    RolloutStore(path, run={"lr": 1e-6, "sampling": {"preset": "grpo", "cap": 8}}).close()
+    for same in ({"sampling": {"cap": 8, "preset": "grpo"}, "lr": 1e-6}, None):
+        RolloutStore(path, run=same).close()
+    with pytest.raises(InputError, match=r"was made with lr=1e-06 \(now absent\), sampling.cap=8 \(now 32\); a store belongs to one"):
+        RolloutStore(path, run={"sampling": {"preset": "grpo", "cap": 32}})
+    RolloutStore(path).close()  # the refusal gave the lock back
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(store: RolloutStore, tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    store.append([scored("a", 0, 1.0)])
+    with pytest.raises(InputError, match=r"is open for writing elsewhere; one writer at a time$"):
+        RolloutStore(path)
+    with RolloutStore(path, read_only=True) as reader:
+        assert len(reader.events(1)) == 1
+        store.append([scored("a", 1, 1.0)])
+        assert len(reader.events(1)) == 2
+        with pytest.raises(InputError, match="readonly"):
+            reader.append([scored("a", 2, 1.0)])
+    store.close()
+    store.close()
+    RolloutStore(path).close()
+    with pytest.raises(InputError, match="is closed; an open store is needed"):
+        store.events(1)
+
+
+# -------------------- what goes wrong
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with RolloutStore(path) as store:
+        (page_count,) = store._open_connection().execute("PRAGMA page_count").fetchone()
+        store._open_connection().execute(f"PRAGMA max_page_count = {page_count + 8}")
+        written: list[Event] = []
+        with pytest.raises(InputError, match=r"^RolloutStore: .*is full; space for the rollouts is needed; free some and resume"):
+            written.extend(e for index in range(1000) for e in store.append([scored("a", index, 1.0, tokens=range(300))]))
+        assert 0 < len(written) < 100
+        assert_same(store.events(1), written)
+        store._open_connection().execute("PRAGMA max_page_count = 100000")  # space again
+        written += store.append([scored("b", 0, 1.0)])
+    with RolloutStore(path) as store:
+        assert_same(store.events(1), written)
+
+
+def other_database(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE meta (key, value)")
+    connection.close()
+
+
+def overwrite_the_middle(path: Path) -> None:
+    with RolloutStore(path) as store:
+        store.append([scored("a", i, 1.0, tokens=range(2000)) for i in range(20)])
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"not a database" * 1000), "file is not a database; an undamaged rollout store is needed"),
+        (other_database, "has schema version None; a rollout store of version 1 is needed"),
+        (overwrite_the_middle, "malformed; an undamaged rollout store is needed"),
+        (Path.mkdir, "unable to open database file; a store that can be read and written is needed"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    damage(path)
+    with pytest.raises(InputError) as caught, RolloutStore(path) as store:
+        store.events(1)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent/rollouts.sqlite", "file/rollouts.sqlite"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^RolloutStore: .*; a file in a writable folder is needed$"):
+        RolloutStore(tmp_path / name)
+
+
+def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^RolloutStore: .* does not exist; a store to read is needed$"):
+        RolloutStore(tmp_path / "rollouts.sqlite", read_only=True)
+
+
+WRITER = """
+import sys
+import numpy as np
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.types import Completion, CompletionId, Scored
+
+store = RolloutStore(sys.argv[1])
+for poll in range(10**9):
+    store.append([
+        Scored(Completion(CompletionId(1, "a", 16 * poll + i), np.full(500, poll), np.zeros(500), "t", "stop", 0), float(i))
+        for i in range(16)
+    ])
+    print(poll, flush=True)
+"""
+
+
+def test_a_writer_killed_in_the_middle_leaves_whole_transactions_and_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        for _ in range(30):
+            acknowledged = int(writer.stdout.readline())
+        with pytest.raises(InputError, match="is open for writing elsewhere"):
+            RolloutStore(path)
+        os.kill(writer.pid, signal.SIGKILL)
+        acknowledged = max([acknowledged, *map(int, writer.stdout.read().split())])
+    with RolloutStore(path) as store:
+        got = store.events(1)
+        assert [e.id.index for e in got] == list(range(len(got)))
+        assert len(got) % 16 == 0
+        assert len(got) // 16 in (acknowledged + 1, acknowledged + 2)  # committed, and perhaps one not yet reported
+        for number, event in enumerate(got):
+            assert isinstance(event, Scored)
+            np.testing.assert_array_equal(event.completion.token_ids, np.full(500, number // 16))
+        store.append([scored("b", 0, 1.0)])
+
+
+def test_importing_the_store_imports_no_torch() -> None:
+    code = "import sys, reinforce_ada.rollouts; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
