@@ -25,21 +25,24 @@ class Build(NamedTuple):
         return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
 
 
-def builds(op: str, *, native_only: bool = False) -> list[Any]:
-    """Every build of every declared form of `op` as pytest parameters; one that cannot run here is a skip with its reason."""
+def builds(op: str, *, reference: bool = True, every_isa: bool = True) -> list[Any]:
+    """The builds of the declared forms of `op` as pytest parameters; one that cannot run here is a skip with its reason.
+
+    `every_isa=False` takes the native form once, for what does not depend on the instruction set.
+    """
     params: list[Any] = []
     for backend, form in _dispatch.forms(op).items():
+        if backend == "reference" and not reference:
+            continue
         reason = form.missing()
-        if native_only and backend == "reference":
-            continue
-        if backend != "cpu" or reason is not None:
+        isas: list[str | None] = [None]
+        if backend == "cpu" and reason is None and every_isa:
+            isas = list(_native.cpu.build_info()["built_isas"])
+        for isa in isas:
+            if isa is not None and isa not in _native.cpu.build_info()["usable_isas"]:
+                reason = f"this CPU lacks {isa}"
             marks = () if reason is None else pytest.mark.skip(reason=reason)
-            params.append(pytest.param(Build(backend), id=backend, marks=marks))
-            continue
-        info = _native.cpu.build_info()
-        for isa in info["built_isas"]:
-            marks = () if isa in info["usable_isas"] else pytest.mark.skip(reason=f"this CPU lacks {isa}")
-            params.append(pytest.param(Build(backend, isa), id=f"{backend}-{isa}", marks=marks))
+            params.append(pytest.param(Build(backend, isa), id=str(Build(backend, isa)), marks=marks))
     return params
 
 

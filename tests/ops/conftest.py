@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conformance import using
+from conformance import threads, using
 
 
 @pytest.fixture
@@ -15,8 +15,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seeded_and_single() -> Iterator[None]:
+    """One thread unless a test says otherwise: teams on a busy machine wait for each other, and these tensors are small."""
     torch.manual_seed(0)
+    with threads(1):
+        yield
 
 
 @pytest.fixture

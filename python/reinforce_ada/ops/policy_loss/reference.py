@@ -162,7 +162,7 @@ def _cispo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Sett
 def _sapo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
     """A sigmoid gate around ratio 1 in place of the clip."""
     ratio = _ratio(d)
-    tau = torch.where(adv > 0, SAPO_TAU[0], SAPO_TAU[1])
+    tau = torch.full_like(adv, SAPO_TAU[1]).masked_fill(adv > 0, SAPO_TAU[0])
     return Terms(-adv * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio)
 
 
