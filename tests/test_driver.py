@@ -284,7 +284,11 @@ def test_answers_of_exited_prompts_are_not_scored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"), (None, "ValueError: the reward returned nan, not a finite float")]
+    ("fault", "reason"),
+    [
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
+        (None, "ValueError: the reward returned nan, not a finite float"),
+    ],
 )
 def test_a_failing_reward_becomes_a_void(fault: Exception | None, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     calls: Counter[str] = Counter()

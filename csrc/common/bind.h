@@ -23,9 +23,7 @@ T to_kernel(FromPython<T> value) {
 
 template <class R, class... Args, std::size_t N>
 auto dispatched(std::array<R (*)(Args...), N> builds) {
-    return [builds](FromPython<Args>... args) -> R {
-        return builds[static_cast<std::size_t>(selected_isa())](to_kernel<Args>(args)...);
-    };
+    return [builds](FromPython<Args>... args) -> R { return builds[static_cast<std::size_t>(selected_isa())](to_kernel<Args>(args)...); };
 }
 
 #ifdef RA_HAVE_AVX

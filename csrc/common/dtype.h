@@ -20,9 +20,12 @@ enum class DType : int { float32, bfloat16, float16 };
 template <class Body>
 inline void with_element_type(int dtype, const Body& body) {
     switch (static_cast<DType>(dtype)) {
-        case DType::float32: return body(static_cast<float*>(nullptr));
-        case DType::bfloat16: return body(static_cast<BFloat16*>(nullptr));
-        case DType::float16: return body(static_cast<Float16*>(nullptr));
+        case DType::float32:
+            return body(static_cast<float*>(nullptr));
+        case DType::bfloat16:
+            return body(static_cast<BFloat16*>(nullptr));
+        case DType::float16:
+            return body(static_cast<Float16*>(nullptr));
     }
 }
 

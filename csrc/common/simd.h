@@ -128,7 +128,7 @@ RA_INLINE F32 load(const Float16* p) {
     return _mm256_cvtph_ps((__m128i)bits);
 #else
     const U32 h = widen(bits);
-    const F32 magnitude = (F32)((h & 0x7fff) << 13) * 0x1p112f;  // the exponent's bias is 127, not 15
+    const F32 magnitude = (F32)((h & 0x7fff) << 13) * 0x1p112f;     // the exponent's bias is 127, not 15
     const U32 special = (U32)(magnitude >= 65536.0f) & 0x7f800000;  // infinity and NaN keep their exponent
     return (F32)((U32)magnitude | special | ((h & 0x8000) << 16));
 #endif

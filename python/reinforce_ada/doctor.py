@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 _PACKAGES = (
@@ -111,7 +112,7 @@ def _checks() -> Iterator[tuple[str, str]]:
     for op, forms in _ops().items():
         for backend, state in forms.items():
             if state == "ok":
-                yield f"{op}/{backend}", _guarded(lambda op=op, backend=backend: _compare(op, backend))
+                yield f"{op}/{backend}", _guarded(partial(_compare, op, backend))
 
 
 _TOLERANCE = 2e-5  # fp32 against float64 on inputs of order 1, T=64, V=1000
@@ -136,13 +137,11 @@ def _run(op: str, backend: str, device: str, dtype: Any) -> list[Any]:
     g = torch.Generator().manual_seed(0)
     num_tokens, vocab, width = 64, 1000, 32
     token_ids = torch.randint(vocab, (num_tokens,), generator=g).to(device)
-    random = {
-        name: torch.randn(shape, generator=g, dtype=torch.float64).float().to(device, dtype)
-        for name, shape in {"logits": (num_tokens, vocab), "hidden": (num_tokens, width), "weight": (vocab, width), "row": (num_tokens,)}.items()
-    }
+    shapes = {"logits": (num_tokens, vocab), "hidden": (num_tokens, width), "weight": (vocab, width), "row": (num_tokens,)}
+    random = {name: torch.randn(shape, generator=g).to(device, dtype) for name, shape in shapes.items()}
     random["weight"] = random["weight"] / 8
     mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    packed = {"cu_seqlens": torch.tensor([0, 20, 21, num_tokens], device=device), "backend": backend}
+    packed: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 20, 21, num_tokens], device=device), "backend": backend}
     advantages = torch.tensor([1.0, -0.5, 0.25], device=device, dtype=dtype)
     groups = torch.arange(num_tokens, device=device) % 5
 
@@ -164,7 +163,7 @@ def _run(op: str, backend: str, device: str, dtype: Any) -> list[Any]:
         x = leaf("hidden")
         out, _ = ops.linear_policy_loss(x, random["weight"], token_ids, advantages, mask, **packed)
     assert isinstance(out, torch.Tensor)
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     return [out.detach(), x.grad]
 
 

@@ -22,7 +22,7 @@ class CompletionId(NamedTuple):
 
     step: int
     prompt_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs of an id
 
 
 @dataclass(frozen=True, slots=True, eq=False)

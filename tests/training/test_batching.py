@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from reinforce_ada.training.batching import PAD, Sample, attention_mask, collate, micro_batches, shuffled_minibatches
 from reinforce_ada.types import Completion, CompletionId, Prompt
 

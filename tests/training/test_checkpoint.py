@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from reinforce_ada.errors import InputError
 from reinforce_ada.training import checkpoint
 

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+
 from reinforce_ada.engines.scripted import ScriptedEngine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards

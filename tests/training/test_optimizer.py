@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
 from torch import nn
+
+from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
 
 
 def make(dtype: torch.dtype, max_grad_norm: float = 1.0) -> tuple[nn.Linear, MasterAdamW]:

@@ -4,6 +4,7 @@ import json
 from itertools import islice
 
 import pytest
+
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.errors import InputError
 from reinforce_ada.training.models import tiny_tokenizer
@@ -80,7 +81,7 @@ def test_rendering(letters, tokenizer):
 def test_no_chat_template_is_said(letters):
     bare = tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(InputError, match="no chat template.*--template plain"):
+    with pytest.raises(InputError, match=r"no chat template.*--template plain"):
         load_task(letters, bare, seed=0)
 
 

@@ -26,8 +26,8 @@ RA_DECLARE_KERNEL(std::int64_t first_invalid_token(const std::int64_t* token_ids
 // Writes logprobs [num_tokens] and log2_normalizer [num_tokens]; entropy and sum_p2 [num_tokens] unless null.
 RA_DECLARE_KERNEL(void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab,
                                               std::int64_t row_stride, const std::int64_t* token_ids, const float* temperatures,
-                                              double temperature, float* logprobs, double* log2_normalizer, float* entropy,
-                                              float* sum_p2, int num_threads))
+                                              double temperature, float* logprobs, double* log2_normalizer, float* entropy, float* sum_p2,
+                                              int num_threads))
 
 // Writes grad [num_tokens, vocab] of `dtype`, rows `grad_row_stride` apart; it may be the logits themselves. `grad_logprobs` and
 // `grad_entropy` [num_tokens] may be null (zero); `entropy` is read when grad_entropy is given. A row whose two gradients are zero

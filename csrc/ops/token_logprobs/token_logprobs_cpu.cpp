@@ -1,11 +1,10 @@
-#include "ops/token_logprobs/token_logprobs.h"
-
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "ops/token_logprobs/token_logprobs.h"
 
 namespace reinforce_ada::RA_ISA {
 namespace {
@@ -229,9 +228,9 @@ void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_toke
 }
 
 void token_logprobs_backward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab, std::int64_t row_stride,
-                             const std::int64_t* token_ids, const float* temperatures, double temperature,
-                             const double* log2_normalizer, const float* entropy, const float* grad_logprobs,
-                             const float* grad_entropy, void* grad, std::int64_t grad_row_stride, int num_threads) {
+                             const std::int64_t* token_ids, const float* temperatures, double temperature, const double* log2_normalizer,
+                             const float* entropy, const float* grad_logprobs, const float* grad_entropy, void* grad,
+                             std::int64_t grad_row_stride, int num_threads) {
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         const bool in_place = logits == grad;
@@ -245,8 +244,8 @@ void token_logprobs_backward(const void* logits, int dtype, std::int64_t num_tok
                     std::memset(static_cast<void*>(out), 0, static_cast<std::size_t>(vocab) * sizeof(T));
                     continue;
                 }
-                const RowGradient row = row_gradient(temperatures ? temperatures[t] : temperature, log2_normalizer[t],
-                                                     h != 0 ? entropy[t] : 0, g, h);
+                const RowGradient row =
+                    row_gradient(temperatures ? temperatures[t] : temperature, log2_normalizer[t], h != 0 ? entropy[t] : 0, g, h);
                 const auto write = h != 0 ? (streams ? backward_row<true, true, T> : backward_row<true, false, T>)
                                           : (streams ? backward_row<false, true, T> : backward_row<false, false, T>);
                 write(x, vocab, token_ids[t], row, out);

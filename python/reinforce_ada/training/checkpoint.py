@@ -27,7 +27,8 @@ class Checkpoint:
         """Masters, moments and random state."""
         from safetensors.torch import load_file
 
-        return load_file(self.folder / "trainer.safetensors")
+        tensors: dict[str, Tensor] = load_file(self.folder / "trainer.safetensors")
+        return tensors
 
 
 def save(
@@ -41,16 +42,15 @@ def save(
     from safetensors.torch import save_file
 
     final = root / f"step-{step:06d}"
+
+    def write(aside: Path) -> None:
+        save_model(aside / "model")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "trainer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": step, "position": position}))
+
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with_aside(
-            final,
-            lambda aside: (
-                save_model(aside / "model"),
-                save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "trainer.safetensors"),
-                (aside / "state.json").write_text(json.dumps({"step": step, "position": position})),
-            ),
-        )
+        with_aside(final, write)
     except (OSError, SafetensorError) as e:
         raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
     for old in _finished(root)[:-keep]:
@@ -67,7 +67,7 @@ def latest(root: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def with_aside(final: Path, write: Callable[[Path], object]) -> None:
+def with_aside(final: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `final`, sync every file, and rename it into place (replacing what was there)."""
     aside = final.parent / f".aside-{final.name}"
     shutil.rmtree(aside, ignore_errors=True)

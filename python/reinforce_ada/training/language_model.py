@@ -65,10 +65,8 @@ class HuggingFaceModel:
         self._config = module.config.get_text_config()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        if self.share_prompts:
-            mask = attention_mask(batch, next(self.module.parameters()).dtype)
-        else:
-            mask = (batch.segment_of >= 0).long()
+        dtype = next(self.module.parameters()).dtype
+        mask = attention_mask(batch, dtype) if self.share_prompts else (batch.segment_of >= 0).long()
         return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
 
     def hidden(self, batch: Batch) -> Tensor:

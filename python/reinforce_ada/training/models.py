@@ -158,12 +158,12 @@ def build_tiny(folder: Path, tokenizer: Any, examples: Sequence[tuple[str, str]]
     torch.manual_seed(seed)
     module = AutoModelForCausalLM.from_config(tiny_config())
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text, _ in examples]
-    answers = [tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in examples]
+    answers = [[*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for _, answer in examples]
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_updates):
         picked = torch.randint(len(examples), (16,), generator=generator).tolist()
-        _answer_loss(module, [prompts[i] for i in picked], [answers[i] for i in picked]).backward()
+        torch.autograd.backward(_answer_loss(module, [prompts[i] for i in picked], [answers[i] for i in picked]))
         optimizer.step()
         optimizer.zero_grad()
     torch.set_num_threads(num_threads)

@@ -51,7 +51,7 @@ class Objective:
         correction = None
         if t.rollout_correction != "none":
             level, mode = t.rollout_correction.split("-")
-            correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)  # type: ignore[arg-type]
+            correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
         return cls(
             loss=t.loss,
             loss_agg=t.loss_agg,
@@ -89,7 +89,7 @@ class Objective:
         head = model.head()
         if model.use_head:
             hidden, weight, bias = model.hidden(batch), head.weight, head.bias
-            form = {"bias": bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
+            form: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
             return ops.linear_policy_loss(
                 hidden, weight, batch.token_ids, batch.advantages, mask, temperature=self.temperature,
                 entropy_coef=self.entropy_coef, **form, **settings,

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.types import Completion, CompletionId, Prompt, SamplingResult
 
-WARM_START_TOKENS = 6  # of made-up completion in the check of the linear operators
+_CHECK_TOKENS = 6  # of each made-up completion in the check of the linear operators
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,9 +108,7 @@ class Trainer:
     def check_model(self) -> None:
         """Compare the linear operators and rows that share a prompt with the model's own logits, and say what is used."""
         prompts = list(islice(self.parts.train(0), 2))
-        samples = [
-            Sample(p, _made_up(p, i, WARM_START_TOKENS), 0.0) for p in prompts for i in range(min(2, len(p.token_ids) // WARM_START_TOKENS + 1))
-        ]
+        samples = [Sample(p, _made_up(p, i, _CHECK_TOKENS), 0.0) for p in prompts for i in range(2)]
         pad = self.parts.model.pad_id
         rows: dict[str, list[Sample]] = {}
         for s in samples:
@@ -201,7 +200,7 @@ class Trainer:
                 loss = 0.0
                 for batch, old_of_batch in zip(passes, old_logprobs, strict=True):
                     value, metrics = self.objective(self.parts.model, batch, old_of_batch, num_tokens, num_seqs)
-                    value.backward()
+                    torch.autograd.backward(value)
                     self.optimizer.accumulate()
                     loss += float(value.detach())
                     parts.append((dict(metrics), batch.num_tokens))
@@ -254,11 +253,8 @@ class Trainer:
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
     """Tokens of the prompt itself as a completion: in the vocabulary, and different for each index."""
-    ids = [prompt.token_ids[(index * length + i) % len(prompt.token_ids)] for i in range(length)]
-    return Completion(
-        id=CompletionId(0, prompt.prompt_id, index), token_ids=ids, rollout_logprobs=[0.0] * length, text="", finish_reason="stop",
-        policy_version=0,
-    )  # type: ignore[arg-type]  # fmt: skip
+    ids = np.array([prompt.token_ids[(index * length + i) % len(prompt.token_ids)] for i in range(length)], dtype=np.int32)
+    return Completion(CompletionId(0, prompt.prompt_id, index), ids, np.zeros(length, dtype=np.float32), "", "stop", 0)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
