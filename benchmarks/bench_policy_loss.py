@@ -46,7 +46,7 @@ def plain_ppo(b: Batch) -> list[Tensor]:
     with torch.no_grad():
         low, high = (adv < 0) & (ratio < 0.8) & mask, (adv > 0) & (ratio > 1.28) & mask
         metrics = [low.sum() / tokens, high.sum() / tokens, -(d * mask).sum() / tokens, ((ratio - 1 - d) * mask).sum() / tokens]
-        metrics += [(ratio * mask).sum() / tokens, ratio[mask].min(), ratio[mask].max()]
+        metrics += [(ratio * mask).sum() / tokens, ratio.where(mask, torch.inf).min(), ratio.where(mask, -torch.inf).max()]
     return [loss, *metrics]
 
 
@@ -64,7 +64,7 @@ def full_ppo(b: Batch) -> list[Tensor]:
     with torch.no_grad():
         low, high = (adv < 0) & (ratio < 0.8) & mask, (adv > 0) & (ratio > 1.28) & mask
         metrics = [low.sum() / tokens, high.sum() / tokens, -(d * mask).sum() / tokens, ((ratio - 1 - d) * mask).sum() / tokens]
-        metrics += [(ratio * mask).sum() / tokens, ratio[mask].min(), ratio[mask].max()]
+        metrics += [(ratio * mask).sum() / tokens, ratio.where(mask, torch.inf).min(), ratio.where(mask, -torch.inf).max()]
         w = weight * mask
         metrics += [w.sum() / tokens, w.max(), w.sum() ** 2 / (tokens * (w * w).sum()), (kl * mask).sum() / tokens]
         metrics += [-(gap * mask).sum() / tokens, ((gap.exp() - 1 - gap) * mask).sum() / tokens]

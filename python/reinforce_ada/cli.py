@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.errors import InputError
 
 _TRAIN_EXAMPLES = """\
 examples:
@@ -55,22 +57,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with our one-line errors, naming the nearest valid flag."""
+    """argparse with our one-line errors; an unknown flag is answered by the command it was given to, with the nearest one it has."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(self._unknown(rest[0].split("=")[0]))
+        return found, rest
 
     def error(self, message: str) -> typing.NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            flag = message.removeprefix(prefix).split()[0].split("=")[0]
-            known = [s for action in self._all_actions() for s in action.option_strings]
-            message = str(unknown_name("arguments", "flag", flag, known)) if flag.startswith("--") else message
         sys.exit(_fail(f"{self.prog}: {message}; see {self.prog} --help"))
 
-    def _all_actions(self) -> list[argparse.Action]:
-        actions = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                actions += [a for sub in action.choices.values() for a in sub._actions]
-        return actions
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"unexpected argument {argument!r}"
+        nearest = difflib.get_close_matches(argument, self._option_string_actions, n=1)
+        return f"unknown flag {argument!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def _fail(text: str) -> int:
@@ -118,6 +120,12 @@ def _overrides(given: argparse.Namespace) -> dict[str, str]:
     return {k.removeprefix("key_"): v for k, v in vars(given).items() if k.startswith("key_") and v is not None}
 
 
+def _import_from_here() -> None:
+    """The folder the command runs in may hold the module of a reward; the installed command's path has only its own."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 # -------------------- train
 
 
@@ -139,6 +147,7 @@ def _train(given: argparse.Namespace) -> int:
         if not saved.is_file():
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")
         config = configuration.load(saved, overrides)
+    _import_from_here()
     from reinforce_ada.training import launch
 
     launch.train(config, given.resume)
@@ -164,6 +173,7 @@ def _eval(given: argparse.Namespace) -> int:
         print(f"task and engine as in {beside}", file=sys.stderr)
         given.config = beside
     config = configuration.load(given.config, _overrides(given))
+    _import_from_here()
     from reinforce_ada.training import launch
 
     e = launch.evaluate_model(config, given.model)

@@ -60,9 +60,7 @@ class SamplingConfig:
     max_rounds: int | None = option(None, "rounds at most; the cap is round_size x max_rounds (default: the preset's)")
     decide_every: int | None = option(None, "committed completions between two looks of the exit rule (default: the preset's)")
     min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
-    positive_threshold: float | None = option(
-        None, "a completion is correct when its reward exceeds this (default: the preset's)"
-    )
+    positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
     window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")

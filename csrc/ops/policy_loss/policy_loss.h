@@ -30,13 +30,12 @@ constexpr float kSapoTauPositive = 1.0f, kSapoTauOther = 1.05f;
 //   metrics           [16], in the order of METRICS
 //   grad              [tokens], of the loss with respect to logprobs
 // Returns -1, or the first index at which cu_seqlens is wrong (the outputs are then not to be used).
-RA_DECLARE_KERNEL(std::int64_t policy_loss(const float* logprobs, const float* advantages, bool advantages_per_token,
-                                           const void* mask, bool float_mask, const float* old_logprobs,
-                                           const float* rollout_logprobs, const float* ref_logprobs,
-                                           const std::int64_t* cu_seqlens, std::int64_t num_tokens_total, std::int64_t num_sequences,
-                                           std::int64_t width, int loss_kind, double clip_low, double clip_high, double dual_clip,
-                                           int loss_agg, double num_tokens, double num_seqs, double norm_length, int correction,
-                                           double correction_low, double correction_high, int kl, bool straight_through,
+RA_DECLARE_KERNEL(std::int64_t policy_loss(const float* logprobs, const float* advantages, bool advantages_per_token, const void* mask,
+                                           bool float_mask, const float* old_logprobs, const float* rollout_logprobs,
+                                           const float* ref_logprobs, const std::int64_t* cu_seqlens, std::int64_t num_tokens_total,
+                                           std::int64_t num_sequences, std::int64_t width, int loss_kind, double clip_low, double clip_high,
+                                           double dual_clip, int loss_agg, double num_tokens, double num_seqs, double norm_length,
+                                           int correction, double correction_low, double correction_high, int kl, bool straight_through,
                                            double kl_coef, float* loss, double* metrics, float* grad, int num_threads))
 
 }  // namespace reinforce_ada

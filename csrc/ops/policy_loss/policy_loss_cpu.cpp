@@ -1,5 +1,3 @@
-#include "ops/policy_loss/policy_loss.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -7,6 +5,7 @@
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "ops/policy_loss/policy_loss.h"
 
 namespace reinforce_ada::RA_ISA {
 namespace {
@@ -92,9 +91,7 @@ struct Settings {
     bool straight_through;
     float kl_coef;
 
-    bool sequence_weight() const {
-        return correction == Correction::sequence_truncate || correction == Correction::sequence_mask;
-    }
+    bool sequence_weight() const { return correction == Correction::sequence_truncate || correction == Correction::sequence_mask; }
 };
 
 // One chunk's share of the loss and of the metrics.
@@ -218,8 +215,7 @@ RA_INLINE F32 weigh(F32 rho, bool truncate, const Settings& s) {
 
 // A whole sequence: `coefficient` is the share of a token's loss in the aggregate, `own` what sequence_sums found.
 template <Loss kLoss>
-void sweep(const Inputs& in, const Settings& s, int64_t sequence, double coefficient, const SequenceSums& own, Lanes& sums,
-           float* grad) {
+void sweep(const Inputs& in, const Settings& s, int64_t sequence, double coefficient, const SequenceSums& own, Lanes& sums, float* grad) {
     const int64_t begin = in.begin(sequence), end = in.end(sequence);
     const bool truncate = s.correction == Correction::token_truncate || s.correction == Correction::sequence_truncate;
     const float advantage = in.advantages_per_token ? 0.0f : in.advantages[sequence];
@@ -264,7 +260,7 @@ void sweep(const Inputs& in, const Settings& s, int64_t sequence, double coeffic
         if constexpr (kLoss == Loss::reinforce) {
             term = {-adv * logp, -adv};
         } else if constexpr (kLoss == Loss::cispo) {
-            const I32 low = ratio < s.low, high = ratio > s.high;
+            const I32 low = ratio<s.low, high = ratio> s.high;
             sums.clipped_low.add(low & keep);
             sums.clipped_high.add(high & keep);
             const F32 pull = -adv * clamp(ratio, s.low, s.high);
@@ -320,11 +316,16 @@ using Sweep = void (*)(const Inputs&, const Settings&, int64_t, double, const Se
 
 Sweep sweep_of(Loss loss) {
     switch (loss) {
-        case Loss::reinforce: return sweep<Loss::reinforce>;
-        case Loss::cispo: return sweep<Loss::cispo>;
-        case Loss::gspo: return sweep<Loss::gspo>;
-        case Loss::sapo: return sweep<Loss::sapo>;
-        default: return sweep<Loss::ppo>;
+        case Loss::reinforce:
+            return sweep<Loss::reinforce>;
+        case Loss::cispo:
+            return sweep<Loss::cispo>;
+        case Loss::gspo:
+            return sweep<Loss::gspo>;
+        case Loss::sapo:
+            return sweep<Loss::sapo>;
+        default:
+            return sweep<Loss::ppo>;
     }
 }
 
@@ -341,8 +342,7 @@ struct Denominators {
 };
 
 // What was not given is counted: tokens, sequences with any token, the longest sequence.
-void count_missing(const Inputs& in, const std::vector<int64_t>& starts, int64_t total, LossAgg agg, Denominators& den,
-                   int num_threads) {
+void count_missing(const Inputs& in, const std::vector<int64_t>& starts, int64_t total, LossAgg agg, Denominators& den, int num_threads) {
     const bool tokens = agg == LossAgg::token_mean && den.tokens == 0, seqs = agg != LossAgg::token_mean && den.seqs == 0;
     if (tokens || seqs) {
         const int64_t pieces = static_cast<int64_t>(starts.size()) - 1;
@@ -369,10 +369,14 @@ void count_missing(const Inputs& in, const std::vector<int64_t>& starts, int64_t
 
 double coefficient(LossAgg agg, const Denominators& den, double tokens_of_sequence) {
     switch (agg) {
-        case LossAgg::token_mean: return 1 / den.tokens;
-        case LossAgg::seq_mean_token_mean: return 1 / (den.seqs * std::max(tokens_of_sequence, 1.0));
-        case LossAgg::seq_mean_token_sum: return 1 / den.seqs;
-        default: return 1 / (den.seqs * den.length);
+        case LossAgg::token_mean:
+            return 1 / den.tokens;
+        case LossAgg::seq_mean_token_mean:
+            return 1 / (den.seqs * std::max(tokens_of_sequence, 1.0));
+        case LossAgg::seq_mean_token_sum:
+            return 1 / den.seqs;
+        default:
+            return 1 / (den.seqs * den.length);
     }
 }
 
@@ -409,19 +413,26 @@ void name_metrics(const Partial& p, int64_t total, double* metrics) {
 
 int64_t policy_loss(const float* logprobs, const float* advantages, bool advantages_per_token, const void* mask, bool float_mask,
                     const float* old_logprobs, const float* rollout_logprobs, const float* ref_logprobs, const int64_t* cu_seqlens,
-                    int64_t num_tokens_total, int64_t num_sequences, int64_t width, int loss_kind, double clip_low,
-                    double clip_high, double dual_clip, int loss_agg, double num_tokens, double num_seqs, double norm_length,
-                    int correction, double correction_low, double correction_high, int kl, bool straight_through, double kl_coef,
-                    float* loss, double* metrics, float* grad, int num_threads) {
+                    int64_t num_tokens_total, int64_t num_sequences, int64_t width, int loss_kind, double clip_low, double clip_high,
+                    double dual_clip, int loss_agg, double num_tokens, double num_seqs, double norm_length, int correction,
+                    double correction_low, double correction_high, int kl, bool straight_through, double kl_coef, float* loss,
+                    double* metrics, float* grad, int num_threads) {
     if (cu_seqlens) {
         const int64_t wrong = first_wrong_offset(cu_seqlens, num_sequences, num_tokens_total);
         if (wrong >= 0) return wrong;
     }
-    const Inputs in{logprobs, advantages, old_logprobs, rollout_logprobs, ref_logprobs, mask, advantages_per_token,
-                    float_mask, cu_seqlens, width};
-    const Settings s{static_cast<Loss>(loss_kind), static_cast<float>(1 - clip_low), static_cast<float>(1 + clip_high),
-                     static_cast<float>(dual_clip), static_cast<Correction>(correction), static_cast<float>(correction_low),
-                     static_cast<float>(correction_high), static_cast<Kl>(kl), straight_through, static_cast<float>(kl_coef)};
+    const Inputs in{logprobs, advantages,           old_logprobs, rollout_logprobs, ref_logprobs,
+                    mask,     advantages_per_token, float_mask,   cu_seqlens,       width};
+    const Settings s{static_cast<Loss>(loss_kind),
+                     static_cast<float>(1 - clip_low),
+                     static_cast<float>(1 + clip_high),
+                     static_cast<float>(dual_clip),
+                     static_cast<Correction>(correction),
+                     static_cast<float>(correction_low),
+                     static_cast<float>(correction_high),
+                     static_cast<Kl>(kl),
+                     straight_through,
+                     static_cast<float>(kl_coef)};
     const LossAgg agg = static_cast<LossAgg>(loss_agg);
     const std::vector<int64_t> starts = chunks(in, num_sequences);
     Denominators den{num_tokens, num_seqs, norm_length};

@@ -123,11 +123,7 @@ class TransformersEngine:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
 
     def _retire(self) -> list[Completion]:
-        done = [
-            i
-            for i, row in enumerate(self._rows)
-            if row.token_ids[-1] in self._stop_ids or len(row.token_ids) == self._max_tokens
-        ]
+        done = [i for i, row in enumerate(self._rows) if row.token_ids[-1] in self._stop_ids or len(row.token_ids) == self._max_tokens]
         finished = [self._completion(self._rows[i]) for i in done]
         self._keep([i for i in range(len(self._rows)) if i not in set(done)])
         return finished
@@ -163,9 +159,7 @@ class TransformersEngine:
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         """Copy new weights in; tensors that are the engine's own already are left alone."""
         if self._rows or self._queue:
-            raise InputError(
-                "transformers", f"sync_weights with {len(self._rows) + len(self._queue)} requests in flight", "none"
-            )
+            raise InputError("transformers", f"sync_weights with {len(self._rows) + len(self._queue)} requests in flight", "none")
         own = self._module.state_dict()
         with torch.no_grad():
             for name, tensor in named_tensors:

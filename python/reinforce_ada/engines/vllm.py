@@ -61,7 +61,9 @@ class VllmEngine:
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
             if self._on_gpu
-            else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True}
+            # Only whole blocks of a prompt are cached. The default of 128 tokens on a CPU holds no short prompt at all, and every request
+            # of a group would compute its prompt again.
+            else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True, "block_size": 32}
         )
         self._llm: Any = LLM(
             model,
@@ -143,7 +145,8 @@ class VllmEngine:
             raise InputError("vllm", f"sync_weights with {len(self._running)} requests in flight", "none")
         self.wake()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
         self._policy_version = policy_version
 
     def sleep(self) -> None:

@@ -55,9 +55,7 @@ def _rebuild(dataset: str, config: dict[str, Any]) -> ReasoningGymReward:
 
 def _create(dataset: str, config: dict[str, Any]) -> Any:
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise InputError(
-            "reasoning_gym", "the package is not installed", "it is needed for this task", "pip install reasoning-gym"
-        )
+        raise InputError("reasoning_gym", "the package is not installed", "it is needed for this task", "pip install reasoning-gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -66,6 +64,4 @@ def _create(dataset: str, config: dict[str, Any]) -> Any:
     try:
         return reasoning_gym.create_dataset(dataset, **config)
     except (TypeError, AssertionError, ValueError) as error:  # a setting it does not have, or out of its range
-        raise InputError(
-            "reasoning_gym", f"{dataset} with {config}: {error}", "settings that dataset takes are needed"
-        ) from error
+        raise InputError("reasoning_gym", f"{dataset} with {config}: {error}", "settings that dataset takes are needed") from error

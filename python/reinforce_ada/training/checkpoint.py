@@ -54,7 +54,7 @@ def save(
     except (OSError, SafetensorError) as e:
         raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
     for old in _finished(root)[:-keep]:
-        shutil.rmtree(old.folder)
+        _remove(old.folder)
     return Checkpoint(final, step, position)
 
 
@@ -77,12 +77,20 @@ def with_aside(final: Path, write: Callable[[Path], None]) -> None:
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         aside.rename(final)
         _sync(final.parent)
-    except OSError:
+    except BaseException:  # whatever it was, half a checkpoint would only take up the disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Take the final name away first: a process killed half-way through a removal leaves no half of a checkpoint under it."""
+    leftover = folder.parent / f".aside-old-{folder.name}"
+    shutil.rmtree(leftover, ignore_errors=True)
+    folder.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def _sync(path: Path) -> None:

@@ -11,12 +11,12 @@ from reinforce_ada.sampling import Progress
 
 
 class Display:
-    """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe)."""
+    """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe); on standard error where the output is a result."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stderr: bool = False) -> None:
         from rich.console import Console
 
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, stderr=stderr)
 
     def line(self, text: str) -> None:
         """One line, also while a bar is up."""

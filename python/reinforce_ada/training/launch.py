@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, preset
-from reinforce_ada.training import models
+from reinforce_ada.training import checkpoint, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
@@ -46,16 +47,18 @@ def train(config: Config, resume: Path | None = None) -> Path:
     policy = make_policy(config)
     out = _existing_run(resume) if resume else _new_run(config)
     with ExitStack() as stack:
-        store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)))
-        (out / "config.toml").write_text(configuration.dump(config))
+        # A run that goes on must fit its store before anything slow happens; a new one has a store only when all else has been made, so
+        # that a first attempt with a wrong setting leaves no run behind.
+        store = _open_store(stack, config, out) if resume else None
         torch.manual_seed(config.run.seed)
         device = pick_device(config.model.device)
-        path = _tiny_folder(config, out / "base_model") if config.model.model == "tiny" else models.resolve(config.model.model)
+        path = _tiny_folder(config, out, is_new=resume is None) if config.model.model == "tiny" else models.resolve(config.model.model)
         model = models.load(path, config.model.dtype, device)
         task = load_task(config.task, model.tokenizer, config.run.seed)
         rewards = stack.enter_context(make_rewards(config, task))
         engine = stack.enter_context(make_engine(config, path, model, device, display))
         display.line(_what_runs(config, policy, task, device))
+        store = store or _open_store(stack, config, out)
         trainer = Trainer(Parts(model, engine, rewards, task.train, task.held_out, policy, store), config, out, display)
         if resume:
             trainer.resume()
@@ -79,7 +82,7 @@ def finish(out: Path, display: Display) -> None:
 def evaluate_model(config: Config, model_name: str) -> Evaluation:
     """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
     quiet_libraries()
-    display = Display()
+    display = Display(stderr=True)
     policy = make_policy(config)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
@@ -115,8 +118,10 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def make_rewards(config: Config, task: Task) -> Iterator[RewardPool]:
-    """The reward workers."""
+    """The reward workers. A module beside the user is found, as `python -m` would: the console script has another first folder."""
     e = config.engine
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     with RewardPool(task.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
         yield rewards
 
@@ -186,14 +191,22 @@ def _existing_run(folder: Path) -> Path:
     return folder
 
 
-def _tiny_folder(config: Config, folder: Path) -> str:
-    """The warm-started tiny Llama of this run, built on first use."""
-    if not (folder / "config.json").is_file():
+def _open_store(stack: ExitStack, config: Config, out: Path) -> RolloutStore:
+    store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)))
+    (out / "config.toml").write_text(configuration.dump(config))
+    return store
+
+
+def _tiny_folder(config: Config, out: Path, *, is_new: bool) -> str:
+    """The warm-started tiny Llama of this run, built when it is new."""
+    folder = out / "base_model"
+    if is_new or not folder.exists():
         prompts = list(islice(load_task(config.task, models.tiny_tokenizer(), config.run.seed).train(0), _WARM_START_EXAMPLES))
         if any("answer" not in p.data for p in prompts):
             raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
         tokenizer = models.tiny_tokenizer([p.text for p in prompts])
-        models.build_tiny(folder, tokenizer, [(p.text, str(p.data["answer"])) for p in prompts], seed=config.run.seed)
+        examples = [(p.text, str(p.data["answer"])) for p in prompts]
+        checkpoint.with_aside(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
     return str(folder)
 
 

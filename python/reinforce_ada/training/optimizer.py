@@ -75,7 +75,7 @@ class MasterAdamW:
             master.copy_(tensors[f"master/{name}"])
             state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
             if state:
-                self._adam.state[master] = {key: value.clone() for key, value in state.items()}
+                self._adam.state[master] = {key: value.to(master.device, copy=True) for key, value in state.items()}
         self._round()
 
 

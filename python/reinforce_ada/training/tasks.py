@@ -71,9 +71,7 @@ def chat_renderer(tokenizer: Any, system_prompt: str, template: str) -> Render:
     Raises: InputError when a chat template is needed and there is none.
     """
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "task", "the tokenizer has no chat template", "one", "--template plain writes questions as lines of text"
-        )
+        raise InputError("task", "the tokenizer has no chat template", "one", "--template plain writes questions as lines of text")
 
     def messages(examples: Sequence[tuple[str, str]], question: str) -> list[dict[str, str]]:
         turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -165,9 +163,7 @@ def _jsonl_records(config: TaskConfig, seed: int) -> tuple[Source, list[Record],
     order = np.random.default_rng([seed, 1]).permutation(len(records))
     spent = config.num_examples + config.eval_prompts
     if spent >= len(records):
-        raise InputError(
-            "task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}"
-        )
+        raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
     shuffled = [records[i] for i in order]
     examples, held_out, rest = shuffled[: config.num_examples], shuffled[config.num_examples : spent], shuffled[spent:]
     if any("answer" not in e for e in examples):
@@ -191,15 +187,11 @@ def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as e:
-            raise InputError(
-                "task", f"{path}:{number} is not JSON ({e.msg})", 'one {"prompt": ..., "answer": ...} per line'
-            ) from e
+            raise InputError("task", f"{path}:{number} is not JSON ({e.msg})", 'one {"prompt": ..., "answer": ...} per line') from e
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
             raise InputError("task", f"{path}:{number} has no prompt", 'a non-empty text under "prompt"')
         if needs_answer and record.get("answer") is None:
-            raise InputError(
-                "task", f"{path}:{number} has no answer", 'an "answer", or --reward module:function that needs none'
-            )
+            raise InputError("task", f"{path}:{number} has no answer", 'an "answer", or --reward module:function that needs none')
         records.append({"question": record["prompt"], **record})
     if not records:
         raise InputError("task", f"{path} holds no prompts", "at least one record")

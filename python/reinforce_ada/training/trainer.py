@@ -78,12 +78,15 @@ class Trainer:
             self.evaluate()
         while self.step < self.config.training.steps:
             self.train_step()
-            every = self.config.run.checkpoint_every
-            if every and self.step % every == 0:
+            if self._wants_checkpoint():
                 self.save_checkpoint()
             if self._wants_evaluation():
                 self.evaluate()
         checkpoint.with_aside(self.out / "model", self.parts.model.save)
+
+    def _wants_checkpoint(self) -> bool:
+        every = self.config.run.checkpoint_every
+        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def _wants_evaluation(self) -> bool:
         every = self.config.task.eval_every
@@ -258,7 +261,10 @@ def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What must not change when a run resumes: everything but its length, its place and how fast it goes."""
-    free = {"steps", "out", "checkpoint_every", "reward_workers", "reward_timeout_s", "request_timeout_s", "eval_every"}
+    """What must not change when a run resumes: everything but its length, its place, its limits and how fast it goes."""
+    free = {
+        "steps", "out", "checkpoint_every", "eval_every", "reward_workers", "reward_timeout_s", "request_timeout_s",
+        "max_num_seqs", "max_model_len", "memory_fraction", "tokens_per_pass",  # what one lowers, or raises, after running out
+    }  # fmt: skip
     sections = dataclasses.asdict(config)
     return {section: {k: v for k, v in values.items() if k not in free} for section, values in sections.items()}

@@ -1,0 +1,118 @@
+"""What every sampling engine must do with a Hugging Face model: the requests, the truth, and the scenes both engine tests play."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reinforce_ada import ops
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Completion, CompletionId, Prompt, Request
+
+MAX_TOKENS, MAX_MODEL_LEN = 10, 64
+
+
+def make_prompts(vocab_size: int = 384) -> list[Prompt]:
+    """Six prompts of different lengths; the last four start with the same 20 tokens, which a prefix cache will keep."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(3, vocab_size, 20).tolist()
+    tails = [rng.integers(3, vocab_size, n).tolist() for n in (1, 7, 1, 5, 14, 20)]
+    return [Prompt(f"p{i}", tuple(t if i < 2 else shared + t)) for i, t in enumerate(tails)]
+
+
+def make_requests(prompts: Sequence[Prompt], per_prompt: int = 4) -> list[Request]:
+    return [
+        Request(CompletionId(1, p.prompt_id, k), p, seed=(7_919 * i + 104_729 * k) % 2**63, policy_version=0)
+        for i, p in enumerate(prompts)
+        for k in range(per_prompt)
+    ]
+
+
+def sample(engine: Any, requests: Sequence[Request]) -> dict[CompletionId, Completion]:
+    """Every request's completion, never more than `free_slots` at once."""
+    waiting, done = list(requests), {}
+    while len(done) < len(requests):
+        count = min(engine.free_slots, len(waiting))
+        now, waiting = waiting[:count], waiting[count:]
+        if now:
+            engine.submit(now)
+        for completion in engine.poll():
+            assert completion.id not in done
+            done[completion.id] = completion
+    return done
+
+
+def tokens(done: dict[CompletionId, Completion]) -> dict[str, list[int]]:
+    return {f"{i.prompt_id}/{i.index}": c.token_ids.tolist() for i, c in sorted(done.items())}
+
+
+@torch.no_grad()
+def logits_of(module: Any, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """Logits of each token of `ids` after `prompt`, [L, V], from one unpadded row."""
+    row = torch.tensor([[*prompt, *ids]])
+    return module(input_ids=row).logits[0, len(prompt) - 1 : -1]
+
+
+def largest_logprob_difference(module: Any, requests: Sequence[Request], done: dict[CompletionId, Completion], temperature: float) -> float:
+    worst = 0.0
+    for r in requests:
+        c = done[r.id]
+        truth = ops.token_logprobs(
+            logits_of(module, r.prompt.token_ids, c.token_ids), torch.from_numpy(c.token_ids).long(), temperature=temperature
+        )
+        worst = max(worst, float((truth - torch.from_numpy(c.rollout_logprobs)).abs().max()))
+    return worst
+
+
+def not_greedy(module: Any, requests: Sequence[Request], done: dict[CompletionId, Completion]) -> int:
+    """How many sampled tokens are not the argmax of the model's logits at their place."""
+    return sum(
+        int((logits_of(module, r.prompt.token_ids, done[r.id].token_ids).argmax(-1) != torch.from_numpy(done[r.id].token_ids)).sum())
+        for r in requests
+    )
+
+
+@torch.no_grad()
+def perturb(module: Any, seed: int, scale: float = 0.3) -> None:
+    """Random weights far from the old ones, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.add_(scale * p.std().clamp_min(0.05) * torch.randn(p.shape, generator=generator))
+
+
+def weights(module: Any) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor.detach()) for name, tensor in module.state_dict().items())
+
+
+def abort_and_reissue(engine: Any, requests: Sequence[Request]) -> tuple[dict[CompletionId, Completion], dict[CompletionId, Completion]]:
+    """(the completions of the even requests, the odd ones having been aborted after three polls; those of the odd ones, issued again)."""
+    engine.submit(requests)
+    done = [c for _ in range(3) for c in engine.poll()]
+    early = {c.id for c in done}
+    aborted = [r for i, r in enumerate(requests) if i % 2 and r.id not in early]
+    engine.abort([r.id for r in aborted])
+    left = {r.id for r in requests} - {r.id for r in aborted} - early
+    for _ in range(5 * MAX_TOKENS):
+        done += [c for c in engine.poll() if c.finish_reason != "abort"]
+        if left <= {c.id for c in done}:
+            break
+    return {c.id: c for c in done}, sample(engine, aborted)
+
+
+def refusal(call: Any) -> str:
+    """The one line of the InputError this raises."""
+    try:
+        call()
+    except InputError as e:
+        return str(e)
+    return ""
+
+
+def bad_requests() -> dict[str, Request]:
+    """An empty prompt, and one a token too long."""
+    sizes = {"empty": 0, "long": MAX_MODEL_LEN - MAX_TOKENS + 1}
+    return {name: Request(CompletionId(1, name, 0), Prompt(name, (5,) * size), 0, 0) for name, size in sizes.items()}

@@ -1,0 +1,244 @@
+"""The layout and import rules of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import reinforce_ada
+import reinforce_ada.ops
+from reinforce_ada import doctor
+from reinforce_ada.ops import _dispatch
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python/reinforce_ada"
+OPS = PACKAGE / "ops"
+CSRC = ROOT / "csrc"
+DECLARED = _dispatch.table()
+
+# What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
+# and ends it with the report, so nothing else in training may import it.
+FOUNDATION = {"errors", "types"}
+STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": {"errors"},
+    "config": {"errors"},
+    "sampling": FOUNDATION,
+    "rewards": FOUNDATION,
+    "rollouts": FOUNDATION,
+    "engines": FOUNDATION,
+    "ops": {*FOUNDATION, "_cpu"},
+    "driver": {*FOUNDATION, "sampling", "rewards", "engines"},
+    "training": {*FOUNDATION, *STAGES, "driver"},
+    "report": {*FOUNDATION, "rollouts", "training"},
+    "training.launch": {*FOUNDATION, *STAGES, "driver", "training", "report"},
+    "doctor": {*FOUNDATION, "ops", "_cpu"},
+    "cli": {*FOUNDATION, "config", "report", "doctor", "training.launch"},
+}
+
+
+def module_name(path: Path) -> str:
+    """The module below reinforce_ada: "ops.policy_loss.cpu"; "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def part_of(module: str) -> str:
+    found = [part for part in (*MAY_IMPORT, "_cpu") if f"{module}.".startswith(f"{part}.")]
+    assert found, f"{module} belongs to no part: say in MAY_IMPORT what it may import"
+    return max(found, key=len)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere in it, by its full name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                yield below if below.removeprefix("reinforce_ada.") in (*MODULES, "_cpu") else str(node.module)
+
+
+# -------------------- operators
+
+
+def test_every_operator_package_is_declared_and_has_its_reference():
+    packages = {path.name for path in OPS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert packages == set(DECLARED)
+    for op in packages:
+        assert (OPS / op / "__init__.py").is_file()
+        assert (OPS / op / "reference.py").is_file()
+
+
+@pytest.mark.parametrize("op", DECLARED)
+def test_declared_forms_are_the_files_that_exist(op):
+    present = {path.stem for path in (OPS / op).glob("*.py")} & set(_dispatch.BACKENDS)
+    assert present == set(DECLARED[op])
+
+
+def test_native_code_exists_for_exactly_the_native_forms():
+    declared = {op for op, forms in DECLARED.items() if "cpu" in forms}
+    assert {path.name for path in (CSRC / "ops").iterdir()} == declared
+    for op in declared:
+        assert {path.name for path in (CSRC / "ops" / op).iterdir()} == {f"{op}.h", f"{op}_cpu.cpp"}
+
+
+def test_the_doctor_shows_every_declared_form():
+    shown = doctor.examine(check=False)["ops"]
+    assert {op: set(forms) for op, forms in shown.items()} == {op: set(forms) for op, forms in DECLARED.items()}
+
+
+@pytest.mark.parametrize("op", DECLARED)
+def test_the_documentation_names_every_operator_with_its_forms(op):
+    lines = [line for line in (ROOT / "docs/operators.md").read_text().splitlines() if f"`{op}`" in line]
+    missing = [form for form in DECLARED[op] if not any(re.search(rf"\b{form}\b", line) for line in lines)]
+    assert lines
+    assert missing == []
+
+
+@pytest.mark.parametrize("op", DECLARED)
+def test_every_operator_is_exported_under_its_name(op):
+    assert op in reinforce_ada.ops.__all__
+    assert callable(getattr(reinforce_ada.ops, op))
+
+
+# -------------------- native code
+
+
+def test_native_code_includes_no_torch():
+    sources = [path for path in CSRC.rglob("*") if path.is_file()]
+    assert sources
+    assert [path.name for path in sources if re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", path.read_text())] == []
+
+
+def test_bindings_hold_only_definitions():
+    module = (CSRC / "bindings_cpu.cpp").read_text().partition("PYBIND11_MODULE(_cpu, m) {")[2]
+    statements = [s.strip() for s in re.sub(r"//.*", "", module.rpartition("}")[0]).split(";")]
+    assert [s for s in statements if s and not s.startswith(("m.def(", "using "))] == []
+
+
+def test_the_stub_has_exactly_the_bound_functions():
+    bound = set(re.findall(r'm\.def\("(\w+)"', (CSRC / "bindings_cpu.cpp").read_text()))
+    stub = ast.parse((PACKAGE / "_cpu.pyi").read_text())
+    assert {node.name for node in stub.body if isinstance(node, ast.FunctionDef)} == bound
+
+
+# -------------------- imports
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_go_one_way(module):
+    part = part_of(module)
+    ours = {name.removeprefix("reinforce_ada.") for name in imports(TREES[module]) if name.startswith("reinforce_ada.")}
+    assert {name for name in ours if part_of(name) not in {part, *MAY_IMPORT[part]}} == set()
+
+
+def test_the_parts_have_an_order():
+    """The table above has no cycle: going down it always ends."""
+    left = {part: set(below) - {"_cpu"} for part, below in MAY_IMPORT.items()}
+    while left:
+        lowest = {part for part, below in left.items() if not below & left.keys()}
+        assert lowest, f"a cycle among {sorted(left)}"
+        left = {part: below for part, below in left.items() if part not in lowest}
+
+
+def test_what_needs_no_torch_imports_none():
+    """Nor does it import an engine: these start in a moment, and the sampler lives in trainers that have neither."""
+    light = ["sampling", "rewards", "config", "cli", "doctor", "driver", "engines.function", "engines.scripted", "rollouts", "report"]
+    code = f"""
+import importlib, json, sys
+heavy = {{}}
+for name in {light}:
+    importlib.import_module("reinforce_ada." + name)
+    heavy[name] = sorted({{"torch", "transformers", "vllm", "matplotlib", "pyarrow"}} & set(sys.modules))
+print(json.dumps(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert json.loads(done.stdout) == {name: [] for name in light}
+
+
+def environment() -> dict[str, str]:
+    """Enough to find the package under test."""
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+
+@pytest.mark.parametrize("name", reinforce_ada.__all__)
+def test_the_package_exports_resolve(name):
+    assert getattr(reinforce_ada, name) is not None
+
+
+def test_a_name_the_package_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Samplr'"):
+        reinforce_ada.Samplr  # noqa: B018
+
+
+# -------------------- style that a linter does not see
+
+
+def public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Public functions and classes of a module, without overloads."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):
+                yield node
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_and_what_they_offer_have_docstrings(module):
+    tree = TREES[module]
+    assert ast.get_docstring(tree)
+    assert [node.name for node in public(tree) if not ast.get_docstring(node)] == []
+
+
+def test_tests_mirror_the_package():
+    """A module with something public is named by a test: of its own folder, or for a module of the package itself by any."""
+    unnamed = []
+    for module, tree in TREES.items():
+        if not any(public(tree)):
+            continue
+        folder, _, name = module.rpartition(".")
+        if MODULES[module].name == "__init__.py":
+            folder, name = module.partition(".")[0], module.rpartition(".")[2]
+        tests = (ROOT / "tests" / folder.partition(".")[0]).rglob("*.py")
+        if not any(re.search(rf"\b{name}\b", path.read_text()) for path in tests):
+            unnamed.append(module)
+    assert unnamed == []
+
+
+def files() -> Iterator[Path]:
+    """Every text file of the project."""
+    for top in ("csrc", "python", "tests", "benchmarks", "docs", "examples"):
+        for path in sorted((ROOT / top).rglob("*")):
+            if path.suffix in {".py", ".pyi", ".h", ".cpp", ".md", ".toml", ".jsonl"}:
+                yield path
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "constraints-cpu.txt"):
+        yield ROOT / name
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [
+        ("an absent package hidden behind None", r"except (ImportError|ModuleNotFoundError)[^\n]*:\s*\w+ = None"),
+        ("something that is not there", r"NotImplemented" + r"Error|\bTO" + r"DO\b|\bFIX" + r"ME\b"),
+        ("a path of one machine", r"(?<![\w.~/}])/(?:wo" + r"rk|ho" + r"me|ro" + r"ot|Us" + r"ers|tm" + r"p)/"),
+    ],
+)
+def test_no_file_has(what, pattern):
+    found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in files() for match in re.finditer(pattern, path.read_text())]
+    assert found == [], what
