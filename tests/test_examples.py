@@ -14,6 +14,7 @@ import pytest
 from reinforce_ada import cli, config
 from reinforce_ada.driver import run
 from reinforce_ada.engines.function import FunctionEngine
+from reinforce_ada.rewards import RewardPool
 from reinforce_ada.sampling import AdaptiveSampler, preset
 from reinforce_ada.training.models import tiny_tokenizer
 from reinforce_ada.training.tasks import load_task
@@ -101,11 +102,13 @@ def test_links_lead_to_files(page):
 
 def test_the_example_configuration_loads_and_gives_a_task(monkeypatch):
     monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     c = config.load(Path("train.toml"))
     task = load_task(c.task, tiny_tokenizer(), c.run.seed)
     assert len(task.held_out) == c.task.eval_prompts
     assert len({p.data["question"] for p in islice(task.train(0), 20)}) == 20
     assert preset(c.sampling.preset, group_size=c.sampling.group_size, round_size=c.sampling.round_size).cap == 32
+    RewardPool(c.task.reward).close()  # the reward imports, and takes a prompt and a text
 
 
 @pytest.mark.parametrize(("text", "reward"), [("9", 1.0), (" 9\n", 1.0), ("8", 0.2), ("nine", 0.0), ("", 0.0), ("-9", 0.0)])

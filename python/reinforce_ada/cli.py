@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
     def _unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
             return f"unexpected argument {argument!r}"
-        nearest = difflib.get_close_matches(argument, self._option_string_actions, n=1)
+        nearest = difflib.get_close_matches(argument, self._option_string_actions, n=1, cutoff=0.7)
         return f"unknown flag {argument!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 

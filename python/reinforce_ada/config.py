@@ -231,6 +231,11 @@ def _check(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if values[key] < least:
             raise InputError("config", f"{key} = {values[key]}", f"at least {least}")
+    sampling = config.sampling
+    if sampling.window is not None and sampling.window < 1:
+        raise InputError("config", f"window = {sampling.window}", "at least 1")
+    if sampling.window is not None and sampling.schedule == "rounds":
+        raise InputError("config", "window with schedule 'rounds'", "rounds have no window", "leave it out")
     for key in _POSITIVE:
         if not values[key] > 0:
             raise InputError("config", f"{key} = {values[key]}", "a positive number")

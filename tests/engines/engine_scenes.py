@@ -77,6 +77,14 @@ def not_greedy(module: Any, requests: Sequence[Request], done: dict[CompletionId
 
 
 @torch.no_grad()
+def spread(module: Any) -> None:
+    """Logits some nats apart, with an end token (1) that comes up."""
+    weight = module.get_output_embeddings().weight
+    weight.mul_(0.2 / weight.std())
+    weight[1] *= 2.0
+
+
+@torch.no_grad()
 def perturb(module: Any, seed: int, scale: float = 0.3) -> None:
     """Random weights far from the old ones, in place."""
     generator = torch.Generator().manual_seed(seed)

@@ -62,6 +62,7 @@ def test_finish_reasons(facts: dict[str, Any]) -> None:
         assert facts["finish_reasons"][name] == ("stop" if ids[-1] == 1 else "length")
         assert 1 not in ids[:-1]
         assert len(ids) == 10 or ids[-1] == 1
+    assert set(facts["finish_reasons"].values()) == {"stop", "length"}
 
 
 def test_aborts_leave_the_others_alone_and_the_id_may_come_again(facts: dict[str, Any]) -> None:

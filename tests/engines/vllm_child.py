@@ -13,9 +13,21 @@ from typing import Any
 
 import torch
 from engine_scenes import (
-    MAX_MODEL_LEN, MAX_TOKENS, abort_and_reissue, bad_requests, largest_logprob_difference, make_prompts, make_requests, not_greedy,
-    perturb, refusal, sample, tokens, weights,
-)  # fmt: skip
+    MAX_MODEL_LEN,
+    MAX_TOKENS,
+    abort_and_reissue,
+    bad_requests,
+    largest_logprob_difference,
+    make_prompts,
+    make_requests,
+    not_greedy,
+    perturb,
+    refusal,
+    sample,
+    spread,
+    tokens,
+    weights,
+)
 
 from reinforce_ada import config as configuration
 from reinforce_ada.engines.vllm import VllmEngine
@@ -31,6 +43,8 @@ def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None) 
 
 
 def scenes(engine: VllmEngine, module: Any) -> dict[str, Any]:
+    spread(module)
+    engine.sync_weights(weights(module), 0)
     prompts = make_prompts()
     requests = make_requests(prompts)
     facts: dict[str, Any] = {"refusals": {name: refusal(lambda r=r: engine.submit([r])) for name, r in bad_requests().items()}}

@@ -258,6 +258,26 @@ def test_threads_memory_and_repetition_change_nothing(backend: str) -> None:
                 assert_repeatable(lambda g=group_of, p=pooled, s=scale: [group_advantages(rewards, g, pool=p, scale=s, backend=backend)])
 
 
+@native_form
+def test_many_groups_in_any_order(backend: str) -> None:
+    """More groups than one table of sums holds: rows are dealt out to buckets. Also with numbers from one end of the range only."""
+    rows, groups = 150_001, 100_003
+    pool = PoolStats(*torch.rand(5, groups, dtype=torch.float64) + 2)
+    weights = torch.rand(groups, 2, dtype=torch.float64)
+    rewards = 1000 + torch.rand(rows)
+    for group_of in (torch.randint(groups, (rows,)), torch.randint(groups - 300, groups, (rows,))):
+        for arguments in (
+            {},
+            {"baseline": "leave-one-out", "scale": "group"},
+            {"pool": pool, "scale": "pool", "class_weights": weights},
+            {"pool": pool, "baseline": "group", "scale": "batch"},
+        ):
+            got = group_advantages(rewards, group_of, **arguments, backend=backend)
+            exact = group_advantages(rewards.double(), group_of, **arguments)
+            torch.testing.assert_close(got.double(), exact, rtol=2e-7, atol=1e-9)
+        assert_repeatable(lambda g=group_of: [group_advantages(rewards, g, scale="group", backend=backend)])
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 0.1, 1.0, -3.5])), min_size=1, max_size=40))
 def test_properties(rows: list[tuple[int, float]]) -> None:

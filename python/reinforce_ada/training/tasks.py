@@ -24,8 +24,18 @@ _MAX_SKIPS = 10_000  # consecutive held-out questions before we conclude that no
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """A task before any tokenizer: training records by position, worked examples, held-out records, and the reward."""
+
+    train: Source
+    examples: Sequence[Record]
+    held_out: Sequence[Record]
+    reward: Any  # a picklable callable, or "module:function"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A source of records, the held-out prompts, and the reward."""
+    """Training prompts, held-out prompts, and the reward."""
 
     name: str
     train: Callable[[int], PromptStream]  # position -> a stream of prompts from there
@@ -92,35 +102,46 @@ def chat_renderer(tokenizer: Any, system_prompt: str, template: str) -> Render:
 
 
 def load_task(config: TaskConfig, tokenizer: Any, seed: int) -> Task:
-    """The task of the configuration: a JSONL file where `task` names one, else a reasoning-gym dataset.
+    """The task of the configuration as prompts for one tokenizer; see `load_records` and `render`."""
+    return render(load_records(config, seed), config, tokenizer)
+
+
+def load_records(config: TaskConfig, seed: int) -> Records:
+    """The records of the configured task: a JSONL file where `task` names one, else a reasoning-gym dataset.
 
     Raises: InputError for an unknown dataset, a malformed or answerless JSONL line, or too few records to hold any out.
     """
     if config.task.endswith((".jsonl", ".json")):
-        train, examples, held_out, reward = _jsonl_records(config, seed)
-    else:
-        train, examples, held_out, reward = _reasoning_gym_records(config, seed)
-    render = chat_renderer(tokenizer, config.system_prompt, config.template)
-    shown = [(e["question"], str(e["answer"])) for e in examples]
+        return _jsonl_records(config, seed)
+    return _reasoning_gym_records(config, seed)
+
+
+def render(records: Records, config: TaskConfig, tokenizer: Any) -> Task:
+    """Records as prompts: system prompt, worked examples, question, through the tokenizer.
+
+    Raises: InputError for a tokenizer without chat template where one is asked for.
+    """
+    renderer = chat_renderer(tokenizer, config.system_prompt, config.template)
+    shown = [(e["question"], str(e["answer"])) for e in records.examples]
 
     def make(name: str, record: Record) -> Prompt:
-        text, ids = render(shown, record["question"])
+        text, ids = renderer(shown, record["question"])
         return Prompt(prompt_id=name, token_ids=ids, text=text, data=record)
 
-    excluded = frozenset(r["question"] for r in (*held_out, *examples))
+    excluded = frozenset(r["question"] for r in (*records.held_out, *records.examples))
 
     def stream(position: int) -> PromptStream:
-        return PromptStream(train, excluded, make, position)
+        return PromptStream(records.train, excluded, make, position)
 
     return Task(
         name=Path(config.task).stem,
         train=stream,
-        held_out=tuple(make(f"held-out-{i}", r) for i, r in enumerate(held_out)),
-        reward=config.reward or reward,
+        held_out=tuple(make(f"held-out-{i}", r) for i, r in enumerate(records.held_out)),
+        reward=records.reward,
     )
 
 
-def _reasoning_gym_records(config: TaskConfig, seed: int) -> tuple[Source, list[Record], list[Record], Any]:
+def _reasoning_gym_records(config: TaskConfig, seed: int) -> Records:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -141,7 +162,8 @@ def _reasoning_gym_records(config: TaskConfig, seed: int) -> tuple[Source, list[
     examples = _distinct(dataset(1, _MAX_SKIPS), config.num_examples, frozenset())
     shown = frozenset(e["question"] for e in examples)
     held_out = _distinct(dataset(2, _MAX_SKIPS), config.eval_prompts, shown)
-    return Source(train.__getitem__, _EPOCH, seed), examples, held_out, ReasoningGymReward(config.task, **options)
+    reward = config.reward or ReasoningGymReward(config.task, **options)
+    return Records(Source(train.__getitem__, _EPOCH, seed), examples, held_out, reward)
 
 
 def _distinct(dataset: Any, count: int, excluded: frozenset[str]) -> list[Record]:
@@ -156,7 +178,7 @@ def _distinct(dataset: Any, count: int, excluded: frozenset[str]) -> list[Record
     return list(found.values())
 
 
-def _jsonl_records(config: TaskConfig, seed: int) -> tuple[Source, list[Record], list[Record], Any]:
+def _jsonl_records(config: TaskConfig, seed: int) -> Records:
     from reinforce_ada.rewards.exact import exact_match
 
     records = read_jsonl(Path(config.task), needs_answer=not config.reward)
@@ -168,7 +190,7 @@ def _jsonl_records(config: TaskConfig, seed: int) -> tuple[Source, list[Record],
     examples, held_out, rest = shuffled[: config.num_examples], shuffled[config.num_examples : spent], shuffled[spent:]
     if any("answer" not in e for e in examples):
         raise InputError("task", "a worked example has no answer", "answers in the file, or --num-examples 0")
-    return Source(rest.__getitem__, len(rest), seed), examples, held_out, exact_match
+    return Records(Source(rest.__getitem__, len(rest), seed), examples, held_out, config.reward or exact_match)
 
 
 def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:

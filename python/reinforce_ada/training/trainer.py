@@ -120,7 +120,7 @@ class Trainer:
         shared = collate(list(rows.values()), pad).to(self.device)
         head, sharing = check_forms(self.parts.model, plain, shared, self.objective.temperature)
         self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
-        self._say_form("rows that share a prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
+        self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
         if not head.ok and self.objective.entropy_coef:
             raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def group_advantages(
     num_groups = count_groups(cu_seqlens, pool, baseline, class_weights)
 
     rewards = rewards.detach() if rewards.requires_grad else rewards
-    stats = None if pool is None else torch.stack([_float64(x, rewards) for x in pool])
+    stats = None if pool is None else _stacked(pool, rewards)
     baseline = _float64(baseline, rewards) if isinstance(baseline, Tensor) else baseline
     weights = None if class_weights is None else _float64(class_weights, rewards)
     if resolve(WHERE, backend, rewards.device, rewards.dtype) == "cpu":
@@ -82,6 +83,13 @@ def group_advantages(
     group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
     pool = None if stats is None else PoolStats(*stats)
     return reference.group_advantages(rewards, group_of, num_groups, pool, baseline, scale, weights, ddof, eps)
+
+
+def _stacked(pool: PoolStats, like: Tensor) -> Tensor:
+    """[5, G] float64; one conversion where the statistics are arrays, as the sampler gives them."""
+    if any(isinstance(x, Tensor) for x in pool):
+        return torch.stack([_float64(x, like) for x in pool])
+    return _float64(np.asarray(pool, dtype=np.float64), like)
 
 
 def _float64(x: Any, like: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""The command line: it answers at once, its help is complete, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+import reinforce_ada
+from reinforce_ada import cli, config
+
+ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
+COMMANDS = ("train", "eval", "report", "doctor")
+
+
+def say(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and stderr of one command in this process."""
+    capsys.readouterr()
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+# -------------------- help
+
+
+def test_help_answers_within_half_a_second_without_torch():
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(reinforce_ada.__file__))}
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "reinforce_ada.cli", "--help"], capture_output=True, text=True, env=environment)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert all(command in done.stdout for command in COMMANDS)
+    assert statistics.median(seconds) < 0.5
+    trace = [sys.executable, "-X", "importtime", "-m", "reinforce_ada.cli", "train", "--help"]
+    loaded = subprocess.run(trace, capture_output=True, text=True, env=environment, check=True).stderr
+    assert "reinforce_ada.config" in loaded
+    assert not re.search(r"\| +(torch|numpy|transformers|msgspec|vllm)$", loaded, re.MULTILINE)
+
+
+def flags_in_help(capsys, command) -> set[str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_train_has_a_flag_for_every_key(capsys):
+    keys = {f"--{key.replace('_', '-')}" for key in config.section_of()}
+    assert flags_in_help(capsys, "train") == keys | {"--help", "--config", "--resume"}
+
+
+def test_eval_has_the_flags_that_an_evaluation_reads(capsys):
+    flags = flags_in_help(capsys, "eval")
+    assert {"--help", "--config", "--json", "--task", "--reward", "--eval-k", "--temperature", "--max-tokens", "--engine"} <= flags
+    assert not flags & {"--steps", "--learning-rate", "--out", "--prompts-per-step", "--loss"}
+
+
+@pytest.mark.parametrize(("command", "flags"), [("report", {"--help"}), ("doctor", {"--help", "--check", "--json"})])
+def test_the_other_commands_have_their_flags(capsys, command, flags):
+    assert flags_in_help(capsys, command) == flags
+
+
+def test_every_flag_gives_its_key():
+    values = {"task_options": "{}"}
+    line = [part for key in config.section_of() for part in (f"--{key.replace('_', '-')}", values.get(key, "7"))]
+    given = cli._parser().parse_args(["train", *line])
+    assert cli._overrides(given) == {key: values.get(key, "7") for key in config.section_of()}
+
+
+# -------------------- what argparse finds
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("train --stepz 3", "reinforce-ada train: unknown flag '--stepz'; did you mean '--steps'?; see reinforce-ada train --help"),
+        ("train --stepz=3", "reinforce-ada train: unknown flag '--stepz'; did you mean '--steps'?; see reinforce-ada train --help"),
+        ("eval m --steps 3", "reinforce-ada eval: unknown flag '--steps'; see reinforce-ada eval --help"),
+        ("doctor --chek", "reinforce-ada doctor: unknown flag '--chek'; did you mean '--check'?; see reinforce-ada doctor --help"),
+        (
+            "train --learning 1",
+            "reinforce-ada train: unknown flag '--learning'; did you mean '--learning-rate'?; see reinforce-ada train --help",
+        ),
+        ("train now", "reinforce-ada train: unexpected argument 'now'; see reinforce-ada train --help"),
+        ("train --steps", "reinforce-ada train: argument --steps: expected one argument; see reinforce-ada train --help"),
+        ("eval", "reinforce-ada eval: the following arguments are required: MODEL; see reinforce-ada eval --help"),
+        ("", "reinforce-ada: the following arguments are required: COMMAND; see reinforce-ada --help"),
+    ],
+)
+def test_arguments_that_do_not_parse(capsys, line, error):
+    assert say(capsys, *line.split()) == (2, error + "\n")
+
+
+def test_an_unknown_command_is_told_the_commands(capsys):
+    code, error = say(capsys, "trian")
+    assert code == 2
+    assert error.startswith("reinforce-ada: argument COMMAND: invalid choice: 'trian'")
+    assert all(command in error for command in COMMANDS)
+    assert error.count("\n") == 1
+
+
+# -------------------- what the configuration, the files and the folders get wrong
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny model that has learned nothing: to be loaded, not to be right."""
+    from reinforce_ada.training.models import build_tiny, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny(folder, tiny_tokenizer(), [("q", "1")], seed=0, num_updates=0)
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, model):
+    """A folder with what the lines below name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    good = [json.dumps({"prompt": f"q{i}", "answer": i}) for i in range(12)]
+    (tmp_path / "good.jsonl").write_text("\n".join(good) + "\n")
+    (tmp_path / "no_answer.jsonl").write_text("\n".join([*good[:3], '{"prompt": "q"}']) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "not_json.jsonl").write_text("{prompt: q}\n")
+    (tmp_path / "key.toml").write_text("[training]\nlearning_rat = 1.0\n")
+    (tmp_path / "cli_reward.py").write_text("score = 0.5\n\ndef three(a, b, c):\n    return 0.0\n")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a_run").mkdir()
+    (tmp_path / "a_run/log.jsonl").write_text("")
+    (tmp_path / "model").symlink_to(model)
+    yield tmp_path
+    sys.modules.pop("cli_reward", None)
+
+
+TRAIN = "train --model model --task good.jsonl --eval-prompts 4 --engine transformers --device cpu --out new"
+
+# (line, what the error must say). TRAIN is a line that would run.
+BAD = [
+    ("train --config key.toml", "key.toml [training]: unknown key 'learning_rat'", "did you mean 'learning_rate'?"),
+    ("train --config none.toml", "config: cannot read none.toml", "a readable TOML file"),
+    ("train --steps many", "config [training]: steps = 'many'", "int"),
+    ("train --temperature 0", "config: temperature = 0", "a positive number"),
+    ("train --engine vlm", "config [engine]: engine = 'vlm'", "vlm"),
+    ("train --config key.toml --resume a_run", "train: --resume and --config", "one of them"),
+    ("train --resume folder", "train: folder holds no run", "a folder that `reinforce-ada train` wrote"),
+    ("train --resume none", "train: none holds no run", "a folder that `reinforce-ada train` wrote"),
+    (f"{TRAIN} --preset reinforce-ada-balanced", "preset: unknown name 'reinforce-ada-balanced'", "did you mean 'reinforce-ada-balance'?"),
+    (f"{TRAIN} --group-size 0", "group_size 0", "at least 1"),
+    (f"{TRAIN} --group-size 33", "group_size 33", "cap"),
+    (f"{TRAIN} --preset grpo --round-size 4", "round_size", "grpo"),
+    (f"{TRAIN} --out a_run", "train: a_run holds a run already", "--resume a_run goes on with it"),
+    (f"{TRAIN} --out file/below", "train: cannot write to file/below", "a writable folder"),
+    (f"{TRAIN} --model folder", "model: folder has no config.json", "a folder that transformers' save_pretrained wrote"),
+    (f"{TRAIN} --model ./none", "model: './none' is no folder", "smollm2, tiny, a model folder or a hub id"),
+    (f"{TRAIN} --model smollm", "model: 'smollm' is no folder", "smollm2, tiny, a model folder or a hub id"),
+    (f"{TRAIN} --task chain_sums", "unknown reasoning-gym dataset 'chain_sums'", "did you mean 'chain_sum'?"),
+    (f"{TRAIN} --task none.jsonl", "task: cannot read none.jsonl", "a JSONL file"),
+    (f"{TRAIN} --task no_answer.jsonl", "task: no_answer.jsonl:4 has no answer", "--reward module:function"),
+    (f"{TRAIN} --task empty.jsonl", "task: empty.jsonl holds no prompts", "at least one record"),
+    (f"{TRAIN} --task blank.jsonl", "task: blank.jsonl holds no prompts", "at least one record"),
+    (f"{TRAIN} --task not_json.jsonl", "task: not_json.jsonl:1 is not JSON", '{"prompt": ..., "answer": ...}'),
+    (f"{TRAIN} --eval-prompts 10", "task: good.jsonl has 12 records", "more than num_examples + eval_prompts = 12"),
+    (f"{TRAIN} --task chain_sum --task-options {{\"min_termz\":2}}", "task: chain_sum does not take", "min_termz"),
+    (f"{TRAIN} --reward cli_reward:score", "reward 'cli_reward:score'", "callable"),
+    (f"{TRAIN} --reward cli_reward:scores", "has no attribute 'scores'", "a function of that module"),
+    (f"{TRAIN} --reward cli_reward:three", "reward 'cli_reward:three'", "(prompt, completion text) -> float"),
+    (f"{TRAIN} --reward no_such_module:score", "No module named 'no_such_module'", "an importable module"),
+    (f"{TRAIN} --reward score", "reward 'score'", '"module:function"'),
+    (f"{TRAIN} --schedule rounds --window 4", "window 4 with schedule 'rounds'", "leave it out"),
+    (f"{TRAIN} --window 0", "window", "at least 1"),
+    ("eval folder", "model: folder has no config.json", "a folder that transformers' save_pretrained wrote"),
+    ("eval tiny", "eval: the model 'tiny'", "a model folder"),
+    ("report folder", "report: folder", "a folder that `reinforce-ada train` wrote"),
+    ("report none", "report: none", "a folder that `reinforce-ada train` wrote"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "given", "needed"), BAD, ids=[line.replace(TRAIN, "train ..") for line, *_ in BAD])
+def test_bad_input_is_one_line_and_exit_2(world, capsys, line, given, needed):
+    code, error = say(capsys, *line.split())
+    assert code == 2
+    assert given in error
+    assert needed in error
+    assert ONE_LINE.fullmatch(error)
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("wrong", ["--reward no_such_module:score", "--task none.jsonl", "--model ./none", "--group-size 33"])
+def test_a_wrong_first_attempt_leaves_no_run_behind(world, capsys, wrong):
+    for _ in range(2):  # the second one is not told that there is a run
+        code, error = say(capsys, *f"{TRAIN} {wrong}".split())
+        assert code == 2
+        assert "holds a run already" not in error
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    code, error = say(capsys, "train")
+    assert code == 130
+    assert "--resume DIR" in error
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch):
+    def broken(given):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(cli, "_doctor", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["doctor"])
+
+
+def test_the_module_of_a_reward_is_found_in_the_working_folder(world):
+    assert str(world) not in sys.path
+    cli._import_from_here()
+    cli._import_from_here()
+    assert sys.path.count(str(world)) == 1
+    import cli_reward
+
+    assert cli_reward.score == 0.5

@@ -1,0 +1,212 @@
+"""A run killed anywhere and resumed ends with the weights of the undisturbed run, to the bit, and samples nothing scored again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_process import POINTS
+from toy_training import saved_weights, toy_config, toy_trainer
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.training.log import read_log
+from reinforce_ada.types import Scored
+
+STEPS = 5
+
+
+class Runner:
+    """The process that forks toy runs."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("toy_process.py"))]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(self, out: Path, *, kill: tuple[str, int] | None = None, resume: bool = False, **overrides: Any) -> int:
+        """The run's exit status: 0, or -9 where it was killed."""
+        line = json.dumps({"out": str(out), "kill": kill, "resume": resume, "overrides": overrides})
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(line, file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def toy_run() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "undisturbed"
+    assert toy_run(out) == 0
+    return out
+
+
+def scored(out: Path) -> list[tuple[Any, ...]]:
+    """Every scored completion of the journal, in its order."""
+    if not (out / "rollouts.sqlite").exists():
+        return []
+    with RolloutStore(out / "rollouts.sqlite", read_only=True) as store:
+        events = [e for step in range(1, (store.last_step() or 0) + 1) for e in store.events(step)]
+    return [(e.id, e.policy_version, tuple(e.completion.token_ids), e.reward) for e in events if isinstance(e, Scored)]
+
+
+def submitted(out: Path) -> list[str]:
+    return (out / "submitted.txt").read_text().splitlines() if (out / "submitted.txt").exists() else []
+
+
+def pools(out: Path) -> list[tuple[Any, ...]]:
+    """Correct, wrong and void completions of every pool; how many were issued beyond them is a matter of timing."""
+    with RolloutStore(out / "rollouts.sqlite", read_only=True) as store:
+        return [tuple(row[:5]) for row in store.pool_counts()]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    left, right = saved_weights(a), saved_weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+TRAINED = ("step", "loss", "grad_norm", "learning_rate", "first_round_reward", "pool_reward", "kept_reward", "signal_fraction")
+
+
+def trained(out: Path) -> list[tuple[Any, ...]]:
+    return [tuple(r[k] for k in TRAINED) for r in read_log(out / "log.jsonl") if r["kind"] == "step"]
+
+
+def evaluations(out: Path) -> dict[int, list[float]]:
+    found = [(r["step"], r["per_prompt"]) for r in read_log(out / "log.jsonl") if r["kind"] == "eval"]
+    assert len(dict(found)) == len(found)  # once each
+    return dict(found)
+
+
+def check_like(out: Path, undisturbed: Path) -> None:
+    assert same_weights(out, undisturbed)
+    assert pools(out) == pools(undisturbed)
+    assert trained(out) == trained(undisturbed)
+    assert evaluations(out) == evaluations(undisturbed)
+
+
+def test_the_undisturbed_run_learns_something(undisturbed: Path) -> None:
+    records = trained(undisturbed)
+    assert [r[0] for r in records] == [1, 2, 3, 4, 5]
+    assert all(r[2] > 0 for r in records)  # every step has a gradient, or a lost step would not show
+    assert list(evaluations(undisturbed)) == [0, 2, 4, 5]
+    assert [p.name for p in (undisturbed / "checkpoints").iterdir()] == ["step-000005"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
+    assert toy_run(tmp_path / "again") == 0
+    check_like(tmp_path / "again", undisturbed)
+    assert toy_run(tmp_path / "other", seed=1) == 0
+    assert not same_weights(tmp_path / "other", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("point", "n"),
+    [
+        ("before a journal transaction", 1),  # nothing journaled at all
+        ("before a journal transaction", 40),
+        ("between the journal and the sampler", 3),  # before any checkpoint
+        ("between the journal and the sampler", 77),
+        ("between sampling and update", 3),
+        ("between two parameters", 2),
+        ("between two parameters", 5),
+        ("between two minibatches", 7),
+        ("before the log", 3),
+        ("inside a line of the log", 5),
+        ("between log and checkpoint", 1),
+        ("inside a checkpoint", 1),
+        ("inside a checkpoint", 2),
+        ("before the checkpoint's rename", 2),
+        ("after the checkpoint's rename", 1),
+        ("after the checkpoint's rename", 2),
+        ("inside the removal of the old one", 1),
+        ("between checkpoint and next step", 1),
+        ("between checkpoint and next step", 3),
+        ("inside an evaluation", 2),
+        ("inside a checkpoint", 4),  # the folder of the finished model
+    ],
+)
+def test_killed_and_resumed(toy_run: Runner, undisturbed: Path, tmp_path: Path, point: str, n: int) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out, kill=(point, n)) == -9
+    before, num_submitted = scored(out), len(submitted(out))
+    assert toy_run(out, resume=True) == 0
+    check_like(out, undisturbed)
+    after = scored(out)
+    assert Counter(before) <= Counter(after)
+    again = set(submitted(out)[num_submitted:])
+    assert not again & {f"{i.step} {i.prompt_id} {i.index}" for i, *_ in before}
+    assert not list(out.rglob(".aside*"))
+
+
+def test_every_point_is_tried() -> None:
+    (mark,) = (m for m in test_killed_and_resumed.pytestmark if m.name == "parametrize")
+    assert {point for point, _ in mark.args[1]} == POINTS.keys()
+
+
+def test_killed_again_and_again(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    kills = [("between the journal and the sampler", 9), ("between two parameters", 2), ("inside a checkpoint", 1), ("before the log", 4)]
+    for k, kill in enumerate(kills):
+        assert toy_run(out, kill=kill, resume=k > 0) == -9
+    assert toy_run(out, resume=True) == 0
+    check_like(out, undisturbed)
+
+
+def test_without_checkpoints_the_journal_alone_is_enough(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out, kill=("between sampling and update", 5), checkpoint_every=0) == -9
+    assert not (out / "checkpoints").exists()
+    num_submitted = len(submitted(out))
+    assert toy_run(out, resume=True, checkpoint_every=0) == 0
+    check_like(out, undisturbed)
+    assert {line.split()[0] for line in submitted(out)[num_submitted:]} == {"-1"}  # the held-out prompts only
+
+
+def test_a_finished_run_is_extended(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out, steps=3) == 0
+    num_submitted = len(submitted(out))
+    assert toy_run(out, steps=STEPS, resume=True) == 0
+    assert same_weights(out, undisturbed)
+    assert trained(out) == trained(undisturbed)
+    assert list(evaluations(out)) == [0, 2, 3, 4, 5]
+    assert {line.split()[0] for line in submitted(out)[num_submitted:]} == {"4", "5", "-1"}  # nothing of the finished steps
+
+
+def test_a_finished_run_resumed_as_it_is_changes_nothing(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out) == 0
+    num_submitted, log = len(submitted(out)), (out / "log.jsonl").read_text()
+    assert toy_run(out, resume=True) == 0
+    assert len(submitted(out)) == num_submitted
+    assert (out / "log.jsonl").read_text() == log
+    assert same_weights(out, undisturbed)
+
+
+def test_the_store_of_another_configuration_is_refused(undisturbed: Path) -> None:
+    message = r"RolloutStore: .* was made with sampling.group_size=4 \(now 2\); a store belongs to one configuration; use a new folder"
+    with pytest.raises(InputError, match=message):
+        toy_trainer(toy_config(undisturbed, group_size=2), undisturbed, resume=True)
