@@ -42,7 +42,7 @@ class TaskConfig:
     reward: str = option("", 'module:function taking (prompt, completion) -> float; "" takes the task\'s own')
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
-    num_examples: int = option(2, "worked examples shown before each question (from the same generator)")
+    num_examples: int = option(1, "worked examples shown before each question (from the same generator)")
     eval_prompts: int = option(64, "held-out prompts; never trained on")
     eval_k: int = option(8, "completions per held-out prompt (the k of Avg@k)")
     eval_every: int = option(0, "steps between evaluations; 0 evaluates before and after only")
@@ -84,7 +84,7 @@ class EngineConfig:
 class TrainingConfig:
     """How the kept completions become a gradient."""
 
-    steps: int = option(20, "steps in all; a resumed run goes on to this number")
+    steps: int = option(30, "steps in all; a resumed run goes on to this number")
     learning_rate: float = option(1e-5, "AdamW, after warm-up")
     warmup_steps: int = option(2, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW")
@@ -110,7 +110,7 @@ class RunConfig:
 
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
     seed: int = option(0, "everything random follows from it")
-    checkpoint_every: int = option(10, "steps between checkpoints; 0 writes none before the end")
+    checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

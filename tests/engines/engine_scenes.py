@@ -17,9 +17,9 @@ MAX_TOKENS, MAX_MODEL_LEN = 10, 64
 
 
 def make_prompts(vocab_size: int = 384) -> list[Prompt]:
-    """Six prompts of different lengths; the last four start with the same 20 tokens, which a prefix cache will keep."""
+    """Six prompts of different lengths; the last four start with the same 33 tokens: more than a block, so a prefix cache keeps it."""
     rng = np.random.default_rng(0)
-    shared = rng.integers(3, vocab_size, 20).tolist()
+    shared = rng.integers(3, vocab_size, 33).tolist()
     tails = [rng.integers(3, vocab_size, n).tolist() for n in (1, 7, 1, 5, 14, 20)]
     return [Prompt(f"p{i}", tuple(t if i < 2 else shared + t)) for i, t in enumerate(tails)]
 

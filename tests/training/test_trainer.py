@@ -111,7 +111,7 @@ def test_train_extend_eval_and_report_from_the_command_line(
         "steps": 2,
     }
     flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    assert cli.main(["train", "--model", "tiny", "--out", str(out), *flags]) == 0
+    assert cli.main(["train", "--model", "tiny", "--out", str(out), "--steps", "2", *flags]) == 0
     made = {"config.toml", "log.jsonl", "rollouts.sqlite", "figure.png", "model", "checkpoints", "base_model"}
     assert made <= {p.name for p in out.iterdir()}
     records = read_log(out / "log.jsonl")
@@ -186,10 +186,9 @@ def test_a_head_that_does_not_fit_is_said_and_the_logits_are_used(
     train(base, tmp_path / "wrong head", minibatches=2)
     said = capsys.readouterr().out
     assert "linear_policy_loss does not agree with the model's logits: token_logprobs on the model's logits is used instead" in said
-    monkeypatch.undo()
     with pytest.raises(InputError, match=r"^train: entropy_coef with a model the linear operators do not fit; entropy_coef 0$"):
-        monkeypatch.setattr(HuggingFaceModel, "head", lambda self: dataclasses.replace(head(self), logit_scale=3.0))
-        train(base, tmp_path / "entropy", entropy_coef=0.1, reward="", eval_prompts=0)
+        train(base, tmp_path / "entropy", entropy_coef=0.1)
+    assert steps_of(tmp_path / "wrong head")[0]["loss"] != 0
 
 
 # -------------------- rewards
@@ -202,8 +201,10 @@ def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     monkeypatch.setattr(launch, "finish", lambda out, display: None)
-    records = train(base, tmp_path / "run", task="questions.jsonl", reward="my_own_rewards:score", steps=1)
-    assert [r["first_round_reward"] for r in records] == [0.25]
+    values = settings(base, tmp_path / "run", task="questions.jsonl", reward="my_own_rewards:score", steps=1)
+    flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.main(["train", *flags]) == 0
+    assert [r["first_round_reward"] for r in steps_of(tmp_path / "run")] == [0.25]
 
 
 def test_rewards_that_raise_or_hang_are_voids(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,9 +255,8 @@ def test_accumulated_gradients_are_those_of_one_pass(
 
 
 def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Path) -> None:
-    trainer = toy_trainer(
-        toy_config(tmp_path / "run", steps=1, minibatches=3, eval_prompts=0, dtype="float32"), tmp_path / "run", resume=False
-    )
+    config = toy_config(tmp_path / "run", steps=1, minibatches=3, dtype="float32")
+    trainer = toy_trainer(config, tmp_path / "run", resume=False)
     start = [p.detach().clone() for p in trainer.parts.model.module.parameters()]
     objective, seen = trainer.objective, []
 
@@ -271,15 +271,19 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
         for p, value in zip(trainer.parts.model.module.parameters(), start, strict=True):
             p.copy_(value)
         first = [old is None for _, old, *_ in seen]
+        assert sum(b.num_seqs for b, old, *_ in seen if old is None) == seen[0][3]  # the first minibatch, and no other
         num_first = first.index(False)
         assert first == [True] * num_first + [False] * (len(seen) - num_first)
         for batch, old, *_ in seen[num_first:]:
             torch.testing.assert_close(old, token_logprobs(trainer.parts.model, batch, 1.0), rtol=0, atol=1e-6)
     assert sum(b.num_seqs for b, *_ in seen) == 16  # four prompts, four kept
-    by_minibatch = {(t, s): 0 for *_, t, s in seen}
-    for batch, _, t, s in seen:
-        by_minibatch[t, s] += batch.num_seqs
-    assert sum(s for _, s in by_minibatch) == 16
+    left = 0
+    for batch, _, num_tokens, num_seqs in seen:  # every pass is given the counts of its whole minibatch
+        left = left or num_seqs
+        left -= batch.num_seqs
+        assert 0 <= left < num_seqs
+        assert num_tokens >= num_seqs
+    assert left == 0
 
 
 # -------------------- refusals
@@ -289,7 +293,7 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"preset": "reinforce-ada-balanc"}, r"unknown preset .*did you mean 'reinforce-ada-balance'"),
+        ({"preset": "reinforce-ada-balanc"}, r"^preset: unknown name .*did you mean 'reinforce-ada-balance'"),
         ({"engine": "vlm"}, r"engine = 'vlm'"),
         ({"task": "chain_sums"}, r"^task: unknown reasoning-gym dataset 'chain_sums'; .*; did you mean 'chain_sum'\?$"),
         ({"task": "absent.jsonl"}, r"^task: cannot read absent.jsonl"),

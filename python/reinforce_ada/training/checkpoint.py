@@ -38,7 +38,6 @@ def save(
 
     Raises: InputError when the disk is full or the folder not writable; earlier checkpoints are untouched then.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = root / f"step-{step:06d}"
@@ -48,11 +47,7 @@ def save(
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "trainer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, "position": position}))
 
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with_aside(final, write)
-    except (OSError, SafetensorError) as e:
-        raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
+    with_aside(final, write)
     for old in _finished(root)[:-keep]:
         _remove(old.folder)
     return Checkpoint(final, step, position)
@@ -68,11 +63,16 @@ def latest(root: Path) -> Checkpoint | None:
 
 
 def with_aside(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `final`, sync every file, and rename it into place (replacing what was there)."""
+    """Let `write` fill a folder beside `final`, sync every file, and rename it into place (replacing what was there).
+
+    Raises: InputError when the disk is full or the folder not writable; what was there before is untouched then.
+    """
+    from safetensors import SafetensorError
+
     aside = final.parent / f".aside-{final.name}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        aside.mkdir(parents=True)
         write(aside)
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
@@ -80,9 +80,11 @@ def with_aside(final: Path, write: Callable[[Path], None]) -> None:
             _remove(final)
         aside.rename(final)
         _sync(final.parent)
-    except BaseException:  # whatever it was, half a checkpoint would only take up the disk
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    except BaseException as e:
+        shutil.rmtree(aside, ignore_errors=True)  # whatever it was, half a folder would only take up the disk
+        if not isinstance(e, (OSError, SafetensorError)):
+            raise
+        raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
 
 
 def _remove(folder: Path) -> None:

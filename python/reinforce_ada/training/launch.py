@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -129,10 +128,8 @@ def pick_engine(wanted: str) -> str:
 
 @contextmanager
 def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
-    """The reward workers. A module beside the user is found, as `python -m` would: the console script has another first folder."""
+    """The reward workers."""
     e = config.engine
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     with RewardPool(records.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
         yield rewards
 
