@@ -109,6 +109,8 @@ def test_the_installed_wheel_imports_and_computes(wheel, tmp_path):
     ]
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(wheel)], check=True, capture_output=True)
     code = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]  # an editable install would come first
 import torch, reinforce_ada
 from reinforce_ada import _cpu, ops
 assert reinforce_ada.__file__.startswith(SITE) and _cpu.__file__.startswith(SITE)

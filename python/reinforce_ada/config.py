@@ -235,7 +235,7 @@ def _check(config: Config) -> None:
     if sampling.window is not None and sampling.window < 1:
         raise InputError("config", f"window = {sampling.window}", "at least 1")
     if sampling.window is not None and sampling.schedule == "rounds":
-        raise InputError("config", "window with schedule 'rounds'", "rounds have no window", "leave it out")
+        raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
     for key in _POSITIVE:
         if not values[key] > 0:
             raise InputError("config", f"{key} = {values[key]}", "a positive number")

@@ -1,4 +1,4 @@
-"""Rewards for test_pool.py: light to import, since every worker does. The text says what happens; data["marker"] is a file."""
+"""Rewards for test_reward_pool.py: light to import, since every worker does. The text says what happens; data["marker"] is a file."""
 
 from __future__ import annotations
 

@@ -169,6 +169,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of packages compiled at their first import
     warnings.filterwarnings("ignore", module=r"(vllm|transformers|torch)\b.*")
     from transformers.utils import logging as transformers_logging
 
