@@ -135,9 +135,7 @@ def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
 
 
 @contextmanager
-def make_engine(
-    name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display
-) -> Iterator[Engine]:
+def make_engine(name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display) -> Iterator[Engine]:
     """The engine of that name, said aloud."""
     limits: dict[str, Any] = {
         "max_tokens": config.sampling.max_tokens,
