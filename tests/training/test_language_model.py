@@ -23,7 +23,7 @@ TEMPERATURE = 0.7
 TYPES = ["llama", "qwen2", "qwen3", "gemma2", "cohere", "granite"]
 
 
-def make_model(model_type: str) -> HuggingFaceModel:
+def make_model(model_type: str, **settings: Any) -> HuggingFaceModel:
     """A tiny model with logits far from uniform: several nats of logprob, and past the cap of gemma2."""
     from transformers import AutoModelForCausalLM
 
@@ -34,6 +34,8 @@ def make_model(model_type: str) -> HuggingFaceModel:
         config.logits_scaling = 0.25
     if model_type == "cohere":
         config.logit_scale = 2.5
+    for name, value in settings.items():
+        setattr(config, name, value)
     torch.manual_seed(0)
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
@@ -70,6 +72,16 @@ def own_logprobs(model: HuggingFaceModel, samples: list[Sample]) -> Tensor:
         logits = model.module(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
         parts.append((logits / TEMPERATURE).log_softmax(-1)[range(len(ids)), ids])
     return torch.cat(parts)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mistral"])
+def test_shared_rows_keep_a_sliding_window(model_type: str) -> None:
+    """Every second layer of gemma2 and every one of mistral slides; rows are longer than the window."""
+    model = make_model(model_type, sliding_window=5)
+    truth = own_logprobs(model, SAMPLES)
+    assert (truth - own_logprobs(make_model(model_type, sliding_window=4096), SAMPLES)).abs().max() > 0.01
+    got = token_logprobs(model, SHARED, TEMPERATURE)
+    torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-5)
 
 
 def gradients(model: HuggingFaceModel, value: Tensor) -> dict[str, Tensor]:

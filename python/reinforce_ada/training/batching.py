@@ -54,16 +54,19 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
-def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Additive mask [R, 1, S, S]: 0 where position i may look at j, the dtype's minimum elsewhere.
+def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """Additive mask [R, 1, S, S]: 0 where state i may look at j, the dtype's minimum elsewhere.
 
-    i sees j when j <= i and j is in the prompt or in i's own completion. Padding sees itself, so that no softmax row is empty.
+    i sees j when j <= i and j is in the prompt or in i's own completion, and with a `window` when its position is less than that many
+    behind. Padding sees itself, so that no softmax row is empty.
     """
     seg = batch.segment_of
     size = seg.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=seg.device).tril()
     same = seg[:, :, None] == seg[:, None, :]
     visible = causal & (same | (seg[:, None, :] == 0))
+    if window is not None:
+        visible &= batch.position_ids[:, :, None] - batch.position_ids[:, None, :] < window
     mask = torch.zeros(visible.shape, dtype=dtype, device=seg.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

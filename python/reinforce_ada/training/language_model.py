@@ -65,9 +65,18 @@ class HuggingFaceModel:
         self._config = module.config.get_text_config()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        dtype = next(self.module.parameters()).dtype
-        mask = attention_mask(batch, dtype) if self.share_prompts else (batch.segment_of >= 0).long()
+        mask = self._shared_mask(batch) if self.share_prompts else (batch.segment_of >= 0).long()
         return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
+
+    def _shared_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """One mask, or one per kind of layer where some layers have a sliding window: transformers applies no window to a mask it is given."""
+        dtype = next(self.module.parameters()).dtype
+        window = getattr(self._config, "sliding_window", None)
+        if window is None:
+            return attention_mask(batch, dtype)
+        if getattr(self._config, "layer_types", None) is None:
+            return attention_mask(batch, dtype, window)
+        return {"full_attention": attention_mask(batch, dtype), "sliding_attention": attention_mask(batch, dtype, window)}
 
     def hidden(self, batch: Batch) -> Tensor:
         """States that predict the batch's completion tokens, [T, D]."""
