@@ -7,6 +7,9 @@ CONSTRAINTS := constraints-cpu.txt
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
+# The set-up below leaves byte code to the first import, so imports must be allowed to write it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow lint format bench doctor clean
 
 demo: $(VENV)/.demo

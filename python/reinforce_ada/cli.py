@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,9 @@ Every key below can stand in the TOML file of --config, in the table its heading
 """
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend print one line and return 2."""
     parser = _parser()
@@ -37,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(given.run(given) or 0)
     except InputError as e:
         print(f"reinforce-ada: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in _DISK_ERRORS:
+            raise
+        print(f"reinforce-ada: cannot write {e.filename or 'to the disk'}: {e.strerror}; a writable folder with space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nreinforce-ada: interrupted; nothing scored is lost, `reinforce-ada train --resume DIR` goes on", file=sys.stderr)

@@ -78,6 +78,7 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 **memory,
             )
         except (ValueError, RuntimeError, OSError) as e:  # an unsupported model, limits it does not have, no memory

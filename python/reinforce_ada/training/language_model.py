@@ -69,7 +69,7 @@ class HuggingFaceModel:
         return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
 
     def _shared_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """One mask, or one per kind of layer where some layers have a sliding window: transformers applies no window to a mask it is given."""
+        """One mask, or one per kind of layer where some slide: transformers applies no window of its own to a mask it is given."""
         dtype = next(self.module.parameters()).dtype
         window = getattr(self._config, "sliding_window", None)
         if window is None:

@@ -41,7 +41,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
     Raises: InputError for anything the configuration, the folder or the machine cannot do.
     """
-    quiet_libraries()
+    quiet_libraries(config.model.model)
     display = Display()
     policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
     records = load_records(config.task, config.run.seed)
@@ -81,7 +81,7 @@ def finish(out: Path, display: Display) -> None:
 
 def evaluate_model(config: Config, model_name: str) -> Evaluation:
     """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
-    quiet_libraries()
+    quiet_libraries(model_name)
     display = Display(stderr=True)
     policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
     if model_name == "tiny":
@@ -162,9 +162,10 @@ def make_engine(name: str, config: Config, path: str, model: HuggingFaceModel, d
         engine.close()
 
 
-def quiet_libraries() -> None:
-    """Offline unless asked otherwise, and only warnings that concern the run."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def quiet_libraries(model: str) -> None:
+    """Only warnings that concern the run, and no look at a hub for a model that lies on this disk. Before transformers is imported."""
+    if model in ("smollm2", "tiny") or Path(model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # of packages compiled at their first import
