@@ -44,6 +44,15 @@ inline void add(Moments& m, double r) {
 }
 
 Moments moments_of(const float* r, int64_t count, double shift) {
+    if (count < 2 * kSums) {  // most groups: setting up and joining eight sums would take longer than adding the few rows
+        Moments m{shift, 0, 0, count};
+        for (int64_t i = 0; i < count; ++i) {
+            const double d = r[i] - shift;
+            m.sum += d;
+            m.square += d * d;
+        }
+        return m;
+    }
     double sum[kSums] = {}, square[kSums] = {};
     int64_t i = 0;
     for (; i + kSums <= count; i += kSums)
@@ -335,7 +344,6 @@ void many_groups(const Rule& rule, const float* rewards, const int64_t* ids, int
             }
         }
     });
-    advise_huge_pages(out, static_cast<std::size_t>(rows) * sizeof(float));
     for_pieces([&](int64_t p, int64_t begin, int64_t end) {
         std::vector<int64_t> next = starts_of(p);
         for (int64_t i = begin; i < end; ++i) out[i] = dealt[next[ids[i] >> kBits]++].value;
@@ -371,6 +379,7 @@ int64_t group_advantages(const float* rewards, const int64_t* group_of, const in
     Rule rule(pool, num_groups, baseline_values, class_weights, static_cast<Baseline>(baseline), static_cast<Scale>(scale), ddof, eps);
     if (static_cast<Scale>(scale) == Scale::batch) rule.set_batch(batch_moments(rewards, num_rows, num_threads));
 
+    advise_huge_pages(out, static_cast<std::size_t>(num_rows) * sizeof(float));
     if (cu_seqlens) {
         parallel_for(num_groups, num_rows, num_threads, [&](int64_t begin, int64_t end) {
             for (int64_t g = begin; g < end; ++g)
