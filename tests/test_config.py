@@ -31,6 +31,26 @@ def test_dump_and_load_give_the_same_configuration(tmp_path):
     assert config.load(file) == c
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"system_prompt": 'Réponds 🎯 with "one"\tnumber\x7f'},
+        {"task_options": '{"nested": {"a b": [1, 2.5, true]}, "": "empty key"}'},
+        {"learning_rate": "1e-300"},
+    ],
+)
+def test_whatever_a_run_starts_with_it_can_resume_with(tmp_path, overrides):
+    c = config.load(None, overrides)
+    file = tmp_path / "c.toml"
+    file.write_text(config.dump(c), encoding="utf-8")
+    assert config.load(file) == c
+
+
+def test_an_option_toml_cannot_hold_is_said():
+    with pytest.raises(InputError, match="values that TOML can hold"):
+        config.dump(config.load(None, {"task_options": '{"a": null}'}))
+
+
 def test_keys_are_unique_over_sections():
     names = [f.name for _, cls in config.sections() for f in dataclasses.fields(cls)]
     assert len(names) == len(set(names)) == len(config.section_of())
@@ -45,6 +65,10 @@ def test_keys_are_unique_over_sections():
         ("[training]\nsteps = 1.5", "steps = 1.5"),
         ("[training]\nsteps = -1", "at least 0"),
         ("[sampling]\ntemperature = 0.0", "a positive number"),
+        ("[training]\nlearning_rate = inf", "a finite number"),
+        ("[training]\nentropy_coef = nan", "a finite number"),
+        ("[training]\nclip_low = -1.0", "at least 0"),
+        ("[sampling]\nmax_tokens = 512", "raise --max-model-len"),
         ("[sampling]\nschedule = 'strem'", "schedule = 'strem'"),
         ("training = 3", "a table [training]"),
         ("[training\n", "is not TOML"),

@@ -339,9 +339,17 @@ def test_the_journal_sees_each_poll_first_and_resumes_it_anywhere() -> None:
     for cut in range(len(journal.polls) + 1):
         resumed = fresh()
         resumed.restore(itertools.chain.from_iterable(journal.polls[:cut]))
+        was_done = resumed.done
         engine = ScriptedEngine(by_seed, slots=5, num_per_poll=2, shuffle_seed=cut)
-        assert pools(run(resumed, engine, plus)) == pools(whole)
-        assert (engine.num_submitted == 0) == (cut == len(journal.polls))
+        again = run(resumed, engine, plus)
+        assert pools(again) == pools(whole)
+        assert (engine.num_submitted == 0) == was_done
+    # the whole journal leaves nothing to do, and knows what was issued and wasted, too
+    assert was_done
+    assert whole.metrics["waste_fraction"] > 0
+    assert {k: again.metrics[k] for k in ("issued_per_prompt", "waste_fraction")} == {
+        k: whole.metrics[k] for k in ("issued_per_prompt", "waste_fraction")
+    }
 
 
 def test_a_crash_between_journal_and_sampler_loses_nothing() -> None:

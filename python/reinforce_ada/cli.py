@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"reinforce-ada: cannot write {e.filename or 'to the disk'}: {e.strerror}; a writable folder with space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nreinforce-ada: interrupted; nothing scored is lost, `reinforce-ada train --resume DIR` goes on", file=sys.stderr)
+        goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is _train else ""
+        print(f"\nreinforce-ada: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 

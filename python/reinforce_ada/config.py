@@ -6,6 +6,7 @@ Stdlib at import, so that `--help` stays fast; msgspec does the type conversion 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,7 @@ class EngineConfig:
     max_num_seqs: int = option(128, "requests in the engine at once")
     max_model_len: int = option(512, "longest prompt + completion in tokens")
     memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
-    request_timeout_s: float = option(120.0, "a request without answer for so long is issued again")
+    request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
     reward_workers: int = option(1, "processes that score completions")
     reward_timeout_s: float = option(10.0, "one scoring call at most; then the worker is replaced and the call retried")
 
@@ -144,7 +145,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError("config", f"cannot read {path}: {e.strerror}", "a readable TOML file") from e
     except tomllib.TOMLDecodeError as e:
@@ -171,20 +172,17 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
 
 
 def dump(config: Config) -> str:
-    """The configuration as TOML that `load` reads back to an equal one (keys that are None are left out)."""
-    import json
+    """The configuration as TOML that `load` reads back to an equal one (keys that are None are left out).
 
-    lines: list[str] = []
-    for section, values in dataclasses.asdict(config).items():
-        lines.append(f"[{section}]")
-        for key, value in values.items():
-            if isinstance(value, dict):  # an inline table: TOML writes = where JSON writes :
-                inner = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items())
-                lines.append(f"{key} = {{{inner}}}")
-            elif value is not None:
-                lines.append(f"{key} = {json.dumps(value)}")
-        lines.append("")
-    return "\n".join(lines)
+    Raises: InputError for a task option that TOML has no form for.
+    """
+    import tomli_w
+
+    sections = dataclasses.asdict(config).items()
+    try:
+        return tomli_w.dumps({name: {k: v for k, v in values.items() if v is not None} for name, values in sections})
+    except TypeError as e:
+        raise InputError("config", f"task_options = {config.task.task_options}", "values that TOML can hold") from e
 
 
 def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, values: Any) -> None:
@@ -221,13 +219,16 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
 _AT_LEAST = {
     "prompts_per_step": 1, "eval_prompts": 0, "eval_k": 1, "eval_every": 0, "num_examples": 0, "max_tokens": 1, "max_num_seqs": 1,
     "max_model_len": 2, "reward_workers": 1, "steps": 0, "warmup_steps": 0, "minibatches": 1, "tokens_per_pass": 1,
-    "checkpoint_every": 0, "seed": 0, "weight_decay": 0,
+    "checkpoint_every": 0, "seed": 0, "weight_decay": 0, "clip_low": 0, "clip_high": 0, "entropy_coef": 0, "request_timeout_s": 0,
 }  # fmt: skip
-_POSITIVE = ("temperature", "memory_fraction", "request_timeout_s", "reward_timeout_s", "learning_rate", "max_grad_norm")
+_POSITIVE = ("temperature", "memory_fraction", "reward_timeout_s", "learning_rate", "max_grad_norm", "correction_high")
 
 
 def _check(config: Config) -> None:
     values = {k: v for section in dataclasses.asdict(config).values() for k, v in section.items()}
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError("config", f"{key} = {value}", "a finite number")
     for key, least in _AT_LEAST.items():
         if values[key] < least:
             raise InputError("config", f"{key} = {values[key]}", f"at least {least}")
@@ -236,6 +237,9 @@ def _check(config: Config) -> None:
         raise InputError("config", f"window = {sampling.window}", "at least 1")
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
+    if sampling.max_tokens >= config.engine.max_model_len:
+        given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
+        raise InputError("config", given, "room for the prompt", "raise --max-model-len")
     for key in _POSITIVE:
         if not values[key] > 0:
             raise InputError("config", f"{key} = {values[key]}", "a positive number")

@@ -74,7 +74,10 @@ def run(
                 continue
             scoring.difference_update(event.id for event in events)
             for event in journal.append(events) if journal is not None else events:
-                flights.stop(sampler.receive(event))
+                dropped = sampler.receive(event)
+                flights.stop(dropped)
+                if journal is not None and dropped:  # so that a replay counts them as issued, and as waste
+                    journal.append([Aborted(i, event.policy_version) for i in dropped])
             if on_progress is not None:
                 on_progress(sampler.progress())
     finally:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce_ada.training.batching import PAD, Sample, attention_mask, collate, micro_batches, shuffled_minibatches
+from reinforce_ada.training.batching import PAD, Sample, attention_mask, collate, micro_batches, rows_of, shuffled_minibatches
 from reinforce_ada.types import Completion, CompletionId, Prompt
 
 
@@ -49,6 +49,14 @@ def test_micro_batches_hold_every_sample_once_within_the_budget():
 def test_a_row_over_the_budget_still_gets_its_pass():
     (batch,) = micro_batches([sample(A, 0, [1] * 50)], 8, share_prompts=True, pad_id=0)
     assert batch.input_ids.shape == (1, 53)
+
+
+def test_a_group_over_the_budget_is_split_into_rows_that_repeat_the_prompt():
+    samples = [sample(A, k, [k + 1] * 4) for k in range(5)]  # a row of the prompt and two completions is 11 tokens
+    assert [[s.completion.id.index for s in row] for row in rows_of(samples, 11)] == [[0, 1], [2, 3], [4]]
+    assert [len(row) for row in rows_of(samples, 0)] == [1] * 5
+    batches = list(micro_batches(samples, 11, share_prompts=True, pad_id=0))
+    assert [b.input_ids.shape for b in batches] == [(1, 11), (1, 11), (1, 7)]
 
 
 def test_minibatches_keep_groups_whole_and_are_seeded():

@@ -8,7 +8,7 @@ import pytest
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.errors import InputError
 from reinforce_ada.training.models import tiny_tokenizer
-from reinforce_ada.training.tasks import load_task, read_jsonl
+from reinforce_ada.training.tasks import load_records, load_task, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,19 @@ def test_bad_jsonl(tmp_path, lines, message):
 def test_answers_are_not_needed_with_a_reward_of_ones_own(tmp_path):
     (tmp_path / "free.jsonl").write_text('{"prompt": "a"}')
     assert read_jsonl(tmp_path / "free.jsonl", needs_answer=False)[0]["question"] == "a"
+
+
+def test_the_prompt_is_what_is_asked_and_any_json_text_is_read(tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a\u2028b", "question": "other", "answer": 1}\n', encoding="utf-8")
+    (record,) = read_jsonl(tmp_path / "odd.jsonl", needs_answer=True)
+    assert record["question"] == "a\u2028b"
+
+
+def test_a_store_knows_the_file_its_questions_came_from(letters):
+    before = load_records(letters, seed=0).digest
+    with open(letters.task, "a") as f:
+        f.write('{"prompt": "new", "answer": 0}\n')
+    assert load_records(letters, seed=0).digest != before
 
 
 def test_too_few_records_and_unknown_names(tmp_path, letters, tokenizer):

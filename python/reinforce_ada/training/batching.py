@@ -83,7 +83,7 @@ def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: S
 
 def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prompts: bool, pad_id: int) -> Iterator[Batch]:
     """The samples as batches of at most `tokens_per_pass` padded tokens (one row at least), longest rows first."""
-    rows = sorted(_rows(samples, share_prompts), key=_row_length, reverse=True)
+    rows = sorted(rows_of(samples, tokens_per_pass if share_prompts else 0), key=_row_length, reverse=True)
     start = 0
     while start < len(rows):
         count = max(1, tokens_per_pass // _row_length(rows[start]))
@@ -91,13 +91,17 @@ def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prom
         start += count
 
 
-def _rows(samples: Sequence[Sample], share_prompts: bool) -> list[list[Sample]]:
-    if not share_prompts:
-        return [[s] for s in samples]
-    rows: dict[str, list[Sample]] = {}
+def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Samples of one prompt together, a new row where the next completion would take it past max_tokens; 0 gives each its own row."""
+    rows: list[list[Sample]] = []
+    open_rows: dict[str, list[Sample]] = {}
     for s in samples:
-        rows.setdefault(s.prompt.prompt_id, []).append(s)
-    return list(rows.values())
+        row = open_rows.get(s.prompt.prompt_id)
+        if row is None or _row_length([*row, s]) > max_tokens:
+            rows.append(row := [])
+            open_rows[s.prompt.prompt_id] = row
+        row.append(s)
+    return rows
 
 
 def _row_length(row: Sequence[Sample]) -> int:

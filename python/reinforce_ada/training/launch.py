@@ -50,7 +50,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         rewards = stack.enter_context(make_rewards(config, records))
         # A run that goes on must fit its store before anything slow happens; a new one has a store only when all else has been made, so
         # that a first attempt with a wrong setting leaves no run behind.
-        store = _open_store(stack, config, out) if resume else None
+        store = _open_store(stack, config, records, out) if resume else None
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
         path = _tiny_folder(config, records, out, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
@@ -58,7 +58,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         task = render(records, config.task, model.tokenizer)
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, display))
         display.line(_what_runs(config, policy, task, device))
-        store = store or _open_store(stack, config, out)
+        store = store or _open_store(stack, config, records, out)
         trainer = Trainer(Parts(model, engine, rewards, task.train, task.held_out, policy, store), config, out, display)
         if resume:
             trainer.resume()
@@ -98,7 +98,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         with display.sampling("held-out") as on_progress:
             return evaluate(
                 engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
-                positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s,
+                positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s or None,
                 on_progress=on_progress,
             )  # fmt: skip
 
@@ -198,9 +198,12 @@ def _existing_run(folder: Path) -> Path:
     return folder
 
 
-def _open_store(stack: ExitStack, config: Config, out: Path) -> RolloutStore:
-    store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)))
-    (out / "config.toml").write_text(configuration.dump(config))
+def _open_store(stack: ExitStack, config: Config, records: Records, out: Path) -> RolloutStore:
+    run = {**fingerprint(config), "records": records.digest}
+    store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=run))
+    aside = out / "config.toml.aside"
+    aside.write_text(configuration.dump(config), encoding="utf-8")
+    os.replace(aside, out / "config.toml")
     return store
 
 

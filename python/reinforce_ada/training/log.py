@@ -18,6 +18,8 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.records: list[dict[str, Any]] = read_log(path)
+        if path.exists() and not path.read_text().endswith("\n"):
+            self._rewrite()  # a record cut short by a killed process would swallow the next one
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Raises: InputError when it cannot be written."""
@@ -32,6 +34,9 @@ class RunLog:
     def cut_after(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are trained again, and will be logged again."""
         self.records = [r for r in self.records if r.get("step", 0) <= step]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
         aside = self._path.with_suffix(".aside")
         aside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(aside, self._path)

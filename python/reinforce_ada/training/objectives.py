@@ -81,8 +81,8 @@ class Objective:
             "clip_low": self.clip_low,
             "clip_high": self.clip_high,
             "rollout_correction": self.rollout_correction,
-            "num_tokens_global": num_tokens,
-            "num_seqs_global": num_seqs,
+            "num_tokens_global": max(num_tokens, 1),
+            "num_seqs_global": max(num_seqs, 1),
             "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,
         }
         mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)

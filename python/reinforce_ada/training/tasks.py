@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Records:
     examples: Sequence[Record]
     held_out: Sequence[Record]
     reward: Any  # a picklable callable, or "module:function"
+    digest: str = ""  # of the file they came from: a run must not resume on other questions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,9 +190,10 @@ def _jsonl_records(config: TaskConfig, seed: int) -> Records:
         raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
     shuffled = [records[i] for i in order]
     examples, held_out, rest = shuffled[: config.num_examples], shuffled[config.num_examples : spent], shuffled[spent:]
-    if any("answer" not in e for e in examples):
+    if any(e.get("answer") is None for e in examples):
         raise InputError("task", "a worked example has no answer", "answers in the file, or --num-examples 0")
-    return Records(Source(rest.__getitem__, len(rest), seed), examples, held_out, config.reward or exact_match)
+    digest = hashlib.blake2b(Path(config.task).read_bytes(), digest_size=16).hexdigest()
+    return Records(Source(rest.__getitem__, len(rest), seed), examples, held_out, config.reward or exact_match, digest)
 
 
 def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:
@@ -199,7 +202,7 @@ def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:
     Raises: InputError naming file and line for anything that is not an object with a prompt (and an answer where one is needed).
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
     except (OSError, UnicodeDecodeError) as e:
         raise InputError("task", f"cannot read {path}: {e}", "a JSONL file of {prompt, answer} records") from e
     records: list[Record] = []
@@ -214,7 +217,7 @@ def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:
             raise InputError("task", f"{path}:{number} has no prompt", 'a non-empty text under "prompt"')
         if needs_answer and record.get("answer") is None:
             raise InputError("task", f"{path}:{number} has no answer", 'an "answer", or --reward module:function that needs none')
-        records.append({"question": record["prompt"], **record})
+        records.append({**record, "question": record["prompt"]})
     if not records:
         raise InputError("task", f"{path} holds no prompts", "at least one record")
     return records

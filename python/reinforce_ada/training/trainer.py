@@ -26,7 +26,7 @@ from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, Policy
 from reinforce_ada.training import checkpoint
-from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, shuffled_minibatches
+from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, rows_of, shuffled_minibatches
 from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.evaluate import evaluate
 from reinforce_ada.training.language_model import LanguageModel, check_forms, token_logprobs
@@ -113,11 +113,8 @@ class Trainer:
         prompts = list(islice(self.parts.train(0), 2))
         samples = [Sample(p, _made_up(p, i, _CHECK_TOKENS), 0.0) for p in prompts for i in range(2)]
         pad = self.parts.model.pad_id
-        rows: dict[str, list[Sample]] = {}
-        for s in samples:
-            rows.setdefault(s.prompt.prompt_id, []).append(s)
-        plain = collate([[s] for s in samples], pad).to(self.device)
-        shared = collate(list(rows.values()), pad).to(self.device)
+        plain = collate(rows_of(samples, 0), pad).to(self.device)
+        shared = collate(rows_of(samples, sum(len(s.prompt.token_ids) + _CHECK_TOKENS for s in samples)), pad).to(self.device)
         head, sharing = check_forms(self.parts.model, plain, shared, self.objective.temperature)
         self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
         self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
@@ -167,7 +164,7 @@ class Trainer:
             self._sync()
         with self.display.sampling(f"step {step} sampling") as on_progress:
             result = run(
-                sampler, parts.engine, parts.rewards, parts.store, request_timeout_s=self.config.engine.request_timeout_s,
+                sampler, parts.engine, parts.rewards, parts.store, request_timeout_s=self.config.engine.request_timeout_s or None,
                 on_progress=on_progress,
             )  # fmt: skip
         parts.engine.sleep()
@@ -243,7 +240,7 @@ class Trainer:
             e = evaluate(
                 self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
                 policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
-                request_timeout_s=self.config.engine.request_timeout_s, on_progress=on_progress,
+                request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
             )  # fmt: skip
         self.parts.engine.sleep()
         seconds = time.monotonic() - started
