@@ -233,3 +233,15 @@ def test_the_module_of_a_reward_is_found_in_the_working_folder(world):
     import cli_reward
 
     assert cli_reward.score == 0.5
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, unbuffered):
+    """As in `reinforce-ada doctor | head -0`: no traceback, whenever the text is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "reinforce_ada.cli", "doctor"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -38,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        return int(given.run(given) or 0)
+        code = int(given.run(given) or 0)
+        sys.stdout.flush()
+        return code
     except InputError as e:
         print(f"reinforce-ada: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
         if e.errno not in _DISK_ERRORS:
             raise
