@@ -43,7 +43,7 @@ def run(
         sampler: fresh, or restored from a journal.
         engine: never given more than its `free_slots`.
         rewards: a runner, or a plain callable (prompt, text) -> float, which is called in this process.
-        journal: gets the non-empty list of events of each poll, before the sampler.
+        journal: gets the non-empty list of events of each poll, before the sampler; then the requests dropped at an exit, as Aborted.
         request_timeout_s: a request not back from the engine after that long is aborted there and issued again.
         max_losses: the request that is lost (timed out, or dropped by the engine) that many times becomes a void.
         on_progress: called with the sampler's counts after each poll that brought events.

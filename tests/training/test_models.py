@@ -1,0 +1,42 @@
+"""Loading a model: what a tokenizer must have, and what a name that is no model is told."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.training import models
+
+
+@pytest.fixture
+def folder(tmp_path):
+    AutoModelForCausalLM.from_config(models.tiny_config()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load_with(folder, **tokens):
+    tokenizer = models.tiny_tokenizer()
+    for name, value in tokens.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return models.load(str(folder), "float32", torch.device("cpu"))
+
+
+def test_a_tokenizer_without_pad_pads_with_its_end_token(folder):
+    model = load_with(folder, pad_token=None)
+    assert model.tokenizer.pad_token_id is None
+    assert model.pad_id == model.tokenizer.eos_token_id == 1
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_said_in_one_line(folder):
+    with pytest.raises(InputError, match="has no pad and no end token; one of them") as caught:
+        load_with(folder, pad_token=None, eos_token=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        models.resolve(str(tmp_path))
+    with pytest.raises(InputError, match="is no folder"):
+        models.resolve("smolm2")
+    assert models.resolve("org/name") == "org/name"
