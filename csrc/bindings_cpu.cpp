@@ -3,6 +3,7 @@
 
 #include "common/bind.h"
 #include "ops/group_advantages/group_advantages.h"
+#include "ops/linear_token_logprobs/linear_token_logprobs.h"
 #include "ops/policy_loss/policy_loss.h"
 #include "ops/token_logprobs/token_logprobs.h"
 
@@ -46,6 +47,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("token_logprobs_backward", RA_KERNEL(token_logprobs_backward), "logits"_a, "dtype"_a, "num_tokens"_a, "vocab"_a, "row_stride"_a,
           "token_ids"_a, "temperatures"_a, "temperature"_a, "log2_normalizer"_a, "entropy"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad"_a,
           "grad_row_stride"_a, "num_threads"_a, release_gil());
+
+    // linear_token_logprobs, linear_policy_loss
+    m.def("pack_hidden", RA_KERNEL(pack_hidden), "hidden"_a, "dtype"_a, "num_tokens"_a, "width"_a, "row_stride"_a, "packed"_a,
+          "num_threads"_a, release_gil());
+    m.def("linear_logits", RA_KERNEL(linear_logits), "packed"_a, "weight"_a, "dtype"_a, "num_tokens"_a, "num_rows"_a, "width"_a,
+          "weight_stride"_a, "logits"_a, "logits_stride"_a, "num_threads"_a, release_gil());
 
     // group_advantages
     m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a, "num_groups"_a,

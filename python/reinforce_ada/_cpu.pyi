@@ -15,6 +15,19 @@ def select_isa(name: str) -> None: ...
 # token_logprobs
 
 # group_advantages
+def pack_hidden(hidden: int, dtype: int, num_tokens: int, width: int, row_stride: int, packed: int, num_threads: int) -> None: ...
+def linear_logits(
+    packed: int,
+    weight: int,
+    dtype: int,
+    num_tokens: int,
+    num_rows: int,
+    width: int,
+    weight_stride: int,
+    logits: int,
+    logits_stride: int,
+    num_threads: int,
+) -> None: ...
 def group_advantages(
     rewards: int,
     group_of: int,
