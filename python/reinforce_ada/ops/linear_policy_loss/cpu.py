@@ -1,0 +1,285 @@
+"""linear_policy_loss on the CPU: the gradient is computed in the forward, chunk by chunk, while the logits of the chunk are there.
+
+The derivative of the loss in a token's logprob is known as soon as the logprob is, and with it the gradient of its logits, which
+overwrites them. Three products a token, as many as with all logits kept. Where the derivative depends on more than the token, all
+logprobs come first and the logits are computed again: four products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops._products import Hidden, add_hidden_gradient, logits_dtype
+from reinforce_ada.ops._torch import NativeOp, is_eager
+from reinforce_ada.ops.linear_token_logprobs import cpu as linear
+from reinforce_ada.ops.linear_token_logprobs.cpu import Head, rows_of
+from reinforce_ada.ops.policy_loss import cpu as policy
+from reinforce_ada.ops.policy_loss.settings import METRICS, Settings
+from reinforce_ada.ops.token_logprobs.checks import IGNORED
+
+_WHERE = "linear_policy_loss"
+DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32; fewer make the products slower
+_PIECE = 1024  # rows of the weight of which there are float32 copies at a time, for float16
+_TILE = 48  # tokens that the products take at a time
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    soft_cap: float | None,
+    temperature: float | Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+    max_extra_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+    value, metrics, *_ = _op(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        token_ids.flatten().long(),
+        temperature.flatten().float() if isinstance(temperature, Tensor) else None,
+        advantages.float().contiguous(),
+        (mask != 0).contiguous(),
+        *(None if x is None else x.contiguous() for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
+        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        float(logit_scale),
+        float(soft_cap or 0),
+        settings.advantages_per_token,
+        policy.numbers(settings),
+        policy.numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
+        policy.numbers(_aggregation(settings)),
+        settings.entropy_coef != 0,
+        *wanted,
+        DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
+    )
+    return value, metrics
+
+
+def _of_each_token(s: Settings) -> bool:
+    """Whether the derivative of a token's loss depends on that token alone."""
+    of_sequences = s.loss == "gspo" or s.ratio_level == "sequence"
+    return not of_sequences and (s.rollout_correction is None or s.rollout_correction.level == "token")
+
+
+def _before_aggregation(s: Settings) -> Settings:
+    return replace(s, advantages_per_token=True, loss_agg="token-mean", num_tokens_global=1.0, num_seqs_global=None, norm_length=None)
+
+
+def _aggregation(s: Settings) -> Settings:
+    """With advantages of -1 the derivative of this loss is each token's share in the aggregate."""
+    names = ("loss_agg", "num_tokens_global", "num_seqs_global", "norm_length")
+    return Settings(loss="reinforce", **{name: getattr(s, name) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the loss reads besides logprobs and entropy."""
+
+    advantages: Tensor
+    per_token: bool
+    mask: Tensor  # [T] with cu_seqlens, [N, L] without
+    old: Tensor | None
+    rollout: Tensor | None
+    ref: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def evaluate(self, logprobs: Tensor, entropy: Tensor | None, numbers: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, metrics, derivative in logprobs, derivative in entropy or empty)."""
+        entropy = None if entropy is None else entropy.view(self.mask.shape)
+        others = (self.old, self.rollout, self.ref, entropy, self.cu_seqlens, self.per_token, entropy is not None)
+        return policy.evaluate(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
+
+    def shares(self, aggregation: list[float]) -> Tensor:
+        """[T], of each token in the aggregate."""
+        plain = replace(self, advantages=torch.full_like(self.advantages, -1), old=None, rollout=None, ref=None)
+        return plain.evaluate(torch.zeros(self.mask.shape), None, aggregation)[2].flatten()
+
+    def tokens(self, index: Tensor) -> Batch:
+        """These tokens as one sequence."""
+        others = (None if x is None else rows_of(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
+        mask = torch.ones(len(index), dtype=torch.bool)
+        return Batch(rows_of(self.advantages, index), True, mask, *others, torch.tensor([0, len(index)]))
+
+    def each_token(self) -> Batch:
+        """With one advantage a token, [T]."""
+        if self.per_token:
+            return replace(self, advantages=self.advantages.flatten())
+        if self.cu_seqlens is None:
+            return replace(self, advantages=self.advantages.repeat_interleave(self.mask.shape[1]), per_token=True)
+        of_token = self.advantages.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.mask))
+        return replace(self, advantages=of_token, per_token=True)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperatures: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float,
+    advantages_per_token: bool,
+    numbers: list[float],
+    before_aggregation: list[float],
+    aggregation: list[float],
+    with_entropy: bool,
+    of_hidden: bool,
+    of_weight: bool,
+    of_bias: bool,
+    extra_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids = token_ids.masked_fill(~mask.flatten(), IGNORED)
+    linear.check_values(_WHERE, ids, weight.shape[0], temperatures)
+    head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
+    batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
+    grads = linear.empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    wanted = of_hidden or of_weight or of_bias
+    factor = hidden.new_ones((), dtype=torch.float64)
+    with torch.autocast("cpu", enabled=False):
+        if wanted and before_aggregation:
+            shares = batch.shares(aggregation)
+            factor = _factor(shares, hidden.dtype)
+            shares = (shares * factor).float()
+            logprobs, entropy = _score_with_gradients(
+                hidden, head, ids, batch.each_token(), before_aggregation, shares, with_entropy, grads, extra_bytes
+            )
+            value, metrics, _, _ = batch.evaluate(logprobs, entropy, numbers)
+            return value, metrics, *grads, factor
+        logprobs, log2_normalizer, entropy, _ = linear.score(hidden, head, ids, with_entropy, False, extra_bytes)
+        value, metrics, g, h = batch.evaluate(logprobs, entropy if with_entropy else None, numbers)
+        if wanted:
+            factor = _factor(g, hidden.dtype)
+            incoming = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
+            linear.add_gradients(hidden, head, ids, (log2_normalizer, entropy), (incoming[0], incoming[1]), grads, extra_bytes)
+        return value, metrics, *grads, factor
+
+
+def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
+    """What float16 gradients are held multiplied by until the backward: a power of 2 that keeps a token's share from vanishing."""
+    largest = derivatives.abs().max().item() if dtype == torch.float16 and derivatives.numel() else 0
+    exponent = -math.ceil(math.log2(largest)) if 0 < largest < math.inf else 0
+    return torch.tensor(2.0**exponent, dtype=torch.float64)
+
+
+def _score_with_gradients(
+    hidden: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    batch: Batch,
+    numbers: list[float],
+    shares: Tensor,
+    with_entropy: bool,
+    grads: tuple[Tensor, Tensor, Tensor],
+    extra_bytes: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Writes the gradients; returns logprobs and entropy [T], 0 where a token is ignored."""
+    grad_hidden, grad_weight, grad_bias = grads
+    grad_hidden.zero_()
+    bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
+    logprobs = torch.zeros(len(token_ids))
+    entropy = torch.zeros(len(token_ids)) if with_entropy else None
+    active = (token_ids != IGNORED).nonzero().squeeze(1)
+    tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes)
+    buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
+    for chunk, index in enumerate(active.split(tokens) if len(active) else ()):
+        rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
+        dz = rows.logits(head.weight, buffer)
+        logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head, of_rows, with_entropy)
+        _, _, *slopes = batch.tokens(index).evaluate(logp, h if with_entropy else None, numbers)
+        incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
+        linear.gradient_over_logits(dz, slice(0, head.vocab), [ids, log2_normalizer, h, *incoming], head, of_rows, bias_sums)
+        for piece in _pieces(head.vocab, hidden.dtype):
+            if len(grad_weight):
+                rows.add_weight_gradient(dz[:, piece], grad_weight[piece], first=chunk == 0)
+        if len(grad_hidden):
+            sums = torch.zeros(rows.rows.shape)
+            for piece in _pieces(head.vocab, hidden.dtype):
+                add_hidden_gradient(dz[:, piece], head.weight[piece], sums)
+            grad_hidden[index] = sums.to(grad_hidden.dtype)
+        logprobs[index] = logp
+        if entropy is not None:
+            entropy[index] = h
+    if not len(active):
+        grad_weight.zero_()
+    grad_bias.copy_(bias_sums)
+    return logprobs, entropy
+
+
+def _tokens_of_chunk(num_tokens: int, weight: Tensor, extra_bytes: int) -> int:
+    """How many tokens' logits fit, in whole tiles."""
+    vocab, width = weight.shape
+    dtype = weight.dtype
+    token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
+    copies = 8 * _PIECE * width if dtype == torch.float16 else 0
+    tokens = max(1, min(num_tokens, (extra_bytes - copies) // token))
+    return tokens if tokens < _TILE or tokens == num_tokens else tokens // _TILE * _TILE
+
+
+def _pieces(vocab: int, dtype: torch.dtype) -> Iterator[slice]:
+    size = _PIECE if dtype == torch.float16 else vocab
+    return (slice(i, min(i + size, vocab)) for i in range(0, vocab, size))
+
+
+def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    value, metrics = hidden.new_empty((), dtype=torch.float32), hidden.new_empty(len(METRICS), dtype=torch.float64)
+    grads = linear.empty_gradients(hidden, weight, *rest[-4:-1])
+    return value, metrics, *grads, hidden.new_empty((), dtype=torch.float64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*others[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 20
+    if grad_value is None:
+        return None, None, None, *nothing
+    *grads, factor = ctx.saved_tensors
+    scale = grad_value.double() / factor
+    if not is_eager((grad_value,)):
+        grads = [grad * scale for grad in grads]
+    elif scale != 1:
+        # In place: a second [V, D] is what this operator is there to avoid. A second backward finds them changed, and raises.
+        for grad in grads:
+            grad.mul_(scale)
+    return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True)), *nothing
+
+
+_op = NativeOp(
+    "linear_policy_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? temperatures, Tensor advantages, Tensor mask, "
+    "Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, Tensor? cu_seqlens, float temperature, float logit_scale, "
+    "float soft_cap, bool advantages_per_token, float[] numbers, float[] before_aggregation, float[] aggregation, bool with_entropy, "
+    "bool of_hidden, bool of_weight, bool of_bias, int extra_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
