@@ -1,7 +1,7 @@
 // fp32 vectors of the build's instruction set: 16 lanes with AVX-512, 8 with AVX2, 4 otherwise (SSE2, NEON).
 //
-// The compiler's vector types carry the arithmetic (+ - *); what they cannot say is here: fma, max, exp2, conversions, partial and
-// non-temporal access. Everything is always inlined and lives in the namespace of the build.
+// The compiler's vector types carry the arithmetic (+ - * /); what they cannot say is here: fma, max, exp2, tanh, conversions, partial
+// and non-temporal access. Everything is always inlined and lives in the namespace of the build.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,27 @@ RA_INLINE F32 max(F32 a, F32 b) {
 #endif
 }
 
+// a < b ? a : b in every lane, so that a NaN in `b` stays.
+RA_INLINE F32 min(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// Whether exp2 is infinite above 128; otherwise its result means nothing there.
+#if defined(__AVX512F__)
+constexpr bool kExp2Overflows = true;
+#else
+constexpr bool kExp2Overflows = false;
+#endif
+
 // 2^x, relative error <= 2e-7; exactly 0 below -126.5 (baseline, AVX2) or -149 (AVX-512), also for -inf; NaN stays NaN.
-// Above 128 the result means nothing.
 RA_INLINE F32 exp2(F32 x) {
 #if defined(__AVX512F__)
     const F32 r = _mm512_reduce_ps(x, 0x09);  // x - floor(x); 0 for an infinite x
@@ -83,6 +102,26 @@ RA_INLINE F32 exp2(F32 x) {
 #else
     return y * power;
 #endif
+}
+
+// tanh x, relative error <= 4e-7; NaN stays NaN.
+RA_INLINE F32 tanh(F32 x) {
+    // With m = e^(-2|x|) - 1 = 2^t - 1, tanh |x| = -m / (2 + m). 2^t is rounded to 1 - 2^-24 and less long before t = -30.
+    const U32 sign = (U32)x & 0x80000000u;
+    const F32 t = max(broadcast(-30), (F32)((U32)x & 0x7fffffffu) * -2.8853900817779268f);
+    const F32 magic = broadcast(12582912.0f);  // rounds to an integer, as in exp2
+    const F32 shifted = t + magic;
+    const F32 r = t - (shifted - magic);
+    const F32 power = (F32)(((I32)shifted << 23) + 0x3f800000);
+    // (2^r - 1) / r, minimax in relative error over [-1/2, 1/2]: 2.1e-8.
+    F32 y = broadcast(0x1.4308f8p-13f);
+    y = fma(y, r, broadcast(0x1.5f07b4p-10f));
+    y = fma(y, r, broadcast(0x1.3b2bap-7f));
+    y = fma(y, r, broadcast(0x1.c6af6ep-5f));
+    y = fma(y, r, broadcast(0x1.ebfbdep-3f));
+    y = fma(y, r, broadcast(0x1.62e43p-1f));
+    const F32 m = fma(power, y * r, power - 1.0f);
+    return (F32)((U32)(-m / (m + 2.0f)) | sign);
 }
 
 RA_INLINE U32 widen(U16 v) {
@@ -168,14 +207,18 @@ RA_INLINE void store(Float16* p, F32 v) {
     std::memcpy(p, &bits, sizeof bits);
 }
 
+// v in the first n lanes, `fill` in the others.
+RA_INLINE F32 keep_first(F32 v, int n, float fill) {
+    for (int lane = n; lane < kLanes; ++lane) v[lane] = fill;
+    return v;
+}
+
 // The first n < kLanes elements at p, `fill` in the other lanes.
 template <class T>
 RA_INLINE F32 load_first(const T* p, int n, float fill) {
     T buffer[kLanes] = {};
     std::memcpy(buffer, p, sizeof(T) * n);
-    F32 v = load(buffer);
-    for (int lane = n; lane < kLanes; ++lane) v[lane] = fill;
-    return v;
+    return keep_first(load(buffer), n, fill);
 }
 
 template <class T>

@@ -13,6 +13,72 @@ def build_info() -> BuildInfo: ...
 def select_isa(name: str) -> None: ...
 
 # token_logprobs
+def first_invalid_token(token_ids: int, num_tokens: int, vocab: int) -> int: ...
+def token_logprobs_forward(
+    logits: int,
+    dtype: int,
+    num_tokens: int,
+    vocab: int,
+    row_stride: int,
+    token_ids: int,
+    temperatures: int,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float,
+    logprobs: int,
+    log2_normalizer: int,
+    entropy: int,
+    sum_p2: int,
+    num_threads: int,
+) -> None: ...
+def token_logprobs_add_piece(
+    logits: int,
+    dtype: int,
+    num_tokens: int,
+    piece_size: int,
+    row_stride: int,
+    first_id: int,
+    token_ids: int,
+    temperatures: int,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float,
+    bias: int,
+    state: int,
+    with_entropy: bool,
+    with_sum_p2: bool,
+    num_threads: int,
+) -> None: ...
+def token_logprobs_finish(
+    state: int,
+    num_tokens: int,
+    logprobs: int,
+    log2_normalizer: int,
+    entropy: int,
+    sum_p2: int,
+) -> None: ...
+def token_logprobs_gradient_piece(
+    logits: int,
+    dtype: int,
+    num_tokens: int,
+    piece_size: int,
+    row_stride: int,
+    first_id: int,
+    token_ids: int,
+    temperatures: int,
+    temperature: float,
+    logit_scale: float,
+    soft_cap: float,
+    bias: int,
+    log2_normalizer: int,
+    entropy: int,
+    grad_logprobs: int,
+    grad_entropy: int,
+    grad: int,
+    grad_row_stride: int,
+    grad_bias: int,
+    num_threads: int,
+) -> None: ...
 
 # group_advantages
 def pack_hidden(hidden: int, dtype: int, num_tokens: int, width: int, row_stride: int, packed: int, num_threads: int) -> None: ...
@@ -78,36 +144,3 @@ def policy_loss(
     grad: int,
     num_threads: int,
 ) -> int: ...
-def first_invalid_token(token_ids: int, num_tokens: int, vocab: int) -> int: ...
-def token_logprobs_forward(
-    logits: int,
-    dtype: int,
-    num_tokens: int,
-    vocab: int,
-    row_stride: int,
-    token_ids: int,
-    temperatures: int,
-    temperature: float,
-    logprobs: int,
-    log2_normalizer: int,
-    entropy: int,
-    sum_p2: int,
-    num_threads: int,
-) -> None: ...
-def token_logprobs_backward(
-    logits: int,
-    dtype: int,
-    num_tokens: int,
-    vocab: int,
-    row_stride: int,
-    token_ids: int,
-    temperatures: int,
-    temperature: float,
-    log2_normalizer: int,
-    entropy: int,
-    grad_logprobs: int,
-    grad_entropy: int,
-    grad: int,
-    grad_row_stride: int,
-    num_threads: int,
-) -> None: ...

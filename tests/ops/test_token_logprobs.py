@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import TokenLogprobs, token_logprobs
+from reinforce_ada.ops import TokenLogprobs, _native, token_logprobs
+from reinforce_ada.ops._torch import DTYPE_CODES, address
 from reinforce_ada.ops.token_logprobs import cpu as cpu_form
 
 every_build = pytest.mark.parametrize("backend", builds("token_logprobs"), indirect=True)
@@ -36,16 +38,16 @@ def evaluate(logits: Tensor, ids: Tensor, temperature: float | Tensor, g: Tensor
     return [x.detach() for x in (*out, grad)]
 
 
-def assert_conforms(logits: Tensor, ids: Tensor, backend: str, temperature: float | Tensor = 1.0, tol: float = 2e-6) -> None:
+def assert_conforms(logits: Tensor, ids: Tensor, backend: str, temperature: float | Tensor = 1.0, **head: float | None) -> None:
     """Results and gradients are no further from float64 than plain PyTorch's; `plain` is what a trainer writes without this op."""
     g, h = torch.randn(2, len(ids))
     g[::3] = 0
-    actual = evaluate(logits, ids, temperature, g, h, backend=backend)
-    truth = evaluate(logits.double(), ids, temperature, g.double(), h.double(), backend="reference")
-    plain = evaluate(logits, ids, temperature, g, h, backend="reference")
+    actual = evaluate(logits, ids, temperature, g, h, backend=backend, **head)
+    truth = evaluate(logits.double(), ids, temperature, g.double(), h.double(), backend="reference", **head)
+    plain = evaluate(logits, ids, temperature, g, h, backend="reference", **head)
     for name, a, t, p in zip(("logprobs", "entropy", "sum_p2", "gradient"), actual, truth, plain, strict=True):
         assert a.dtype == (logits.dtype if name == "gradient" else torch.float32)
-        assert_no_worse(a, t, p, tol, name)
+        assert_no_worse(a, t, p, 2e-6, name)
 
 
 # The meaning
@@ -115,6 +117,178 @@ def test_probabilities_sum_to_one(build: Build, vocab: int, spread: float, tempe
     torch.testing.assert_close(p.sum(), torch.tensor(1.0), rtol=0, atol=2e-5)
     torch.testing.assert_close(sum_p2, p.square().sum().expand(vocab), rtol=0, atol=2e-5)
     torch.testing.assert_close(entropy, -torch.special.xlogy(p, p).sum().expand(vocab), rtol=0, atol=1e-4)
+
+
+# The head: scale and soft cap
+
+
+@every_build
+def test_head_table(backend: str) -> None:
+    """A scale of 2 squares the odds 3:1 to 9:1, one of -1 turns them round; under the soft cap ln 3 a logit 1e9 is ln 3."""
+    logits, ids = torch.tensor([[LN3, 0.0]]), torch.tensor([0])
+    capped = token_logprobs(torch.tensor([[1e9, 0.0]]), ids, soft_cap=LN3, backend=backend)
+    assert capped.item() == pytest.approx(math.log(0.75), abs=1e-6)
+    for scale, p in ((2.0, 0.9), (-1.0, 0.25), (0.0, 0.5)):
+        assert token_logprobs(logits, ids, logit_scale=scale, backend=backend).item() == pytest.approx(math.log(p), abs=1e-6)
+
+
+@every_build
+def test_gradient_of_the_head_table(backend: str) -> None:
+    """(onehot - p) times the scale and, under the cap, times 1 - tanh^2; where the cap binds it is 0."""
+    logits = torch.tensor([[LN3, 0.0], [1e9, 0.0]], requires_grad=True)
+    token_logprobs(logits, torch.tensor([0, 0]), logit_scale=2.0, soft_cap=LN3, temperature=0.5, backend=backend).sum().backward()
+    slope = 1 - math.tanh(2) ** 2
+    p = 1 / (1 + math.exp(-2 * LN3 * math.tanh(2)))
+    torch.testing.assert_close(logits.grad, torch.tensor([[4 * (1 - p) * slope, -4 * (1 - p)], [0, -0.4]]))
+
+
+@every_build
+@dtypes
+@pytest.mark.parametrize("head", [(0.0625, None), (-1.3, None), (1.0, 30.0), (0.5, 2.0)], ids=str)
+def test_head(backend: str, dtype: torch.dtype, head: tuple[float, float | None]) -> None:
+    """Also outliers, -inf where it has a meaning, and a NaN in an ignored row."""
+    logits = torch.randn(6, 5001) * 10
+    logits[1, 4000] = logits[2, 17] = 200
+    logits[3] -= 200
+    logits[4, ::2] = -math.inf if head[0] > 0 else math.inf
+    logits[5, 9] = math.nan
+    ids = torch.tensor([5, 4000, 18, 3, 7, -100])
+    assert_conforms(logits.to(dtype), ids, backend, 0.7, logit_scale=head[0], soft_cap=head[1])
+
+
+@pytest.mark.parametrize("build", builds("token_logprobs", reference=False))
+def test_tanh(build: Build) -> None:
+    """The vector tanh over all magnitudes, as the state's token_u shows it: relative error 4e-7, and what is not a number stays so."""
+    x = torch.cat([torch.logspace(-30, 30, 20000), torch.linspace(0, 12, 20000), torch.tensor([0.0, math.inf])])
+    x = torch.cat([x, -x])
+    with using(build):
+        state = torch.zeros(len(x), STATE, dtype=torch.float64)
+        add_piece(state, x[:, None], 0, torch.zeros(len(x), dtype=torch.int64), {"soft_cap": 1.0})
+    tanh = state[:, TOKEN_U] * LN2
+    error = (tanh - x.double().tanh()).abs() / x.double().tanh().abs().clamp(min=1e-38)
+    assert error.max() <= 4e-7
+    assert error[x.abs() > 9.1].max() <= 6e-8
+
+
+# Piece by piece: the kernels for logits that are never in memory at once
+
+STATE, TOKEN_U = 6, 4  # csrc/ops/token_logprobs/token_logprobs.h
+
+
+def add_piece(state: Tensor, piece: Tensor, first: int, ids: Tensor, head: dict[str, float], bias: Tensor | None = None) -> None:
+    _native.cpu.token_logprobs_add_piece(
+        *(piece.data_ptr(), DTYPE_CODES[piece.dtype], *piece.shape, piece.stride(0), first, ids.data_ptr(), 0, head.get("temperature", 1)),
+        *(head.get("logit_scale", 1), head.get("soft_cap", 0), address(bias), state.data_ptr(), True, True, torch.get_num_threads()),
+    )
+
+
+def finish(state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, log2 of the normalizer, entropy, sum_p2."""
+    out = [torch.empty(len(state), dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32, torch.float32)]
+    _native.cpu.token_logprobs_finish(state.data_ptr(), len(state), *(x.data_ptr() for x in out))
+    return tuple(out)
+
+
+def piece_gradient(
+    grad: Tensor, piece: Tensor, first: int, ids: Tensor, head: dict[str, float], saved: list[Tensor], bias: list[Tensor | None]
+) -> None:
+    """`saved` is log2_normalizer, entropy and the two incoming gradients; `bias` is the bias and its gradient."""
+    _native.cpu.token_logprobs_gradient_piece(
+        *(piece.data_ptr(), DTYPE_CODES[piece.dtype], *piece.shape, piece.stride(0), first, ids.data_ptr(), 0, head.get("temperature", 1)),
+        *(head.get("logit_scale", 1), head.get("soft_cap", 0), address(bias[0]), *(x.data_ptr() for x in saved)),
+        *(grad.data_ptr(), grad.stride(0), address(bias[1]), torch.get_num_threads()),
+    )
+
+
+def by_pieces(logits: Tensor, cuts: list[int], ids: Tensor, g: Tensor, h: Tensor, bias: Tensor | None, **head: float) -> list[Tensor]:
+    """As `evaluate`, with the gradient of the bias at the end: pieces from cut to cut, last first, the gradient over the logits."""
+    state = torch.zeros(len(ids), STATE, dtype=torch.float64)
+    grad, grad_bias = logits.clone(), torch.zeros(logits.shape[1], dtype=torch.float64)
+    pieces = [slice(*cut) for cut in pairwise(cuts)][::-1]
+    for ids_of in pieces:
+        add_piece(state, logits[:, ids_of], ids_of.start, ids, head, None if bias is None else bias[ids_of])
+    logprobs, log2_normalizer, entropy, sum_p2 = finish(state)
+    for ids_of in pieces:
+        biases = [None, None] if bias is None else [bias[ids_of], grad_bias[ids_of]]
+        piece_gradient(grad[:, ids_of], grad[:, ids_of], ids_of.start, ids, head, [log2_normalizer, entropy, g, h], biases)
+    return [logprobs, entropy, sum_p2, grad, grad_bias]
+
+
+HEADS = st.sampled_from([{}, {"temperature": 0.7}, {"logit_scale": -0.5}, {"soft_cap": 5.0, "logit_scale": 0.3, "temperature": 1.3}])
+
+
+@pytest.mark.parametrize("build", builds("token_logprobs", reference=False))
+@settings(max_examples=40, deadline=None)
+@given(
+    vocab=st.integers(1, 5000),
+    cuts=st.lists(st.integers(0, 5000), max_size=4),
+    head=HEADS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    with_bias=st.booleans(),
+    outliers=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_pieces(
+    build: Build, vocab: int, cuts: list[int], head: dict[str, float], dtype: torch.dtype, with_bias: bool, outliers: bool, seed: int
+) -> None:
+    """Any cut of the vocabulary, in any order, gives results and gradients no further from float64 than plain PyTorch's."""
+    torch.manual_seed(seed)
+    logits = torch.randn(4, vocab) * 3
+    if outliers:
+        logits[0, 0], logits[1, -1] = 200, -200
+        logits[2, 1::2] = -math.inf if head.get("logit_scale", 1) > 0 else 200
+    logits, bias = logits.to(dtype), torch.randn(vocab).to(dtype) if with_bias else None
+    ids = torch.tensor([0, vocab - 1, vocab // 2, -100])
+    g, h = torch.randn(2, 4)
+    g[1] = h[1] = 0
+    with using(build):
+        actual = by_pieces(logits, sorted({0, vocab, *(cut for cut in cuts if cut < vocab)}), ids, g, h, bias, **head)
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        added = logits.to(dtype) if bias is None else logits.to(dtype) + bias.to(dtype)
+        return evaluate(added, ids, **{"temperature": 1.0, **head}, g=g.to(dtype), h=h.to(dtype), backend="reference")
+
+    names = ("logprobs", "entropy", "sum_p2", "gradient")
+    for name, a, t, p in zip(names, actual, plain(torch.float64), plain(torch.float32), strict=False):
+        # The gradient is written in the logits' dtype.
+        rounding = torch.finfo(dtype).eps * t.abs().max().item() if name == "gradient" and dtype != torch.float32 else 0
+        assert_no_worse(a, t, p, 2e-6 + rounding, name)
+    if bias is not None:
+        torch.testing.assert_close(actual[4], actual[3].double().sum(0))
+
+
+@native_builds
+def test_pieces_that_are_nothing(backend: str) -> None:
+    """A piece that is all -inf, first or last, changes nothing; a row that is all -inf or has a NaN somewhere is NaN."""
+    logits = torch.randn(4, 60)
+    logits[0, :20] = logits[1, 40:] = logits[2] = -math.inf
+    logits[3, 30] = math.nan
+    ids, g = torch.tensor([25, 3, 3, 50]), torch.ones(4)
+    logprobs, entropy, sum_p2, grad, _ = by_pieces(logits, [0, 20, 40, 60], ids, g, g, None)
+    whole = evaluate(logits, ids, 1.0, g, g, backend=backend)
+    for a, b in zip((logprobs, entropy, sum_p2, grad), whole, strict=True):
+        assert a.isnan().flatten(1).any(1).tolist() == [False, False, True, True] if a.ndim > 1 else a.isnan().tolist()[2:] == [True] * 2
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@native_builds
+def test_a_token_that_no_piece_contained_is_not_a_number(backend: str) -> None:
+    state = torch.zeros(3, STATE, dtype=torch.float64)
+    add_piece(state, torch.zeros(3, 4), 10, torch.tensor([9, 14, 13]), {})
+    logprobs, log2_normalizer, entropy, sum_p2 = finish(state)
+    assert logprobs.isnan().tolist() == [True, True, False]
+    for result, value in ((log2_normalizer, 2), (entropy, 2 * LN2), (sum_p2, 0.25)):
+        assert result.tolist() == pytest.approx([value] * 3, abs=1e-6)
+
+
+@native_builds
+def test_gradient_of_the_bias_does_not_depend_on_threads(backend: str) -> None:
+    """It is also added to what is there, and rows of zero gradient, even NaN, add nothing."""
+    logits, bias, ids = torch.randn(300, 1100), torch.randn(1100), torch.randint(1100, (300,))
+    logits[7] = math.nan
+    g, h = torch.randn(2, 300)
+    g[7] = h[7] = 0
+    assert_repeatable(lambda: by_pieces(logits, [0, 700, 1100], ids, g, h, bias)[3:])
 
 
 # The error against float64
@@ -314,7 +488,7 @@ def test_opcheck(backend: str, inplace: bool) -> None:
     logits = torch.randn(4, 10).bfloat16().requires_grad_()
     ids = torch.tensor([1, -100, 3, 9])
     for temperatures, entropy in ((None, False), (torch.rand(4) + 0.5, True)):
-        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, entropy, entropy, inplace))
+        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace))
 
 
 @every_form

@@ -1,15 +1,22 @@
-// Log-probability of one token a row, straight from the logits: one sweep, no softmax in memory.
+// Log-probability of one token a row, straight from the logits: one sweep, no softmax in memory, whole or piece by piece.
 //
-//   logprob = z[y] - log sum_j exp(z[j]),  z = logits / temperature,  p = softmax(z)
+//   z = logit_scale (x + bias), with a soft cap then soft_cap tanh(z / soft_cap), then / temperature;  p = softmax(z)
+//   logprob = z[y] - log sum_j exp(z[j])
 //   entropy = -sum_j p[j] log p[j],  sum_p2 = sum_j p[j]^2
-//   d logits[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) / temperature,  g, h: gradients of logprob and entropy
+//   d x[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j],  g, h: gradients of logprob and entropy
 //
-// Work is done in log2 units: u = logits * (log2 e / temperature), rounded to fp32 once, and log2_normalizer = log2 sum_j 2^u[j] is
+// Work is done in log2 units: u = z log2 e, rounded to fp32 once (twice with a soft cap), and log2_normalizer = log2 sum_j 2^u[j] is
 // kept in double, because fp32 would cost 1.5e-5 where logits reach 200.
 //
-// logits: [num_tokens, vocab] of `dtype` (common/dtype.h), rows `row_stride` elements apart, which may be odd.
-// token_ids: [num_tokens], each in [0, vocab) or kIgnored: such a row is not read, its results and its gradient are 0.
-// temperatures: [num_tokens], or null for the one `temperature`.
+// A piece is the ids [first_id, first_id + piece_size) of every row, so the logits of a vocabulary that is never in memory at once
+// can pass through one piece after the other, in any order. The whole-row kernels are the same code with one piece.
+//
+// Arguments shared by the kernels:
+//   logits: [num_tokens, piece_size] of `dtype` (common/dtype.h), rows `row_stride` elements apart, which may be odd.
+//   bias: [piece_size] of `dtype`, added in fp32, or null.
+//   token_ids: [num_tokens], ids of the whole vocabulary, or kIgnored: such a row is not read, its results and its gradient are 0.
+//   temperatures: [num_tokens], or null for the one `temperature`. soft_cap: 0 for none.
+// Rows are divided among the threads; results do not depend on how many there are.
 #pragma once
 
 #include <cstdint>
@@ -20,22 +27,42 @@ namespace reinforce_ada {
 
 constexpr std::int64_t kIgnored = -100;
 
+// What is known of a row after some pieces: six doubles, all 0 before the first. 2^d, d 2^d and 4^d of d = u - anchor are summed
+// over the ids met so far; token_u is the token's own u, and token_met is 1 once its piece has been added.
+struct RowState {
+    double anchor, power, weighted, squares, token_u, token_met;
+};
+constexpr std::int64_t kStateSize = sizeof(RowState) / sizeof(double);
+
 // The first row whose id is neither in [0, vocab) nor kIgnored; -1 when there is none.
 RA_DECLARE_KERNEL(std::int64_t first_invalid_token(const std::int64_t* token_ids, std::int64_t num_tokens, std::int64_t vocab))
 
 // Writes logprobs [num_tokens] and log2_normalizer [num_tokens]; entropy and sum_p2 [num_tokens] unless null.
 RA_DECLARE_KERNEL(void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab,
                                               std::int64_t row_stride, const std::int64_t* token_ids, const float* temperatures,
-                                              double temperature, float* logprobs, double* log2_normalizer, float* entropy, float* sum_p2,
-                                              int num_threads))
+                                              double temperature, double logit_scale, double soft_cap, float* logprobs,
+                                              double* log2_normalizer, float* entropy, float* sum_p2, int num_threads))
 
-// Writes grad [num_tokens, vocab] of `dtype`, rows `grad_row_stride` apart; it may be the logits themselves. `grad_logprobs` and
-// `grad_entropy` [num_tokens] may be null (zero); `entropy` is read when grad_entropy is given. A row whose two gradients are zero
-// is not read: prompts and padding, masked out of the loss, cost one write.
-RA_DECLARE_KERNEL(void token_logprobs_backward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab,
-                                               std::int64_t row_stride, const std::int64_t* token_ids, const float* temperatures,
-                                               double temperature, const double* log2_normalizer, const float* entropy,
-                                               const float* grad_logprobs, const float* grad_entropy, void* grad,
-                                               std::int64_t grad_row_stride, int num_threads))
+// Adds a piece of each row to `state`, RowState [num_tokens]. `weighted` is summed only with_entropy, `squares` only with_sum_p2.
+RA_DECLARE_KERNEL(void token_logprobs_add_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size,
+                                                std::int64_t row_stride, std::int64_t first_id, const std::int64_t* token_ids,
+                                                const float* temperatures, double temperature, double logit_scale, double soft_cap,
+                                                const void* bias, double* state, bool with_entropy, bool with_sum_p2, int num_threads))
+
+// The results of rows whose pieces have all been added: as token_logprobs_forward. A state that is still all 0 (an ignored row) gives
+// 0; a token that no piece contained gives a NaN logprob.
+RA_DECLARE_KERNEL(void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* log2_normalizer,
+                                             float* entropy, float* sum_p2))
+
+// Writes the gradient of the logits as given, before bias, scale and cap: grad [num_tokens, piece_size] of `dtype`, rows
+// `grad_row_stride` apart; it may be the logits themselves. `grad_logprobs` and `grad_entropy` [num_tokens] may be null (zero);
+// `entropy` is read when grad_entropy is given. A row whose two gradients are zero is not read: prompts and padding, masked out of the
+// loss, cost one write. Unless null, grad_bias [piece_size] is increased by the sum of the rows, as rounded to `dtype`, in their order.
+RA_DECLARE_KERNEL(void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size,
+                                                     std::int64_t row_stride, std::int64_t first_id, const std::int64_t* token_ids,
+                                                     const float* temperatures, double temperature, double logit_scale, double soft_cap,
+                                                     const void* bias, const double* log2_normalizer, const float* entropy,
+                                                     const float* grad_logprobs, const float* grad_entropy, void* grad,
+                                                     std::int64_t grad_row_stride, double* grad_bias, int num_threads))
 
 }  // namespace reinforce_ada

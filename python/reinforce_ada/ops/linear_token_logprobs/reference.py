@@ -32,18 +32,11 @@ def linear_token_logprobs(
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 inputs); `chunk` tokens at a time."""
     with torch.autocast(hidden.device.type, enabled=False):
         if chunk is None:
-            z = head(F.linear(hidden, weight, bias), logit_scale, soft_cap)
-            return reference.token_logprobs(z, token_ids, temperature, entropy, sum_p2)
+            x = F.linear(hidden, weight, bias)
+            return reference.token_logprobs(x, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2)
         args = (hidden, weight, bias, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, chunk)
         results: tuple[Tensor, Tensor | None, Tensor | None] = _Chunked.apply(*args)  # type: ignore[no-untyped-call]
         return results
-
-
-def head(x: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
-    """Logits from the matmul's result x: z = logit_scale x, then soft_cap tanh(z / soft_cap); float32 (float64 stays)."""
-    z = x if x.dtype == torch.float64 else x.float()
-    z = z if logit_scale == 1.0 else z * logit_scale
-    return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
 
 
 class _Chunked(torch.autograd.Function):
@@ -54,8 +47,9 @@ class _Chunked(torch.autograd.Function):
         hidden, weight, bias, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, chunk = args
         parts = []
         for rows in _chunks(hidden.shape[0], chunk):
-            z = head(F.linear(hidden[rows], weight, bias), logit_scale, soft_cap)
-            parts.append(reference.token_logprobs(z, token_ids[rows], _at(temperature, rows), entropy, sum_p2))
+            x = F.linear(hidden[rows], weight, bias)
+            at = _at(temperature, rows)
+            parts.append(reference.token_logprobs(x, token_ids[rows], at, logit_scale, soft_cap, entropy, sum_p2))
         logprobs, h, s = zip(*parts, strict=True)
         results = torch.cat(logprobs), torch.cat(h) if entropy else None, torch.cat(s) if sum_p2 else None
         per_token = temperature if isinstance(temperature, Tensor) else None
@@ -80,7 +74,7 @@ def _chunked_gradients(ctx: Any, g: Tensor, h: Tensor | None) -> list[Tensor | N
     grad_hidden, grad_weight, grad_bias = grads
     for rows in _chunks(hidden.shape[0], ctx.chunk):
         x = F.linear(hidden[rows], weight, bias)
-        z = head(x, ctx.logit_scale, ctx.soft_cap)
+        z = reference.head(x, ctx.logit_scale, ctx.soft_cap)
         of_entropy = None if h is None else (h[rows], entropy[rows])
         dz = _logits_gradient(z, token_ids[rows], _at(temperature, rows), g[rows], of_entropy)
         dx = _head_gradient(dz, z, ctx.logit_scale, ctx.soft_cap).to(x.dtype)
@@ -108,7 +102,7 @@ def _logits_gradient(z: Tensor, token_ids: Tensor, temperature: float | Tensor, 
 
 
 def _head_gradient(dz: Tensor, z: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
-    """The gradient before `head`, whose results are z."""
+    """The gradient before `reference.head`, whose results are z."""
     if soft_cap is not None:
         dz = dz * (1 - (z / soft_cap).square())
     return dz * logit_scale

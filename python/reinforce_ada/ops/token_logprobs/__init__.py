@@ -11,7 +11,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.token_logprobs import cpu, reference
-from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_tokens, check_values
+from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 
@@ -38,6 +38,8 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: float | Tensor = ...,
+    logit_scale: float = ...,
+    soft_cap: float | None = ...,
     entropy: Literal[False] = ...,
     sum_p2: Literal[False] = ...,
     inplace_backward: bool = ...,
@@ -51,6 +53,8 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: float | Tensor = ...,
+    logit_scale: float = ...,
+    soft_cap: float | None = ...,
     entropy: bool = ...,
     sum_p2: bool = ...,
     inplace_backward: bool = ...,
@@ -63,6 +67,8 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
     entropy: bool = False,
     sum_p2: bool = False,
     inplace_backward: bool = False,
@@ -70,12 +76,13 @@ def token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """The log-probability of one token in each row of logits, in one sweep and without a softmax in memory.
 
-        z = logits / temperature      p = softmax(z)
+        z = logit_scale logits, then, with a soft cap, z = soft_cap tanh(z / soft_cap); then z / temperature; p = softmax(z)
         logprobs[t] = z[t, token_ids[t]] - logsumexp(z[t])
         entropy[t] = -sum_j p[t, j] log p[t, j]      sum_p2[t] = sum_j p[t, j]^2
 
-    Differentiable in the logits through `logprobs` and `entropy`; once, not twice. `sum_p2` and the temperature are constants.
-    A logit of -inf has probability 0. A row whose token is -100 is not read: its results and its gradient are 0, whatever it holds.
+    Differentiable in the logits through `logprobs` and `entropy`; once, not twice. `sum_p2` and the settings are constants.
+    A logit of -inf has probability 0 (with a soft cap it is -soft_cap like any very negative one). A row whose token is -100 is not
+    read: its results and its gradient are 0, whatever it holds.
     A row whose incoming gradients are 0 gets the gradient 0, whatever it holds.
 
     Args:
@@ -83,6 +90,8 @@ def token_logprobs(
             larger tensor is not copied); within a row the logits must be contiguous.
         token_ids: [T] int64 or int32, in [0, V), or -100 to ignore the row.
         temperature: a positive number, or [T] for one temperature a row.
+        logit_scale: multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling), where the model has not done so.
+        soft_cap: limit of the logits' magnitude (Gemma 2's final_logit_softcapping), where the model has not applied it.
         entropy, sum_p2: also return them.
         inplace_backward: let the gradient overwrite the logits, so that no second [T, V] is allocated; forms that cannot do
             so allocate one. The logits must not be a leaf, and nothing else may need them in the backward pass: a second
@@ -99,12 +108,13 @@ def token_logprobs(
     Source: the quantity every policy-gradient loss needs (arXiv 2402.03300, eq. 3); one-sweep normalizer after arXiv 1805.02867.
     """
     _check(logits, token_ids, temperature, inplace_backward)
+    check_head(_WHERE, logit_scale, soft_cap)
     if resolve(_WHERE, backend, logits.device, logits.dtype) == "cpu":
-        results = cpu.token_logprobs(logits, token_ids, temperature, entropy, sum_p2, inplace_backward)
+        results = cpu.token_logprobs(logits, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, inplace_backward)
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
             check_values(_WHERE, token_ids, logits.shape[1], temperature)
-        results = reference.token_logprobs(logits, token_ids.long(), temperature, entropy, sum_p2)
+        results = reference.token_logprobs(logits, token_ids.long(), temperature, logit_scale, soft_cap, entropy, sum_p2)
     return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
 
 

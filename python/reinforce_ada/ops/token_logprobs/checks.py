@@ -44,6 +44,13 @@ def check_temperature(where: str, temperature: float | Tensor, num_tokens: int, 
         raise InputError(where, f"temperature={temperature}", "a positive finite number")
 
 
+def check_head(where: str, logit_scale: float, soft_cap: float | None) -> None:
+    """A finite scale, and a positive finite soft cap or None."""
+    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf):
+        given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
+        raise InputError(where, given, "a finite scale, and None or a positive finite soft cap")
+
+
 def check_values(where: str, token_ids: Tensor, vocab: int, temperature: float | Tensor) -> None:
     """Every id is in [0, vocab) or -100, every temperature positive and finite. On a GPU this waits for the device."""
     wrong = (token_ids != IGNORED) & ((token_ids < 0) | (token_ids >= vocab))

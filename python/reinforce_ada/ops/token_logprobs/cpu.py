@@ -15,14 +15,20 @@ _WHERE = "token_logprobs"
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, sum_p2: bool, inplace_backward: bool
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    logit_scale: float,
+    soft_cap: float | None,
+    entropy: bool,
+    sum_p2: bool,
+    inplace_backward: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32; see the public function."""
     per_token = isinstance(temperature, Tensor)
     temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if per_token else float(temperature)
-    ids = token_ids.long().contiguous()
-    logprobs, _, h, s = _forward_op(logits, ids, temperatures, scalar, entropy, sum_p2, inplace_backward)
+    head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
+    logprobs, _, h, s = _forward_op(logits, token_ids.long().contiguous(), *head, entropy, sum_p2, inplace_backward)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
@@ -31,6 +37,8 @@ def _forward(
     token_ids: Tensor,
     temperatures: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    soft_cap: float,
     entropy: bool,
     sum_p2: bool,
     inplace_backward: bool,
@@ -42,7 +50,7 @@ def _forward(
         raise wrong_token(_WHERE, token_ids, row, vocab)
     if temperatures is not None:
         check_temperature_values(_WHERE, temperatures)
-    logprobs, log2_normalizer, h, s = _fake_forward(logits, token_ids, temperatures, temperature, entropy, sum_p2, inplace_backward)
+    logprobs, log2_normalizer, h, s = _empty_results(logits, entropy, sum_p2)
     cpu.token_logprobs_forward(
         address(logits),
         DTYPE_CODES[logits.dtype],
@@ -52,6 +60,8 @@ def _forward(
         address(token_ids),
         address(temperatures),
         temperature,
+        logit_scale,
+        soft_cap,
         address(logprobs),
         address(log2_normalizer),
         address(h),
@@ -61,15 +71,7 @@ def _forward(
     return logprobs, log2_normalizer, h, s
 
 
-def _fake_forward(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    entropy: bool,
-    sum_p2: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(logits: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens = logits.shape[0]
     return (
         logits.new_empty(num_tokens, dtype=torch.float32),
@@ -80,7 +82,7 @@ def _fake_forward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, token_ids, temperatures, ctx.temperature, _, _, ctx.inplace_backward = inputs
+    logits, token_ids, temperatures, *ctx.head, _, _, ctx.inplace_backward = inputs
     _, log2_normalizer, entropy, sum_p2 = output
     ctx.save_for_backward(logits, token_ids, temperatures, log2_normalizer, entropy)
     ctx.mark_non_differentiable(log2_normalizer, sum_p2)
@@ -90,12 +92,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Tensor | None, __: None) -> tuple[Any, ...]:
     logits, token_ids, temperatures, log2_normalizer, entropy = ctx.saved_tensors
     g, h = (None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy))
-    rest = (token_ids, temperatures, ctx.temperature, log2_normalizer, entropy, g, h)
-    if not ctx.inplace_backward:
-        return _gradient_op(logits, *rest), None, None, None, None, None, None
-    grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises
-    _gradient_over_logits_op(grad, *rest)
-    return grad, None, None, None, None, None, None
+    rest = (token_ids, temperatures, *ctx.head, log2_normalizer, entropy, g, h)
+    if ctx.inplace_backward:
+        grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises
+        _gradient_over_logits_op(grad, *rest)
+    else:
+        grad = _gradient_op(logits, *rest)
+    return grad, *(None,) * 8
 
 
 def _write_gradient(
@@ -104,27 +107,34 @@ def _write_gradient(
     token_ids: Tensor,
     temperatures: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    soft_cap: float,
     log2_normalizer: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
     num_tokens, vocab = logits.shape
-    cpu.token_logprobs_backward(
+    cpu.token_logprobs_gradient_piece(
         address(logits),
         DTYPE_CODES[logits.dtype],
         num_tokens,
         vocab,
         logits.stride(0),
+        0,  # the first id: the piece is the whole row
         address(token_ids),
         address(temperatures),
         temperature,
+        logit_scale,
+        soft_cap,
+        0,  # no bias
         address(log2_normalizer),
         address(entropy),
         address(grad_logprobs),
         address(grad_entropy),
         address(grad),
         grad.stride(0),
+        0,  # nor its gradient
         torch.get_num_threads(),
     )
 
@@ -140,8 +150,8 @@ def _gradient_over_logits(logits: Tensor, *rest: Any) -> None:
 
 
 _SAVED = (
-    "Tensor token_ids, Tensor? temperatures, float temperature, Tensor log2_normalizer, Tensor entropy, "
-    "Tensor? grad_logprobs, Tensor? grad_entropy"
+    "Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, float soft_cap, "
+    "Tensor log2_normalizer, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy"
 )
 
 _gradient_op = NativeOp(
@@ -161,10 +171,10 @@ _gradient_over_logits_op = NativeOp(
 
 _forward_op = NativeOp(
     "token_logprobs",
-    "(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, bool entropy, bool sum_p2, "
-    "bool inplace_backward) -> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
+    "(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, float soft_cap, "
+    "bool entropy, bool sum_p2, bool inplace_backward) -> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
     _forward,
-    _fake_forward,
+    lambda logits, *settings: _empty_results(logits, *settings[5:7]),
     setup_context=_setup_context,
     backward=_backward,
 )

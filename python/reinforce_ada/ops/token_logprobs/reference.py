@@ -9,18 +9,30 @@ from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, sum_p2: bool
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    logit_scale: float,
+    soft_cap: float | None,
+    entropy: bool,
+    sum_p2: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 logits); see the public function."""
     ignored = token_ids == IGNORED
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    # Before the softmax, so that a NaN in an ignored row reaches neither the results nor, as 0 * NaN, the gradient.
-    log_p = z.masked_fill(ignored[:, None], 0).log_softmax(-1)
+    # Before anything else, so that a NaN in an ignored row reaches neither the results nor, as 0 * NaN, the gradient.
+    z = head(logits.masked_fill(ignored[:, None], 0), logit_scale, soft_cap)
+    log_p = (z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)).log_softmax(-1)
     logprobs = log_p.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1).masked_fill(ignored, 0)
     h = _entropy(log_p).masked_fill(ignored, 0) if entropy else None
     s = (2 * log_p.detach()).exp().sum(-1).masked_fill(ignored, 0) if sum_p2 else None
     return logprobs, h, s
+
+
+def head(x: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
+    """Logits from the matmul's result x: z = logit_scale x, then soft_cap tanh(z / soft_cap); float32 (float64 stays)."""
+    z = x if x.dtype == torch.float64 else x.float()
+    z = z if logit_scale == 1.0 else z * logit_scale
+    return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -1,0 +1,291 @@
+// One row of logits, swept piece by piece: its running state, its results, its gradient. The formulas are in token_logprobs.h.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common/simd.h"
+#include "ops/token_logprobs/token_logprobs.h"
+
+namespace reinforce_ada::RA_ISA {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A block of fp32 logits is 8 KiB: when it has to be swept twice, the second sweep reads the L1 cache.
+constexpr std::int64_t kBlock = 2048;
+
+// A block is accepted while its sum of 2^d is at most 2^24: d is then rounded to 1e-6, and fp32 loses no relative precision.
+constexpr float kLargestSum = 0x1p24f;
+
+// Independent accumulators: an fp32 add takes 3-4 cycles and two can start in each.
+constexpr int kUnroll = 4;
+
+// u * 2^u is 0 for every u below this, also for -inf, where it would otherwise be NaN.
+constexpr float kVanishing = -200;
+
+// From a logit x to u = scale y: y = x + bias, with a soft cap y = tanh(inner (x + bias)).
+struct Head {
+    double scale, slope;  // slope = dz/dx, with a soft cap to be multiplied by 1 - y^2
+    float inner;
+    bool capped;
+
+    Head(double logit_scale, double soft_cap, double temperature)
+        : scale(kLog2E * (soft_cap != 0 ? soft_cap : logit_scale) / temperature),
+          slope(logit_scale / temperature),
+          inner(soft_cap != 0 ? static_cast<float>(logit_scale / soft_cap) : 1),
+          capped(soft_cap != 0) {}
+
+    RA_INLINE F32 apply(const Head& head, F32 x) { return head.capped ? tanh(x * head.inner) : x; }
+};
+
+// The logits of consecutive ids and what is added to them.
+template <class T>
+struct Piece {
+    const T *x, *bias;
+    std::int64_t size;
+};
+
+// y of the ids [begin, begin + n).
+template <class T>
+inline void apply_head(const Piece<T>& piece, const Head& head, std::int64_t begin, std::int64_t n, float* y) {
+    const auto write = [&](std::int64_t i, int lanes) {
+        F32 x = lanes == kLanes ? load(piece.x + begin + i) : load_first(piece.x + begin + i, lanes, 0);
+        if (piece.bias) x += lanes == kLanes ? load(piece.bias + begin + i) : load_first(piece.bias + begin + i, lanes, 0);
+        x = Head::apply(head, x);
+        if (lanes == kLanes)
+            store(y + i, x);
+        else
+            store_first(y + i, x, lanes);
+    };
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) write(i, kLanes);
+    if (i < n) write(i, static_cast<int>(n - i));
+}
+
+// Calls body(y, begin, n) block by block; y is the logits themselves where the head leaves them as they are.
+template <class T, class Body>
+inline void for_each_block(const Piece<T>& piece, const Head& head, const Body& body) {
+    const bool as_they_are = !head.capped && !piece.bias;
+    float y[kBlock];
+    for (std::int64_t begin = 0; begin < piece.size; begin += kBlock) {
+        const std::int64_t n = piece.size - begin < kBlock ? piece.size - begin : kBlock;
+        if (as_they_are) {
+            body(piece.x + begin, begin, n);
+            continue;
+        }
+        apply_head(piece, head, begin, n, y);
+        body(static_cast<const float*>(y), begin, n);
+    }
+}
+
+template <class T>
+inline float y_of_one(const Piece<T>& piece, const Head& head, std::int64_t i) {
+    float y;
+    apply_head(piece, head, i, 1, &y);
+    return y;
+}
+
+// d = u - anchor for u = scale y, rounded once. Without FMA the product's own rounding (1.5e-5 where u reaches 256) would stay, so
+// the difference is taken first: there it is exact near the anchor. `anchor` is near the one that is asked for; it is the one in use,
+// and asking for it finds it again. The scale's rounding to fp32 (3e-8) counts for the distance only: where u reaches 256 it would
+// be 8e-6.
+struct Distance {
+    double anchor;
+    F32 scale, offset;
+
+    Distance(double near_anchor, double exact_scale) {
+        const float rounded = static_cast<float>(exact_scale);
+        scale = broadcast(rounded);
+#ifdef __FMA__
+        const double exactness = rounded == 0 ? 1 : exact_scale / rounded;
+        const float product = static_cast<float>(near_anchor / exactness);
+        anchor = product * exactness;
+        offset = broadcast(-product);
+#else
+        const float y = rounded == 0 ? 0 : static_cast<float>(near_anchor / exact_scale);
+        anchor = y * exact_scale;
+        offset = broadcast(y);
+#endif
+    }
+
+    F32 operator()(F32 y) const {
+#ifdef __FMA__
+        return fma(y, scale, offset);
+#else
+        return (y - offset) * scale;
+#endif
+    }
+};
+
+// The largest u of a block; when all are -inf a finite one with a finite y, so that their distance to it is -inf and not NaN.
+template <class T>
+float largest_u(const T* y, std::int64_t n, float scale) {
+    F32 largest = broadcast(std::fmax(-1e30f, -1e38f * std::fabs(scale)));
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) largest = max(load(y + i) * scale, largest);
+    if (i < n) {
+        const int rest = static_cast<int>(n - i);
+        largest = max(keep_first(load_first(y + i, rest, 0) * scale, rest, -kInfinity), largest);
+    }
+    return max_lanes(largest);
+}
+
+template <bool kEntropy, bool kSquares>
+struct VectorSums {
+    F32 power{}, weighted{}, squares{};
+
+    RA_INLINE void add(VectorSums& sums, F32 d) {
+        if constexpr (kEntropy) d = max(broadcast(kVanishing), d);
+        if constexpr (!kExp2Overflows) d = min(broadcast(127), d);
+        const F32 power = exp2(d);
+        sums.power += power;
+        if constexpr (kEntropy) sums.weighted = fma(power, d, sums.weighted);
+        if constexpr (kSquares) sums.squares = fma(power, power, sums.squares);
+    }
+};
+
+struct BlockSums {
+    double power, weighted, squares;
+};
+
+template <bool kEntropy, bool kSquares, class T>
+BlockSums sum_block(const T* y, std::int64_t n, const Distance& distance) {
+    using Sums = VectorSums<kEntropy, kSquares>;
+    Sums sums[kUnroll];
+    std::int64_t i = 0;
+    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+        for (int k = 0; k < kUnroll; ++k) Sums::add(sums[k], distance(load(y + i + k * kLanes)));
+    for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], distance(load(y + i)));
+    if (i < n) {
+        const int rest = static_cast<int>(n - i);
+        Sums::add(sums[0], keep_first(distance(load_first(y + i, rest, 0)), rest, -kInfinity));
+    }
+    return {sum_lanes((sums[0].power + sums[1].power) + (sums[2].power + sums[3].power)),
+            kEntropy ? sum_lanes((sums[0].weighted + sums[1].weighted) + (sums[2].weighted + sums[3].weighted)) : 0,
+            kSquares ? sum_lanes((sums[0].squares + sums[1].squares) + (sums[2].squares + sums[3].squares)) : 0};
+}
+
+inline void move_anchor(RowState& row, double to) {
+    const double down = row.power == 0 ? 0 : std::exp2(row.anchor - to);
+    row.weighted = down * (row.weighted + (row.anchor - to) * row.power);
+    row.power *= down;
+    row.squares *= down * down;
+    row.anchor = to;
+}
+
+template <bool kEntropy, bool kSquares, class T>
+void add_block(const T* y, std::int64_t n, double scale, RowState& row) {
+    const auto anchored_here = [&] {
+        const Distance distance(largest_u(y, n, static_cast<float>(scale)), scale);
+        move_anchor(row, distance.anchor);
+        return distance;
+    };
+    // Before anything is above 0 (the first block, or all -inf so far) any anchor is as good as another.
+    const Distance distance = row.power == 0 ? anchored_here() : Distance(row.anchor, scale);
+    BlockSums sums = sum_block<kEntropy, kSquares>(y, n, distance);
+    if (!(sums.power <= kLargestSum)) sums = sum_block<kEntropy, kSquares>(y, n, anchored_here());
+    row.power += sums.power;
+    row.weighted += sums.weighted;
+    row.squares += sums.squares;
+}
+
+// Adds a piece; `token` is counted from the piece's first id.
+template <class T>
+void add_piece(RowState& row, const Piece<T>& piece, const Head& head, std::int64_t token, bool with_entropy, bool with_sum_p2) {
+    for_each_block(piece, head, [&](const auto* y, std::int64_t, std::int64_t n) {
+        if (with_entropy)
+            with_sum_p2 ? add_block<true, true>(y, n, head.scale, row) : add_block<true, false>(y, n, head.scale, row);
+        else
+            with_sum_p2 ? add_block<false, true>(y, n, head.scale, row) : add_block<false, false>(y, n, head.scale, row);
+    });
+    if (token < 0 || token >= piece.size) return;
+    row.token_u = static_cast<double>(y_of_one(piece, head, token)) * head.scale;
+    row.token_met = 1;
+}
+
+// Where the results of rows go; entropy and sum_p2 may be null.
+struct Outputs {
+    float* logprobs;
+    double* log2_normalizer;
+    float *entropy, *sum_p2;
+};
+
+// An ignored row has no state, and its results are 0; a row that is all -inf has an anchor.
+inline void finish(const RowState& row, const Outputs& out, std::int64_t t) {
+    const bool ignored = row.anchor == 0 && row.power == 0;
+    const double log2_power = std::log2(row.power), log2_normalizer = row.anchor + log2_power;
+    const double logprob = row.token_met != 0 ? kLn2 * (row.token_u - log2_normalizer) : std::numeric_limits<double>::quiet_NaN();
+    const auto result = [&](double value) { return ignored ? 0 : static_cast<float>(value); };
+    out.logprobs[t] = result(logprob > 0 ? 0 : logprob);  // the polynomial may be 1e-7 below 2^x; NaN stays
+    out.log2_normalizer[t] = ignored ? 0 : log2_normalizer;
+    if (out.entropy) out.entropy[t] = result(kLn2 * (log2_power - row.weighted / row.power));
+    if (out.sum_p2) out.sum_p2[t] = result(row.squares / (row.power * row.power));
+}
+
+// The gradient of a row is 2^d (constant + slope d), plus `at_token` at the token; with a soft cap times 1 - y^2.
+struct RowGradient {
+    Distance distance;
+    float constant, slope, at_token;
+
+    RowGradient(const Head& head, double log2_normalizer, double entropy, double g, double h) : distance(log2_normalizer, head.scale) {
+        const double rest = log2_normalizer - distance.anchor;  // p = 2^d 2^-rest, log2 p = d - rest
+        const double p = -std::exp2(-rest) * head.slope;
+        constant = static_cast<float>(p * (g + h * (entropy - kLn2 * rest)));
+        slope = static_cast<float>(p * h * kLn2);
+        at_token = static_cast<float>(g * head.slope);
+    }
+};
+
+template <bool kEntropy, bool kCapped>
+RA_INLINE F32 gradient(F32 y, const RowGradient& row) {
+    F32 d = row.distance(y);
+    F32 factor = broadcast(row.constant);
+    if constexpr (kEntropy) {
+        d = max(broadcast(kVanishing), d);
+        factor = fma(d, broadcast(row.slope), factor);
+    }
+    if constexpr (kCapped) factor *= 1.0f - y * y;
+    return exp2(d) * factor;
+}
+
+// Elements until `p` is aligned for stream(), at most n.
+template <class T>
+std::int64_t until_aligned(const T* p, std::int64_t n) {
+    const std::uintptr_t bytes = kLanes * sizeof(T);
+    const std::int64_t skip = static_cast<std::int64_t>((bytes - reinterpret_cast<std::uintptr_t>(p) % bytes) % bytes / sizeof(T));
+    return skip < n ? skip : n;
+}
+
+template <bool kEntropy, bool kCapped, class Y, class T>
+void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, T* out) {
+    const auto write_first = [&](std::int64_t i, std::int64_t lanes) {
+        const int few = static_cast<int>(lanes);
+        if (few > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, few, 0), row), few);
+    };
+    std::int64_t i = 0;
+    if (streams) {
+        i = until_aligned(out, n);
+        write_first(0, i);
+        for (; i + kLanes <= n; i += kLanes) stream(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+    } else {
+        for (; i + kLanes <= n; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+    }
+    write_first(i, n - i);
+}
+
+// Writes the gradient of a piece; `token` is counted from the piece's first id. `out` may be the logits.
+template <bool kEntropy, bool kCapped, class T>
+void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, T* out) {
+    const bool here = 0 <= token && token < piece.size;
+    const float y_token = here ? y_of_one(piece, head, token) : 0;  // before the sweep, which may overwrite it
+    for_each_block(piece, head, [&](const auto* y, std::int64_t begin, std::int64_t n) {
+        gradient_block<kEntropy, kCapped>(y, n, row, streams, out + begin);
+    });
+    if (!here) return;
+    const float at_token = kCapped ? row.at_token * (1 - y_token * y_token) : row.at_token;
+    store_first(out + token, gradient<kEntropy, kCapped>(broadcast(y_token), row) + at_token, 1);
+}
+
+}  // namespace reinforce_ada::RA_ISA
