@@ -55,10 +55,15 @@ PYBIND11_MODULE(_cpu, m) {
           "num_threads"_a, release_gil());
 
     // linear_token_logprobs, linear_policy_loss
-    m.def("pack_hidden", RA_KERNEL(pack_hidden), "hidden"_a, "dtype"_a, "num_tokens"_a, "width"_a, "row_stride"_a, "packed"_a,
+    m.def("pack_hidden", RA_KERNEL(pack_hidden), "hidden"_a, "dtype"_a, "num_tokens"_a, "width"_a, "hidden_stride"_a, "packed"_a,
           "num_threads"_a, release_gil());
-    m.def("linear_logits", RA_KERNEL(linear_logits), "packed"_a, "weight"_a, "dtype"_a, "num_tokens"_a, "num_rows"_a, "width"_a,
+    m.def("linear_logits", RA_KERNEL(linear_logits), "packed"_a, "weight"_a, "dtype"_a, "bias"_a, "num_tokens"_a, "num_rows"_a, "width"_a,
           "weight_stride"_a, "logits"_a, "logits_stride"_a, "num_threads"_a, release_gil());
+
+    m.def("linear_grad_hidden", RA_KERNEL(linear_grad_hidden), "dz"_a, "dz_stride"_a, "weight"_a, "dtype"_a, "num_tokens"_a, "num_rows"_a,
+          "width"_a, "weight_stride"_a, "grad_hidden"_a, "num_threads"_a, release_gil());
+    m.def("linear_grad_weight", RA_KERNEL(linear_grad_weight), "dz"_a, "dz_stride"_a, "hidden"_a, "dtype"_a, "num_tokens"_a, "num_rows"_a,
+          "width"_a, "hidden_stride"_a, "grad_weight"_a, "first"_a, "num_threads"_a, release_gil());
 
     // group_advantages
     m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a, "num_groups"_a,

@@ -80,12 +80,13 @@ def token_logprobs_gradient_piece(
     num_threads: int,
 ) -> None: ...
 
-# group_advantages
-def pack_hidden(hidden: int, dtype: int, num_tokens: int, width: int, row_stride: int, packed: int, num_threads: int) -> None: ...
+# linear_token_logprobs, linear_policy_loss
+def pack_hidden(hidden: int, dtype: int, num_tokens: int, width: int, hidden_stride: int, packed: int, num_threads: int) -> None: ...
 def linear_logits(
     packed: int,
     weight: int,
     dtype: int,
+    bias: int,
     num_tokens: int,
     num_rows: int,
     width: int,
@@ -94,6 +95,33 @@ def linear_logits(
     logits_stride: int,
     num_threads: int,
 ) -> None: ...
+def linear_grad_hidden(
+    dz: int,
+    dz_stride: int,
+    weight: int,
+    dtype: int,
+    num_tokens: int,
+    num_rows: int,
+    width: int,
+    weight_stride: int,
+    grad_hidden: int,
+    num_threads: int,
+) -> None: ...
+def linear_grad_weight(
+    dz: int,
+    dz_stride: int,
+    hidden: int,
+    dtype: int,
+    num_tokens: int,
+    num_rows: int,
+    width: int,
+    hidden_stride: int,
+    grad_weight: int,
+    first: bool,
+    num_threads: int,
+) -> None: ...
+
+# group_advantages
 def group_advantages(
     rewards: int,
     group_of: int,

@@ -1,5 +1,6 @@
 #include <algorithm>
-#include <memory>
+#include <type_traits>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -23,6 +24,12 @@ constexpr int kPanel = kTileVectors * kLanes;
 
 // Rows of the weight that stay in the L2 cache while every panel passes over them.
 constexpr int64_t kStripBytes = 192 * 1024;
+
+// Rows of the weight that are summed into grad_hidden before its tile is written back: 256 of a panel are 48 KiB.
+constexpr int64_t kDepth = 256;
+
+// Floats of dz that are laid out by tiles at a time: 384 KiB, beside a panel of the hidden states in the L2 cache.
+constexpr int64_t kPackedTiles = 96 * 1024;
 
 // A panel's place in the packed hidden states, and how many tokens and vectors it has.
 struct Panel {
@@ -90,14 +97,28 @@ void store_transposed(const float* tile, int columns, int rows, int tokens, floa
         for (int r = 0; r < rows; ++r) logits[t * stride + r] = tile[r * columns + t];
 }
 
-// kTileRows rows of the weight times a panel of kVectors vectors. Rows past `rows` repeat the last one and are not stored.
+// Rows of the weight and what belongs to them.
+struct Rows {
+    const float *weight, *bias;
+    int64_t stride, count, width;
+
+    Rows from(int64_t first, int64_t most) const {
+        return {weight + first * stride, bias ? bias + first : nullptr, stride, std::min(most, count - first), width};
+    }
+};
+
+// kTileRows rows of the weight times a panel of kVectors vectors. Rows that are missing repeat the last one and are not stored.
 template <int kVectors>
-void multiply_tile(const float* weight, int64_t weight_stride, int rows, int64_t width, const Panel& panel, float* logits, int64_t stride) {
+void multiply_tile(const Rows& rows, const Panel& panel, float* logits, int64_t stride) {
     constexpr int kColumns = kVectors * kLanes;
     const float* w[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) w[r] = weight + std::min(r, rows - 1) * weight_stride;
-    F32 sums[kTileRows][kVectors] = {};
-    for (int64_t d = 0; d < width; ++d) {
+    F32 sums[kTileRows][kVectors];
+    for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = std::min<int64_t>(r, rows.count - 1);
+        w[r] = rows.weight + row * rows.stride;
+        for (int c = 0; c < kVectors; ++c) sums[r][c] = broadcast(rows.bias ? rows.bias[row] : 0.0f);
+    }
+    for (int64_t d = 0; d < rows.width; ++d) {
         F32 h[kVectors];
         for (int c = 0; c < kVectors; ++c) h[c] = load(panel.data + d * kColumns + c * kLanes);
         for (int r = 0; r < kTileRows; ++r) {
@@ -108,18 +129,15 @@ void multiply_tile(const float* weight, int64_t weight_stride, int rows, int64_t
     float tile[kTileRows * kColumns];
     for (int r = 0; r < kTileRows; ++r)
         for (int c = 0; c < kVectors; ++c) store(tile + r * kColumns + c * kLanes, sums[r][c]);
-    store_transposed(tile, kColumns, rows, panel.tokens, logits + panel.first * stride, stride);
+    store_transposed(tile, kColumns, static_cast<int>(rows.count), panel.tokens, logits + panel.first * stride, stride);
 }
 
 template <int kVectors>
-void multiply_strip(const float* weight, int64_t weight_stride, int64_t rows, int64_t width, const Panel& panel, float* logits,
-                    int64_t stride) {
-    for (int64_t r = 0; r < rows; r += kTileRows)
-        multiply_tile<kVectors>(weight + r * weight_stride, weight_stride, static_cast<int>(std::min<int64_t>(kTileRows, rows - r)), width,
-                                panel, logits + r, stride);
+void multiply_strip(const Rows& rows, const Panel& panel, float* logits, int64_t stride) {
+    for (int64_t r = 0; r < rows.count; r += kTileRows) multiply_tile<kVectors>(rows.from(r, kTileRows), panel, logits + r, stride);
 }
 
-using Multiply = void (*)(const float*, int64_t, int64_t, int64_t, const Panel&, float*, int64_t);
+using Multiply = void (*)(const Rows&, const Panel&, float*, int64_t);
 constexpr Multiply kMultiply[] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>};
 
 template <class T>
@@ -129,6 +147,64 @@ void widen_rows(const T* weight, int64_t rows, int64_t width, int64_t stride, fl
         int64_t d = 0;
         for (; d + kLanes <= width; d += kLanes) store(out + r * width + d, load(in + d));
         for (; d < width; ++d) out[r * width + d] = load_one(in + d);
+    }
+}
+
+// A tile of the gradients: kTileRows rows of `out` += sum over k of coefficients[k] (kTileRows of them, the rows) x panel[k]
+// (kPanel columns). Coefficient (k, r) is at k * step + r * row_step.
+struct Coefficients {
+    const float* data;
+    int64_t step, row_step;
+};
+
+template <bool kRowsTogether, class T>
+void multiply_add(const Coefficients& a, const float* panel, int64_t depth, int rows, int columns, bool first, T* out, int64_t stride) {
+    const int64_t row_step = kRowsTogether ? 1 : a.row_step;
+    const float* x[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) x[r] = a.data + std::min(r, rows - 1) * row_step;
+    // What the sums are added to comes from memory, in pieces too short for the hardware to foresee.
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < kTileVectors; ++c) __builtin_prefetch(out + r * stride + std::min(c * kLanes, columns - 1), 1);
+    const int64_t step = kRowsTogether ? a.step : 1;
+    F32 sums[kTileRows][kTileVectors] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        F32 v[kTileVectors];
+        for (int c = 0; c < kTileVectors; ++c) v[c] = load(panel + k * kPanel + c * kLanes);
+        for (int r = 0; r < kTileRows; ++r) {
+            const F32 factor = broadcast(x[r][k * step]);
+            for (int c = 0; c < kTileVectors; ++c) sums[r][c] = fma(factor, v[c], sums[r][c]);
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < kTileVectors; ++c) {
+            T* to = out + r * stride + c * kLanes;
+            const int n = std::min(columns - c * kLanes, kLanes);
+            if (n == kLanes)
+                store(to, first ? sums[r][c] : load(to) + sums[r][c]);
+            else if (n > 0)
+                store_first(to, first ? sums[r][c] : load_first(to, n, 0) + sums[r][c], n);
+        }
+}
+
+// Columns [first, first + kPanel) of rows, 0 past the last.
+template <class T>
+void pack_columns(const T* rows, int64_t count, int64_t stride, int64_t first, int columns, float* panel) {
+    for (int64_t k = 0; k < count; ++k)
+        for (int c = 0; c < kTileVectors; ++c) {
+            const T* from = rows + k * stride + first + c * kLanes;
+            const int n = std::min(columns - c * kLanes, kLanes);
+            __builtin_prefetch(from + kPanel);  // the panel after this one
+            store(panel + k * kPanel + c * kLanes, n == kLanes ? load(from) : n > 0 ? load_first(from, n, 0) : F32{});
+        }
+}
+
+// Columns [first, first + rows) of dz, tile by tile: [tiles][tokens][kTileRows].
+void pack_tiles(const float* dz, int64_t dz_stride, int64_t tokens, int64_t first, int64_t rows, float* out) {
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int n = static_cast<int>(std::min<int64_t>(kTileRows, rows - r));
+        const float* from = dz + first + r;
+        for (int64_t t = 0; t < tokens; ++t, out += kTileRows)
+            for (int i = 0; i < n; ++i) out[i] = from[t * dz_stride + i];
     }
 }
 
@@ -146,27 +222,74 @@ void pack_hidden(const void* hidden, int dtype, int64_t num_tokens, int64_t widt
     });
 }
 
-void linear_logits(const float* packed, const void* weight, int dtype, int64_t num_tokens, int64_t num_rows, int64_t width,
-                   int64_t weight_stride, float* logits, int64_t logits_stride, int num_threads) {
-    if (num_tokens == 0) return;
+void linear_logits(const float* packed, const void* weight, int dtype, const float* bias, int64_t num_tokens, int64_t num_rows,
+                   int64_t width, int64_t weight_stride, float* logits, int64_t logits_stride, int num_threads) {
     const int64_t strip = std::max<int64_t>(1, kStripBytes / 4 / kTileRows / std::max<int64_t>(width, 1)) * kTileRows;
     const int64_t strips = (num_rows + strip - 1) / strip, panels = panels_of(num_tokens);
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         constexpr bool kWiden = !std::is_same_v<T, float>;
         parallel_for(strips, num_tokens * num_rows, num_threads, [&](int64_t begin, int64_t end) {
-            const std::unique_ptr<float[]> wide(kWiden ? new float[static_cast<std::size_t>(strip * width)] : nullptr);
+            std::vector<float> wide(kWiden ? static_cast<std::size_t>(strip * width) : 0);
             for (int64_t s = begin; s < end; ++s) {
-                const int64_t first = s * strip, rows = std::min(strip, num_rows - first);
+                const int64_t first = s * strip;
+                Rows rows{nullptr, bias ? bias + first : nullptr, width, std::min(strip, num_rows - first), width};
                 const T* own = static_cast<const T*>(weight) + first * weight_stride;
-                if constexpr (kWiden) widen_rows(own, rows, width, weight_stride, wide.get());
+                if constexpr (kWiden) {
+                    widen_rows(own, rows.count, width, weight_stride, wide.data());
+                    rows.weight = wide.data();
+                } else {
+                    rows.weight = own, rows.stride = weight_stride;
+                }
                 for (int64_t p = 0; p < panels; ++p) {
                     const Panel panel = panel_at(packed, p, num_tokens, width);
-                    const Multiply multiply = kMultiply[panel.vectors - 1];
-                    if constexpr (kWiden)
-                        multiply(wide.get(), width, rows, width, panel, logits + first, logits_stride);
-                    else
-                        multiply(own, weight_stride, rows, width, panel, logits + first, logits_stride);
+                    kMultiply[panel.vectors - 1](rows, panel, logits + first, logits_stride);
+                }
+            }
+        });
+    });
+}
+
+void linear_grad_hidden(const float* dz, int64_t dz_stride, const void* weight, int dtype, int64_t num_tokens, int64_t num_rows,
+                        int64_t width, int64_t weight_stride, float* grad_hidden, int num_threads) {
+    with_element_type(dtype, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        const T* rows = static_cast<const T*>(weight);
+        // A thread has columns to itself, and so every sum.
+        parallel_for((width + kPanel - 1) / kPanel, num_tokens * num_rows, num_threads, [&](int64_t begin, int64_t end) {
+            std::vector<float> panel(static_cast<std::size_t>(kDepth * kPanel));
+            for (int64_t k = 0; k < num_rows; k += kDepth) {
+                const int64_t depth = std::min(kDepth, num_rows - k);
+                for (int64_t p = begin; p < end; ++p) {
+                    const int columns = static_cast<int>(std::min<int64_t>(kPanel, width - p * kPanel));
+                    pack_columns(rows + k * weight_stride, depth, weight_stride, p * kPanel, columns, panel.data());
+                    for (int64_t t = 0; t < num_tokens; t += kTileRows)
+                        multiply_add<false>({dz + t * dz_stride + k, 1, dz_stride}, panel.data(), depth,
+                                            static_cast<int>(std::min<int64_t>(kTileRows, num_tokens - t)), columns, false,
+                                            grad_hidden + t * width + p * kPanel, width);
+                }
+            }
+        });
+    });
+}
+
+void linear_grad_weight(const float* dz, int64_t dz_stride, const void* hidden, int dtype, int64_t num_tokens, int64_t num_rows,
+                        int64_t width, int64_t hidden_stride, void* grad_weight, bool first, int num_threads) {
+    const int64_t strip = std::max<int64_t>(1, kPackedTiles / kTileRows / std::max<int64_t>(num_tokens, 1)) * kTileRows;
+    with_element_type(dtype, [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        parallel_for((num_rows + strip - 1) / strip, num_tokens * num_rows, num_threads, [&](int64_t begin, int64_t end) {
+            std::vector<float> tiles(static_cast<std::size_t>(strip * num_tokens)), panel(static_cast<std::size_t>(num_tokens * kPanel));
+            for (int64_t s = begin; s < end; ++s) {
+                const int64_t rows = std::min(strip, num_rows - s * strip);
+                pack_tiles(dz, dz_stride, num_tokens, s * strip, rows, tiles.data());
+                for (int64_t d = 0; d < width; d += kPanel) {
+                    const int columns = static_cast<int>(std::min<int64_t>(kPanel, width - d));
+                    pack_columns(static_cast<const T*>(hidden), num_tokens, hidden_stride, d, columns, panel.data());
+                    for (int64_t r = 0; r < rows; r += kTileRows)
+                        multiply_add<true>({tiles.data() + r * num_tokens, kTileRows, 1}, panel.data(), num_tokens,
+                                           static_cast<int>(std::min<int64_t>(kTileRows, rows - r)), columns, first,
+                                           static_cast<T*>(grad_weight) + (s * strip + r) * width + d, width);
                 }
             }
         });

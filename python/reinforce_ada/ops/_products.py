@@ -1,10 +1,10 @@
-"""The three matrix products behind an output head, for a chunk of hidden states and a piece of the vocabulary.
+"""The three matrix products of an output head, for a chunk of hidden states and some rows of the weight.
 
-    logits = hidden weight^T        grad_hidden += dz weight        grad_weight += dz^T hidden
+    logits = hidden weight^T + bias        grad_hidden += dz weight        grad_weight += dz^T hidden
 
-bfloat16 goes through torch (oneDNN: 200 GFLOP/s a core with avx512_bf16, more with AMX). float32 and float16 logits come from
-csrc/ops/linear_token_logprobs in float32: torch transposes the weight for every chunk (46 to 88 GFLOP/s against 90 to 110), and its
-float16 products run at 1 to 20. The gradients of float16 are products of float32 copies of a piece.
+bfloat16 goes through torch (oneDNN: 200 GFLOP/s a core with avx512_bf16, more with AMX). float32 and float16 go through
+csrc/ops/linear_token_logprobs, with logits and dz in float32: with 96 to 1024 tokens torch's float32 products run at 46 to 99
+GFLOP/s, its float16 ones at 1 to 20, these at 85 to 110.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ class Hidden:
     def bytes_per_token(dtype: torch.dtype, width: int) -> int:
         return 0 if dtype == torch.bfloat16 else 4 * width
 
-    def logits(self, weight: Tensor, buffer: Tensor) -> Tensor:
-        """[T, V'] of `logits_dtype` for V' rows of the weight, at the start of the flat `buffer`."""
+    def logits(self, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+        """[T, V'] for V' rows of the weight, at the start of the flat `buffer`; bias and buffer are of `logits_dtype`."""
         num_tokens, vocab = self.rows.shape[0], weight.shape[0]
         out = buffer[: num_tokens * vocab].view(num_tokens, vocab)
         if self._packed is None:
-            return torch.mm(self.rows, weight.T, out=out)
+            if bias is None:
+                return torch.mm(self.rows, weight.T, out=out)
+            return torch.addmm(bias, self.rows, weight.T, out=out)
         cpu.linear_logits(
             address(self._packed),
-            address(weight),
-            DTYPE_CODES[weight.dtype],
+            *_matrix(weight),
+            address(bias),
             num_tokens,
             vocab,
             weight.shape[1],
@@ -55,32 +57,48 @@ class Hidden:
         return out
 
     def add_weight_gradient(self, dz: Tensor, into: Tensor, *, first: bool) -> None:
-        """into [V', D] += dz^T hidden, or = where it is the `first`; rounded to the dtype of `into` once a call."""
-        if dz.dtype == self.rows.dtype == into.dtype:
-            if first:
-                torch.mm(dz.T, self.rows, out=into)
-            else:
-                into.addmm_(dz.T, self.rows)
-            return
-        product = dz.T @ self.rows.to(dz.dtype)
-        if first:
-            into.copy_(product)
+        """into [V', D] += dz^T hidden, or = where it is the `first`; rounded to its dtype, that of hidden, once a call."""
+        if self._packed is not None:
+            cpu.linear_grad_weight(
+                address(dz),
+                dz.stride(0),
+                *_matrix(self.rows),
+                *dz.shape,
+                self.rows.shape[1],
+                self.rows.stride(0),
+                address(into),
+                first,
+                torch.get_num_threads(),
+            )
+        elif first:
+            torch.mm(dz.T, self.rows, out=into)
         else:
-            into.add_(product)
+            into.addmm_(dz.T, self.rows)
 
 
 def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
     """into [T, D] float32 += dz weight."""
-    if dz.dtype == into.dtype:
-        into.addmm_(dz, weight.to(dz.dtype))
+    if dz.dtype == torch.float32:
+        cpu.linear_grad_hidden(
+            address(dz),
+            dz.stride(0),
+            *_matrix(weight),
+            *dz.shape,
+            weight.shape[1],
+            weight.stride(0),
+            address(into),
+            torch.get_num_threads(),
+        )
     else:
         into.add_(dz @ weight)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    return address(x), DTYPE_CODES[x.dtype]
 
 
 def _pack(rows: Tensor) -> Tensor:
     num_tokens, width = rows.shape
     packed = torch.empty(-(-num_tokens // LANES) * LANES * width, dtype=torch.float32)
-    cpu.pack_hidden(
-        address(rows), DTYPE_CODES[rows.dtype], num_tokens, width, rows.stride(0), address(packed), torch.get_num_threads()
-    )
+    cpu.pack_hidden(*_matrix(rows), num_tokens, width, rows.stride(0), address(packed), torch.get_num_threads())
     return packed

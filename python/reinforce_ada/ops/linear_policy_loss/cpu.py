@@ -8,7 +8,6 @@ logprobs come first and the logits are computed again: four products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,6 @@ from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 _WHERE = "linear_policy_loss"
 DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32; fewer make the products slower
-_PIECE = 1024  # rows of the weight of which there are float32 copies at a time, for float16
 _TILE = 48  # tokens that the products take at a time
 
 
@@ -207,18 +205,16 @@ def _score_with_gradients(
     buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
     for chunk, index in enumerate(active.split(tokens) if len(active) else ()):
         rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
-        dz = rows.logits(head.weight, buffer)
+        dz = rows.logits(head.weight, head.bias, buffer)
         logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head, of_rows, with_entropy)
         _, _, *slopes = batch.tokens(index).evaluate(logp, h if with_entropy else None, numbers)
         incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
         linear.gradient_over_logits(dz, slice(0, head.vocab), [ids, log2_normalizer, h, *incoming], head, of_rows, bias_sums)
-        for piece in _pieces(head.vocab, hidden.dtype):
-            if len(grad_weight):
-                rows.add_weight_gradient(dz[:, piece], grad_weight[piece], first=chunk == 0)
+        if len(grad_weight):
+            rows.add_weight_gradient(dz, grad_weight, first=chunk == 0)
         if len(grad_hidden):
             sums = torch.zeros(rows.rows.shape)
-            for piece in _pieces(head.vocab, hidden.dtype):
-                add_hidden_gradient(dz[:, piece], head.weight[piece], sums)
+            add_hidden_gradient(dz, head.weight, sums)
             grad_hidden[index] = sums.to(grad_hidden.dtype)
         logprobs[index] = logp
         if entropy is not None:
@@ -234,14 +230,8 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, extra_bytes: int) -> int:
     vocab, width = weight.shape
     dtype = weight.dtype
     token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
-    copies = 8 * _PIECE * width if dtype == torch.float16 else 0
-    tokens = max(1, min(num_tokens, (extra_bytes - copies) // token))
+    tokens = max(1, min(num_tokens, (extra_bytes - linear.SCRATCH_BYTES) // token))
     return tokens if tokens < _TILE or tokens == num_tokens else tokens // _TILE * _TILE
-
-
-def _pieces(vocab: int, dtype: torch.dtype) -> Iterator[slice]:
-    size = _PIECE if dtype == torch.float16 else vocab
-    return (slice(i, min(i + size, vocab)) for i in range(0, vocab, size))
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

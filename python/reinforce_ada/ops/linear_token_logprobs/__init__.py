@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_token_logprobs import reference
+from reinforce_ada.ops.linear_token_logprobs import cpu, reference
 from reinforce_ada.ops.token_logprobs import TokenLogprobs
 from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_tokens, check_values, describe
 
@@ -18,7 +19,11 @@ __all__ = ["linear_token_logprobs"]
 
 _WHERE = "linear_token_logprobs"
 
-declare(_WHERE, Form("reference"))
+declare(
+    _WHERE,
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("reference"),
+)
 
 
 @overload
@@ -91,7 +96,7 @@ def linear_token_logprobs(
         temperature: a positive number, or [T] for one temperature a token.
         entropy, sum_p2: also return them, see `token_logprobs`.
         max_extra_bytes: at least that of one token's logits, 40 V (80 V for float64).
-        backend: "auto" or "reference".
+        backend: "auto", "cpu" or "reference".
 
     Returns:
         logprobs [T] float32 (float64 for float64 inputs), or `TokenLogprobs` when `entropy` or `sum_p2` is asked for.
@@ -104,13 +109,17 @@ def linear_token_logprobs(
     _check_head(hidden, weight, bias, logit_scale, soft_cap)
     check_tokens(_WHERE, token_ids, hidden.shape[0], hidden.device)
     check_temperature(_WHERE, temperature, hidden.shape[0], hidden.device)
-    resolve(_WHERE, backend, hidden.device, hidden.dtype)
-    if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-        check_values(_WHERE, token_ids, weight.shape[0], temperature)
-    chunk = None if max_extra_bytes is None else _chunk(max_extra_bytes, weight)
-    results = reference.linear_token_logprobs(
-        hidden, weight, bias, token_ids.long(), temperature, logit_scale, soft_cap, entropy, sum_p2, chunk
-    )
+    row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
+    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
+        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+    scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
+    if resolve(_WHERE, backend, hidden.device, hidden.dtype) == "cpu":
+        results = cpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
+    else:
+        if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+            check_values(_WHERE, token_ids, weight.shape[0], temperature)
+        chunk = None if max_extra_bytes is None else max_extra_bytes // row_bytes
+        results = reference.linear_token_logprobs(hidden, weight, bias, token_ids.long(), *scoring, chunk)
     return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
 
 
@@ -126,11 +135,3 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale
     if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf):
         given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
         raise InputError(_WHERE, given, "a finite scale, and None or a positive finite soft cap")
-
-
-def _chunk(max_extra_bytes: int, weight: Tensor) -> int:
-    """Tokens whose logits fit."""
-    row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
-    if max_extra_bytes < row_bytes:
-        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
-    return max_extra_bytes // row_bytes
