@@ -172,7 +172,7 @@ def test_tanh(build: Build) -> None:
 
 # Piece by piece: the kernels for logits that are never in memory at once
 
-STATE, TOKEN_U = 6, 4  # csrc/ops/token_logprobs/token_logprobs.h
+STATE, TOKEN_U = 6, 4  # RowState in csrc/common/logits_sweep.h
 
 
 def add_piece(state: Tensor, piece: Tensor, first: int, ids: Tensor, head: dict[str, float], bias: Tensor | None = None) -> None:

@@ -1,7 +1,7 @@
 #include <cstring>
 
+#include "common/logits_sweep.h"
 #include "common/parallel.h"
-#include "ops/token_logprobs/sweep.h"
 #include "ops/token_logprobs/token_logprobs.h"
 
 namespace reinforce_ada::RA_ISA {
@@ -12,6 +12,8 @@ constexpr std::int64_t kStreamBytes = 4 << 20;
 
 // Columns of a gradient that are summed at a time: 4 KiB of sums.
 constexpr std::int64_t kColumns = 512;
+
+constexpr std::int64_t kStateSize = sizeof(RowState) / sizeof(double);
 
 // The rows of one call, as its arguments describe them.
 template <class T>

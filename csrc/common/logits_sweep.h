@@ -1,12 +1,19 @@
-// One row of logits, swept piece by piece: its running state, its results, its gradient. The formulas are in token_logprobs.h.
+// One row of logits, swept piece by piece: its running state, its results, its gradient.
+//
+//   z = logit_scale (x + bias), with a soft cap then soft_cap tanh(z / soft_cap), then / temperature;  p = softmax(z)
+//   logprob = z[y] - log sum_j exp(z[j]),  entropy = -sum_j p[j] log p[j],  sum_p2 = sum_j p[j]^2
+//   d x[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j],  g, h: gradients of logprob and entropy
+//
+// Work is done in log2 units: u = z log2 e, whose distance to an anchor is rounded to fp32 once. log2_normalizer = log2 sum_j 2^u[j] is
+// kept in double, because fp32 would cost 1.5e-5 where logits reach 200.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 
 #include "common/simd.h"
-#include "ops/token_logprobs/token_logprobs.h"
 
 namespace reinforce_ada::RA_ISA {
 
@@ -24,6 +31,12 @@ constexpr int kUnroll = 4;
 
 // u * 2^u is 0 for every u below this, also for -inf, where it would otherwise be NaN.
 constexpr float kVanishing = -200;
+
+// What is known of a row after some pieces, all 0 before the first. 2^d, d 2^d and 4^d of d = u - anchor are summed over the ids met so
+// far; token_u is the token's own u, and token_met is 1 once its piece has been added.
+struct RowState {
+    double anchor, power, weighted, squares, token_u, token_met;
+};
 
 // From a logit x to u = scale y: y = x + bias, with a soft cap y = tanh(inner (x + bias)).
 struct Head {
