@@ -152,10 +152,13 @@ struct VectorSums {
     RA_INLINE void add(VectorSums& sums, F32 d) {
         if constexpr (kEntropy) d = max(broadcast(kVanishing), d);
         if constexpr (!kExp2Overflows) d = min(broadcast(127), d);
-        const F32 power = exp2(d);
-        sums.power += power;
-        if constexpr (kEntropy) sums.weighted = fma(power, d, sums.weighted);
-        if constexpr (kSquares) sums.squares = fma(power, power, sums.squares);
+        const Factors factors = exp2_factors(d);
+        sums.power = fma(factors.power, factors.mantissa, sums.power);
+        if constexpr (kEntropy || kSquares) {
+            const F32 power = factors.power * factors.mantissa;
+            if constexpr (kEntropy) sums.weighted = fma(power, d, sums.weighted);
+            if constexpr (kSquares) sums.squares = fma(power, power, sums.squares);
+        }
     }
 };
 
@@ -169,7 +172,11 @@ BlockSums sum_block(const T* y, std::int64_t n, const Distance& distance) {
     Sums sums[kUnroll];
     std::int64_t i = 0;
     for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
-        for (int k = 0; k < kUnroll; ++k) Sums::add(sums[k], distance(load(y + i + k * kLanes)));
+        for (int k = 0; k < kUnroll; k += 2) {
+            const Pair pair = load_pair(y + i + k * kLanes);
+            Sums::add(sums[k], distance(pair.first));
+            Sums::add(sums[k + 1], distance(pair.second));
+        }
     for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], distance(load(y + i)));
     if (i < n) {
         const int rest = static_cast<int>(n - i);
