@@ -270,34 +270,41 @@ RA_INLINE F32 gradient(F32 y, const RowGradient& row) {
     return exp2(d) * factor;
 }
 
-// Elements until `p` is aligned for stream(), at most n.
+// Elements until `p` is aligned for stream_pair(), at most n.
 template <class T>
 std::int64_t until_aligned(const T* p, std::int64_t n) {
-    const std::uintptr_t bytes = kLanes * sizeof(T);
-    const std::int64_t skip = static_cast<std::int64_t>((bytes - reinterpret_cast<std::uintptr_t>(p) % bytes) % bytes / sizeof(T));
+    const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(p) % sizeof(F32);
+    const std::int64_t skip = past == 0 ? 0 : static_cast<std::int64_t>((sizeof(F32) - past) / sizeof(T));
     return skip < n ? skip : n;
 }
 
-template <bool kEntropy, bool kCapped, class Y, class T>
-void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, T* out) {
-    const auto write_first = [&](std::int64_t i, std::int64_t lanes) {
-        const int few = static_cast<int>(lanes);
-        if (few > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, few, 0), row), few);
+template <bool kEntropy, bool kCapped, class Y, class Out>
+void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, Out* out) {
+    const auto pair = [&](std::int64_t i) {
+        const Pair p = load_pair(y + i);
+        return Pair{gradient<kEntropy, kCapped>(p.first, row), gradient<kEntropy, kCapped>(p.second, row)};
+    };
+    const auto write_few = [&](std::int64_t i, std::int64_t end) {
+        for (; i + kLanes <= end; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+        const int rest = static_cast<int>(end - i);
+        if (rest > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, rest, 0), row), rest);
     };
     std::int64_t i = 0;
-    if (streams) {
-        i = until_aligned(out, n);
-        write_first(0, i);
-        for (; i + kLanes <= n; i += kLanes) stream(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
-    } else {
-        for (; i + kLanes <= n; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+    if constexpr (sizeof(Y) == sizeof(Out)) {  // or a pair's order would differ
+        if (streams) {
+            i = until_aligned(out, n);
+            write_few(0, i);
+            for (; i + 2 * kLanes <= n; i += 2 * kLanes) stream_pair(out + i, pair(i));
+        } else {
+            for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_pair(out + i, pair(i));
+        }
     }
-    write_first(i, n - i);
+    write_few(i, n);
 }
 
 // Writes the gradient of a piece; `token` is counted from the piece's first id. `out` may be the logits.
-template <bool kEntropy, bool kCapped, class T>
-void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, T* out) {
+template <bool kEntropy, bool kCapped, class T, class Out>
+void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, Out* out) {
     const bool here = 0 <= token && token < piece.size;
     const float y_token = here ? y_of_one(piece, head, token) : 0;  // before the sweep, which may overwrite it
     for_each_block(piece, head, [&](const auto* y, std::int64_t begin, std::int64_t n) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -204,10 +205,10 @@ RA_INLINE F32 load(const Float16* p) {
 
 RA_INLINE void store(float* p, F32 v) { std::memcpy(p, &v, sizeof v); }
 
-RA_INLINE U16 to_bfloat16(F32 v) {
+// The bits of v rounded to a bfloat16, in the upper half.
+RA_INLINE U32 rounded_to_bfloat16(F32 v) {
     const U32 bits = (U32)v;
-    const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return narrow(v != v ? U32{} + 0x7fc0 : rounded);
+    return v != v ? U32{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 RA_INLINE U16 to_float16(F32 v) {
@@ -227,7 +228,7 @@ RA_INLINE U16 to_float16(F32 v) {
 }
 
 RA_INLINE void store(BFloat16* p, F32 v) {
-    const U16 bits = to_bfloat16(v);
+    const U16 bits = narrow(rounded_to_bfloat16(v) >> 16);
     std::memcpy(p, &bits, sizeof bits);
 }
 
@@ -279,27 +280,67 @@ RA_INLINE Pair load_pair(const BFloat16* p) {
     return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)};
 }
 
-// A store that does not read the line into the cache first; p is aligned to the bytes it writes. End with stream_fence().
-template <class T>
-RA_INLINE void stream(T* p, F32 v) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-        _mm512_stream_ps(reinterpret_cast<float*>(p), v);
-    else {
-        __m256i bits;
-        store(reinterpret_cast<T*>(&bits), v);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+// A bfloat16 that the processor's own instruction rounds; it writes 0 below 2^-126. AVX512_BF16 is not among the build's flags, hence
+// assembly, and with_stored_type asks the processor.
+struct HardwareBFloat16 : BFloat16 {};
+
+RA_INLINE void store(HardwareBFloat16* p, F32 v) {
+    __m256i bits;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+
+RA_INLINE U32 interleave(HardwareBFloat16*, Pair v) {
+    __m512i halves;  // first in the lower half of the register, second in the upper
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(v.first), "v"(v.second));
+    const U32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (U32)_mm512_permutexvar_epi16((__m512i)(lane * 0x10001 + 0x100000), halves);  // word j, then word 16 + j
+}
+#endif
+
+RA_INLINE U32 interleave(BFloat16*, Pair v) { return (rounded_to_bfloat16(v.first) >> 16) | (rounded_to_bfloat16(v.second) & 0xffff0000u); }
+
+// What load_pair has read from the same place, in its order.
+template <class T>
+RA_INLINE void store_pair(T* p, Pair v) {
+    if constexpr (std::is_base_of_v<BFloat16, T>) {
+        const U32 bits = interleave(p, v);
+        std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+    } else {
+        store(p, v.first);
+        store(p + kLanes, v.second);
     }
+}
+
+// Calls body with a null pointer of the type to store T as.
+template <class T, class Body>
+inline void with_stored_type(const Body& body) {
+#if defined(__AVX512F__)
+    static const bool has_rounding = __builtin_cpu_supports("avx512bf16");
+    if constexpr (std::is_same_v<T, BFloat16>)
+        if (has_rounding) return body(static_cast<HardwareBFloat16*>(nullptr));
+#endif
+    body(static_cast<T*>(nullptr));
+}
+
+// store_pair that does not read the lines into the cache first; p is aligned to the bytes of a vector. End with stream_fence().
+template <class T>
+RA_INLINE void stream_pair(T* p, Pair v) {
+    Pair bits = v;
+    if constexpr (sizeof(T) == 2) store_pair(reinterpret_cast<T*>(&bits), v);
+    float* const out = reinterpret_cast<float*>(p);
+#if defined(__AVX512F__)
+    _mm512_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm512_stream_ps(out + kLanes, bits.second);
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4)
-        _mm256_stream_ps(reinterpret_cast<float*>(p), v);
-    else {
-        __m128i bits;
-        store(reinterpret_cast<T*>(&bits), v);
-        _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
-    }
+    _mm256_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm256_stream_ps(out + kLanes, bits.second);
+#elif defined(__SSE2__)
+    _mm_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm_stream_ps(out + kLanes, bits.second);
 #else
-    store(p, v);  // half vectors would be 8 bytes: no gain
+    std::memcpy(static_cast<void*>(p), &bits, 2 * kLanes * sizeof(T));
 #endif
 }
 
