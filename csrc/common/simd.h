@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -78,18 +79,44 @@ constexpr bool kExp2Overflows = true;
 constexpr bool kExp2Overflows = false;
 #endif
 
-// 2^x, relative error <= 2e-7; exactly 0 below -126.5 (baseline, AVX2) or -149 (AVX-512), also for -inf; NaN stays NaN.
-RA_INLINE F32 exp2(F32 x) {
+// 2^x as a product, which a sum of powers or a scaled power takes in with one fma.
+struct Factors {
+    F32 power, mantissa;
+};
+
 #if defined(__AVX512F__)
-    const F32 r = _mm512_reduce_ps(x, 0x09);  // x - floor(x); 0 for an infinite x
+// 2^(k/32), times the value at 0 of the polynomial in exp2_factors.
+struct PowersOf32nds {
+    alignas(64) float value[32] = {};
+    constexpr PowersOf32nds() {
+        double power = 1 + 5.293e-8;
+        for (float& v : value) {
+            v = static_cast<float>(power);
+            power *= 1.0218971486541166;
+        }
+    }
+};
+constexpr PowersOf32nds kPowersOf32nds;
+#endif
+
+// 2^x = power * mantissa, relative error <= 1.7e-7 of the exact product; exactly 0 below -126.5 (baseline, AVX2) or -149 (AVX-512), also
+// for -inf; 1 for 0 (AVX-512); NaN stays NaN.
+RA_INLINE Factors exp2_factors(F32 x) {
+#if defined(__AVX512F__)
+    const F32 r = _mm512_reduce_ps(x, 0x59);  // x - floor(32 x) / 32; 0 for an infinite x
+    // Adding 1.5 * 2^18 rounds down to a multiple of 1/32, and leaves its fraction in the lowest five bits: all that the permutation reads.
+    const F32 index = _mm512_add_round_ps(x, broadcast(393216.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const F32 root =
+        _mm512_permutex2var_ps(_mm512_load_ps(kPowersOf32nds.value), (__m512i)index, _mm512_load_ps(kPowersOf32nds.value + 16));
+    // Minimax in relative error over [0, 1/32], divided by its value at 0: 5.3e-8.
+    const F32 y = fma(fma(broadcast(0x1.f1566ap-3f), r, broadcast(0x1.62e02cp-1f)), r, broadcast(1));
+    return {_mm512_scalef_ps(root, x), y};  // root * 2^floor(x)
 #else
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it is shifted into the exponent.
     const F32 magic = broadcast(12582912.0f);
     x = max(broadcast(-126.5f), x);
     const F32 shifted = (x - 0.5f) + magic;
     const F32 r = x - (shifted - magic);
-    const F32 power = (F32)(((I32)shifted << 23) + 0x3f800000);
-#endif
     // Minimax in relative error over [0, 1] with coefficients rounded to fp32: 9.1e-8.
     F32 y = broadcast(0x1.ebd7e2p-10f);
     y = fma(y, r, broadcast(0x1.26b768p-7f));
@@ -97,11 +124,14 @@ RA_INLINE F32 exp2(F32 x) {
     y = fma(y, r, broadcast(0x1.ebd6c2p-3f));
     y = fma(y, r, broadcast(0x1.62e4eap-1f));
     y = fma(y, r, broadcast(0x1.fffffep-1f));
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(y, x);  // y * 2^floor(x)
-#else
-    return y * power;
+    return {(F32)(((I32)shifted << 23) + 0x3f800000), y};
 #endif
+}
+
+// 2^x in one rounding more.
+RA_INLINE F32 exp2(F32 x) {
+    const Factors y = exp2_factors(x);
+    return y.power * y.mantissa;
 }
 
 // tanh x, relative error <= 4e-7; NaN stays NaN.
@@ -175,10 +205,10 @@ RA_INLINE F32 load(const Float16* p) {
 
 RA_INLINE void store(float* p, F32 v) { std::memcpy(p, &v, sizeof v); }
 
-RA_INLINE U16 to_bfloat16(F32 v) {
+// The bits of v rounded to a bfloat16, in the upper half.
+RA_INLINE U32 rounded_to_bfloat16(F32 v) {
     const U32 bits = (U32)v;
-    const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return narrow(v != v ? U32{} + 0x7fc0 : rounded);
+    return v != v ? U32{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 RA_INLINE U16 to_float16(F32 v) {
@@ -198,7 +228,7 @@ RA_INLINE U16 to_float16(F32 v) {
 }
 
 RA_INLINE void store(BFloat16* p, F32 v) {
-    const U16 bits = to_bfloat16(v);
+    const U16 bits = narrow(rounded_to_bfloat16(v) >> 16);
     std::memcpy(p, &bits, sizeof bits);
 }
 
@@ -233,27 +263,84 @@ RA_INLINE float load_one(const T* p) {
     return load_first(p, 1, 0.0f)[0];
 }
 
-// A store that does not read the line into the cache first; p is aligned to the bytes it writes. End with stream_fence().
+// 2 kLanes consecutive elements, in whatever order is cheapest: store_pair and stream_pair know it.
+struct Pair {
+    F32 first, second;
+};
+
 template <class T>
-RA_INLINE void stream(T* p, F32 v) {
+RA_INLINE Pair load_pair(const T* p) {
+    return {load(p), load(p + kLanes)};
+}
+
+// The even and the odd elements: a bfloat16 is the upper half of a float.
+RA_INLINE Pair load_pair(const BFloat16* p) {
+    U32 bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)};
+}
+
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-        _mm512_stream_ps(reinterpret_cast<float*>(p), v);
-    else {
-        __m256i bits;
-        store(reinterpret_cast<T*>(&bits), v);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+// A bfloat16 that the processor's own instruction rounds; it writes 0 below 2^-126. AVX512_BF16 is not among the build's flags, hence
+// assembly, and with_stored_type asks the processor.
+struct HardwareBFloat16 : BFloat16 {};
+
+RA_INLINE void store(HardwareBFloat16* p, F32 v) {
+    __m256i bits;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+
+RA_INLINE U32 interleave(HardwareBFloat16*, Pair v) {
+    __m512i halves;  // first in the lower half of the register, second in the upper
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(v.first), "v"(v.second));
+    const U32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (U32)_mm512_permutexvar_epi16((__m512i)(lane * 0x10001 + 0x100000), halves);  // word j, then word 16 + j
+}
+#endif
+
+RA_INLINE U32 interleave(BFloat16*, Pair v) { return (rounded_to_bfloat16(v.first) >> 16) | (rounded_to_bfloat16(v.second) & 0xffff0000u); }
+
+// What load_pair has read from the same place, in its order.
+template <class T>
+RA_INLINE void store_pair(T* p, Pair v) {
+    if constexpr (std::is_base_of_v<BFloat16, T>) {
+        const U32 bits = interleave(p, v);
+        std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+    } else {
+        store(p, v.first);
+        store(p + kLanes, v.second);
     }
+}
+
+// Calls body with a null pointer of the type to store T as.
+template <class T, class Body>
+inline void with_stored_type(const Body& body) {
+#if defined(__AVX512F__)
+    static const bool has_rounding = __builtin_cpu_supports("avx512bf16");
+    if constexpr (std::is_same_v<T, BFloat16>)
+        if (has_rounding) return body(static_cast<HardwareBFloat16*>(nullptr));
+#endif
+    body(static_cast<T*>(nullptr));
+}
+
+// store_pair that does not read the lines into the cache first; p is aligned to the bytes of a vector. End with stream_fence().
+template <class T>
+RA_INLINE void stream_pair(T* p, Pair v) {
+    Pair bits = v;
+    if constexpr (sizeof(T) == 2) store_pair(reinterpret_cast<T*>(&bits), v);
+    float* const out = reinterpret_cast<float*>(p);
+#if defined(__AVX512F__)
+    _mm512_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm512_stream_ps(out + kLanes, bits.second);
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4)
-        _mm256_stream_ps(reinterpret_cast<float*>(p), v);
-    else {
-        __m128i bits;
-        store(reinterpret_cast<T*>(&bits), v);
-        _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
-    }
+    _mm256_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm256_stream_ps(out + kLanes, bits.second);
+#elif defined(__SSE2__)
+    _mm_stream_ps(out, bits.first);
+    if constexpr (sizeof(T) == 4) _mm_stream_ps(out + kLanes, bits.second);
 #else
-    store(p, v);  // half vectors would be 8 bytes: no gain
+    std::memcpy(static_cast<void*>(p), &bits, 2 * kLanes * sizeof(T));
 #endif
 }
 
@@ -263,11 +350,18 @@ RA_INLINE void stream_fence() {
 #endif
 }
 
-// Lanes are added in order, in double.
+// In double, halves first.
 RA_INLINE double sum_lanes(F32 v) {
-    double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-    return sum;
+#if defined(__AVX512F__)
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    return _mm512_reduce_add_pd(low + high);
+#else
+    double sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = v[lane];
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
+#endif
 }
 
 RA_INLINE float max_lanes(F32 v) {

@@ -172,7 +172,7 @@ def test_tanh(build: Build) -> None:
 
 # Piece by piece: the kernels for logits that are never in memory at once
 
-STATE, TOKEN_U = 6, 4  # csrc/ops/token_logprobs/token_logprobs.h
+STATE, TOKEN_U = 6, 4  # RowState in csrc/common/logits_sweep.h
 
 
 def add_piece(state: Tensor, piece: Tensor, first: int, ids: Tensor, head: dict[str, float], bias: Tensor | None = None) -> None:
@@ -252,6 +252,8 @@ def test_pieces(
     for name, a, t, p in zip(names, actual, plain(torch.float64), plain(torch.float32), strict=False):
         # The gradient is written in the logits' dtype.
         rounding = torch.finfo(dtype).eps * t.abs().max().item() if name == "gradient" and dtype != torch.float32 else 0
+        # A sum with the bias is rounded to fp32 by both, each time another way.
+        rounding += 2**-16 if with_bias and outliers and name != "gradient" else 0
         assert_no_worse(a, t, p, 2e-6 + rounding, name)
     if bias is not None:
         torch.testing.assert_close(actual[4], actual[3].double().sum(0))

@@ -5,9 +5,6 @@
 //   entropy = -sum_j p[j] log p[j],  sum_p2 = sum_j p[j]^2
 //   d x[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j],  g, h: gradients of logprob and entropy
 //
-// Work is done in log2 units: u = z log2 e, rounded to fp32 once (twice with a soft cap), and log2_normalizer = log2 sum_j 2^u[j] is
-// kept in double, because fp32 would cost 1.5e-5 where logits reach 200.
-//
 // A piece is the ids [first_id, first_id + piece_size) of every row, so the logits of a vocabulary that is never in memory at once
 // can pass through one piece after the other, in any order. The whole-row kernels are the same code with one piece.
 //
@@ -27,13 +24,6 @@ namespace reinforce_ada {
 
 constexpr std::int64_t kIgnored = -100;
 
-// What is known of a row after some pieces: six doubles, all 0 before the first. 2^d, d 2^d and 4^d of d = u - anchor are summed
-// over the ids met so far; token_u is the token's own u, and token_met is 1 once its piece has been added.
-struct RowState {
-    double anchor, power, weighted, squares, token_u, token_met;
-};
-constexpr std::int64_t kStateSize = sizeof(RowState) / sizeof(double);
-
 // The first row whose id is neither in [0, vocab) nor kIgnored; -1 when there is none.
 RA_DECLARE_KERNEL(std::int64_t first_invalid_token(const std::int64_t* token_ids, std::int64_t num_tokens, std::int64_t vocab))
 
@@ -43,14 +33,15 @@ RA_DECLARE_KERNEL(void token_logprobs_forward(const void* logits, int dtype, std
                                               double temperature, double logit_scale, double soft_cap, float* logprobs,
                                               double* log2_normalizer, float* entropy, float* sum_p2, int num_threads))
 
-// Adds a piece of each row to `state`, RowState [num_tokens]. `weighted` is summed only with_entropy, `squares` only with_sum_p2.
+// Adds a piece of each row to its six doubles in `state` [num_tokens, 6], which are all 0 before the first piece: what RowState in
+// common/logits_sweep.h says. Entropy and sum_p2 are summed only with_entropy and with_sum_p2, which is the same for all pieces.
 RA_DECLARE_KERNEL(void token_logprobs_add_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size,
                                                 std::int64_t row_stride, std::int64_t first_id, const std::int64_t* token_ids,
                                                 const float* temperatures, double temperature, double logit_scale, double soft_cap,
                                                 const void* bias, double* state, bool with_entropy, bool with_sum_p2, int num_threads))
 
-// The results of rows whose pieces have all been added: as token_logprobs_forward. A state that is still all 0 (an ignored row) gives
-// 0; a token that no piece contained gives a NaN logprob.
+// The results of rows whose pieces have all been added: as token_logprobs_forward. It reads the state and leaves it. A state that is still
+// all 0 (an ignored row) gives 0; a token that no piece contained gives a NaN logprob.
 RA_DECLARE_KERNEL(void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* log2_normalizer,
                                              float* entropy, float* sum_p2))
 

@@ -1,7 +1,8 @@
 #include <cstring>
 
+#include "common/huge_pages.h"
+#include "common/logits_sweep.h"
 #include "common/parallel.h"
-#include "ops/token_logprobs/sweep.h"
 #include "ops/token_logprobs/token_logprobs.h"
 
 namespace reinforce_ada::RA_ISA {
@@ -12,6 +13,8 @@ constexpr std::int64_t kStreamBytes = 4 << 20;
 
 // Columns of a gradient that are summed at a time: 4 KiB of sums.
 constexpr std::int64_t kColumns = 512;
+
+constexpr std::int64_t kStateSize = sizeof(RowState) / sizeof(double);
 
 // The rows of one call, as its arguments describe them.
 template <class T>
@@ -32,6 +35,15 @@ struct Rows {
 
     void add_to(RowState& state, std::int64_t t, bool with_entropy, bool with_sum_p2) const {
         if (!ignored(t)) add_piece(state, piece(t), head(t), token(t), with_entropy, with_sum_p2);
+    }
+
+    template <class Out>
+    void write_gradient(std::int64_t t, double log2_normalizer, double entropy, double g, double h, bool streams, Out* out) const {
+        const Head head = this->head(t);
+        const RowGradient row(head, log2_normalizer, entropy, g, h);
+        const auto write = h != 0 ? (head.capped ? gradient_piece<true, true, T, Out> : gradient_piece<true, false, T, Out>)
+                                  : (head.capped ? gradient_piece<false, true, T, Out> : gradient_piece<false, false, T, Out>);
+        write(piece(t), head, token(t), row, streams, out);
     }
 };
 
@@ -109,21 +121,23 @@ void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t n
         using T = std::remove_pointer_t<decltype(element)>;
         const Rows<T> rows{logits, piece_size, row_stride, first_id, token_ids, temperatures, temperature, logit_scale, soft_cap, bias};
         const bool streams = logits != grad && num_tokens * piece_size * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
-        parallel_for(num_tokens, num_tokens * piece_size, num_threads, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t t = begin; t < end; ++t) {
-                T* out = static_cast<T*>(grad) + t * grad_row_stride;
-                const double g = grad_logprobs ? grad_logprobs[t] : 0, h = grad_entropy ? grad_entropy[t] : 0;
-                if (rows.ignored(t) || (g == 0 && h == 0)) {
-                    std::memset(static_cast<void*>(out), 0, static_cast<std::size_t>(piece_size) * sizeof(T));
-                    continue;
+        if (streams && num_tokens > 0) {
+            const std::int64_t elements = (num_tokens - 1) * grad_row_stride + piece_size;
+            advise_huge_pages(grad, static_cast<std::size_t>(elements) * sizeof(T));
+        }
+        with_stored_type<T>([&](auto* stored) {
+            using Out = std::remove_pointer_t<decltype(stored)>;
+            parallel_for(num_tokens, num_tokens * piece_size, num_threads, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t t = begin; t < end; ++t) {
+                    Out* out = static_cast<Out*>(grad) + t * grad_row_stride;
+                    const double g = grad_logprobs ? grad_logprobs[t] : 0, h = grad_entropy ? grad_entropy[t] : 0;
+                    if (rows.ignored(t) || (g == 0 && h == 0))
+                        std::memset(static_cast<void*>(out), 0, static_cast<std::size_t>(piece_size) * sizeof(T));
+                    else
+                        rows.write_gradient(t, log2_normalizer[t], h != 0 ? entropy[t] : 0, g, h, streams, out);
                 }
-                const Head head = rows.head(t);
-                const RowGradient row(head, log2_normalizer[t], h != 0 ? entropy[t] : 0, g, h);
-                const auto write = h != 0 ? (head.capped ? gradient_piece<true, true, T> : gradient_piece<true, false, T>)
-                                          : (head.capped ? gradient_piece<false, true, T> : gradient_piece<false, false, T>);
-                write(rows.piece(t), head, rows.token(t), row, streams, out);
-            }
-            if (streams) stream_fence();
+                if (streams) stream_fence();
+            });
         });
         if (grad_bias) add_columns(static_cast<const T*>(grad), num_tokens, piece_size, grad_row_stride, grad_bias, num_threads);
     });

@@ -1,12 +1,19 @@
-// One row of logits, swept piece by piece: its running state, its results, its gradient. The formulas are in token_logprobs.h.
+// One row of logits, swept piece by piece: its running state, its results, its gradient.
+//
+//   z = logit_scale (x + bias), with a soft cap then soft_cap tanh(z / soft_cap), then / temperature;  p = softmax(z)
+//   logprob = z[y] - log sum_j exp(z[j]),  entropy = -sum_j p[j] log p[j],  sum_p2 = sum_j p[j]^2
+//   d x[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j],  g, h: gradients of logprob and entropy
+//
+// Work is done in log2 units: u = z log2 e, whose distance to an anchor is rounded to fp32 once. log2_normalizer = log2 sum_j 2^u[j] is
+// kept in double, because fp32 would cost 1.5e-5 where logits reach 200.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 
 #include "common/simd.h"
-#include "ops/token_logprobs/token_logprobs.h"
 
 namespace reinforce_ada::RA_ISA {
 
@@ -24,6 +31,12 @@ constexpr int kUnroll = 4;
 
 // u * 2^u is 0 for every u below this, also for -inf, where it would otherwise be NaN.
 constexpr float kVanishing = -200;
+
+// What is known of a row after some pieces, all 0 before the first. 2^d, d 2^d and 4^d of d = u - anchor are summed over the ids met so
+// far; token_u is the token's own u, and token_met is 1 once its piece has been added.
+struct RowState {
+    double anchor, power, weighted, squares, token_u, token_met;
+};
 
 // From a logit x to u = scale y: y = x + bias, with a soft cap y = tanh(inner (x + bias)).
 struct Head {
@@ -139,10 +152,13 @@ struct VectorSums {
     RA_INLINE void add(VectorSums& sums, F32 d) {
         if constexpr (kEntropy) d = max(broadcast(kVanishing), d);
         if constexpr (!kExp2Overflows) d = min(broadcast(127), d);
-        const F32 power = exp2(d);
-        sums.power += power;
-        if constexpr (kEntropy) sums.weighted = fma(power, d, sums.weighted);
-        if constexpr (kSquares) sums.squares = fma(power, power, sums.squares);
+        const Factors factors = exp2_factors(d);
+        sums.power = fma(factors.power, factors.mantissa, sums.power);
+        if constexpr (kEntropy || kSquares) {
+            const F32 power = factors.power * factors.mantissa;
+            if constexpr (kEntropy) sums.weighted = fma(power, d, sums.weighted);
+            if constexpr (kSquares) sums.squares = fma(power, power, sums.squares);
+        }
     }
 };
 
@@ -156,7 +172,11 @@ BlockSums sum_block(const T* y, std::int64_t n, const Distance& distance) {
     Sums sums[kUnroll];
     std::int64_t i = 0;
     for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
-        for (int k = 0; k < kUnroll; ++k) Sums::add(sums[k], distance(load(y + i + k * kLanes)));
+        for (int k = 0; k < kUnroll; k += 2) {
+            const Pair pair = load_pair(y + i + k * kLanes);
+            Sums::add(sums[k], distance(pair.first));
+            Sums::add(sums[k + 1], distance(pair.second));
+        }
     for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], distance(load(y + i)));
     if (i < n) {
         const int rest = static_cast<int>(n - i);
@@ -250,34 +270,41 @@ RA_INLINE F32 gradient(F32 y, const RowGradient& row) {
     return exp2(d) * factor;
 }
 
-// Elements until `p` is aligned for stream(), at most n.
+// Elements until `p` is aligned for stream_pair(), at most n.
 template <class T>
 std::int64_t until_aligned(const T* p, std::int64_t n) {
-    const std::uintptr_t bytes = kLanes * sizeof(T);
-    const std::int64_t skip = static_cast<std::int64_t>((bytes - reinterpret_cast<std::uintptr_t>(p) % bytes) % bytes / sizeof(T));
+    const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(p) % sizeof(F32);
+    const std::int64_t skip = past == 0 ? 0 : static_cast<std::int64_t>((sizeof(F32) - past) / sizeof(T));
     return skip < n ? skip : n;
 }
 
-template <bool kEntropy, bool kCapped, class Y, class T>
-void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, T* out) {
-    const auto write_first = [&](std::int64_t i, std::int64_t lanes) {
-        const int few = static_cast<int>(lanes);
-        if (few > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, few, 0), row), few);
+template <bool kEntropy, bool kCapped, class Y, class Out>
+void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, Out* out) {
+    const auto pair = [&](std::int64_t i) {
+        const Pair p = load_pair(y + i);
+        return Pair{gradient<kEntropy, kCapped>(p.first, row), gradient<kEntropy, kCapped>(p.second, row)};
+    };
+    const auto write_few = [&](std::int64_t i, std::int64_t end) {
+        for (; i + kLanes <= end; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+        const int rest = static_cast<int>(end - i);
+        if (rest > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, rest, 0), row), rest);
     };
     std::int64_t i = 0;
-    if (streams) {
-        i = until_aligned(out, n);
-        write_first(0, i);
-        for (; i + kLanes <= n; i += kLanes) stream(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
-    } else {
-        for (; i + kLanes <= n; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+    if constexpr (sizeof(Y) == sizeof(Out)) {  // or a pair's order would differ
+        if (streams) {
+            i = until_aligned(out, n);
+            write_few(0, i);
+            for (; i + 2 * kLanes <= n; i += 2 * kLanes) stream_pair(out + i, pair(i));
+        } else {
+            for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_pair(out + i, pair(i));
+        }
     }
-    write_first(i, n - i);
+    write_few(i, n);
 }
 
 // Writes the gradient of a piece; `token` is counted from the piece's first id. `out` may be the logits.
-template <bool kEntropy, bool kCapped, class T>
-void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, T* out) {
+template <bool kEntropy, bool kCapped, class T, class Out>
+void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, Out* out) {
     const bool here = 0 <= token && token < piece.size;
     const float y_token = here ? y_of_one(piece, head, token) : 0;  // before the sweep, which may overwrite it
     for_each_block(piece, head, [&](const auto* y, std::int64_t begin, std::int64_t n) {
