@@ -58,6 +58,19 @@ RA_INLINE F32 max(F32 a, F32 b) {
 #endif
 }
 
+// a < b ? a : b in every lane, with NaN treated as by max.
+RA_INLINE F32 min(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // 2^x, relative error <= 2e-7; exactly 0 below -126.5 (baseline, AVX2) or -149 (AVX-512), also for -inf; NaN stays NaN.
 // Above 128 the result means nothing.
 RA_INLINE F32 exp2(F32 x) {
