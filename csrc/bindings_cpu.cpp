@@ -71,9 +71,8 @@ PYBIND11_MODULE(_cpu, m) {
           release_gil());
 
     // policy_loss
-    m.def("policy_loss", RA_KERNEL(policy_loss), "logprobs"_a, "advantages"_a, "advantages_per_token"_a, "mask"_a, "float_mask"_a,
-          "old_logprobs"_a, "rollout_logprobs"_a, "ref_logprobs"_a, "cu_seqlens"_a, "num_tokens_total"_a, "num_sequences"_a, "width"_a,
-          "loss_kind"_a, "clip_low"_a, "clip_high"_a, "dual_clip"_a, "loss_agg"_a, "num_tokens"_a, "num_seqs"_a, "norm_length"_a,
-          "correction"_a, "correction_low"_a, "correction_high"_a, "kl"_a, "straight_through"_a, "kl_coef"_a, "loss"_a, "metrics"_a,
-          "grad"_a, "num_threads"_a, release_gil());
+    m.def("policy_loss", RA_KERNEL(policy_loss), "logprobs"_a, "logprobs_dtype"_a, "advantages"_a, "advantages_per_token"_a, "mask"_a,
+          "float_mask"_a, "old_logprobs"_a, "old_dtype"_a, "rollout_logprobs"_a, "rollout_dtype"_a, "ref_logprobs"_a, "ref_dtype"_a,
+          "entropy"_a, "entropy_dtype"_a, "cu_seqlens"_a, "num_tokens_total"_a, "num_sequences"_a, "width"_a, "numbers"_a, "loss"_a,
+          "metrics"_a, "grad"_a, "grad_entropy"_a, "num_threads"_a, release_gil());
 }

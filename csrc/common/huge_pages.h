@@ -1,8 +1,11 @@
-// Huge pages where the system gives them: 160 MB in 4 kB pages are 40000 page faults, more than the kernel that writes them takes.
+// Memory in huge pages where the system gives them: 16 MB in 4 kB pages are 4096 page faults, 1 ns for every fp32 and more.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
@@ -12,7 +15,7 @@ namespace reinforce_ada::RA_ISA {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
-// For memory about to be written for the first time; what has its pages already keeps them.
+// Asks for huge pages for what is not touched yet of [p, p + bytes), a fresh output for example; whole huge pages within it only.
 inline void advise_huge_pages(void* p, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
     const auto begin = (reinterpret_cast<std::uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
@@ -22,5 +25,27 @@ inline void advise_huge_pages(void* p, std::size_t bytes) {
     (void)p, (void)bytes;
 #endif
 }
+
+// `count` uninitialised elements, for as long as the object lives.
+template <class T>
+class Scratch {
+  public:
+    explicit Scratch(std::int64_t count) {
+        const std::size_t needed = static_cast<std::size_t>(count) * sizeof(T);
+        const std::size_t alignment = needed < kHugePage ? 64 : kHugePage;
+        const std::size_t bytes = (needed + alignment - 1) / alignment * alignment;
+        data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
+        if (!data_ && bytes) throw std::bad_alloc();
+        advise_huge_pages(data_.get(), bytes);
+    }
+    T& operator[](std::int64_t i) { return data_[static_cast<std::size_t>(i)]; }
+    T* data() { return data_.get(); }
+
+  private:
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T[], Free> data_;
+};
 
 }  // namespace reinforce_ada::RA_ISA

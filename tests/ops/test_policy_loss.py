@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conformance import assert_no_worse, assert_repeatable, assert_same_bits, builds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import policy_loss
 from reinforce_ada.ops.policy_loss import KL_ESTIMATORS, LOSS_AGGS, LOSSES, METRICS, RolloutCorrection
 from reinforce_ada.ops.policy_loss import cpu as cpu_form
+from reinforce_ada.ops.policy_loss.settings import Settings
 
 every_build = pytest.mark.parametrize("backend", builds("policy_loss"), indirect=True)
 every_form = pytest.mark.parametrize("backend", builds("policy_loss", every_isa=False), indirect=True)
@@ -26,6 +32,17 @@ CORRECTIONS = (
     RolloutCorrection("token", "mask", low=0.9, high=1.2),
     RolloutCorrection("sequence", "truncate", high=1.2),
     RolloutCorrection("sequence", "mask", high=1.3),
+    RolloutCorrection("token", "truncate", low=0.95, high=math.inf, normalizer=1.5),
+)
+# What trainers do differently; each meets every loss and aggregation.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"ratio_level": "sequence"},
+    {"kl_weighting": "ratio"},
+    {"entropy_coef": 0.2},
+    {"log_ratio_bound": 0.25, "kl_bound": 0.2},
+    {"ratio_level": "sequence", "kl_weighting": "ratio", "entropy_coef": 0.0},
+    {"log_ratio_bound": None, "kl_bound": None},
 )
 # A one-token sequence, an empty one, one that is fully masked (index 4), lengths around the vector widths and past two vectors.
 LENGTHS = (1, 5, 0, 16, 3, 17, 41)
@@ -52,7 +69,8 @@ def draw(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, spread: float = 0.3)
     if len(lengths) > 5:
         mask[batch["cu_seqlens"][4] : batch["cu_seqlens"][5]] = False
     mask[0] = True
-    for i, name in enumerate(("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs")):
+    batch["entropy"] = torch.rand(total, dtype=torch.float64, generator=generator)
+    for i, name in enumerate(("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "entropy")):
         poison = torch.tensor(BAD, dtype=torch.float64)[(torch.arange(total) + i) % 3]
         batch[name] = torch.where(mask, batch[name], poison)
     return {**batch, "mask": mask}
@@ -77,6 +95,7 @@ def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def run(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, scale: float = 1.0, **options: Any) -> Run:
     """Loss, metrics and the gradient of scale * loss; inputs that no option reads are left out."""
     reads = {"rollout_logprobs": options.pop("rollout", "rollout_correction" in options), "ref_logprobs": "kl" in options}
+    reads["entropy"] = "entropy_coef" in options
     call = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items() if reads.get(k, True)}
     leaf = call.pop("logprobs").requires_grad_()
     loss, metrics = policy_loss(leaf, call.pop("advantages"), call.pop("mask"), **call, **options)
@@ -87,14 +106,18 @@ def run(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, scale: flo
 def truth(
     batch: dict[str, Tensor],
     loss: str = "ppo",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = None,
+    log_ratio_bound: float | None = 20.0,
     loss_agg: str = "token-mean",
     rollout_correction: RolloutCorrection | None = None,
     kl: str | None = None,
     kl_coef: float = 0.0,
-    longest: int | None = None,
+    kl_weighting: str = "none",
+    kl_bound: float | None = 10.0,
+    entropy_coef: float | None = None,
 ) -> Run:
     """The formulas, one sequence at a time over its counted tokens only; packed, float64."""
     leaf = batch["logprobs"].clone().requires_grad_()
@@ -102,7 +125,8 @@ def truth(
     kept = [torch.arange(a, b)[batch["mask"][a:b]] for a, b in spans]
     counted = [ids for ids in kept if len(ids)]
     num_tokens, num_seqs = sum(map(len, counted)), len(counted)
-    longest = longest or max(b - a for a, b in spans)
+    longest = max(b - a for a, b in spans)
+    bound = math.inf if log_ratio_bound is None else log_ratio_bound
     low, high = 1 - clip_low, 1 + clip_high
     total = leaf.new_zeros(())
     seen: dict[str, list[Tensor]] = {}
@@ -113,7 +137,7 @@ def truth(
         logp, adv = leaf[ids], batch["advantages"][i]
         old = batch["old_logprobs"][ids] if "old_logprobs" in batch else logp.detach()
         d = logp - old
-        ratio = d.clamp(-20, 20).exp()
+        ratio = (d if ratio_level == "token" else d.mean().expand(len(ids))).clamp(-bound, bound).exp()
         if loss == "gspo":
             ratio = (logp - logp.detach() + d.mean().detach()).clamp(max=10).exp()
         if loss in ("ppo", "gspo"):
@@ -133,29 +157,35 @@ def truth(
         if loss in ("ppo", "gspo", "cispo"):
             seen.setdefault("clip_fraction_low", []).append(is_low)
             seen.setdefault("clip_fraction_high", []).append(is_high)
-        x = d.detach().clamp(-20, 20)
+        x = d.detach().clamp(-bound, bound)
         seen.setdefault("approx_kl_k1", []).append(-x)
         seen.setdefault("approx_kl_k3", []).append(x.expm1() - x)
         seen.setdefault("ratio", []).append(ratio.detach())
         if rollout_correction is not None:
             gap = (old - batch["rollout_logprobs"][ids]).detach()
-            rho = (gap.sum().expand(len(ids)) if rollout_correction.level == "sequence" else gap).clamp(-20, 20).exp()
+            rho = (gap.sum().expand(len(ids)) if rollout_correction.level == "sequence" else gap).clamp(-bound, bound).exp()
+            low_weight, high_weight = rollout_correction.low or 0, rollout_correction.high
             if rollout_correction.mode == "truncate":
-                weight = rho.clamp(max=rollout_correction.high)
+                weight = rho.clamp(low_weight, high_weight) / rollout_correction.normalizer
             else:
-                weight = rho * ((rho <= rollout_correction.high) & (rho >= (rollout_correction.low or 0)))
+                weight = rho * ((rho <= high_weight) & (rho >= low_weight)) / rollout_correction.normalizer
+            gap = gap.clamp(-bound, bound)
             value = value * weight
             seen.setdefault("rollout_kl_k1", []).append(-gap)
             seen.setdefault("rollout_kl_k3", []).append(gap.expm1() - gap)
             seen.setdefault("rollout_weight", []).append(weight)
         if kl is not None:
             x = logp - batch["ref_logprobs"][ids]
-            estimates = {"k1": x, "abs": x.abs(), "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}
+            k3 = (-x).exp() - 1 + x
+            estimates = {"k1": x, "abs": x.abs(), "k2": x**2 / 2, "k3": k3 if kl_bound is None else k3.clamp(max=kl_bound)}
             estimate = estimates[kl.rstrip("+")]
             if kl.endswith("+"):
                 estimate = estimate.detach() + (estimates["k2"] - estimates["k2"].detach())
-            value = value + kl_coef * estimate
+            value = value + kl_coef * estimate * (ratio if kl_weighting == "ratio" else 1)
             seen.setdefault("kl", []).append(estimate.detach())
+        if entropy_coef is not None:
+            value = value - entropy_coef * batch["entropy"][ids]
+            seen.setdefault("entropy", []).append(batch["entropy"][ids])
         total = (
             total
             + value.sum()
@@ -264,45 +294,172 @@ def test_on_policy_is_the_plain_policy_gradient(backend: str, loss: str) -> None
     """Every loss has the gradient -A at ratio 1, also where old_logprobs is not given."""
     batch = {"logprobs": -torch.rand(2, 3), "advantages": torch.tensor([1.5, -0.5]), "mask": torch.ones(2, 3)}
     want = torch.tensor([[-1.5], [0.5]]).expand(2, 3) / 6
-    for given in ({}, {"old_logprobs": batch["logprobs"]}):
-        value, metrics, grad = run({**batch, **given}, torch.float32, loss=loss, backend=backend)
+    for more in ({}, {"old_logprobs": batch["logprobs"]}):
+        value, metrics, grad = run({**batch, **more}, torch.float32, loss=loss, backend=backend)
         torch.testing.assert_close(grad, want, rtol=1e-6, atol=0)
         level = {"reinforce": batch["logprobs"], "cispo": batch["logprobs"], "sapo": torch.tensor([[2 / 1.0], [2 / 1.05]])}
         expected = -(batch["advantages"][:, None] * level.get(loss, torch.ones(2, 3))).expand(2, 3).mean()
         assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert ("ratio_mean" in metrics) == bool(given)
+        assert ("ratio_mean" in metrics) == bool(more)
+
+
+# Other trainers: their formulas spelled out on padded rows in float64, and the arguments of docs/operators.md that mean them.
+
+
+class Trainer:
+    """The tensors of a padded batch under the names of losses.md, and the aggregations of verl and TRL."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        def clean(name: str) -> Tensor:
+            return torch.where(batch["mask"], batch[name], 0)
+
+        self.leaf = clean("logprobs").requires_grad_()
+        self.m = batch["mask"].double()
+        self.adv = batch["advantages"][:, None]
+        self.rows = len(self.m)
+        self.d = self.leaf - clean("old_logprobs")
+        self.rho = clean("old_logprobs") - clean("rollout_logprobs")
+        self.to_ref = clean("ref_logprobs") - self.leaf
+        self.entropy = clean("entropy")
+
+    def mean(self, x: Tensor) -> Tensor:
+        return (x * self.m).sum() / self.m.sum()
+
+    def row_mean(self, x: Tensor) -> Tensor:
+        return (x * self.m).sum(1) / self.m.sum(1).clamp(min=1)
+
+    def verl_ratio(self) -> Tensor:
+        return self.d.clamp(-20, 20).exp()
+
+    def verl_vanilla(self, low: float = 0.2, high: float = 0.2, c: float = 3.0) -> Tensor:
+        r = self.verl_ratio()
+        first = torch.maximum(-self.adv * r, -self.adv * r.clamp(1 - low, 1 + high))
+        return torch.where(self.adv < 0, torch.minimum(first, -self.adv * c), first)
+
+    def verl_seq_mean(self, x: Tensor) -> Tensor:
+        counted = self.m.sum(1) > 0
+        return ((x * self.m).sum(1) / (self.m.sum(1) + 1e-8))[counted].sum() / counted.sum()
+
+    def verl_gspo(self) -> Tensor:
+        s = self.row_mean(self.d)[:, None]
+        q = (self.leaf - self.leaf.detach() + s.detach()).clamp(max=10).exp()
+        return torch.maximum(-self.adv * q, -self.adv * q.clamp(1 - 3e-4, 1 + 4e-4))
+
+    def sapo(self, r: Tensor) -> Tensor:
+        tau = torch.where(self.adv > 0, 1.0, 1.05)
+        return -torch.sigmoid(tau * (r - 1)) * 4 / tau * self.adv
+
+    def verl_cispo(self) -> Tensor:
+        return -self.verl_ratio().clamp(0.8, 1.2).detach() * self.adv * self.leaf
+
+    def low_var_kl(self) -> Tensor:
+        y = self.to_ref.clamp(-20, 20)
+        return (y.exp() - y - 1).clamp(-10, 10)
+
+    def trl_c1(self, level: str) -> Tensor:
+        return (self.row_mean(self.d)[:, None] if level == "sequence" else self.d).exp()
+
+    def trl_clipped(self, level: str = "token", high: float = 0.2, delta: float | None = None) -> Tensor:
+        c1 = self.trl_c1(level)
+        bounded = c1 if delta is None else c1.clamp(max=delta)
+        return -torch.minimum(bounded * self.adv, c1.clamp(0.8, 1 + high) * self.adv)
+
+    def trl_kl(self, level: str = "token") -> Tensor:
+        return (self.to_ref.exp() - self.to_ref - 1) * self.trl_c1(level)
+
+    def trl_weight(self, mode: str, low: float | None, high: float) -> Tensor:
+        ratio = ((self.rho * self.m).sum(1, keepdim=True) if "sequence" in mode else self.rho).exp()
+        if "truncate" in mode:
+            return ratio.clamp(low, high)
+        return ratio.masked_fill((ratio > high) | (ratio < (low or 0)), 0.0)
+
+
+def tis(x: Tensor, level: str, high: float) -> Tensor:
+    """verl's truncated weights of x, a log-ratio."""
+    total = x.sum(1, keepdim=True).expand_as(x) if level == "sequence" else x
+    return total.clamp(-20, 20).exp().clamp(max=high)
+
+
+TRL: dict[str, Any] = {"clip_high": 0.2, "log_ratio_bound": None}
+ROWS: dict[str, Any] = {"num_seqs_global": 5}  # TRL averages over every row, whatever its mask
+LOSSES_OF_TRAINERS: list[tuple[str, dict[str, Any], Callable[[Trainer], Tensor]]] = [
+    ("verl vanilla", {"clip_high": 0.2, "dual_clip": 3.0}, lambda t: t.mean(t.verl_vanilla())),
+    ("verl gspo", {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "loss_agg": "seq-mean-token-mean"},
+     lambda t: t.verl_seq_mean(t.verl_gspo())),
+    ("verl sapo", {"loss": "sapo", "loss_agg": "seq-mean-token-mean"}, lambda t: t.verl_seq_mean(t.sapo(t.verl_ratio()))),
+    ("verl cispo", {"loss": "cispo", "clip_high": 0.2}, lambda t: t.mean(t.verl_cispo())),
+    ("verl kl loss and entropy", {"clip_high": 0.2, "dual_clip": 3.0, "kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.1},
+     lambda t: t.mean(t.verl_vanilla()) - 0.1 * t.mean(t.entropy) + 0.3 * t.mean(t.low_var_kl())),
+    ("verl token-mean over 2 ranks", {"clip_high": 0.2, "dual_clip": 3.0, "num_tokens_global": 90 / 2},
+     lambda t: 2 * (t.verl_vanilla() * t.m).sum() / 90),
+    ("verl token-level TIS", {"clip_high": 0.2, "dual_clip": 3.0, "rollout_correction": RolloutCorrection("token", high=1.1)},
+     lambda t: t.mean(t.verl_vanilla() * tis(t.rho, "token", 1.1))),
+    ("verl sequence-level TIS", {"clip_high": 0.2, "dual_clip": 3.0, "rollout_correction": RolloutCorrection("sequence", high=1.2)},
+     lambda t: t.mean(t.verl_vanilla() * tis(t.rho, "sequence", 1.2))),
+    ("verl IcePop", {"clip_high": 0.2, "dual_clip": 3.0, "rollout_correction": RolloutCorrection("token", "mask", low=0.9, high=1.1)},
+     lambda t: t.mean(t.verl_vanilla() * t.rho.exp() * ((t.rho.exp() >= 0.9) & (t.rho.exp() <= 1.1)))),
+    ("TRL grpo", {**TRL, **ROWS, "loss_agg": "seq-mean-token-mean"}, lambda t: t.row_mean(t.trl_clipped()).mean()),
+    ("TRL bnpo", TRL, lambda t: t.mean(t.trl_clipped())),
+    ("TRL dr_grpo", {**TRL, **ROWS, "loss_agg": "seq-mean-token-sum-norm", "norm_length": 32},
+     lambda t: (t.trl_clipped() * t.m).sum() / (t.rows * 32)),
+    ("TRL dapo", {**TRL, "num_tokens_global": 90 / 2}, lambda t: (t.trl_clipped() * t.m).sum() / (90 / 2)),
+    ("TRL luspo", {**TRL, **ROWS, "ratio_level": "sequence", "loss_agg": "seq-mean-token-sum"},
+     lambda t: (t.trl_clipped("sequence") * t.m).sum(1).mean()),
+    ("TRL cispo", {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1, "log_ratio_bound": None},  # epsilon_high=1.1
+     lambda t: t.mean(-t.trl_c1("token").detach().clamp(max=1.1) * t.adv * t.leaf)),
+    ("TRL sapo", {**ROWS, "loss": "sapo", "loss_agg": "seq-mean-token-mean", "log_ratio_bound": None},
+     lambda t: t.row_mean(t.sapo(t.trl_c1("token"))).mean()),
+    ("TRL gspo", {**TRL, **ROWS, "ratio_level": "sequence", "loss_agg": "seq-mean-token-mean"},
+     lambda t: t.row_mean(t.trl_clipped("sequence").expand_as(t.m)).mean()),
+    ("TRL delta", {**TRL, **ROWS, "dual_clip": 1.3, "loss_agg": "seq-mean-token-mean"},
+     lambda t: t.row_mean(t.trl_clipped(delta=1.3)).mean()),
+    ("TRL beta", {**TRL, "kl": "k3", "kl_coef": 0.3, "kl_weighting": "ratio", "kl_bound": None},
+     lambda t: t.mean(t.trl_clipped() + 0.3 * t.trl_kl())),
+    ("TRL beta, sequence level", {**TRL, "ratio_level": "sequence", "kl": "k3", "kl_coef": 0.3, "kl_weighting": "ratio", "kl_bound": None},
+     lambda t: t.mean(t.trl_clipped("sequence") + 0.3 * t.trl_kl("sequence"))),
+    ("TRL sequence_mask", {**TRL, "rollout_correction": RolloutCorrection("sequence", "mask", high=1.2, allow_missing=True)},
+     lambda t: t.mean(t.trl_clipped() * t.trl_weight("sequence_mask", None, 1.2))),
+    ("TRL token_truncate, sequence level", {**TRL, "ratio_level": "sequence",
+                                            "rollout_correction": RolloutCorrection("token", "truncate", low=0.9, high=1.1)},
+     lambda t: t.mean(t.trl_clipped("sequence") * t.trl_weight("token_truncate", 0.9, 1.1))),
+    ("OpenRLHF gspo", {"clip_high": 0.2, "ratio_level": "sequence", "loss_agg": "seq-mean-token-mean", "num_seqs_global": 5},
+     lambda t: t.row_mean(t.trl_clipped("sequence").expand_as(t.m)).mean()),
+    ("Reinforce-Ada", {"dual_clip": 10.0}, lambda t: t.mean(t.verl_vanilla(0.2, 0.28, 10.0))),
+]  # fmt: skip
 
 
 @every_form
-def test_presets_of_trainers(backend: str) -> None:
-    """What TRL, verl and Reinforce-Ada compute, spelled out, from the arguments that mean it."""
+@pytest.mark.parametrize(("name", "options", "formula"), LOSSES_OF_TRAINERS, ids=[name for name, _, _ in LOSSES_OF_TRAINERS])
+def test_losses_of_trainers(backend: str, name: str, options: dict[str, Any], formula: Callable[[Trainer], Tensor]) -> None:
+    batch = padded(draw(3, (4, 7, 2, 9, 30)))
+    trainer = Trainer(batch)
+    want = formula(trainer)
+    (grad,) = torch.autograd.grad(want, trainer.leaf)
+    dtype, rtol = (torch.float64, 1e-7) if backend == "reference" else (torch.float32, 3e-6)
+    got = run(batch, dtype, backend=backend, **options)
+    assert got[0].item() == pytest.approx(want.item(), rel=rtol, abs=rtol)
+    torch.testing.assert_close(got[2].double(), grad, rtol=rtol, atol=rtol * grad.abs().max().item())
+
+
+def test_the_documentation_lists_these_trainers() -> None:
+    page = (Path(__file__).parents[2] / "docs/operators.md").read_text()
+    for name, _, _ in LOSSES_OF_TRAINERS:
+        assert f"| {name} |" in page, name
+
+
+@every_form
+def test_batch_normalised_weights(backend: str) -> None:
+    """verl divides the weights by their mean over the batch, which the metric of a first call over all of it is."""
     batch = padded(draw(3, (4, 7, 2, 9)))
-    m = batch["mask"].double()
-    clean = {k: torch.where(batch["mask"], v, 0) for k, v in batch.items() if k.endswith("logprobs")}
-    r = (clean["logprobs"] - clean["old_logprobs"]).exp()
-    adv = batch["advantages"][:, None]
-
-    def clipped(low: float, high: float) -> Tensor:
-        return -torch.min(r * adv, r.clamp(1 - low, 1 + high) * adv) * m
-
-    k3 = ((clean["ref_logprobs"] - clean["logprobs"]).exp() - 1 - (clean["ref_logprobs"] - clean["logprobs"])) * m
-    cases = [
-        ("TRL grpo", {"loss_agg": "seq-mean-token-mean", "clip_high": 0.2}, (clipped(0.2, 0.2).sum(1) / m.sum(1)).mean()),
-        ("TRL dr_grpo", {"loss_agg": "seq-mean-token-sum-norm", "clip_high": 0.2, "norm_length": 32},
-         clipped(0.2, 0.2).sum() / (4 * 32)),
-        ("TRL dapo", {"num_tokens_global": 100}, clipped(0.2, 0.28).sum() / 100),
-        ("TRL cispo", {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},  # epsilon_high=5: the cap itself
-         -(r.clamp(max=5) * adv * clean["logprobs"] * m).sum() / m.sum()),
-        ("verl vanilla", {"clip_high": 0.2, "dual_clip": 3.0},
-         torch.where(adv < 0, torch.min(clipped(0.2, 0.2), -3 * adv * m), clipped(0.2, 0.2)).sum() / m.sum()),
-        ("verl kl loss", {"clip_high": 0.2, "kl": "k3", "kl_coef": 0.001},
-         (clipped(0.2, 0.2) + 0.001 * k3).sum() / m.sum()),
-        ("Reinforce-Ada", {"dual_clip": 10.0},
-         torch.where(adv < 0, torch.min(clipped(0.2, 0.28), -10 * adv * m), clipped(0.2, 0.28)).sum() / m.sum()),
-    ]  # fmt: skip
-    for name, options, want in cases:
-        dtype = torch.float64 if backend == "reference" else torch.float32
-        assert run(batch, dtype, backend=backend, **options)[0].item() == pytest.approx(want.item(), rel=2e-6), name
+    trainer = Trainer(batch)
+    weight = tis(trainer.rho, "token", 1.1)
+    want = trainer.mean(trainer.verl_vanilla() * weight / trainer.mean(weight))
+    options: dict[str, Any] = {"clip_high": 0.2, "dual_clip": 3.0, "backend": backend}
+    _, metrics, _ = run(batch, torch.float32, rollout_correction=RolloutCorrection("token", high=1.1), **options)
+    mean = metrics["rollout_weight_mean"].item()
+    value, metrics, _ = run(batch, torch.float32, rollout_correction=RolloutCorrection("token", high=1.1, normalizer=mean), **options)
+    assert value.item() == pytest.approx(want.item(), rel=1e-5)
+    assert metrics["rollout_weight_mean"].item() == pytest.approx(1, rel=1e-6)
 
 
 # Every form against the formulas
@@ -324,6 +481,8 @@ def test_conforms(backend: str, loss: str, loss_agg: str) -> None:
     for i, kl in enumerate((None, *KL_ESTIMATORS)):
         correction = CORRECTIONS[(i + shift) % len(CORRECTIONS)]
         options = {**base, **({"kl": kl, "kl_coef": 0.3} if kl else {}), **({"rollout_correction": correction} if correction else {})}
+        variant = VARIANTS[i % len(VARIANTS)]
+        options |= {k: v for k, v in variant.items() if (kl or k != "kl_weighting") and (loss != "gspo" or k != "ratio_level")}
         what = f"{options}"
         want = truth(batch, **options)
         flat = {**batch, "mask": batch["mask"].float()} if i % 2 else batch
@@ -377,6 +536,22 @@ def test_small_drift_is_resolved(backend: str) -> None:
 
 
 @every_form
+def test_rollout_logprobs_may_be_missing(backend: str) -> None:
+    """A NaN counts as the old logprob where the correction allows it: its own ratio is 1, the sequence's leaves it out."""
+    old = torch.tensor([-1.0, -2, -3])
+    rollout = torch.tensor([-1 - math.log(2), math.nan, -3 - math.log(1.25)])
+    for level, weights in (("token", [2, 1, 1.25]), ("sequence", [2.5, 2.5, 2.5])):
+        logprobs = old.clone().requires_grad_()
+        loss, metrics = policy_loss(
+            logprobs, torch.ones(1), torch.ones(3), old_logprobs=old, rollout_logprobs=rollout, cu_seqlens=torch.tensor([0, 3]),
+            rollout_correction=RolloutCorrection(level, high=9, allow_missing=True), backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        np.testing.assert_allclose(logprobs.grad.numpy(), np.asarray(weights) / -3, rtol=1e-5)
+        assert metrics["rollout_kl_k1"].item() == pytest.approx(-math.log(2.5) / 3, rel=1e-5)
+
+
+@every_form
 def test_nan_in_a_counted_token_is_not_hidden(backend: str) -> None:
     for name in ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages"):
         batch = {k: torch.zeros(1, 4) for k in ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs")}
@@ -392,32 +567,51 @@ def test_nan_in_a_counted_token_is_not_hidden(backend: str) -> None:
 # Accumulation
 
 
+def part_of(batch: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """Sequences first up to last of a packed batch."""
+    a, b = batch["cu_seqlens"][[first, last]].tolist()
+    part = {k: v[a:b] for k, v in batch.items() if v.shape == batch["mask"].shape}
+    return {**part, "advantages": batch["advantages"][first:last], "cu_seqlens": batch["cu_seqlens"][first : last + 1] - a}
+
+
 @every_form
 @pytest.mark.parametrize("loss_agg", LOSS_AGGS)
-def test_micro_batches_add_up_to_the_big_batch(backend: str, loss_agg: str) -> None:
-    """With global denominators the sum over micro-batches is the loss and gradient of one batch, whatever their sizes."""
-    batch = draw(1, (5, 1, 16, 3, 9, 33))
+@pytest.mark.parametrize("loss", [*LOSSES, "ppo of sequences"])
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=2, max_size=9),
+    cuts=st.lists(st.integers(0, 9), max_size=5),
+    ranks=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_any_split_adds_up_to_the_big_batch(
+    backend: str, loss: str, loss_agg: str, lengths: list[int], cuts: list[int], ranks: int, seed: int
+) -> None:
+    """Micro-batches and ranks that share denominators give the loss and gradient of one batch, however it is cut.
+
+    A rank sums its micro-batches and the ranks are averaged, so that each is given the global counts divided by their number.
+    """
+    batch = draw(seed, (1, *lengths))
     dtype, rtol = (torch.float64, 1e-12) if backend == "reference" else (torch.float32, 2e-6)
-    cu = batch["cu_seqlens"]
-    seqs = sum(bool(batch["mask"][a:b].any()) for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
-    shared: dict[str, Any] = {"num_tokens_global": int(batch["mask"].sum()), "num_seqs_global": seqs}
+    options: dict[str, Any] = {
+        "loss": loss.split()[0], "loss_agg": loss_agg, "backend": backend, "kl": "k3", "kl_coef": 0.1, "kl_weighting": "ratio",
+        "entropy_coef": 0.2, "rollout_correction": CORRECTIONS[1 + seed % 5],
+    }  # fmt: skip
+    if "sequences" in loss:
+        options["ratio_level"] = "sequence"
     if loss_agg.endswith("norm"):
-        shared["norm_length"] = 64
-    for loss in ("ppo", "gspo"):
-        options: dict[str, Any] = {"loss": loss, "loss_agg": loss_agg, "backend": backend, "kl": "k2", "kl_coef": 0.1,
-                                   "rollout_correction": CORRECTIONS[3]}  # fmt: skip
-        local = {"norm_length": 64} if loss_agg.endswith("norm") else {}
-        whole = run(batch, dtype, **options, **local)
-        value, grads = torch.zeros((), dtype=dtype), []
-        for first, last in ((0, 1), (1, 4), (4, 6)):
-            a, b = int(cu[first]), int(cu[last])
-            part = {k: v[a:b] for k, v in batch.items() if v.shape == batch["mask"].shape}
-            part |= {"advantages": batch["advantages"][first:last], "cu_seqlens": cu[first : last + 1] - a}
-            piece = run(part, dtype, **options, **shared)
-            value += piece[0]
-            grads.append(piece[2])
-        torch.testing.assert_close(value, whole[0], rtol=rtol, atol=0)
-        torch.testing.assert_close(torch.cat(grads), whole[2], rtol=rtol, atol=0)
+        options["norm_length"] = 64
+    whole = run(batch, dtype, **options)
+    spans = itertools.pairwise(batch["cu_seqlens"].tolist())
+    num_seqs = sum(bool(batch["mask"][a:b].any()) for a, b in spans)
+    shared = {"num_tokens_global": int(batch["mask"].sum()) / ranks, "num_seqs_global": num_seqs / ranks}
+    edges = sorted({0, *(min(c, len(lengths) + 1) for c in cuts), len(lengths) + 1})
+    pieces = [run(part_of(batch, a, b), dtype, **options, **shared) for a, b in itertools.pairwise(edges)]
+    size = whole[2].abs().max().item()
+    grad = torch.cat([piece[2] for piece in pieces]) / ranks
+    torch.testing.assert_close(grad, whole[2], rtol=rtol, atol=rtol * size)
+    terms = whole[0].abs().item() + size * len(grad)
+    torch.testing.assert_close(sum(piece[0] for piece in pieces) / ranks, whole[0], rtol=0, atol=rtol * terms)
 
 
 @every_form
@@ -485,6 +679,55 @@ def test_layouts_and_dtypes_it_takes(backend: str) -> None:
     assert loss.item() == -1
 
 
+@every_build
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_is_read_and_written_as_it_is(backend: str, loss: str, dtype: torch.dtype) -> None:
+    """Against float64 of the same rounded numbers: loss and metrics as exact as from float32, the gradient rounded once."""
+    lengths = (*LENGTHS, 700)
+    batch = {k: v.to(dtype).double() if k.endswith(("logprobs", "entropy")) else v for k, v in draw(6, lengths).items()}
+    options: dict[str, Any] = {"loss": loss, "kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.1, "rollout_correction": CORRECTIONS[3]}
+    want = run(batch, **options)
+    for mixed in (False, True):  # companions of another dtype than logprobs
+        call = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+        for name in ("old_logprobs", "ref_logprobs", "entropy") if mixed else ("old_logprobs", "rollout_logprobs", "ref_logprobs"):
+            call[name] = call[name].to(dtype)
+        leaf = call.pop("logprobs").to(dtype).requires_grad_()
+        value, metrics = policy_loss(leaf, call.pop("advantages"), call.pop("mask"), backend=backend, **call, **options)
+        (grad,) = torch.autograd.grad(value, leaf)
+        assert (value.dtype, grad.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(value.double(), want[0], rtol=2e-5, atol=2e-5)
+        for name, x in want[1].items():
+            torch.testing.assert_close(metrics[name], x, rtol=2e-5, atol=2e-5)
+        info, size = torch.finfo(dtype), want[2].abs().max().item()
+        atol = 2e-6 * size + info.smallest_normal * info.eps / 2  # half a step of float16 near 0 is 3e-8
+        torch.testing.assert_close(grad.double(), want[2], rtol=info.eps / 2 * 1.01, atol=atol)
+
+
+@every_form
+@pytest.mark.parametrize("loss_agg", LOSS_AGGS)
+def test_entropy_bonus(backend: str, loss_agg: str) -> None:
+    """It takes the aggregate of the entropies off the loss, and its gradient goes to them; without a coefficient it is a metric."""
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in draw().items()}
+    layout = {"cu_seqlens": batch["cu_seqlens"], "loss_agg": loss_agg, "backend": backend}
+    counted = batch["entropy"][batch["mask"]].double()
+    for dtype in (torch.float32, torch.bfloat16):
+        logprobs, entropy = (batch[k].to(dtype).requires_grad_() for k in ("logprobs", "entropy"))
+        loss, metrics = policy_loss(logprobs, batch["advantages"], batch["mask"], entropy=entropy, entropy_coef=0.25, **layout)
+        plain, _ = policy_loss(logprobs, batch["advantages"], batch["mask"], **layout)
+        # reinforce with advantage -1 on the entropies is their plain aggregate.
+        bonus, _ = policy_loss(entropy, -torch.ones(len(LENGTHS)), batch["mask"], loss="reinforce", **layout)
+        torch.testing.assert_close(loss, plain - 0.25 * bonus, rtol=1e-6, atol=1e-7)
+        want = torch.autograd.grad(plain - 0.25 * bonus, (logprobs, entropy))
+        for got, expected in zip(torch.autograd.grad(loss, (logprobs, entropy)), want, strict=True):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, expected, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=0)
+        assert metrics["entropy"].item() == pytest.approx(counted.mean().item(), rel=1e-6 if dtype == torch.float32 else 0.01)
+    loss, metrics = policy_loss(batch["logprobs"], batch["advantages"], batch["mask"], entropy=batch["entropy"], **layout)
+    assert loss.item() == pytest.approx(policy_loss(batch["logprobs"], batch["advantages"], batch["mask"], **layout)[0].item(), rel=1e-6)
+    assert metrics["entropy"].item() == pytest.approx(counted.mean().item(), rel=1e-6)
+
+
 @native_form
 def test_threads_memory_and_repetition_change_nothing(backend: str) -> None:
     """Past the grain and the chunk of the kernel: many short sequences, and one longer than a chunk."""
@@ -512,7 +755,7 @@ PACKED = {"logprobs": torch.zeros(4), "advantages": torch.zeros(2), "mask": torc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logprobs": torch.zeros(2, 3).bfloat16()}, r"logprobs is \[2, 3\] bfloat16 on cpu; float32 or float64"),
+        ({"logprobs": torch.zeros(2, 3).int()}, r"logprobs is \[2, 3\] int32 on cpu; float32, bfloat16, float16 or float64"),
         ({"logprobs": torch.zeros(6)}, r"logprobs of shape \[6\] without cu_seqlens; packed \[T\] with cu_seqlens, or padded"),
         ({"cu_seqlens": torch.tensor([0, 6])}, r"logprobs of shape \[2, 3\] with cu_seqlens"),
         ({"mask": torch.ones(2, 2)}, r"mask is \[2, 2\] float32 on cpu; \[2, 3\] bool or floating on cpu"),
@@ -531,6 +774,14 @@ PACKED = {"logprobs": torch.zeros(4), "advantages": torch.zeros(2), "mask": torc
         ({"ref_logprobs": torch.zeros(2, 3)}, "ref_logprobs without kl; both or neither"),
         ({"kl_coef": 0.1}, "kl_coef=0.1 without kl; kl, the estimator"),
         ({"rollout_correction": RolloutCorrection()}, "rollout_correction without rollout_logprobs"),
+        ({"ratio_level": "batch"}, "unknown ratio_level 'batch'; known: sequence, token"),
+        ({"ratio_level": "sequence", "loss": "gspo"}, 'ratio_level="sequence" with loss="gspo"; one of them; loss="ppo" where'),
+        ({"log_ratio_bound": 0.0}, "log_ratio_bound=0.0; log_ratio_bound > 0"),
+        ({"kl_bound": -1}, "kl_bound=-1; kl_bound > 0"),
+        ({"kl_weighting": "ratio"}, "kl_weighting='ratio' without kl; kl, the estimator"),
+        ({"kl_weighting": "all", "kl": "k3", "ref_logprobs": torch.zeros(2, 3)}, "unknown kl_weighting 'all'"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 without entropy; entropy, one value a token"),
+        ({"entropy": torch.zeros(2)}, r"entropy is \[2\] float32 on cpu; \[2, 3\] floating on cpu, one value a token"),
         ({"clip_low": 1.5}, "clip_low=1.5, clip_high=0.28"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 with loss='ppo'; dual_clip > 1"),
         ({"dual_clip": 3.0, "loss": "gspo"}, "dual_clip=3.0 with loss='gspo'"),
@@ -552,7 +803,7 @@ def test_errors_are_one_line(backend: str, arguments: dict[str, Any], message: s
         ({"level": "batch"}, "unknown level 'batch'; known: sequence, token"),
         ({"mode": "clip"}, "unknown mode 'clip'"),
         ({"high": 0.0}, "high=0.0; high > 0"),
-        ({"low": 0.5}, 'low=0.5 with mode="truncate"; truncation only has high; use mode="mask"'),
+        ({"normalizer": 0.0}, "normalizer=0.0; a finite number > 0"),
         ({"low": 3.0, "mode": "mask"}, "low=3.0, high=2.0; 0 <= low <= high"),
     ],
 )
@@ -566,16 +817,16 @@ def test_corrections_that_cannot_hold(arguments: dict[str, Any], message: str) -
 
 @native_form
 def test_opcheck(backend: str) -> None:
-    batch = {k: v.float() if v.is_floating_point() else v for k, v in draw(4, (3, 0, 5)).items()}
-    mask = torch.ones(8, dtype=torch.bool)
-    names = ("old_logprobs", "rollout_logprobs", "ref_logprobs")
-    others = [torch.randn(8) for _ in names]
-    settings = (1, 0.2, 0.28, 3.0, 1, 0.0, 0.0, 0.0, 3, 0.0, 2.0, 2, False, 0.1)
-    for leaf in (torch.randn(8, requires_grad=True), torch.randn(8)):
-        args = (leaf, batch["advantages"], False, mask, *others, batch["cu_seqlens"], *settings)
+    cu = torch.tensor([0, 3, 3, 8])
+    others = [torch.randn(8), torch.randn(8).bfloat16(), torch.randn(8)]
+    chosen = Settings(dual_clip=3.0, loss_agg="seq-mean-token-mean", kl="k3", kl_coef=0.1, entropy_coef=0.1)
+    for leaf, wants in ((torch.randn(8, requires_grad=True), True), (torch.randn(8).half(), False)):
+        entropy = torch.rand(8, requires_grad=wants)
+        mask = torch.ones(8, dtype=torch.bool)
+        args = (leaf, torch.randn(3), mask, *others, entropy, cu, False, wants, cpu_form._numbers(chosen))
         torch.library.opcheck(cpu_form._op.op, args)
-    rows = (torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), True, torch.ones(2, 4), None, None, None, None)
-    torch.library.opcheck(cpu_form._op.op, (*rows, 3, 0.2, 0.28, math.inf, 0, 7.0, 0.0, 0.0, 0, 0.0, 2.0, 0, False, 0.0))
+    rows = (torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.ones(2, 4), None, None, None, None, None)
+    torch.library.opcheck(cpu_form._op.op, (*rows, True, False, cpu_form._numbers(Settings(num_tokens_global=7))))
 
 
 @every_form

@@ -12,7 +12,7 @@ from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.linear_policy_loss import reference
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
-from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, Settings
 from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_values, describe
 
 __all__ = ["linear_policy_loss"]
@@ -39,9 +39,11 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     loss: str = "ppo",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = None,
+    log_ratio_bound: float | None = LOG_RATIO_BOUND,
     loss_agg: str = "token-mean",
     num_tokens_global: float | None = None,
     num_seqs_global: float | None = None,
@@ -49,6 +51,8 @@ def linear_policy_loss(
     rollout_correction: RolloutCorrection | None = None,
     kl: str | None = None,
     kl_coef: float = 0.0,
+    kl_weighting: str = "none",
+    kl_bound: float | None = KL_BOUND,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
@@ -67,8 +71,8 @@ def linear_policy_loss(
         bias: [V], of the same dtype.
         logit_scale, soft_cap, temperature: as in `linear_token_logprobs`; a temperature tensor has the shape of token_ids.
         entropy_coef: factor of the entropy bonus.
-        loss, clip_low, clip_high, dual_clip, loss_agg, num_tokens_global, num_seqs_global, norm_length, rollout_correction, kl,
-            kl_coef: as in `policy_loss`.
+        loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
+            rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
         backend: "auto" or "reference".
 
     Returns:
@@ -84,9 +88,11 @@ def linear_policy_loss(
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
     settings = Settings(
         loss=loss,
+        ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        log_ratio_bound=log_ratio_bound,
         loss_agg=loss_agg,
         num_tokens_global=num_tokens_global,
         num_seqs_global=num_seqs_global,
@@ -94,6 +100,9 @@ def linear_policy_loss(
         rollout_correction=rollout_correction,
         kl=kl,
         kl_coef=kl_coef,
+        kl_weighting=kl_weighting,
+        kl_bound=kl_bound,
+        entropy_coef=entropy_coef,
         advantages_per_token=check_tensors(_WHERE, token_ids, num_seqs, advantages, mask, others),
     )
     check_settings(_WHERE, settings, others)
@@ -107,12 +116,12 @@ def linear_policy_loss(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
-    head = (bias, logit_scale, soft_cap, temperature, entropy_coef)
-    value, metrics, entropy = reference.linear_policy_loss(
+    head = (bias, logit_scale, soft_cap, temperature)
+    value, metrics = reference.linear_policy_loss(
         hidden, weight, token_ids.long(), adv, mask, *head, old, rollout, ref, cu_seqlens, settings
     )
-    named = settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None)
-    return value, named if entropy is None else {**named, "entropy": entropy}
+    has_entropy = settings.entropy_coef != 0
+    return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 
 
 def _check_head(

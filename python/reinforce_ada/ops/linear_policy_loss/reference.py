@@ -21,30 +21,23 @@ def linear_policy_loss(
     logit_scale: float,
     soft_cap: float | None,
     temperature: float | Tensor,
-    entropy_coef: float,
     old_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, metrics in the order of `METRICS`, mean entropy or None); arguments as in `ops.linear_policy_loss`."""
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
     keep = mask != 0
     # Also the hidden states: a NaN there would reach the weight's gradient as NaN * 0.
     hidden = torch.where(keep[..., None], hidden, 0.0).flatten(0, -2)
     ids = torch.where(keep, token_ids, IGNORED).flatten()
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
-    with_entropy = entropy_coef != 0
     logprobs, entropy, _ = head.linear_token_logprobs(
-        hidden, weight, bias, ids, temperature, logit_scale, soft_cap, with_entropy, False, None
+        hidden, weight, bias, ids, temperature, logit_scale, soft_cap, settings.entropy_coef != 0, False, None
     )
-    loss, metrics = reference.policy_loss(
-        logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens, settings
+    entropy = None if entropy is None else entropy.view(mask.shape)
+    return reference.policy_loss(
+        logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings
     )
-    if entropy is None:
-        return loss, metrics, None
-    seqs = reference.Sequences.of(mask, cu_seqlens)
-    entropy = entropy.view(mask.shape)
-    loss = loss - entropy_coef * reference.aggregate(entropy, seqs, settings)
-    return loss, metrics, seqs.token_mean(entropy.detach()).double()

@@ -10,16 +10,28 @@ from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.policy_loss import cpu, reference
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
-from reinforce_ada.ops.policy_loss.settings import KL_ESTIMATORS, LOSS_AGGS, LOSSES, METRICS, WHERE, RolloutCorrection, Settings
+from reinforce_ada.ops.policy_loss.settings import (
+    KL_BOUND,
+    KL_ESTIMATORS,
+    LOG_RATIO_BOUND,
+    LOSS_AGGS,
+    LOSSES,
+    METRICS,
+    WHERE,
+    RolloutCorrection,
+    Settings,
+)
 from reinforce_ada.ops.token_logprobs.checks import describe
 
 __all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "RolloutCorrection", "policy_loss"]
 
 declare(
     WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32,), missing=_native.missing),
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
     Form("reference"),
 )
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def policy_loss(
@@ -30,11 +42,14 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     loss: str = "ppo",
+    ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = None,
+    log_ratio_bound: float | None = LOG_RATIO_BOUND,
     loss_agg: str = "token-mean",
     num_tokens_global: float | None = None,
     num_seqs_global: float | None = None,
@@ -42,11 +57,14 @@ def policy_loss(
     rollout_correction: RolloutCorrection | None = None,
     kl: str | None = None,
     kl_coef: float = 0.0,
+    kl_weighting: str = "none",
+    kl_bound: float | None = KL_BOUND,
+    entropy_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a policy-gradient step over the counted tokens, with what there is to log about it.
 
-        loss = aggregate(w * L(A, r) + kl_coef * KL(l, l_ref))       d = l - l_old, r = exp(clamp(d, -20, 20))
+        loss = aggregate(w * L(A, r) + kl_coef * KL(l, l_ref) - entropy_coef * H)       d = l - l_old, r = exp(clamp(d, -20, 20))
 
     | `loss` | L of one token | gradient of L in l |
     |---|---|---|
@@ -55,6 +73,9 @@ def policy_loss(
     | "cispo" | -sg[clip(r, 1 - clip_low, 1 + clip_high)] A l | -clip(r) A |
     | "gspo" | "ppo" with r = exp(min(mean of d over the sequence, 10)) | -A r for the token itself, 0 where clipped |
     | "sapo" | -A sigmoid(tau (r - 1)) 4 / tau, tau = 1 for A > 0, else 1.05 | its derivative |
+
+    `ratio_level="sequence"` puts the mean of d over the sequence in place of d, for every token of it, and the gradient through r goes
+    in equal parts to all of them.
 
     | `loss_agg` | value |
     |---|---|
@@ -67,20 +88,25 @@ def policy_loss(
     that share global denominators add up to the loss and gradient of one big batch. Where a data-parallel wrapper averages
     gradients over D ranks, give the global count divided by D.
 
-    KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, 10); "k1+" and so on have that value and the
+    KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, kl_bound); "k1+" and so on have that value and the
     gradient of k2.
 
     Args:
-        logprobs: l, packed [T] with `cu_seqlens`, or padded [N, L] without; float32 or float64. The loss is differentiable in it.
+        logprobs: l, packed [T] with `cu_seqlens`, or padded [N, L] without; float32, bfloat16, float16 or float64. The loss is
+            differentiable in it.
         advantages: [N], or one a token in the shape of logprobs. [N] wins where both fit.
         mask: shape of logprobs; bool or floating point in {0, 1}. Values where it is 0, NaN included, never matter.
-        old_logprobs: l_old of the policy that ratios refer to, shape of logprobs. None is on-policy: r = 1, with gradient.
+        old_logprobs: l_old of the policy that ratios refer to, shape of logprobs, any floating dtype like the next three. None is
+            on-policy: r = 1, with gradient.
         rollout_logprobs: of the engine that sampled; used for the correction and its metrics only.
         ref_logprobs: l_ref, with `kl`.
+        entropy: H, of each token's distribution in nats. The loss is differentiable in it too, with a non-zero entropy_coef.
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
         loss: "reinforce", "ppo", "cispo", "gspo" or "sapo".
+        ratio_level: "token" or "sequence", not with "gspo", whose ratio is of the sequence in its own way.
         clip_low, clip_high: widths of the clip below and above 1.
         dual_clip: > 1, "ppo" only; None for no dual clip.
+        log_ratio_bound: of d, of its mean and of the logarithm of rollout weights, > 0; None for none but float32's own.
         loss_agg: see above.
         num_tokens_global, num_seqs_global: denominators instead of the local counts, > 0.
         norm_length: of "seq-mean-token-sum-norm", in tokens; None for the padded width, or the longest packed sequence (which
@@ -88,31 +114,37 @@ def policy_loss(
         rollout_correction: importance weights w, see `RolloutCorrection`; needs rollout_logprobs.
         kl: "k1", "k2", "k3" or "abs", each also with "+"; needs ref_logprobs.
         kl_coef: factor of the KL, which `rollout_correction` does not weigh.
-        backend: "auto", "cpu" (float32) or "reference".
+        kl_weighting: "none", or "ratio": KL r with the gradient of both, which is unbiased off-policy.
+        kl_bound: largest k3, > 0 (its x is then kept within +-20); None for none.
+        entropy_coef: factor of the entropy bonus; needs entropy.
+        backend: "auto", "cpu" (all but float64) or "reference".
 
     Returns:
-        The loss, a scalar in the dtype of logprobs, and the metrics, 0-d float64 without gradient, means over the local counted
-        tokens: num_tokens, num_masked; with old_logprobs approx_kl_k1, approx_kl_k3 (of old || new), ratio_mean, ratio_min, ratio_max
-        (gspo: of the sequence ratio) and clip_fraction_low, clip_fraction_high, clip_fraction_dual; with rollout_logprobs
-        rollout_kl_k1, rollout_kl_k3 (of rollout || old); with a correction rollout_weight_mean, rollout_weight_max and
-        effective_sample_size (sum w)^2 / (n sum w^2), in (0, 1]; with a kl its value, kl. What does not apply is absent.
+        The loss, a scalar in float32 (float64 for float64 logprobs), and the metrics, 0-d float64 without gradient, means over the
+        local counted tokens: num_tokens, num_masked; with old_logprobs approx_kl_k1, approx_kl_k3 (of old || new), ratio_mean,
+        ratio_min, ratio_max (gspo: of the sequence ratio) and clip_fraction_low, clip_fraction_high, clip_fraction_dual; with
+        rollout_logprobs rollout_kl_k1, rollout_kl_k3 (of rollout || old); with a correction rollout_weight_mean, rollout_weight_max
+        and effective_sample_size (sum w)^2 / (n sum w^2), in (0, 1]; with a kl its value, kl, unweighted; with entropy its mean,
+        entropy. What does not apply is absent.
 
     Raises:
         InputError: for shapes, dtypes, names and settings that do not fit; BackendError for a backend that cannot run here.
 
     Source: arXiv 1707.06347 (ppo), 1912.09729 (dual clip), 2503.14476 (clip-higher, token-mean), 2506.13585 (cispo), 2507.18071
-    (gspo), 2511.20347 (sapo), 2503.20783 (norm_length). Log-ratios are bounded as in verl. TRL's cispo differs: its cap is clip_high
-    itself, not 1 + clip_high, and has no lower bound. verl aggregates sapo with seq-mean-token-mean always; here as `loss_agg` says.
+    (gspo), 2511.20347 (sapo), 2503.20783 (norm_length), 2512.02556 (kl_weighting), 1602.01783 (entropy). docs/operators.md says which
+    arguments make up the losses of other trainers.
     """
-    if logprobs.dtype not in (torch.float32, torch.float64):
-        raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32 or float64")
+    if logprobs.dtype not in _DTYPES:
+        raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32, bfloat16, float16 or float64")
     num_seqs = check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
-    others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
+    others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
     settings = Settings(
         loss=loss,
+        ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        log_ratio_bound=log_ratio_bound,
         loss_agg=loss_agg,
         num_tokens_global=num_tokens_global,
         num_seqs_global=num_seqs_global,
@@ -120,19 +152,29 @@ def policy_loss(
         rollout_correction=rollout_correction,
         kl=kl,
         kl_coef=kl_coef,
+        kl_weighting=kl_weighting,
+        kl_bound=kl_bound,
+        entropy_coef=entropy_coef,
         advantages_per_token=check_tensors(WHERE, logprobs, num_seqs, advantages, mask, others),
     )
     check_settings(WHERE, settings, others)
-    adv, old, rollout, ref = constants(logprobs.dtype, advantages, *others.values())
-    assert adv is not None
+    if entropy_coef != 0 and entropy is None:
+        raise InputError(WHERE, f"entropy_coef={entropy_coef} without entropy", "entropy, one value a token")
     if resolve(WHERE, backend, logprobs.device, logprobs.dtype) == "cpu":
-        value, metrics = cpu.policy_loss(logprobs, adv, mask, old, rollout, ref, cu_seqlens, settings)
+        value, metrics = cpu.policy_loss(
+            logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings
+        )
     else:
         check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
-        value, metrics = reference.policy_loss(logprobs, adv, mask, old, rollout, ref, cu_seqlens, settings)
-    return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None)
+        dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+        adv, old, rollout, ref = constants(dtype, advantages, old_logprobs, rollout_logprobs, ref_logprobs)
+        assert adv is not None
+        bonus = None if entropy is None else entropy.to(dtype)
+        value, metrics = reference.policy_loss(logprobs.to(dtype), adv, mask, old, rollout, ref, bonus, cu_seqlens, settings)
+    has = {"has_old": old_logprobs is not None, "has_rollout": rollout_logprobs is not None, "has_entropy": entropy is not None}
+    return value, settings.named(metrics, **has)
 
 
 def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Without gradient, in the dtype of the logprobs."""
+    """Without gradient, in the dtype that is computed in."""
     return [None if x is None else x.detach().to(dtype) for x in tensors]

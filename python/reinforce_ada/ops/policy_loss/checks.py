@@ -9,7 +9,14 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
-from reinforce_ada.ops.policy_loss.settings import KL_ESTIMATORS, LOSS_AGGS, LOSSES, Settings
+from reinforce_ada.ops.policy_loss.settings import (
+    KL_ESTIMATORS,
+    KL_WEIGHTINGS,
+    LOSS_AGGS,
+    LOSSES,
+    RATIO_LEVELS,
+    Settings,
+)
 from reinforce_ada.ops.token_logprobs.checks import describe
 
 
@@ -41,21 +48,39 @@ def check_tensors(where: str, tokens: Tensor, num_seqs: int, advantages: Tensor,
 
 def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:
     """Names and numbers, and that settings come together with the tensors they read."""
-    for kind, value, known in (("loss", s.loss, LOSSES), ("loss_agg", s.loss_agg, LOSS_AGGS), ("kl", s.kl, KL_ESTIMATORS)):
-        if value is not None and value not in known:
-            raise unknown_name(where, kind, value, known)
+    _check_names(where, s)
     if not (0 <= s.clip_low <= 1 and s.clip_high >= 0):
         raise InputError(where, f"clip_low={s.clip_low}, clip_high={s.clip_high}", "0 <= clip_low <= 1 and clip_high >= 0")
     if s.dual_clip is not None and not (s.loss == "ppo" and s.dual_clip > 1):
         raise InputError(where, f"dual_clip={s.dual_clip} with loss={s.loss!r}", 'dual_clip > 1 with loss="ppo"')
-    for name in ("num_tokens_global", "num_seqs_global", "norm_length"):
+    if s.ratio_level == "sequence" and s.loss == "gspo":
+        raise InputError(where, 'ratio_level="sequence" with loss="gspo"', "one of them", 'loss="ppo" where the gradient is to be spread')
+    for name in ("log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length", "kl_bound"):
         value = getattr(s, name)
         if value is not None and not value > 0:
             raise InputError(where, f"{name}={value}", f"{name} > 0")
     if s.norm_length is not None and s.loss_agg != "seq-mean-token-sum-norm":
         raise InputError(where, f"norm_length={s.norm_length} with loss_agg={s.loss_agg!r}", 'loss_agg="seq-mean-token-sum-norm"')
+    _check_companions(where, s, others)
+
+
+def _check_names(where: str, s: Settings) -> None:
+    for kind, value, known in (
+        ("loss", s.loss, LOSSES),
+        ("ratio_level", s.ratio_level, RATIO_LEVELS),
+        ("loss_agg", s.loss_agg, LOSS_AGGS),
+        ("kl", s.kl, KL_ESTIMATORS),
+        ("kl_weighting", s.kl_weighting, KL_WEIGHTINGS),
+    ):
+        if value is not None and value not in known:
+            raise unknown_name(where, kind, value, known)
+
+
+def _check_companions(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:
     if s.kl is None and s.kl_coef != 0:
         raise InputError(where, f"kl_coef={s.kl_coef} without kl", "kl, the estimator", f"one of {', '.join(KL_ESTIMATORS)}")
+    if s.kl is None and s.kl_weighting != "none":
+        raise InputError(where, f"kl_weighting={s.kl_weighting!r} without kl", "kl, the estimator")
     if (s.kl is None) != (others["ref_logprobs"] is None):
         given = "ref_logprobs without kl" if s.kl is None else f"kl={s.kl!r} without ref_logprobs"
         raise InputError(where, given, "both or neither")

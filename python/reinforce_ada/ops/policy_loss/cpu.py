@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._ragged import wrong_offset
-from reinforce_ada.ops._torch import NativeOp, address, is_eager
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, is_eager
 from reinforce_ada.ops.policy_loss.settings import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
@@ -31,118 +31,152 @@ def policy_loss(
     old_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
     cu_seqlens: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of `METRICS`), float32 and float64; see the public function."""
-    value, metrics, _ = _op(
+    value, metrics, _, _ = _op(
         logprobs.contiguous(),
-        advantages.contiguous(),
-        settings.advantages_per_token,
-        (mask if mask.dtype in (torch.bool, torch.float32) else mask != 0).contiguous(),
-        *(None if x is None else x.contiguous() for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
+        advantages.float().contiguous(),
+        mask.contiguous() if mask.dtype in (torch.bool, torch.float32) else mask != 0,
+        _readable(old_logprobs),
+        _readable(rollout_logprobs),
+        _readable(ref_logprobs),
+        _readable(entropy),
         None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-        *_codes(settings),
+        settings.advantages_per_token,
+        entropy is not None and entropy.requires_grad and settings.entropy_coef != 0,
+        _numbers(settings),
     )
     return value, metrics
 
 
-def _codes(s: Settings) -> tuple[int | float | bool, ...]:
-    """The settings as csrc/ops/policy_loss/policy_loss.h takes them."""
+def _readable(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    return (x if x.dtype in DTYPE_CODES else x.float()).contiguous()
+
+
+def _numbers(s: Settings) -> list[float]:
+    """The settings as csrc/ops/policy_loss/policy_loss.h lists them."""
     correction = s.rollout_correction or RolloutCorrection()
-    return (
-        LOSSES.index(s.loss),
+    return [
+        float(LOSSES.index(s.loss)),
+        float(s.ratio_level == "sequence"),
         float(s.clip_low),
         float(s.clip_high),
-        math.inf if s.dual_clip is None else float(s.dual_clip),
-        LOSS_AGGS.index(s.loss_agg),
+        _or_infinity(s.dual_clip),
+        _or_infinity(s.log_ratio_bound),
+        float(LOSS_AGGS.index(s.loss_agg)),
         float(s.num_tokens_global or 0),
         float(s.num_seqs_global or 0),
         float(s.norm_length or 0),
         _correction_code(s.rollout_correction),
         float(correction.low or 0),
         float(correction.high),
-        0 if s.kl is None else KL_ESTIMATORS.index(s.kl.rstrip("+")),
-        s.kl is not None and s.kl.endswith("+"),
+        1 / correction.normalizer,
+        float(correction.allow_missing),
+        0.0 if s.kl is None else float(KL_ESTIMATORS.index(s.kl.rstrip("+"))),
+        float(s.kl is not None and s.kl.endswith("+")),
         float(s.kl_coef),
-    )
+        float(s.kl_weighting == "ratio"),
+        _or_infinity(s.kl_bound),
+        float(s.entropy_coef),
+    ]
 
 
-def _correction_code(correction: RolloutCorrection | None) -> int:
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else float(bound)
+
+
+def _correction_code(correction: RolloutCorrection | None) -> float:
     if correction is None:
-        return 0
-    return 1 + 2 * CORRECTION_LEVELS.index(correction.level) + CORRECTION_MODES.index(correction.mode)
+        return 0.0
+    return 1.0 + 2 * CORRECTION_LEVELS.index(correction.level) + CORRECTION_MODES.index(correction.mode)
 
 
 def _forward(
     logprobs: Tensor,
     advantages: Tensor,
-    advantages_per_token: bool,
     mask: Tensor,
     old_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
     cu_seqlens: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    value = logprobs.new_empty(())
-    metrics = logprobs.new_empty(len(METRICS), dtype=torch.float64)
-    grad = torch.empty_like(logprobs)
-    tokens = logprobs.numel()
-    args: tuple[Any, ...] = (
+    advantages_per_token: bool,
+    entropy_grad: bool,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    value, metrics, grad, grad_entropy = out = _empty(logprobs, entropy, entropy_grad)
+    wrong = cpu.policy_loss(
         address(logprobs),
+        DTYPE_CODES[logprobs.dtype],
         address(advantages),
         advantages_per_token,
         address(mask),
         mask.dtype != torch.bool,
-        address(old_logprobs),
-        address(rollout_logprobs),
-        address(ref_logprobs),
+        *_stream(old_logprobs),
+        *_stream(rollout_logprobs),
+        *_stream(ref_logprobs),
+        *_stream(entropy),
         address(cu_seqlens),
-        tokens,
+        logprobs.numel(),
         logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         logprobs.shape[-1],
-        *settings,
+        numbers,
         address(value),
         address(metrics),
         address(grad),
+        address(grad_entropy) if entropy_grad else 0,
         torch.get_num_threads(),
     )
-    wrong = cpu.policy_loss(*args)
     if cu_seqlens is not None and wrong >= 0:
-        raise wrong_offset(WHERE, cu_seqlens, wrong, tokens)
-    return value, metrics, grad
+        raise wrong_offset(WHERE, cu_seqlens, wrong, logprobs.numel())
+    return out
 
 
-def _fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return logprobs.new_empty(()), logprobs.new_empty(len(METRICS), dtype=torch.float64), torch.empty_like(logprobs)
+def _stream(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, metrics, grad = output
-    ctx.mark_non_differentiable(metrics, grad)
-    ctx.save_for_backward(grad)
+def _empty(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        logprobs.new_empty((), dtype=torch.float32),
+        logprobs.new_empty(len(METRICS), dtype=torch.float64),
+        torch.empty_like(logprobs),
+        logprobs.new_empty(0) if entropy is None or not entropy_grad else torch.empty_like(entropy),
+    )
+
+
+def _fake(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(logprobs, args[5], args[8])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, metrics, grad, grad_entropy = output
+    ctx.mark_non_differentiable(metrics, grad, grad_entropy)
+    ctx.save_for_backward(grad, grad_entropy)
     ctx.set_materialize_grads(False)
+    ctx.wants_entropy = inputs[9]
 
 
 def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    nothing = (None,) * _NUM_OTHERS
+    grad, grad_entropy = ctx.saved_tensors
     if grad_value is None:
-        return (None, *nothing)
-    if is_eager((grad, grad_value)) and grad_value == 1:  # loss.backward(): no second array of the size of logprobs
-        return (grad, *nothing)
-    return (grad * grad_value, *nothing)
+        return (None,) * 11
+    # loss.backward(): no second array of the size of logprobs
+    if not (is_eager((grad, grad_value)) and grad_value.item() == 1):
+        grad, grad_entropy = grad * grad_value, grad_entropy * grad_value
+    return (grad, None, None, None, None, None, grad_entropy if ctx.wants_entropy else None, None, None, None, None)
 
-
-_NUM_OTHERS = 21  # arguments after logprobs
 
 _op = NativeOp(
     "policy_loss",
-    "(Tensor logprobs, Tensor advantages, bool advantages_per_token, Tensor mask, Tensor? old_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? ref_logprobs, Tensor? cu_seqlens, int loss_kind, float clip_low, float clip_high, "
-    "float dual_clip, int loss_agg, float num_tokens, float num_seqs, float norm_length, int correction, float correction_low, "
-    "float correction_high, int kl, bool straight_through, float kl_coef) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? cu_seqlens, bool advantages_per_token, bool entropy_grad, float[] numbers) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,

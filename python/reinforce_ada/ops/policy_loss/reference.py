@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops.policy_loss.settings import (
-    KL_BOUND,
-    LOG_RATIO_BOUND,
+    KL_LOG_RATIO_BOUND,
     METRICS,
     SAPO_TAU,
     SEQUENCE_LOG_RATIO_BOUND,
@@ -85,6 +84,7 @@ def policy_loss(
     old_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
     cu_seqlens: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
@@ -96,18 +96,21 @@ def policy_loss(
 
     terms = _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
     loss = terms.loss
-    measured = {"num_tokens": seqs.mask.sum(), "num_masked": (~seqs.mask).sum(), **_drift(terms, logp - old, seqs)}
+    measured = {"num_tokens": seqs.mask.sum(), "num_masked": (~seqs.mask).sum(), **_drift(terms, logp - old, seqs, settings)}
     if rollout_logprobs is not None:
-        gap = old - seqs.clean(rollout_logprobs)
-        measured |= _rollout_gap(gap, seqs)
+        gap = rollout_gap(old, seqs.clean(rollout_logprobs), settings)
+        measured |= _rollout_gap(gap, seqs, settings)
         if settings.rollout_correction is not None:
-            weight = rollout_weight(gap, seqs, settings.rollout_correction)
+            weight = rollout_weight(gap, seqs, settings.rollout_correction, settings)
             loss = loss * weight
             measured |= _rollout_weights(weight, seqs)
     if ref_logprobs is not None and settings.kl is not None:
-        kl = kl_estimate(logp - seqs.clean(ref_logprobs), settings.kl)
-        loss = loss + settings.kl_coef * kl
+        kl = kl_estimate(logp - seqs.clean(ref_logprobs), settings.kl, settings.kl_bound)
+        loss = loss + settings.kl_coef * (kl * terms.ratio if settings.kl_weighting == "ratio" else kl)
         measured["kl"] = seqs.token_mean(kl)
+    if entropy is not None:
+        loss = loss - settings.entropy_coef * seqs.clean(entropy)
+        measured["entropy"] = seqs.token_mean(entropy)
 
     zero = logp.new_zeros((), dtype=torch.float64)
     metrics = torch.stack([measured.get(name, zero).detach().double() for name in METRICS])
@@ -129,11 +132,11 @@ def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
 
 
 def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
-    return Terms(-adv * logp, _ratio(d))
+    return Terms(-adv * logp, _ratio(d, seqs, settings))
 
 
 def _ppo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
-    return _clipped(_ratio(d), adv, settings)
+    return _clipped(_ratio(d, seqs, settings), adv, settings)
 
 
 def _gspo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
@@ -155,13 +158,13 @@ def _clipped(ratio: Tensor, adv: Tensor, settings: Settings) -> Terms:
 def _cispo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
     """The clipped ratio weighs the gradient; no token loses it."""
     low, high = 1 - settings.clip_low, 1 + settings.clip_high
-    ratio = _ratio(d)
+    ratio = _ratio(d, seqs, settings)
     return Terms(-ratio.clamp(low, high).detach() * adv * logp, ratio, ratio < low, ratio > high)
 
 
 def _sapo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
     """A sigmoid gate around ratio 1 in place of the clip."""
-    ratio = _ratio(d)
+    ratio = _ratio(d, seqs, settings)
     tau = torch.full_like(adv, SAPO_TAU[1]).masked_fill(adv > 0, SAPO_TAU[0])
     return Terms(-adv * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio)
 
@@ -175,38 +178,58 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms
 }
 
 
-def _ratio(d: Tensor) -> Tensor:
-    return d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+def _ratio(d: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
+    """Of each token, or one for all tokens of a sequence; then its gradient goes to all of them."""
+    if settings.ratio_level == "sequence":
+        d = seqs.spread(seqs.mean(d))
+    return _bounded(d, settings.log_ratio_bound).exp()
 
 
-def rollout_weight(gap: Tensor, seqs: Sequences, correction: RolloutCorrection) -> Tensor:
-    """One weight a token from `gap`, old minus rollout; no gradient."""
-    gap = gap.detach()
-    weight = _ratio(seqs.spread(seqs.sum(gap)) if correction.level == "sequence" else gap)
+def _bounded(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def rollout_gap(old: Tensor, rollout: Tensor, settings: Settings) -> Tensor:
+    """Old minus rollout; 0 where the engine gave no logprob and the correction allows that. No gradient."""
+    gap = (old - rollout).detach()
+    if settings.rollout_correction is not None and settings.rollout_correction.allow_missing:
+        return gap.masked_fill(rollout.isnan(), 0.0)
+    return gap
+
+
+def rollout_weight(gap: Tensor, seqs: Sequences, correction: RolloutCorrection, settings: Settings) -> Tensor:
+    """One weight a token from `gap`, old minus rollout."""
+    total = seqs.spread(seqs.sum(gap)) if correction.level == "sequence" else gap
+    weight = _bounded(total, settings.log_ratio_bound).exp()
+    low = correction.low or 0.0
     if correction.mode == "truncate":
-        return weight.clamp(max=correction.high)
-    outside = (weight > correction.high) | (weight < (correction.low or 0.0))
-    return weight.masked_fill(outside, 0.0)
+        return weight.clamp(low, correction.high) / correction.normalizer
+    return weight.masked_fill((weight > correction.high) | (weight < low), 0.0) / correction.normalizer
 
 
-def kl_estimate(x: Tensor, kind: str) -> Tensor:
-    """The KL estimate of one token from `x`, logprobs minus ref_logprobs; with a "+" its gradient is that of k2."""
+def kl_estimate(x: Tensor, kind: str, bound: float | None) -> Tensor:
+    """The KL estimate of one token from `x`, logprobs minus ref_logprobs; with a "+" its gradient is that of k2.
+
+    `bound` is the largest value of k3, None for none.
+    """
     if kind.endswith("+"):
         k2 = x * x / 2
-        return kl_estimate(x, kind[:-1]).detach() + k2 - k2.detach()
+        return kl_estimate(x, kind[:-1], bound).detach() + k2 - k2.detach()
     if kind == "k1":
         return x
     if kind == "abs":
         return x.abs()
     if kind == "k2":
         return x * x / 2
-    y = (-x).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return (y.exp() - y - 1).clamp(-KL_BOUND, KL_BOUND)
+    if bound is None:
+        return (-x).exp() + x - 1
+    y = (-x).clamp(-KL_LOG_RATIO_BOUND, KL_LOG_RATIO_BOUND)
+    return (y.exp() - y - 1).clamp(max=bound)
 
 
-def _drift(terms: Terms, d: Tensor, seqs: Sequences) -> dict[str, Tensor]:
+def _drift(terms: Terms, d: Tensor, seqs: Sequences, settings: Settings) -> dict[str, Tensor]:
     """How far the policy has moved from the one the ratios refer to."""
-    x = d.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    x = _bounded(d.detach(), settings.log_ratio_bound)
     ratio = terms.ratio.detach()
     measured = {
         "approx_kl_k1": seqs.token_mean(-x),
@@ -219,9 +242,9 @@ def _drift(terms: Terms, d: Tensor, seqs: Sequences) -> dict[str, Tensor]:
     return measured | {name: seqs.token_mean(flag.to(d.dtype)) for name, flag in clipped.items() if flag is not None}
 
 
-def _rollout_gap(gap: Tensor, seqs: Sequences) -> dict[str, Tensor]:
+def _rollout_gap(gap: Tensor, seqs: Sequences, settings: Settings) -> dict[str, Tensor]:
     """The distance between what sampled and what trains: k1 and k3 of KL(rollout || old)."""
-    x = gap.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    x = _bounded(gap, settings.log_ratio_bound)
     return {"rollout_kl_k1": seqs.token_mean(-x), "rollout_kl_k3": seqs.token_mean(x.exp() - 1 - x)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,10 +15,13 @@ LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mea
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
+RATIO_LEVELS = ("token", "sequence")
+KL_WEIGHTINGS = ("none", "ratio")
 
-LOG_RATIO_BOUND = 20.0  # e^20 = 4.9e8: a log-ratio past it says nothing more, and its exponential still fits fp32
+LOG_RATIO_BOUND = 20.0  # verl's: e^20 = 4.9e8, a log-ratio past it says nothing more
 SEQUENCE_LOG_RATIO_BOUND = 10.0  # gspo's bound on the mean log-ratio, above only
-KL_BOUND = 10.0  # of the k3 estimate
+KL_BOUND = 10.0  # verl's, of the k3 estimate
+KL_LOG_RATIO_BOUND = 20.0  # of what k3 is computed from, where it is bounded
 SAPO_TAU = (1.0, 1.05)  # temperature for advantage > 0, and for the others
 
 # Every form returns these in this order; those that do not apply are left out of the dictionary the caller gets.
@@ -38,6 +42,7 @@ METRICS = (
     "rollout_weight_max",
     "effective_sample_size",
     "kl",
+    "entropy",
 )
 
 
@@ -45,15 +50,18 @@ METRICS = (
 class RolloutCorrection:
     """Importance weights for tokens that an engine sampled with slightly other probabilities than the trainer computes.
 
-    `rho = exp(clamp(old_logprobs - rollout_logprobs, -20, 20))`, of each token or of a sequence's sum; `truncate` gives
-    `min(rho, high)`, `mask` gives rho inside `[low, high]` and 0 outside. The weight multiplies the token's loss and carries no
-    gradient; the denominators of the aggregation keep counting a token whose weight is 0.
+    `rho = exp(old_logprobs - rollout_logprobs)`, of each token or of a sequence's sum, the exponent within `log_ratio_bound`;
+    `truncate` gives `clamp(rho, low, high)`, `mask` gives rho inside `[low, high]` and 0 outside. The weight multiplies the token's
+    loss, not its KL or entropy, and carries no gradient; the denominators of the aggregation keep counting a token of weight 0.
 
     Args:
         level: "token", or "sequence": one weight for all tokens of a sequence.
         mode: "truncate" (TIS) or "mask" (IcePop).
-        low: smallest weight kept by "mask"; None for no lower bound. "truncate" has none.
-        high: largest weight, > 0.
+        low: smallest weight that is kept; None for no lower bound.
+        high: largest weight, > 0; math.inf for no upper bound.
+        normalizer: every weight is divided by it, > 0. verl's batch normalisation: the mean weight of the whole batch, which is the
+            metric rollout_weight_mean of a call over all of it.
+        allow_missing: NaN in rollout_logprobs means that the engine gave none: the token's own rho is 1, as in TRL.
 
     Raises:
         InputError: for bounds that cannot hold.
@@ -63,6 +71,8 @@ class RolloutCorrection:
     mode: str = "truncate"
     low: float | None = None
     high: float = 2.0
+    normalizer: float = 1.0
+    allow_missing: bool = False
 
     def __post_init__(self) -> None:
         where = "RolloutCorrection"
@@ -72,10 +82,10 @@ class RolloutCorrection:
             raise unknown_name(where, "mode", self.mode, CORRECTION_MODES)
         if not self.high > 0:
             raise InputError(where, f"high={self.high}", "high > 0")
-        if self.low is not None and self.mode == "truncate":
-            raise InputError(where, f'low={self.low} with mode="truncate"', "truncation only has high", 'use mode="mask"')
         if self.low is not None and not 0 <= self.low <= self.high:
             raise InputError(where, f"low={self.low}, high={self.high}", "0 <= low <= high")
+        if not 0 < self.normalizer < math.inf:
+            raise InputError(where, f"normalizer={self.normalizer}", "a finite number > 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +93,11 @@ class Settings:
     """The checked choices of one `policy_loss` call; fields as its arguments."""
 
     loss: str = "ppo"
+    ratio_level: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = None
+    log_ratio_bound: float | None = LOG_RATIO_BOUND
     loss_agg: str = "token-mean"
     num_tokens_global: float | None = None
     num_seqs_global: float | None = None
@@ -93,21 +105,14 @@ class Settings:
     rollout_correction: RolloutCorrection | None = None
     kl: str | None = None
     kl_coef: float = 0.0
+    kl_weighting: str = "none"
+    kl_bound: float | None = KL_BOUND
+    entropy_coef: float = 0.0
     advantages_per_token: bool = False
 
-    def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool) -> dict[str, Tensor]:
+    def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
         """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
-        names = {"num_tokens", "num_masked"}
-        if has_old:
-            names |= {"approx_kl_k1", "approx_kl_k3", "ratio_mean", "ratio_min", "ratio_max"}
-            if self.loss in ("ppo", "cispo", "gspo"):
-                names |= {"clip_fraction_low", "clip_fraction_high"}
-            if self.dual_clip is not None:
-                names |= {"clip_fraction_dual"}
-        if has_rollout:
-            names |= {"rollout_kl_k1", "rollout_kl_k3"}
-        if self.rollout_correction is not None:
-            names |= {"rollout_weight_mean", "rollout_weight_max", "effective_sample_size"}
-        if self.kl is not None:
-            names |= {"kl"}
-        return {name: x for name, x in zip(METRICS, metrics.unbind(), strict=True) if name in names}
+        clips, corrected = has_old and self.loss in ("ppo", "cispo", "gspo"), self.rollout_correction is not None
+        means = [True] * 2 + [has_old] * 5 + [clips] * 2 + [has_old and self.dual_clip is not None] + [has_rollout] * 2
+        means += [corrected] * 3 + [self.kl is not None, has_entropy]
+        return {name: x for name, x, meant in zip(METRICS, metrics.unbind(), means, strict=True) if meant}
