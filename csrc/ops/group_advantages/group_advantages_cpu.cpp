@@ -1,20 +1,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
-#include "ops/group_advantages/group_advantages.h"
-
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
-
+#include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "ops/group_advantages/group_advantages.h"
 
 namespace reinforce_ada::RA_ISA {
 namespace {
@@ -25,7 +18,6 @@ constexpr int64_t kSums = 8;       // independent sums of a long run: one double
 constexpr int64_t kBlock = 8192;   // rows of one partial sum over the batch; fixed, so that threads do not change the result
 constexpr int64_t kPieces = 16;    // of the rows, when they are dealt out; fixed for the same reason
 constexpr int64_t kStagger = 152;  // rows between buckets: equally full ones would start in the same cache set
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
 // Sums of r - shift, where shift is one of the summed rewards: equal rewards then give sum = square = 0 exactly, and the centred
 // second moment square - sum^2 / count loses at most a factor `count` to cancellation.
@@ -255,35 +247,6 @@ void few_groups(const Rule& rule, const float* rewards, const int64_t* ids, int6
         for (int64_t i = begin; i < end; ++i) out[i] = rule.advantage(rewards[i], ids[i], slots[ids[i]].settled());
     });
 }
-
-// Huge pages where the system gives them: 16 MB in 4 kB pages are 4096 page faults, 1 ns a row and more.
-void advise_huge_pages(void* p, std::size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const auto begin = (reinterpret_cast<std::uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
-    const auto end = (reinterpret_cast<std::uintptr_t>(p) + bytes) / kHugePage * kHugePage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
-
-template <class T>
-class Scratch {
-  public:
-    explicit Scratch(int64_t count) {
-        const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kHugePage - 1) / kHugePage * kHugePage;
-        data_.reset(static_cast<T*>(std::aligned_alloc(kHugePage, bytes)));
-        if (!data_) throw std::bad_alloc();
-        advise_huge_pages(data_.get(), bytes);
-    }
-    T& operator[](int64_t i) { return data_[static_cast<std::size_t>(i)]; }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { std::free(p); }
-    };
-    std::unique_ptr<T[], Free> data_;
-};
 
 // Groups of a bucket: 512 kB of sums, half of an L2 cache.
 template <class Slot>
