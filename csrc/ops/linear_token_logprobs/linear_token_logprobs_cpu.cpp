@@ -25,11 +25,14 @@ constexpr int kPanel = kTileVectors * kLanes;
 // Rows of the weight that stay in the L2 cache while every panel passes over them.
 constexpr int64_t kStripBytes = 192 * 1024;
 
-// Rows of the weight that are summed into grad_hidden before its tile is written back: 256 of a panel are 48 KiB.
-constexpr int64_t kDepth = 256;
+// Rows of the weight that are summed into grad_hidden before its tile is written back.
+constexpr int64_t kDepth = 192;
 
 // Floats of dz that are laid out by tiles at a time: 384 KiB, beside a panel of the hidden states in the L2 cache.
 constexpr int64_t kPackedTiles = 96 * 1024;
+
+// Rows to fetch ahead in each so many steps of a product.
+constexpr int64_t kFetchRows = 2, kFetchSteps = 16;
 
 // A panel's place in the packed hidden states, and how many tokens and vectors it has.
 struct Panel {
@@ -150,51 +153,82 @@ void widen_rows(const T* weight, int64_t rows, int64_t width, int64_t stride, fl
     }
 }
 
-// A tile of the gradients: kTileRows rows of `out` += sum over k of coefficients[k] (kTileRows of them, the rows) x panel[k]
-// (kPanel columns). Coefficient (k, r) is at k * step + r * row_step.
-struct Coefficients {
+// Where the factors of a tile of the gradients lie: factor (k, r), of row r at step k, at data[k * step + r * row_step].
+struct TileFactors {
     const float* data;
     int64_t step, row_step;
 };
 
-template <bool kRowsTogether, class T>
-void multiply_add(const Coefficients& a, const float* panel, int64_t depth, int rows, int columns, bool first, T* out, int64_t stride) {
-    const int64_t row_step = kRowsTogether ? 1 : a.row_step;
+// Rows that a later tile will pack: a few of their lines are fetched at a time between products, because all at once they would take
+// longer to come than the lines that can be waited for allow (grad_hidden with 96 tokens: 87 GFLOP/s, spread 9x).
+class Ahead {
+  public:
+    Ahead() = default;
+    template <class T>
+    Ahead(const T* rows, int64_t count, int64_t stride, int columns)
+        : next_(reinterpret_cast<const char*>(rows)),
+          stride_(stride * static_cast<int64_t>(sizeof(T))),
+          count_(count),
+          bytes_(columns * static_cast<int64_t>(sizeof(T))) {}
+
+    void fetch(int64_t rows) {
+        for (; rows > 0 && count_ > 0; --rows, --count_, next_ += stride_)
+            for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(next_ + b, 0, 2);
+    }
+
+  private:
+    const char* next_ = nullptr;
+    int64_t stride_ = 0, count_ = 0, bytes_ = 0;
+};
+
+// out [rows, columns] += sum over k of factor (k, row) x panel[k], in a register tile; `=` where it is the `first`.
+template <int kVectors, bool kAhead, class T>
+void multiply_add(const TileFactors& factors, const float* panel, int64_t depth, int rows, int columns, bool first, T* out, int64_t stride,
+                  Ahead& ahead) {
+    constexpr int kColumns = kVectors * kLanes;
     const float* x[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) x[r] = a.data + std::min(r, rows - 1) * row_step;
-    // What the sums are added to comes from memory, in pieces too short for the hardware to foresee.
+    for (int r = 0; r < kTileRows; ++r) x[r] = factors.data + std::min(r, rows - 1) * factors.row_step;
+    // What the sums are added to comes from memory, in stretches too short for the hardware to foresee.
     for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < kTileVectors; ++c) __builtin_prefetch(out + r * stride + std::min(c * kLanes, columns - 1), 1);
-    const int64_t step = kRowsTogether ? a.step : 1;
-    F32 sums[kTileRows][kTileVectors] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        F32 v[kTileVectors];
-        for (int c = 0; c < kTileVectors; ++c) v[c] = load(panel + k * kPanel + c * kLanes);
-        for (int r = 0; r < kTileRows; ++r) {
-            const F32 factor = broadcast(x[r][k * step]);
-            for (int c = 0; c < kTileVectors; ++c) sums[r][c] = fma(factor, v[c], sums[r][c]);
+        for (int c = 0; c < kVectors; ++c) __builtin_prefetch(out + r * stride + c * kLanes, 1);
+    F32 sums[kTileRows][kVectors] = {};
+    const int64_t steps = kAhead ? kFetchSteps : depth;
+    for (int64_t begin = 0; begin < depth; begin += steps) {
+        if constexpr (kAhead) ahead.fetch(kFetchRows);
+        for (int64_t k = begin, end = std::min(depth, begin + steps); k < end; ++k) {
+            F32 v[kVectors];
+            for (int c = 0; c < kVectors; ++c) v[c] = load(panel + k * kColumns + c * kLanes);
+            for (int r = 0; r < kTileRows; ++r) {
+                const F32 factor = broadcast(x[r][k * factors.step]);
+                for (int c = 0; c < kVectors; ++c) sums[r][c] = fma(factor, v[c], sums[r][c]);
+            }
         }
     }
+    const int last = columns - (kVectors - 1) * kLanes;  // columns in the last vector
     for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < kTileVectors; ++c) {
+        for (int c = 0; c < kVectors; ++c) {
             T* to = out + r * stride + c * kLanes;
-            const int n = std::min(columns - c * kLanes, kLanes);
-            if (n == kLanes)
+            if (c + 1 < kVectors || last == kLanes)
                 store(to, first ? sums[r][c] : load(to) + sums[r][c]);
-            else if (n > 0)
-                store_first(to, first ? sums[r][c] : load_first(to, n, 0) + sums[r][c], n);
+            else
+                store_first(to, first ? sums[r][c] : load_first(to, last, 0) + sums[r][c], last);
         }
 }
 
-// Columns [first, first + kPanel) of rows, 0 past the last.
+template <bool kAhead, class T>
+auto multiply_add_of(int columns) {
+    constexpr auto most = multiply_add<kTileVectors, kAhead, T>;
+    return columns > 2 * kLanes ? most : columns > kLanes ? multiply_add<2, kAhead, T> : multiply_add<1, kAhead, T>;
+}
+
+// Columns [first, first + columns) of rows, in vectors, the last one filled up with 0.
 template <class T>
 void pack_columns(const T* rows, int64_t count, int64_t stride, int64_t first, int columns, float* panel) {
+    const int vectors = (columns + kLanes - 1) / kLanes, last = columns - (vectors - 1) * kLanes;
     for (int64_t k = 0; k < count; ++k)
-        for (int c = 0; c < kTileVectors; ++c) {
+        for (int c = 0; c < vectors; ++c, panel += kLanes) {
             const T* from = rows + k * stride + first + c * kLanes;
-            const int n = std::min(columns - c * kLanes, kLanes);
-            __builtin_prefetch(from + kPanel);  // the panel after this one
-            store(panel + k * kPanel + c * kLanes, n == kLanes ? load(from) : n > 0 ? load_first(from, n, 0) : F32{});
+            store(panel, c + 1 < vectors || last == kLanes ? load(from) : load_first(from, last, 0));
         }
 }
 
@@ -262,11 +296,17 @@ void linear_grad_hidden(const float* dz, int64_t dz_stride, const void* weight, 
                 const int64_t depth = std::min(kDepth, num_rows - k);
                 for (int64_t p = begin; p < end; ++p) {
                     const int columns = static_cast<int>(std::min<int64_t>(kPanel, width - p * kPanel));
+                    const auto multiply = multiply_add_of<true, float>(columns);
+                    // The next panel, or of the next rows the first.
+                    const bool same = p + 1 < end;
+                    const int64_t next = same ? k : std::min(k + kDepth, num_rows);
+                    Ahead ahead(rows + next * weight_stride + (same ? p + 1 : begin) * kPanel, std::min(kDepth, num_rows - next),
+                                weight_stride, kPanel);
                     pack_columns(rows + k * weight_stride, depth, weight_stride, p * kPanel, columns, panel.data());
                     for (int64_t t = 0; t < num_tokens; t += kTileRows)
-                        multiply_add<false>({dz + t * dz_stride + k, 1, dz_stride}, panel.data(), depth,
-                                            static_cast<int>(std::min<int64_t>(kTileRows, num_tokens - t)), columns, false,
-                                            grad_hidden + t * width + p * kPanel, width);
+                        multiply({dz + t * dz_stride + k, 1, dz_stride}, panel.data(), depth,
+                                 static_cast<int>(std::min<int64_t>(kTileRows, num_tokens - t)), columns, false,
+                                 grad_hidden + t * width + p * kPanel, width, ahead);
                 }
             }
         });
@@ -279,17 +319,19 @@ void linear_grad_weight(const float* dz, int64_t dz_stride, const void* hidden, 
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         parallel_for((num_rows + strip - 1) / strip, num_tokens * num_rows, num_threads, [&](int64_t begin, int64_t end) {
+            Ahead nothing;
             std::vector<float> tiles(static_cast<std::size_t>(strip * num_tokens)), panel(static_cast<std::size_t>(num_tokens * kPanel));
             for (int64_t s = begin; s < end; ++s) {
                 const int64_t rows = std::min(strip, num_rows - s * strip);
                 pack_tiles(dz, dz_stride, num_tokens, s * strip, rows, tiles.data());
                 for (int64_t d = 0; d < width; d += kPanel) {
                     const int columns = static_cast<int>(std::min<int64_t>(kPanel, width - d));
+                    const auto multiply = multiply_add_of<false, T>(columns);
                     pack_columns(static_cast<const T*>(hidden), num_tokens, hidden_stride, d, columns, panel.data());
                     for (int64_t r = 0; r < rows; r += kTileRows)
-                        multiply_add<true>({tiles.data() + r * num_tokens, kTileRows, 1}, panel.data(), num_tokens,
-                                           static_cast<int>(std::min<int64_t>(kTileRows, rows - r)), columns, first,
-                                           static_cast<T*>(grad_weight) + (s * strip + r) * width + d, width);
+                        multiply({tiles.data() + r * num_tokens, kTileRows, 1}, panel.data(), num_tokens,
+                                 static_cast<int>(std::min<int64_t>(kTileRows, rows - r)), columns, first,
+                                 static_cast<T*>(grad_weight) + (s * strip + r) * width + d, width, nothing);
                 }
             }
         });

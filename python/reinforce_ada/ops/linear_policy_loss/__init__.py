@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_policy_loss import reference
+from reinforce_ada.ops.linear_policy_loss import cpu, reference
+from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
 from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, Settings
@@ -19,7 +21,11 @@ __all__ = ["linear_policy_loss"]
 
 _WHERE = "linear_policy_loss"
 
-declare(_WHERE, Form("reference"))
+declare(
+    _WHERE,
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("reference"),
+)
 
 
 def linear_policy_loss(
@@ -53,6 +59,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_weighting: str = "none",
     kl_bound: float | None = KL_BOUND,
+    max_extra_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
@@ -73,7 +80,9 @@ def linear_policy_loss(
         entropy_coef: factor of the entropy bonus.
         loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
             rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
-        backend: "auto" or "reference".
+        max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. The cpu form takes 62 MB where
+            it is None; the reference keeps all logits whatever it says.
+        backend: "auto", "cpu" or "reference".
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs), and the metrics of `policy_loss`, with a non-zero entropy_coef
@@ -107,19 +116,23 @@ def linear_policy_loss(
     )
     check_settings(_WHERE, settings, others)
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
-    resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    row_bytes = weight.shape[0] * BYTES_PER_LOGIT
+    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
+        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
-    if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-        flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
-        check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
     head = (bias, logit_scale, soft_cap, temperature)
-    value, metrics = reference.linear_policy_loss(
-        hidden, weight, token_ids.long(), adv, mask, *head, old, rollout, ref, cu_seqlens, settings
-    )
+    inputs = (hidden, weight, token_ids, adv, mask, *head, old, rollout, ref, cu_seqlens, settings)
+    if resolve(_WHERE, backend, hidden.device, hidden.dtype) == "cpu":
+        value, metrics = cpu.linear_policy_loss(*inputs, max_extra_bytes)
+    else:
+        if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+            flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+            check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)
+        value, metrics = reference.linear_policy_loss(*inputs)
     has_entropy = settings.entropy_coef != 0
     return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 

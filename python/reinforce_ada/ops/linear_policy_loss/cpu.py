@@ -60,9 +60,9 @@ def linear_policy_loss(
         float(logit_scale),
         float(soft_cap or 0),
         settings.advantages_per_token,
-        policy.numbers(settings),
-        policy.numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
-        policy.numbers(_aggregation(settings)),
+        policy._numbers(settings),
+        policy._numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
+        policy._numbers(_aggregation(settings)),
         settings.entropy_coef != 0,
         *wanted,
         DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
@@ -102,7 +102,7 @@ class Batch:
         """(loss, metrics, derivative in logprobs, derivative in entropy or empty)."""
         entropy = None if entropy is None else entropy.view(self.mask.shape)
         others = (self.old, self.rollout, self.ref, entropy, self.cu_seqlens, self.per_token, entropy is not None)
-        return policy.evaluate(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
+        return policy._forward(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
 
     def shares(self, aggregation: list[float]) -> Tensor:
         """[T], of each token in the aggregate."""

@@ -31,7 +31,7 @@ def linear_policy_loss(
     keep = mask != 0
     # Also the hidden states: a NaN there would reach the weight's gradient as NaN * 0.
     hidden = torch.where(keep[..., None], hidden, 0.0).flatten(0, -2)
-    ids = torch.where(keep, token_ids, IGNORED).flatten()
+    ids = torch.where(keep, token_ids.long(), IGNORED).flatten()
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
     logprobs, entropy, _ = head.linear_token_logprobs(
