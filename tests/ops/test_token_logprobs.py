@@ -481,6 +481,75 @@ def test_in_place_with_another_reader_raises(backend: str, through_torch: bool, 
         total.backward()
 
 
+# The gradient in memory that the caller has
+
+
+@every_form
+@dtypes
+def test_gradient_in_given_memory(backend: str, dtype: torch.dtype) -> None:
+    """Of a leaf and of what another operation computed, between rows that are not touched: the bits of a fresh one, and no copy."""
+    values, ids = torch.randn(5, 1003).to(dtype), torch.tensor([0, 1002, -100, 500, 7])
+    fresh = evaluate(values, ids, 0.7, *torch.ones(2, 5), backend=backend)[-1]
+    memory = torch.full((5, 1003), math.nan, dtype=dtype)
+    leaf = values.clone().requires_grad_()
+    out = token_logprobs(leaf, ids, temperature=0.7, entropy=True, grad_out=memory, backend=backend)
+    (out.logprobs + out.entropy).sum().backward()
+    assert leaf.grad.data_ptr() == memory.data_ptr()
+    assert_same_bits([memory], [fresh])
+
+    wide = torch.full((5, 1100), 7.0).to(dtype)
+    logits = leaf * 1
+    out = token_logprobs(logits, ids, temperature=0.7, entropy=True, grad_out=wide[:, :1003], backend=backend)
+    (grad,) = torch.autograd.grad((out.logprobs + out.entropy).sum(), logits)
+    assert (grad.data_ptr(), grad.stride()) == (wide.data_ptr(), (1100, 1))
+    assert_same_bits([grad], [fresh])
+    assert (wide[:, 1003:] == 7).all()
+
+
+@every_form
+def test_given_memory_is_used_once(backend: str) -> None:
+    """A second backward, another backward into the same memory, and a write to it in between raise instead of giving a wrong gradient."""
+    logits, ids, memory = torch.randn(3, 50, requires_grad=True), torch.tensor([1, 2, 3]), torch.empty(3, 50)
+    first, second = (token_logprobs(logits, ids, grad_out=memory, backend=backend).sum() for _ in range(2))
+    first.backward(retain_graph=True)
+    for total in (first, second):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+    token_logprobs(logits, ids, grad_out=memory, backend=backend).sum().backward()
+
+
+def test_grad_out_errors() -> None:
+    logits, ids, memory = torch.zeros(2, 5, requires_grad=True), torch.tensor([0, 1]), torch.zeros(2, 5)
+    for change, message in (
+        ({"grad_out": memory, "inplace_backward": True, "logits": logits * 1}, "grad_out and inplace_backward=True; one place for"),
+        ({"grad_out": memory, "logits": memory}, "grad_out for logits that need no gradient; logits.requires_grad, outside"),
+        ({"grad_out": memory.double()}, "grad_out is [2, 5] float64 on cpu; [2, 5] float32 on cpu, without a gradient of its own"),
+        ({"grad_out": memory[:1]}, "grad_out is [1, 5] float32 on cpu; [2, 5] float32 on cpu"),
+        ({"grad_out": logits * 1}, "grad_out is [2, 5] float32 on cpu and requires a gradient; [2, 5] float32"),
+        ({"grad_out": torch.zeros(5, 2).T}, "grad_out has stride (1, 2); stride 1 in the last dimension and rows of their own"),
+        ({"grad_out": torch.zeros(1, 5).expand(2, 5)}, "grad_out has stride (0, 1); stride 1 in the last dimension and rows of"),
+    ):
+        with pytest.raises(InputError) as error:
+            token_logprobs(**{"logits": logits, "token_ids": ids, **change})
+        assert str(error.value).startswith(f"token_logprobs: {message}")
+
+
+@every_form
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, inside inductor
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch's own, tracing the reference's Function
+def test_gradient_in_given_memory_compiles(backend: str, compiler: str) -> None:
+    def loss(x: Tensor, ids: Tensor, memory: Tensor) -> Tensor:
+        return token_logprobs(x * 2, ids, grad_out=memory, backend=backend).sum()
+
+    x, ids, memories = torch.randn(3, 50, requires_grad=True), torch.tensor([1, -100, 3]), torch.full((2, 3, 50), math.nan)
+    (expected,) = torch.autograd.grad(loss(x, ids, memories[0]), x)
+    (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(x, ids, memories[1]), x)
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(memories[1], memories[0])
+
+
 # torch: tracing, compiling, differentiating twice
 
 
@@ -490,7 +559,7 @@ def test_opcheck(backend: str, inplace: bool) -> None:
     logits = torch.randn(4, 10).bfloat16().requires_grad_()
     ids = torch.tensor([1, -100, 3, 9])
     for temperatures, entropy in ((None, False), (torch.rand(4) + 0.5, True)):
-        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace))
+        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace, None))
 
 
 @every_form
