@@ -416,14 +416,16 @@ def test_repeatable(backend: str, dtype: torch.dtype, shape: tuple[int, int]) ->
 
 @native_builds
 @dtypes
-def test_streamed_gradient(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("soft_cap", [None, 9.0], ids=["as it is", "capped"])
+def test_streamed_gradient(backend: str, dtype: torch.dtype, soft_cap: float | None) -> None:
     """Past 4 MiB the gradient bypasses the cache, row by row from an odd address: the same bits as row by row alone."""
     logits, ids = (torch.randn(9, 240001) * 3).to(dtype), torch.randint(240001, (9,))
     g, h = torch.randn(2, 9)
-    whole = evaluate(logits, ids, 1.0, g, h, backend=backend)[-1]
+    whole = evaluate(logits, ids, 1.0, g, h, soft_cap=soft_cap, backend=backend)[-1]
     for t in range(9):
-        alone = evaluate(logits[t : t + 1], ids[t : t + 1], 1.0, g[t : t + 1], h[t : t + 1], backend=backend)[-1]
-        assert_same_bits([whole[t : t + 1]], [alone], f"row {t}")
+        row = slice(t, t + 1)
+        alone = evaluate(logits[row], ids[row], 1.0, g[row], h[row], soft_cap=soft_cap, backend=backend)[-1]
+        assert_same_bits([whole[row]], [alone], f"row {t}")
 
 
 # The gradient over the logits
@@ -636,6 +638,10 @@ ERRORS = [
     ({"temperature": 0.0}, "temperature=0.0; a positive finite number"),
     ({"temperature": math.nan}, "temperature=nan; a positive finite number"),
     ({"temperature": math.inf}, "temperature=inf; a positive finite number"),
+    ({"logit_scale": math.inf}, "logit_scale=inf, soft_cap=None; a finite scale, and None or a positive finite soft cap"),
+    ({"logit_scale": math.nan}, "logit_scale=nan, soft_cap=None; a finite scale"),
+    ({"soft_cap": 0.0}, "logit_scale=1.0, soft_cap=0.0; a finite scale, and None or a positive finite soft cap"),
+    ({"soft_cap": math.inf}, "logit_scale=1.0, soft_cap=inf; a finite scale"),
     ({"temperature": torch.ones(3)}, "temperature is [3] float32 on cpu; a number, or a floating tensor [2] on cpu"),
     ({"temperature": torch.tensor([1.0, -1])}, "temperature[1] = -1.0; positive finite temperatures"),
     ({"temperature": torch.ones(2, requires_grad=True)}, "temperature requires a gradient; one without: it is a constant here"),
