@@ -329,7 +329,7 @@ template <class T>
 RA_INLINE void stream_pair(T* p, Pair v) {
     Pair bits = v;
     if constexpr (sizeof(T) == 2) store_pair(reinterpret_cast<T*>(&bits), v);
-    float* const out = reinterpret_cast<float*>(p);
+    [[maybe_unused]] float* const out = reinterpret_cast<float*>(p);
 #if defined(__AVX512F__)
     _mm512_stream_ps(out, bits.first);
     if constexpr (sizeof(T) == 4) _mm512_stream_ps(out + kLanes, bits.second);

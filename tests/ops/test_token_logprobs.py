@@ -416,14 +416,16 @@ def test_repeatable(backend: str, dtype: torch.dtype, shape: tuple[int, int]) ->
 
 @native_builds
 @dtypes
-def test_streamed_gradient(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("soft_cap", [None, 9.0], ids=["as it is", "capped"])
+def test_streamed_gradient(backend: str, dtype: torch.dtype, soft_cap: float | None) -> None:
     """Past 4 MiB the gradient bypasses the cache, row by row from an odd address: the same bits as row by row alone."""
     logits, ids = (torch.randn(9, 240001) * 3).to(dtype), torch.randint(240001, (9,))
     g, h = torch.randn(2, 9)
-    whole = evaluate(logits, ids, 1.0, g, h, backend=backend)[-1]
+    whole = evaluate(logits, ids, 1.0, g, h, soft_cap=soft_cap, backend=backend)[-1]
     for t in range(9):
-        alone = evaluate(logits[t : t + 1], ids[t : t + 1], 1.0, g[t : t + 1], h[t : t + 1], backend=backend)[-1]
-        assert_same_bits([whole[t : t + 1]], [alone], f"row {t}")
+        row = slice(t, t + 1)
+        alone = evaluate(logits[row], ids[row], 1.0, g[row], h[row], soft_cap=soft_cap, backend=backend)[-1]
+        assert_same_bits([whole[row]], [alone], f"row {t}")
 
 
 # The gradient over the logits
@@ -481,6 +483,75 @@ def test_in_place_with_another_reader_raises(backend: str, through_torch: bool, 
         total.backward()
 
 
+# The gradient in memory that the caller has
+
+
+@every_form
+@dtypes
+def test_gradient_in_given_memory(backend: str, dtype: torch.dtype) -> None:
+    """Of a leaf and of what another operation computed, between rows that are not touched: the bits of a fresh one, and no copy."""
+    values, ids = torch.randn(5, 1003).to(dtype), torch.tensor([0, 1002, -100, 500, 7])
+    fresh = evaluate(values, ids, 0.7, *torch.ones(2, 5), backend=backend)[-1]
+    memory = torch.full((5, 1003), math.nan, dtype=dtype)
+    leaf = values.clone().requires_grad_()
+    out = token_logprobs(leaf, ids, temperature=0.7, entropy=True, grad_out=memory, backend=backend)
+    (out.logprobs + out.entropy).sum().backward()
+    assert leaf.grad.data_ptr() == memory.data_ptr()
+    assert_same_bits([memory], [fresh])
+
+    wide = torch.full((5, 1100), 7.0).to(dtype)
+    logits = leaf * 1
+    out = token_logprobs(logits, ids, temperature=0.7, entropy=True, grad_out=wide[:, :1003], backend=backend)
+    (grad,) = torch.autograd.grad((out.logprobs + out.entropy).sum(), logits)
+    assert (grad.data_ptr(), grad.stride()) == (wide.data_ptr(), (1100, 1))
+    assert_same_bits([grad], [fresh])
+    assert (wide[:, 1003:] == 7).all()
+
+
+@every_form
+def test_given_memory_is_used_once(backend: str) -> None:
+    """A second backward, another backward into the same memory, and a write to it in between raise instead of giving a wrong gradient."""
+    logits, ids, memory = torch.randn(3, 50, requires_grad=True), torch.tensor([1, 2, 3]), torch.empty(3, 50)
+    first, second = (token_logprobs(logits, ids, grad_out=memory, backend=backend).sum() for _ in range(2))
+    first.backward(retain_graph=True)
+    for total in (first, second):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+    token_logprobs(logits, ids, grad_out=memory, backend=backend).sum().backward()
+
+
+def test_grad_out_errors() -> None:
+    logits, ids, memory = torch.zeros(2, 5, requires_grad=True), torch.tensor([0, 1]), torch.zeros(2, 5)
+    for change, message in (
+        ({"grad_out": memory, "inplace_backward": True, "logits": logits * 1}, "grad_out and inplace_backward=True; one place for"),
+        ({"grad_out": memory, "logits": memory}, "grad_out for logits that need no gradient; logits.requires_grad, outside"),
+        ({"grad_out": memory.double()}, "grad_out is [2, 5] float64 on cpu; [2, 5] float32 on cpu, without a gradient of its own"),
+        ({"grad_out": memory[:1]}, "grad_out is [1, 5] float32 on cpu; [2, 5] float32 on cpu"),
+        ({"grad_out": logits * 1}, "grad_out is [2, 5] float32 on cpu and requires a gradient; [2, 5] float32"),
+        ({"grad_out": torch.zeros(5, 2).T}, "grad_out has stride (1, 2); stride 1 in the last dimension and rows of their own"),
+        ({"grad_out": torch.zeros(1, 5).expand(2, 5)}, "grad_out has stride (0, 1); stride 1 in the last dimension and rows of"),
+    ):
+        with pytest.raises(InputError) as error:
+            token_logprobs(**{"logits": logits, "token_ids": ids, **change})
+        assert str(error.value).startswith(f"token_logprobs: {message}")
+
+
+@every_form
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, inside inductor
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch's own, tracing the reference's Function
+def test_gradient_in_given_memory_compiles(backend: str, compiler: str) -> None:
+    def loss(x: Tensor, ids: Tensor, memory: Tensor) -> Tensor:
+        return token_logprobs(x * 2, ids, grad_out=memory, backend=backend).sum()
+
+    x, ids, memories = torch.randn(3, 50, requires_grad=True), torch.tensor([1, -100, 3]), torch.full((2, 3, 50), math.nan)
+    (expected,) = torch.autograd.grad(loss(x, ids, memories[0]), x)
+    (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(x, ids, memories[1]), x)
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(memories[1], memories[0])
+
+
 # torch: tracing, compiling, differentiating twice
 
 
@@ -490,7 +561,7 @@ def test_opcheck(backend: str, inplace: bool) -> None:
     logits = torch.randn(4, 10).bfloat16().requires_grad_()
     ids = torch.tensor([1, -100, 3, 9])
     for temperatures, entropy in ((None, False), (torch.rand(4) + 0.5, True)):
-        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace))
+        torch.library.opcheck(cpu_form._forward_op.op, (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace, None))
 
 
 @every_form
@@ -567,6 +638,10 @@ ERRORS = [
     ({"temperature": 0.0}, "temperature=0.0; a positive finite number"),
     ({"temperature": math.nan}, "temperature=nan; a positive finite number"),
     ({"temperature": math.inf}, "temperature=inf; a positive finite number"),
+    ({"logit_scale": math.inf}, "logit_scale=inf, soft_cap=None; a finite scale, and None or a positive finite soft cap"),
+    ({"logit_scale": math.nan}, "logit_scale=nan, soft_cap=None; a finite scale"),
+    ({"soft_cap": 0.0}, "logit_scale=1.0, soft_cap=0.0; a finite scale, and None or a positive finite soft cap"),
+    ({"soft_cap": math.inf}, "logit_scale=1.0, soft_cap=inf; a finite scale"),
     ({"temperature": torch.ones(3)}, "temperature is [3] float32 on cpu; a number, or a floating tensor [2] on cpu"),
     ({"temperature": torch.tensor([1.0, -1])}, "temperature[1] = -1.0; positive finite temperatures"),
     ({"temperature": torch.ones(2, requires_grad=True)}, "temperature requires a gradient; one without: it is a constant here"),

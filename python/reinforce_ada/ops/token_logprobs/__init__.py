@@ -11,7 +11,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.token_logprobs import cpu, reference
-from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values
+from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values, describe
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 
@@ -43,6 +43,7 @@ def token_logprobs(
     entropy: Literal[False] = ...,
     sum_p2: Literal[False] = ...,
     inplace_backward: bool = ...,
+    grad_out: Tensor | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 
@@ -58,6 +59,7 @@ def token_logprobs(
     entropy: bool = ...,
     sum_p2: bool = ...,
     inplace_backward: bool = ...,
+    grad_out: Tensor | None = ...,
     backend: str = ...,
 ) -> TokenLogprobs: ...
 
@@ -72,6 +74,7 @@ def token_logprobs(
     entropy: bool = False,
     sum_p2: bool = False,
     inplace_backward: bool = False,
+    grad_out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | TokenLogprobs:
     """The log-probability of one token in each row of logits, in one sweep and without a softmax in memory.
@@ -96,6 +99,9 @@ def token_logprobs(
         inplace_backward: let the gradient overwrite the logits, so that no second [T, V] is allocated; forms that cannot do
             so allocate one. The logits must not be a leaf, and nothing else may need them in the backward pass: a second
             backward, or another operation that saved them, raises.
+        grad_out: [T, V] of the logits' dtype, for logits that need a gradient: its memory becomes the gradient (of a leaf too, where its
+            strides are the leaf's), so that none is allocated. Whoever writes to it before the backward makes that raise, a second
+            backward included. Not together with `inplace_backward`.
         backend: "auto", "cpu" or "reference".
 
     Returns:
@@ -108,12 +114,16 @@ def token_logprobs(
     Source: the quantity every policy-gradient loss needs (arXiv 2402.03300, eq. 3); one-sweep normalizer after arXiv 1805.02867.
     """
     _check(logits, token_ids, temperature, inplace_backward)
+    if grad_out is not None:
+        _check_grad_out(grad_out, logits, inplace_backward)
     check_head(_WHERE, logit_scale, soft_cap)
     if resolve(_WHERE, backend, logits.device, logits.dtype) == "cpu":
-        results = cpu.token_logprobs(logits, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, inplace_backward)
+        results = cpu.token_logprobs(logits, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, inplace_backward, grad_out)
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
             check_values(_WHERE, token_ids, logits.shape[1], temperature)
+        if grad_out is not None:
+            logits = reference.with_gradient_in(grad_out, logits)
         results = reference.token_logprobs(logits, token_ids.long(), temperature, logit_scale, soft_cap, entropy, sum_p2)
     return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
 
@@ -129,3 +139,16 @@ def _check(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, inpla
         raise InputError(_WHERE, "inplace_backward=True with logits that are a leaf", "logits computed by another operation")
     if inplace_backward and num_tokens > 1 and abs(logits.stride(0)) < vocab:
         raise InputError(_WHERE, "inplace_backward=True with rows that overlap", "rows of their own", "logits.contiguous()")
+
+
+def _check_grad_out(grad_out: Tensor, logits: Tensor, inplace_backward: bool) -> None:
+    if inplace_backward:
+        raise InputError(_WHERE, "grad_out and inplace_backward=True", "one place for the gradient", "leave one out")
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        raise InputError(_WHERE, "grad_out for logits that need no gradient", "logits.requires_grad, outside torch.no_grad()")
+    if grad_out.shape != logits.shape or grad_out.dtype != logits.dtype or grad_out.device != logits.device or grad_out.requires_grad:
+        given = f"grad_out is {describe(grad_out)}{' and requires a gradient' * grad_out.requires_grad}"
+        raise InputError(_WHERE, given, f"{describe(logits)}, without a gradient of its own")
+    num_tokens, vocab = logits.shape
+    if (vocab > 1 and grad_out.stride(1) != 1) or (num_tokens > 1 and abs(grad_out.stride(0)) < vocab):
+        raise InputError(_WHERE, f"grad_out has stride {grad_out.stride()}", "stride 1 in the last dimension and rows of their own")

@@ -23,12 +23,13 @@ def token_logprobs(
     entropy: bool,
     sum_p2: bool,
     inplace_backward: bool,
+    grad_out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32; see the public function."""
     per_token = isinstance(temperature, Tensor)
     temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
     head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
-    logprobs, _, h, s = _forward_op(logits, token_ids.long().contiguous(), *head, entropy, sum_p2, inplace_backward)
+    logprobs, _, h, s = _forward_op(logits, token_ids.long().contiguous(), *head, entropy, sum_p2, inplace_backward, grad_out)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
@@ -42,6 +43,7 @@ def _forward(
     entropy: bool,
     sum_p2: bool,
     inplace_backward: bool,
+    grad_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = logits.shape
     # Here and not in the public function: under torch.compile the values are known only when this runs.
@@ -82,23 +84,26 @@ def _empty_results(logits: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, token_ids, temperatures, *ctx.head, _, _, ctx.inplace_backward = inputs
+    logits, token_ids, temperatures, *ctx.head, _, _, ctx.inplace_backward, grad_out = inputs
     _, log2_normalizer, entropy, sum_p2 = output
-    ctx.save_for_backward(logits, token_ids, temperatures, log2_normalizer, entropy)
+    ctx.save_for_backward(logits, token_ids, temperatures, log2_normalizer, entropy, grad_out)
     ctx.mark_non_differentiable(log2_normalizer, sum_p2)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Tensor | None, __: None) -> tuple[Any, ...]:
-    logits, token_ids, temperatures, log2_normalizer, entropy = ctx.saved_tensors
+    logits, token_ids, temperatures, log2_normalizer, entropy, grad_out = ctx.saved_tensors
     g, h = (None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy))
     rest = (token_ids, temperatures, *ctx.head, log2_normalizer, entropy, g, h)
     if ctx.inplace_backward:
         grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises
         _gradient_over_logits_op(grad, *rest)
+    elif grad_out is not None:
+        grad = grad_out.detach()  # an alias that nobody else holds, which a leaf takes as its gradient without a copy
+        _gradient_into_op(grad, logits, *rest)
     else:
         grad = _gradient_op(logits, *rest)
-    return grad, *(None,) * 8
+    return grad, *(None,) * 9
 
 
 def _write_gradient(
@@ -169,10 +174,19 @@ _gradient_over_logits_op = NativeOp(
     mutates=("logits",),
 )
 
+_gradient_into_op = NativeOp(
+    "token_logprobs_gradient_into",
+    f"(Tensor(a!) grad, Tensor logits, {_SAVED}) -> ()",
+    _write_gradient,
+    lambda *_: None,
+    mutates=("grad",),
+)
+
 _forward_op = NativeOp(
     "token_logprobs",
     "(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, float soft_cap, "
-    "bool entropy, bool sum_p2, bool inplace_backward) -> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
+    "bool entropy, bool sum_p2, bool inplace_backward, Tensor? grad_out) -> "
+    "(Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
     _forward,
     lambda logits, *settings: _empty_results(logits, *settings[5:7]),
     setup_context=_setup_context,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,24 @@ def head(x: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
     z = x if x.dtype == torch.float64 else x.float()
     z = z if logit_scale == 1.0 else z * logit_scale
     return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
+
+
+def with_gradient_in(out: Tensor, logits: Tensor) -> Tensor:
+    """The logits, whose gradient will be copied into `out` and be that memory."""
+    x: Tensor = _GradientIn.apply(logits, out)  # type: ignore[no-untyped-call]
+    return x
+
+
+class _GradientIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(out)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (out,) = ctx.saved_tensors  # raises if it was written to, by an earlier backward too
+        return out.copy_(grad).detach(), None
 
 
 def _entropy(log_p: Tensor) -> Tensor:
