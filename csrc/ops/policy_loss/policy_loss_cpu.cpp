@@ -818,6 +818,7 @@ int64_t policy_loss(const void* logprobs, int logprobs_dtype, const float* advan
     Denominators den{number(Number::num_tokens), number(Number::num_seqs), number(Number::norm_length)};
     count_missing(in, starts, num_tokens_total, agg, den, num_threads);
 
+    advise_huge_pages(grad, static_cast<std::size_t>(num_tokens_total) * (in.logp.dtype == DType::float32 ? 4 : 2));
     const int64_t pieces = static_cast<int64_t>(starts.size()) - 1;
     std::vector<Partial> partial(static_cast<std::size_t>(pieces));
     parallel_for(pieces, num_tokens_total, num_threads, [&](int64_t first, int64_t last) {
