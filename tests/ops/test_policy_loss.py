@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import policy_loss
+from reinforce_ada.ops import linear_policy_loss, policy_loss
 from reinforce_ada.ops.policy_loss import KL_ESTIMATORS, LOSS_AGGS, LOSSES, METRICS, RolloutCorrection
 from reinforce_ada.ops.policy_loss import cpu as cpu_form
 from reinforce_ada.ops.policy_loss.settings import Settings
@@ -850,6 +851,26 @@ def test_compiles_whole(backend: str) -> None:
         results.append([loss.detach(), leaf.grad, *metrics.values()])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-9)
+
+
+def test_linear_policy_loss_takes_the_same_options() -> None:
+    """From a head that is the identity on log-probabilities, whatever the options."""
+    mine, its = (inspect.signature(f).parameters for f in (policy_loss, linear_policy_loss))
+    own = {"logprobs", "entropy"}  # what the head computes
+    assert {k: its[k].default for k in mine if k not in own} == {k: x.default for k, x in mine.items() if k not in own}
+    probs = torch.rand(6, 3, dtype=torch.float64).softmax(-1)
+    ids, cu = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 2, 6])
+    logprobs, entropy = probs.log()[torch.arange(6), ids], -(probs * probs.log()).sum(-1)
+    adv, mask = torch.tensor([1.0, -2.0]).double(), torch.ones(6)
+    options: dict[str, Any] = {
+        "old_logprobs": logprobs - 0.3, "rollout_logprobs": logprobs - 0.2, "ref_logprobs": logprobs + 0.1, "cu_seqlens": cu,
+        "ratio_level": "sequence", "log_ratio_bound": 0.25, "kl": "k3", "kl_coef": 0.1, "kl_weighting": "ratio", "kl_bound": 1e-3,
+        "entropy_coef": 0.1, "rollout_correction": RolloutCorrection("token", high=1.05, normalizer=0.9),
+    }  # fmt: skip
+    want, metrics = policy_loss(logprobs, adv, mask, entropy=entropy, **options)
+    got, its_metrics = linear_policy_loss(probs.log(), torch.eye(3, dtype=torch.float64), ids, adv, mask, **options)
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    assert {k: v.item() for k, v in its_metrics.items()} == pytest.approx({k: v.item() for k, v in metrics.items()})
 
 
 def test_the_metrics_are_documented() -> None:
