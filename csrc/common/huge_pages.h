@@ -1,17 +1,15 @@
-// Memory in huge pages where the system gives them: 16 MB in 4 kB pages are 4096 page faults, 1 ns for every fp32 and more.
+// Memory in huge pages where the system gives them: 16 MB in 4 kB pages are 4096 page faults, 1 ns for every fp32 and more, and
+// random access to them misses the TLB.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
 #endif
 
-namespace reinforce_ada::RA_ISA {
+namespace reinforce_ada {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
@@ -26,26 +24,4 @@ inline void advise_huge_pages(void* p, std::size_t bytes) {
 #endif
 }
 
-// `count` uninitialised elements, for as long as the object lives.
-template <class T>
-class Scratch {
-  public:
-    explicit Scratch(std::int64_t count) {
-        const std::size_t needed = static_cast<std::size_t>(count) * sizeof(T);
-        const std::size_t alignment = needed < kHugePage ? 64 : kHugePage;
-        const std::size_t bytes = (needed + alignment - 1) / alignment * alignment;
-        data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
-        if (!data_ && bytes) throw std::bad_alloc();
-        advise_huge_pages(data_.get(), bytes);
-    }
-    T& operator[](std::int64_t i) { return data_[static_cast<std::size_t>(i)]; }
-    T* data() { return data_.get(); }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { std::free(p); }
-    };
-    std::unique_ptr<T[], Free> data_;
-};
-
-}  // namespace reinforce_ada::RA_ISA
+}  // namespace reinforce_ada

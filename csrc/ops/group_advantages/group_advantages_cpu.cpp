@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/scratch.h"
 #include "common/parallel.h"
 #include "ops/group_advantages/group_advantages.h"
 

@@ -60,9 +60,9 @@ def linear_policy_loss(
         float(logit_scale),
         float(soft_cap or 0),
         settings.advantages_per_token,
-        policy._numbers(settings),
-        policy._numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
-        policy._numbers(_aggregation(settings)),
+        policy.numbers(settings),
+        policy.numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
+        policy.numbers(_aggregation(settings)),
         settings.entropy_coef != 0,
         *wanted,
         DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
@@ -102,7 +102,7 @@ class Batch:
         """(loss, metrics, derivative in logprobs, derivative in entropy or empty)."""
         entropy = None if entropy is None else entropy.view(self.mask.shape)
         others = (self.old, self.rollout, self.ref, entropy, self.cu_seqlens, self.per_token, entropy is not None)
-        return policy._forward(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
+        return policy.evaluate(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
 
     def shares(self, aggregation: list[float]) -> Tensor:
         """[T], of each token in the aggregate."""
@@ -111,9 +111,9 @@ class Batch:
 
     def tokens(self, index: Tensor) -> Batch:
         """These tokens as one sequence."""
-        others = (None if x is None else rows_of(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
+        old, rollout, ref = (None if x is None else rows_of(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
         mask = torch.ones(len(index), dtype=torch.bool)
-        return Batch(rows_of(self.advantages, index), True, mask, *others, torch.tensor([0, len(index)]))
+        return Batch(rows_of(self.advantages, index), True, mask, old, rollout, ref, torch.tensor([0, len(index)]))
 
     def each_token(self) -> Batch:
         """With one advantage a token, [T]."""
@@ -154,7 +154,7 @@ def _forward(
     linear.check_values(_WHERE, ids, weight.shape[0], temperatures)
     head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
     batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
-    grads = linear.empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    grads = linear.fresh_gradients(hidden, weight, of_hidden, of_weight, of_bias)
     wanted = of_hidden or of_weight or of_bias
     factor = hidden.new_ones((), dtype=torch.float64)
     with torch.autocast("cpu", enabled=False):
@@ -202,8 +202,8 @@ def _score_with_gradients(
     entropy = torch.zeros(len(token_ids)) if with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
     tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes)
-    buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
-    for chunk, index in enumerate(active.split(tokens) if len(active) else ()):
+    buffer = linear.in_huge_pages(torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype)))
+    for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
         rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
         dz = rows.logits(head.weight, head.bias, buffer)
         logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head, of_rows, with_entropy)

@@ -101,13 +101,19 @@ class Plan:
 
     def chunks(self, active: Tensor) -> Iterator[Tensor]:
         """Indices of the tokens of each chunk."""
-        return iter(active.split(self.tokens)) if len(active) else iter(())
+        return iter(torch.split(active, self.tokens)) if len(active) else iter(())
 
     def pieces(self, vocab: int) -> Iterator[slice]:
         return (slice(i, min(i + self.piece, vocab)) for i in range(0, vocab, self.piece))
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype))
+        return in_huge_pages(torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype)))
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """The tensor itself. A gradient of 545 MB in 4 kB pages takes .22 s to be touched first, half as long as the product it holds."""
+    cpu.advise_huge_pages(address(fresh), fresh.nbytes)
+    return fresh
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -257,7 +263,7 @@ def _gradient(
     of_bias: bool,
     extra_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    grads = fresh_gradients(hidden, weight, of_hidden, of_weight, of_bias)
     with torch.autocast("cpu", enabled=False):
         add_gradients(
             hidden,
@@ -278,6 +284,12 @@ def empty_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: 
         weight.new_empty(weight.shape if of_weight else 0),
         weight.new_empty(weight.shape[0] if of_bias else 0),
     )
+
+
+def fresh_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`empty_gradients` in huge pages."""
+    of_h, of_w, of_b = empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    return in_huge_pages(of_h), in_huge_pages(of_w), of_b
 
 
 def add_gradients(

@@ -47,7 +47,7 @@ def policy_loss(
         None if cu_seqlens is None else cu_seqlens.long().contiguous(),
         settings.advantages_per_token,
         entropy is not None and entropy.requires_grad and settings.entropy_coef != 0,
-        _numbers(settings),
+        numbers(settings),
     )
     return value, metrics
 
@@ -58,7 +58,7 @@ def _readable(x: Tensor | None) -> Tensor | None:
     return (x if x.dtype in DTYPE_CODES else x.float()).contiguous()
 
 
-def _numbers(s: Settings) -> list[float]:
+def numbers(s: Settings) -> list[float]:
     """The settings as csrc/ops/policy_loss/policy_loss.h lists them."""
     correction = s.rollout_correction or RolloutCorrection()
     return [
@@ -96,7 +96,7 @@ def _correction_code(correction: RolloutCorrection | None) -> float:
     return 1.0 + 2 * CORRECTION_LEVELS.index(correction.level) + CORRECTION_MODES.index(correction.mode)
 
 
-def _forward(
+def evaluate(
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
@@ -177,7 +177,7 @@ _op = NativeOp(
     "(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
     "Tensor? entropy, Tensor? cu_seqlens, bool advantages_per_token, bool entropy_grad, float[] numbers) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
+    evaluate,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
