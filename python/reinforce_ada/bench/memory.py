@@ -1,0 +1,96 @@
+"""The peak memory of one call: of the process on Linux, native scratch included, and of the allocator on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def missing(device: str) -> str | None:
+    """Why the peak cannot be measured here, None when it can."""
+    if device == "cuda":
+        return None
+    try:
+        _CLEAR.write_text("5")  # 5: start the peak of the resident set anew
+    except OSError as e:
+        return f"needs a writable {_CLEAR}: {e.strerror}"
+    return None
+
+
+def peak_extra_bytes(run: Callable[[], Any], held: Iterable[Tensor], device: str) -> tuple[int, Any]:
+    """What `run` held at its worst moment beyond `held` and its results, and these results.
+
+    On a CPU this is the peak of the resident set above what is resident before the call, less the results: every allocator counts,
+    also the scratch of native code, and pages count when they are touched. What malloc keeps for later use is given back first, or
+    reused memory would go unseen. Exact to about .1 MB.
+
+    Args:
+        run: the call; returns tensors.
+        held: tensors that exist before and after; a result that shares memory with one of them (a gradient in place) is not new.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Bytes, at least 0, and the results of the call.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    before = _start(device)
+    results = run()
+    peak = _peak(device)
+    new = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors(results)) if s.data_ptr() not in known}
+    return max(0, peak - before - sum(new.values())), results
+
+
+def resident_bytes(device: str) -> int:
+    """Anonymous memory of the process once everything unused is given back; on a GPU what tensors hold."""
+    if device == "cuda":
+        return int(torch.cuda.memory_allocated())
+    _give_back()
+    return _status("RssAnon")
+
+
+def tensors(results: Any) -> Iterator[Tensor]:
+    """Every tensor in nested results."""
+    if isinstance(results, Tensor):
+        yield results
+    elif isinstance(results, dict):
+        yield from tensors(list(results.values()))
+    elif isinstance(results, list | tuple):
+        for item in results:
+            yield from tensors(item)
+
+
+def _start(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    _give_back()
+    _CLEAR.write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated())
+    return _status("VmHWM")
+
+
+def _give_back() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _status(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
