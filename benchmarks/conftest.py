@@ -56,7 +56,8 @@ def measure(benchmark: Any, device: str, about: dict[str, Any], capsys: pytest.C
         benchmark.pedantic(lambda: own.append(session.subject()), setup=session.turn, rounds=session.rounds)
         found = session.record(own)
         verdicts = [dataclasses.asdict(v) for v in record.verdicts(found)]
-        benchmark.extra_info.update({**dataclasses.asdict(found), "verdicts": verdicts, "about": about})
+        rates = {"gb_per_s": found.gb_per_s, "gflop_per_s": found.gflop_per_s}
+        benchmark.extra_info.update({**dataclasses.asdict(found), **rates, "verdicts": verdicts, "about": about})
         with capsys.disabled():
             print("", *(f"  {v['goal']}: {v['reached']} {v['spread']}" for v in verdicts), sep="\n")
 

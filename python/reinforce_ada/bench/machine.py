@@ -17,9 +17,10 @@ _PACKAGES = ("reinforce-ada", "torch", "numpy", "triton", "liger-kernel", "cut-c
 
 
 def about(device: str) -> dict[str, Any]:
-    """Device, processor, instruction set in use, cores, memory, versions and commit."""
+    """Device, threads, processor, instruction set in use, cores, memory, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
         "cpu": _cpu(),
         "isa": _native.missing() or str(_native.cpu.build_info()["selected_isa"]),
         "cores": os.cpu_count(),
