@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -389,6 +390,7 @@ def test_one_case_from_the_command_to_the_figure(tmp_path, capsys):
     to = tmp_path / "mine.json"
     assert cli.main(["bench", "group_advantages", "--quick", "--case", "mean, s", "--json", str(to)]) == 0
     out, progress = capsys.readouterr()
+    progress = re.sub("other programs.*\n", "", progress)
     names = [str(case) for case in choose(["group_advantages"], "mean, s", quick=True)]
     assert [line.split(maxsplit=2)[2][: len(name)] for line, name in zip(progress.splitlines(), names, strict=True)] == names
     assert "[1/2] 0:0" in progress
@@ -420,11 +422,23 @@ def test_one_case_from_the_command_to_the_figure(tmp_path, capsys):
 
 def test_wrong_results_end_with_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(lambda: torch.zeros(4))])
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.7, 0.0, 0.0))
     assert command.run([], "", device="cpu", quick=False, to=tmp_path / "b.json") == 1
     out, progress = capsys.readouterr()
     assert "WRONG RESULTS, not timed: policy_loss/square/fp32/N=4" in out
-    assert "WRONG" in progress
+    assert "other programs are running here (load 1.7)" in progress
+    assert "[1/1] 0:0" in progress
+    assert "WRONG: policy_loss" in progress
     assert Results.load(tmp_path / "b.json").records == []
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(), a_case(interrupted)])
+    assert cli.main(["bench", "--json", str(tmp_path / "b.json")]) == 130
+    assert [r.name for r in Results.load(tmp_path / "b.json").records] == ["square"]
 
 
 def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):

@@ -39,14 +39,8 @@ def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path)
     if not to.absolute().parent.is_dir():
         raise InputError("bench", f"--json {to}", "a file in a folder that exists")
     to.touch()  # what cannot be written is better known before a quarter of an hour of measuring
-    start, started = time.monotonic(), datetime.now(timezone.utc).strftime("%Y-%m-%d")
     with settings(device):
-        if reason := memory.missing(device):
-            _say(f"peak memory is not measured: {reason}")
-        about = {"started": started, "quick": quick, **machine.about(device)}
-        records, wrong = _measure(cases, device, start)
-    results = Results({**about, "seconds": round(time.monotonic() - start)}, records)
-    results.save(to)
+        results, wrong = _measure(cases, device, quick, to)
     print("\n".join(_report(results, wrong)))
     print(f"\n{to}")
     if importlib.util.find_spec("matplotlib"):
@@ -57,19 +51,37 @@ def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path)
     return 1 if wrong else 0
 
 
-def _measure(cases: Sequence[Case], device: str, start: float) -> tuple[list[Record], list[str]]:
-    """(records, what is wrong with cases of ours)"""
-    records, wrong = [], []
+def _measure(cases: Sequence[Case], device: str, quick: bool, to: Path) -> tuple[Results, list[str]]:
+    """(results, what is wrong with cases of ours); the file is written after every case: an interrupted run keeps what it has."""
+    start = time.monotonic()
+    about = {"started": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "quick": quick, **machine.about(device)}
+    _warn(about["load"], device)
+    records: list[Record] = []
+    wrong: list[str] = []
     for i, case in enumerate(cases, 1):
-        elapsed = int(time.monotonic() - start)
-        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {elapsed // 60}:{elapsed % 60:02} {case}", end=" ")
+        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {_clock(start)} {case}", end=" ")
         try:
             records.append(Session(case, device).run())
             _say(_brief(records[-1]))
         except WrongResultError as e:
             wrong.append(str(e))
             _say(f"WRONG: {e}")
-    return records, wrong
+        results = Results({**about, "seconds": round(time.monotonic() - start)}, records)
+        results.save(to)
+    return results, wrong
+
+
+def _warn(load: float, device: str) -> None:
+    if reason := memory.missing(device):
+        _say(f"peak memory is not measured: {reason}")
+    if load > 0.5:
+        _say(f"other programs are running here (load {load:.1f}): they take memory bandwidth from what is measured")
+
+
+def _clock(start: float) -> str:
+    """Elapsed minutes and seconds."""
+    seconds = int(time.monotonic() - start)
+    return f"{seconds // 60}:{seconds % 60:02}"
 
 
 def _brief(r: Record) -> str:

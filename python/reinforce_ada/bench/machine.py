@@ -17,13 +17,14 @@ _PACKAGES = ("reinforce-ada", "torch", "numpy", "triton", "liger-kernel", "cut-c
 
 
 def about(device: str) -> dict[str, Any]:
-    """Device, threads, processor, instruction set in use, cores, memory, versions and commit."""
+    """Device, threads, processor, instruction set in use, cores, load, memory, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "cpu": _cpu(),
         "isa": _native.missing() or str(_native.cpu.build_info()["selected_isa"]),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute, before anything is measured
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
