@@ -17,7 +17,7 @@ _PACKAGES = ("reinforce-ada", "torch", "numpy", "triton", "liger-kernel", "cut-c
 
 
 def about(device: str) -> dict[str, Any]:
-    """Device, threads, processor, instruction set in use, cores, load, memory, versions and commit."""
+    """Device, threads, processor, instruction set in use, cores, load, memory, huge pages, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -26,6 +26,7 @@ def about(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of the last minute, before anything is measured
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "huge_pages": _huge_pages(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
@@ -43,6 +44,12 @@ def _cpu() -> str:
     if "model name" not in found:
         return platform.processor() or "unknown"
     return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
+def _huge_pages() -> str:
+    """When the system gives 2 MiB pages: "always", "madvise" or "never"; fresh gradients are mostly page faults."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text().partition("[")[2].partition("]")[0] if setting.is_file() else "unknown"
 
 
 def _version(package: str) -> str | None:
