@@ -90,6 +90,7 @@ def settings(device: str) -> Iterator[None]:
 
 def _warm_up(device: str) -> None:
     """What libraries set up on first use is not the memory of the first case."""
+    memory.let_malloc_keep(True)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
         torch.mm(x, x.T).log_softmax(-1).sum().backward()  # type: ignore[no-untyped-call]
