@@ -231,7 +231,7 @@ def test_the_meter_is_not_fooled_by_holes_in_the_heap():
             torch.ones(size * MB // 2, dtype=torch.uint8)
 
     for _ in range(3):
-        assert memory.peak_extra_bytes(work, blocks, "cpu")[0] == pytest.approx(1.5 * MB, abs=MB / 4)
+        assert memory.peak_extra_bytes(work, blocks, "cpu")[0] == pytest.approx(1.5 * MB, abs=MB / 2)
 
 
 @metered
