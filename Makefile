@@ -10,7 +10,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint format bench doctor clean
+.PHONY: demo test test-slow lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -32,8 +32,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_FLAGS)
+bench: $(VENV)/.bench
+	$(BIN)/reinforce-ada bench $(BENCH_FLAGS)
+
+bench-docs: $(VENV)/.bench
+	$(BIN)/python benchmarks/write_docs.py
 
 doctor: $(VENV)/.demo
 	$(BIN)/reinforce-ada doctor --check
@@ -59,3 +62,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml $(NATIVE)
 $(VENV)/.dev: $(VENV)/.base pyproject.toml $(NATIVE)
 	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev]"
 	touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev,bench]"
+	touch $@

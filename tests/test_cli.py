@@ -16,7 +16,7 @@ import reinforce_ada
 from reinforce_ada import cli, config
 
 ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
-COMMANDS = ("train", "eval", "report", "doctor")
+COMMANDS = ("train", "eval", "report", "bench", "doctor")
 
 
 def say(capsys, *arguments) -> tuple[int, str]:
@@ -66,7 +66,14 @@ def test_eval_has_the_flags_that_an_evaluation_reads(capsys):
     assert not flags & {"--steps", "--learning-rate", "--out", "--prompts-per-step", "--loss"}
 
 
-@pytest.mark.parametrize(("command", "flags"), [("report", {"--help"}), ("doctor", {"--help", "--check", "--json"})])
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("report", {"--help"}),
+        ("bench", {"--help", "--case", "--device", "--json", "--quick", "--list"}),
+        ("doctor", {"--help", "--check", "--json"}),
+    ],
+)
 def test_the_other_commands_have_their_flags(capsys, command, flags):
     assert flags_in_help(capsys, command) == flags
 
@@ -183,6 +190,9 @@ BAD = [
     (f"{TRAIN} --window 0", "window", "at least 1"),
     ("eval folder", "model: folder has no config.json", "a folder that transformers' save_pretrained wrote"),
     ("eval tiny", "eval: the model 'tiny'", "a model folder"),
+    ("bench policy_los", "unknown operator 'policy_los'", "did you mean 'policy_loss'?"),
+    ("bench --case fwd", "no case has 'fwd' in its name", "reinforce-ada bench --list"),
+    ("bench --quick --json none/b.json", "--json none/b.json", "a file in a folder that exists"),
     ("report folder", "report: folder", "a folder that `reinforce-ada train` wrote"),
     ("report none", "report: none", "a folder that `reinforce-ada train` wrote"),
 ]  # fmt: skip

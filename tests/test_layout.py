@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "driver", "training", "report"},
     "doctor": {*FOUNDATION, "ops", "_cpu"},
-    "cli": {*FOUNDATION, "config", "report", "doctor", "training.launch"},
+    "bench": {*FOUNDATION, "ops", "_cpu"},
+    "cli": {*FOUNDATION, "config", "report", "bench", "doctor", "training.launch"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: train, eval, report, doctor. Stdlib only until a command runs, so that --help answers at once."""
+"""The command line: train, eval, report, bench, doctor. Stdlib only until a command runs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ examples:
   reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
 
 Every key below can stand in the TOML file of --config, in the table its heading names.
+"""
+
+_BENCH_EXAMPLES = """\
+examples:
+  reinforce-ada bench --quick                              a first look at small shapes, in a minute
+  reinforce-ada bench                                      everything, about a quarter of an hour on one core
+  reinforce-ada bench policy_loss group_advantages --json mine.json
+  reinforce-ada bench token_logprobs --case forward/bf16
+  reinforce-ada bench --device cuda --json gpu.json        the same on a GPU
+
+Every case is checked before it is timed. Leave the machine alone meanwhile: neighbours cost memory bandwidth.
 """
 
 
@@ -67,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_report(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -202,7 +214,7 @@ def _eval(given: argparse.Namespace) -> int:
     return 0
 
 
-# -------------------- report, doctor
+# -------------------- report, bench, doctor
 
 
 def _add_report(commands: Any) -> None:
@@ -219,6 +231,27 @@ def _report(given: argparse.Namespace) -> int:
     for name, value in report.summary_table(given.run_dir):
         print(f"{name:<28} {value}")
     return 0
+
+
+def _add_bench(commands: Any) -> None:
+    about = "Time the operators against PyTorch and other libraries, results checked first; write JSON and a figure."
+    parser = _add_command(commands, "bench", about, _BENCH_EXAMPLES)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operators, such as policy_loss (default: all five)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases with this in their names")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu, one thread)")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE", help="the results (default: bench.json)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases at smaller shapes")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from reinforce_ada.bench import command
+
+    if given.list:
+        command.listing(given.ops, given.case, given.quick)
+        return 0
+    return command.run(given.ops, given.case, device=given.device, quick=given.quick, to=given.json)
 
 
 def _add_doctor(commands: Any) -> None:

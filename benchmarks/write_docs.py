@@ -1,0 +1,29 @@
+"""Writes docs/benchmarks.md, its figure and the table in README.md from benchmarks/results/*.json; `make bench-docs` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reinforce_ada.bench import figure, page
+from reinforce_ada.bench.record import Results
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "benchmarks/results/cpu.json"
+
+
+def texts() -> dict[Path, str]:
+    """What every generated file must hold."""
+    main = Results.load(MAIN)
+    others = [Results.load(path) for path in sorted(MAIN.parent.glob("*.json")) if path != MAIN]
+    template, readme = ROOT / "benchmarks/page.md", ROOT / "README.md"
+    return {
+        ROOT / "docs/benchmarks.md": page.render(template.read_text(), main, others),
+        readme: page.with_summary(readme.read_text(), main),
+    }
+
+
+if __name__ == "__main__":
+    for path, text in texts().items():
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+    figure.draw(Results.load(MAIN), ROOT / "docs/benchmarks.png")

@@ -1,0 +1,93 @@
+"""What a benchmark is: an operator at one shape and dtype, what it is compared with, and what it is to reach. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Run = Callable[[], Any]
+Kind = Literal["speedup", "time", "extra_mb", "us", "gelem_per_s"]
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+SUBJECT = "ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A bound on one measured quantity.
+
+    speedup: time of `against` / ours, at least.   time: ours / that of `against`, at most.   extra_mb: peak memory beyond inputs and
+    results in 10^6 bytes, at most.   us: microseconds a call, at most.   gelem_per_s: 10^9 logits a second, at least.
+
+    `against` names a candidate, or a family by its first word ("inductor": the fastest of "inductor logsumexp", "inductor
+    cross_entropy", ...), or "best": the fastest baseline.
+    """
+
+    kind: Kind
+    bound: float
+    against: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something that takes its turn beside the operator: a baseline that computes the same, or a floor that computes less."""
+
+    name: str
+    run: Run  # returns tensors
+    floor: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A case with its inputs in memory.
+
+    `check` raises AssertionError unless the results are right; `loose` admits what a baseline may get wrong (TRL's bf16 logprobs are
+    off by 7e-2). `held` are the tensors that exist before and after a call. `reset` runs before every timing, untimed.
+    """
+
+    subject: Run
+    others: Sequence[Candidate]
+    check: Callable[[Any, bool], None]
+    held: Sequence[Tensor]
+    moved_bytes: int  # what must be read and written at least
+    absent: Mapping[str, str] = field(default_factory=dict)  # baseline -> why it cannot run here
+    elements: int = 0  # logits
+    flops: int = 0
+    reset: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the benchmark. `build` puts the inputs on a device; `quick_shape` is that of --quick, None where it is left out."""
+
+    op: str
+    name: str
+    shape: Mapping[str, int]
+    dtype: str
+    build: Callable[[Case, str], Setup]
+    goals: tuple[Goal, ...] = ()
+    naive: str = ""  # the baseline that a trainer would write without thinking of speed
+    quick_shape: Mapping[str, int] | None = None
+
+    @property
+    def shape_label(self) -> str:
+        """Such as T=256,V=151936."""
+        return shape_label(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.op}/{self.name}/{SHORT[self.dtype]}/{self.shape_label}"
+
+    def quickened(self) -> Case:
+        """The same at the shape of --quick."""
+        assert self.quick_shape is not None
+        return dataclasses.replace(self, shape=self.quick_shape)
+
+
+def shape_label(shape: Mapping[str, int]) -> str:
+    """Such as T=256,V=151936."""
+    return ",".join(f"{letter}={size}" for letter, size in shape.items())

@@ -1,0 +1,32 @@
+"""All cases, and how they are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reinforce_ada.bench import groups, linear, logits, policy
+from reinforce_ada.bench.case import Case
+from reinforce_ada.errors import InputError, unknown_name
+
+OPS = ("token_logprobs", "linear_token_logprobs", "group_advantages", "policy_loss", "linear_policy_loss")
+
+
+def all_cases() -> list[Case]:
+    """Every case, operator by operator."""
+    found = [case for module in (logits, linear, groups, policy) for case in module.cases()]
+    return sorted(found, key=lambda case: OPS.index(case.op))
+
+
+def choose(ops: Sequence[str], pattern: str = "", *, quick: bool = False) -> list[Case]:
+    """The cases of the given operators (none: of all) that have `pattern` in their names, at their quick shapes if asked for.
+
+    Raises: InputError for an unknown operator, or when nothing is left.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise unknown_name("bench", "operator", op, OPS)
+    found = [case for case in all_cases() if (not ops or case.op in ops) and (case.quick_shape is not None or not quick)]
+    found = [case for case in (c.quickened() if quick else c for c in found) if pattern in str(case)]
+    if not found:
+        raise InputError("bench", f"no case has {pattern!r} in its name", "part of a name", "reinforce-ada bench --list has them all")
+    return found

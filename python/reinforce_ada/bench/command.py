@@ -1,0 +1,106 @@
+"""`reinforce-ada bench`: runs the cases, says how far it is, writes JSON and figure, prints the table of goals."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from reinforce_ada.bench import figure, machine, memory, tables
+from reinforce_ada.bench.case import Case
+from reinforce_ada.bench.catalogue import choose
+from reinforce_ada.bench.measure import Session, WrongResultError, settings
+from reinforce_ada.bench.record import Record, Results, number
+from reinforce_ada.errors import InputError
+
+
+def listing(ops: Sequence[str], pattern: str, quick: bool) -> None:
+    """Prints the names of the cases."""
+    for case in choose(ops, pattern, quick=quick):
+        print(case)
+
+
+def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path) -> int:
+    """Measures the chosen cases.
+
+    Args:
+        ops, pattern, quick: as `catalogue.choose` takes them.
+        device: "cpu" or "cuda".
+        to: the JSON file; the figure comes beside it.
+
+    Returns: 0, or 1 when results of ours were wrong: such a case is not timed.
+
+    Raises: InputError for a choice without cases, or a device that is not there.
+    """
+    cases = choose(ops, pattern, quick=quick)
+    if not to.absolute().parent.is_dir():
+        raise InputError("bench", f"--json {to}", "a file in a folder that exists")
+    to.touch()  # what cannot be written is better known before a quarter of an hour of measuring
+    with settings(device):
+        results, wrong = _measure(cases, device, quick, to)
+    print("\n".join(_report(results, wrong)))
+    print(f"\n{to}")
+    if importlib.util.find_spec("matplotlib"):
+        figure.draw(results, to.with_suffix(".png"))
+        print(to.with_suffix(".png"))
+    else:
+        print("no figure: matplotlib is not installed (extra `bench`)")
+    return 1 if wrong else 0
+
+
+def _measure(cases: Sequence[Case], device: str, quick: bool, to: Path) -> tuple[Results, list[str]]:
+    """(results, what is wrong with cases of ours); the file is written after every case: an interrupted run keeps what it has."""
+    start = time.monotonic()
+    about = {"started": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "quick": quick, **machine.about(device)}
+    _warn(about["load"], device)
+    records: list[Record] = []
+    wrong: list[str] = []
+    for i, case in enumerate(cases, 1):
+        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {_clock(start)} {case}", end=" ")
+        try:
+            records.append(Session(case, device).run())
+            _say(_brief(records[-1]))
+        except WrongResultError as e:
+            wrong.append(str(e))
+            _say(f"WRONG: {e}")
+        results = Results({**about, "seconds": round(time.monotonic() - start)}, records)
+        results.save(to)
+    return results, wrong
+
+
+def _warn(load: float, device: str) -> None:
+    if reason := memory.missing(device):
+        _say(f"peak memory is not measured: {reason}")
+    if load > 0.5:
+        _say(f"other programs are running here (load {load:.1f}): they take memory bandwidth from what is measured")
+
+
+def _clock(start: float) -> str:
+    """Elapsed minutes and seconds."""
+    seconds = int(time.monotonic() - start)
+    return f"{seconds // 60}:{seconds % 60:02}"
+
+
+def _brief(r: Record) -> str:
+    name = r.fastest("best")
+    beside = f", {number(r.others[name].ratio)} × as fast as {name}" if name else ""
+    return f"{tables.duration(r.ours.ms)}{beside}"
+
+
+def _report(results: Results, wrong: Sequence[str]) -> list[str]:
+    records = results.records
+    lines = ["", tables.as_text(tables.GOALS, tables.goal_rows(records)), tables.tally(records)] if tables.goal_rows(records) else []
+    if rows := tables.slower_rows(records):
+        lines += ["\nwhere another is faster", tables.as_text(tables.SLOWER, rows)]
+    if reasons := tables.absent_reasons(records):
+        lines += ["\nnot measured", *reasons]
+    if results.about["quick"]:
+        lines += ["\n--quick: the goals are meant for the full shapes; these are not the numbers to quote"]
+    return [*lines, *(f"\nWRONG RESULTS, not timed: {text}" for text in wrong)]
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)

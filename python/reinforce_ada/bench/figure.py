@@ -1,0 +1,90 @@
+"""The figure: for every goal that is a ratio, what was reached and where the goal lies. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reinforce_ada.bench.case import SHORT, Kind
+from reinforce_ada.bench.record import Record, Results
+
+_COLORS = {"inductor": "#1f6cb0", "best": "#1f6cb0", "eager": "#9a5fb4", "TRL": "#9a5fb4"}
+_OTHER, _INK, _GRID = "#d1661e", "#2b2f36", "#e6e8eb"
+_ROW_IN, _WIDTH_IN, _DPI = 0.26, 10.5, 130
+
+Row = tuple[str, str, str, str]  # operator, case, dtype, against
+
+
+def draw(results: Results, path: Path) -> None:
+    """Writes the figure; each dot is one shape (full where the goal is met), the line its quartiles, the mark the goal.
+
+    Raises: ImportError without matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds: tuple[Kind, ...] = ("speedup", "time")
+    panels = [(kind, rows) for kind in kinds if (rows := _rows(results.records, kind))]
+    heights = [len(rows) + 2.5 for _, rows in panels]
+    figure = Figure(figsize=(_WIDTH_IN, _ROW_IN * sum(heights) + 1.0), dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    about = results.about
+    figure.suptitle(f"{about['device']} · {about['cpu']} · one thread · {about['commit']}", x=0.01, ha="left", fontsize=10, color=_INK)
+    if panels:
+        axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for ax, (kind, rows) in zip(axes, panels, strict=True):
+            _panel(ax, kind, rows)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _rows(records: Sequence[Record], kind: Kind) -> dict[Row, list[tuple[Record, float, str]]]:
+    """For each row the records with the goal's bound and the candidate it is measured against."""
+    rows: dict[Row, list[tuple[Record, float, str]]] = {}
+    for r in records:
+        for goal in r.goals:
+            name = r.fastest(goal.against) if goal.kind == kind else None
+            if name is not None:
+                rows.setdefault((r.op, r.name, SHORT[r.dtype], goal.against), []).append((r, goal.bound, name))
+    return rows
+
+
+def _panel(ax: Any, kind: Kind, rows: dict[Row, list[tuple[Record, float, str]]]) -> None:
+    for y, ((_, _, _, against), found) in enumerate(rows.items()):
+        color = _COLORS.get(against, _OTHER)
+        for r, bound, name in found:
+            t = r.others[name]
+            value, low, high = (
+                (t.ratio, t.ratio_low, t.ratio_high) if kind == "speedup" else (1 / t.ratio, 1 / t.ratio_high, 1 / t.ratio_low)
+            )
+            ax.plot([low, high], [y, y], color=color, linewidth=1.4, alpha=0.6)
+            hit = value >= bound if kind == "speedup" else value <= bound
+            ax.plot(value, y, "o", markeredgecolor=color, markerfacecolor=color if hit else "white", markersize=5, markeredgewidth=1.2)
+            ax.plot(bound, y, "|", color=_INK, markersize=11, markeredgewidth=1.6)
+    ax.set_yticks(range(len(rows)), [f"{op}: {name}, {dtype}, {_against(kind, to)}" for op, name, dtype, to in rows], fontsize=7.5)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    if kind == "speedup":
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(_few)
+    ax.xaxis.set_major_formatter("{x:g}")
+    title = (
+        "Times as fast as …: a goal is a mark, full dots meet theirs"
+        if kind == "speedup"
+        else "Time over that of …: full dots meet their goal, left of the mark"
+    )
+    ax.set_title(title, loc="left", fontsize=10, color=_INK)
+    ax.axvline(1, color="#9aa1ab", linewidth=1)
+    ax.grid(axis="x", color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="both", which="both", length=0, labelcolor=_INK)
+    ax.tick_params(axis="x", which="both", labelsize=8)
+
+
+def _few(x: float, _: int) -> str:
+    """Labels of minor ticks: 2 and 5, and their multiples of ten."""
+    return f"{x:g}" if f"{x:e}"[0] in "25" else ""
+
+
+def _against(kind: Kind, against: str) -> str:
+    return f"× {against}" if kind == "speedup" else f"/ {against}"

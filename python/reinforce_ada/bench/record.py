@@ -1,0 +1,195 @@
+"""What was measured: records, how they are kept as JSON, and what they say about the goals. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reinforce_ada.bench.case import SHORT, Goal, shape_label
+from reinforce_ada.errors import InputError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One candidate: milliseconds a call, and its time over ours round by round; medians with quartiles."""
+
+    ms: float
+    ms_low: float
+    ms_high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    extra_mb: float | None  # peak beyond inputs and results, 10^6 bytes
+    floor: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One case, measured."""
+
+    op: str
+    name: str
+    dtype: str
+    shape: Mapping[str, int]
+    backend: str
+    rounds: int
+    calls: int  # of ours in one timing
+    ours: Timing
+    others: Mapping[str, Timing]
+    absent: Mapping[str, str]
+    moved_bytes: int
+    elements: int
+    flops: int
+    naive: str
+    goals: tuple[Goal, ...]
+
+    @property
+    def label(self) -> str:
+        """Operator, case, dtype and shape in one line."""
+        return f"{self.op}/{self.name}/{SHORT[self.dtype]}/{shape_label(self.shape)}"
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes that must move at least, over the median."""
+        return self.moved_bytes / self.ours.ms / 1e6
+
+    @property
+    def gflop_per_s(self) -> float:
+        """Of the matrix products."""
+        return self.flops / self.ours.ms / 1e6
+
+    def baselines(self) -> dict[str, Timing]:
+        """What computes the same."""
+        return {name: t for name, t in self.others.items() if not t.floor}
+
+    def fastest(self, family: str) -> str | None:
+        """The fastest candidate of a family (see `Goal`), None where none was measured."""
+        names = self.baselines() if family == "best" else [n for n in self.others if n == family or n.startswith(f"{family} ")]
+        return min(names, key=lambda name: self.others[name].ms, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A goal beside what was reached; met is None where it could not be measured, `reached` then says why."""
+
+    goal: str
+    reached: str
+    spread: str
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        """hit, miss or not measured."""
+        return "not measured" if self.met is None else "hit" if self.met else "miss"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """One run of the benchmarks: machine, versions and settings, and its records."""
+
+    about: Mapping[str, Any]
+    records: Sequence[Record]
+
+    def save(self, path: Path) -> None:
+        """As JSON, one record a line."""
+        lines = ",\n".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in self.records)
+        about = json.dumps({"format": FORMAT, **self.about}, indent=1, ensure_ascii=False)
+        path.write_text(f'{{"about": {about},\n"records": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What `save` wrote.
+
+        Raises: InputError when it is not that.
+        """
+        try:
+            found = json.loads(path.read_text())
+            about = found["about"]
+            records = [_record(r) for r in found["records"]]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            given = f"{path} holds no results ({type(e).__name__}: {e})"
+            raise InputError("bench", given, "a file that `reinforce-ada bench` wrote") from e
+        if about.get("format") != FORMAT:
+            raise InputError("bench", f"{path} has format {about.get('format')}", f"format {FORMAT}", "run the benchmarks again")
+        return cls(about, records)
+
+
+def _record(found: dict[str, Any]) -> Record:
+    others = {name: Timing(**t) for name, t in found["others"].items()}
+    goals = tuple(Goal(**g) for g in found["goals"])
+    return Record(**{**found, "ours": Timing(**found["ours"]), "others": others, "goals": goals})
+
+
+# -------------------- goals
+
+
+def verdicts(record: Record) -> Iterator[Verdict]:
+    """Every goal of a record with what was reached. Medians decide; no number is rounded in favour of a goal."""
+    for goal in record.goals:
+        yield _verdict(record, goal)
+
+
+def _verdict(record: Record, goal: Goal) -> Verdict:
+    name = record.fastest(goal.against) if goal.against else ""
+    if name is None:
+        reason = "; ".join(f"{n}: {why}" for n, why in record.absent.items()) or "nothing to compare with was measured"
+        return Verdict(goal_text(goal, None), reason, "", None)
+    text = goal_text(goal, None if not name else record.others[name])
+    found = _quantity(record, goal, name)
+    if found is None:
+        return Verdict(text, "cannot be measured on this system", "", None)
+    value, low, high = found
+    at_least = goal.kind in ("speedup", "gelem_per_s")
+    met = value >= goal.bound if at_least else value <= goal.bound
+    exact = name not in ("", goal.against)  # which of the family it was
+    reached = number(value, up=not at_least) + (f" ({name})" if exact else "")
+    return Verdict(text, reached, "" if low is None or high is None else f"{number(low)}–{number(high)}", met)
+
+
+def _quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
+    """Median and quartiles of what the goal bounds; None where it was not measured."""
+    ours = record.ours
+    if goal.kind == "extra_mb":
+        return None if ours.extra_mb is None else (ours.extra_mb, None, None)
+    if goal.kind == "us":
+        return 1e3 * ours.ms, 1e3 * ours.ms_low, 1e3 * ours.ms_high
+    if goal.kind == "gelem_per_s":
+        return record.elements / ours.ms / 1e6, record.elements / ours.ms_high / 1e6, record.elements / ours.ms_low / 1e6
+    t = record.others[name]
+    return (t.ratio, t.ratio_low, t.ratio_high) if goal.kind == "speedup" else (1 / t.ratio, 1 / t.ratio_high, 1 / t.ratio_low)
+
+
+def goal_text(goal: Goal, against: Timing | None) -> str:
+    """Such as "≥ 3.5 × inductor" or "≤ 10 MB extra"."""
+    bound = f"{goal.bound:g}"
+    if goal.kind == "speedup":
+        return f"≥ {bound} of {goal.against}" if against is not None and against.floor else f"≥ {bound} × {goal.against}"
+    if goal.kind == "time":
+        return f"≤ {bound} × the time of {goal.against}"
+    return {"extra_mb": f"≤ {bound} MB extra", "us": f"≤ {bound} µs", "gelem_per_s": f"≥ {bound} Gelem/s"}[goal.kind]
+
+
+def number(value: float, up: bool = False) -> str:
+    """Three digits, at most two after the point, cut off downwards, or upwards where less is better: never in favour of a goal."""
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = min(max(0, 2 - math.floor(math.log10(value))), 2)
+    step = 10**digits
+    # The product may land next to the number that was meant: 1.1 * 100 = 110.00000000000001.
+    cut = math.ceil(value * step - 1e-9) if up else math.floor(value * step + 1e-9)
+    return f"{cut / step:.{digits}f}"
+
+
+def slower(records: Iterable[Record]) -> Iterator[tuple[Record, str, Timing]]:
+    """Every baseline that took less time than ours, as (record, baseline, timing)."""
+    for record in records:
+        for name, timing in record.baselines().items():
+            if timing.ratio < 1:
+                yield record, name, timing

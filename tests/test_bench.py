@@ -1,0 +1,556 @@
+"""The benchmarks: what they time is right, what they say of it is true, and the documentation is what the results give."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from reinforce_ada import cli
+from reinforce_ada.bench import baselines, command, figure, linear, logits, machine, measure, memory, page, policy, tables
+from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
+from reinforce_ada.bench.catalogue import OPS, all_cases, choose
+from reinforce_ada.bench.checks import close, close_in_norm
+from reinforce_ada.bench.measure import Session, WrongResultError, settings
+from reinforce_ada.bench.record import Record, Results, Timing, goal_text, number, slower, verdicts
+from reinforce_ada.errors import InputError
+from reinforce_ada.ops import _dispatch
+
+ROOT = Path(__file__).parent.parent
+MB = 1_000_000
+
+metered = pytest.mark.skipif(memory.missing("cpu") is not None, reason=f"peak memory: {memory.missing('cpu')}")
+
+# -------------------- the catalogue
+
+
+def test_every_operator_has_cases_and_each_case_its_own_name():
+    cases = all_cases()
+    assert {case.op for case in cases} == set(OPS) == set(_dispatch.table())
+    assert len({str(case) for case in cases}) == len(cases)
+    assert {case.op for case in cases if case.quick_shape} == set(OPS)
+
+
+GOALS = [
+    ("token_logprobs/forward/fp32/T=256,V=151936", "≥ 3.5 × inductor; ≥ 9 × TRL; ≥ 0.9 of reading its bytes"),
+    ("token_logprobs/forward/bf16/T=1024,V=32000", "≥ 3.5 × inductor; ≥ 9 × TRL; ≥ 7 Gelem/s"),
+    ("token_logprobs/forward and backward, gradient over the logits/bf16/T=256,V=151936", "≥ 6.5 × inductor; ≤ 10 MB extra"),
+    ("token_logprobs/forward and backward, fresh gradient/fp32/T=256,V=151936", "≥ 2.5 × inductor"),
+    ("token_logprobs/forward and backward, fresh gradient/bf16/T=256,V=151936", "≥ 3.5 × inductor"),
+    ("token_logprobs/forward and backward with entropy, gradient over the logits/fp32/T=256,V=151936", "≥ 5 × inductor; ≤ 10 MB extra"),
+    ("token_logprobs/forward and backward with entropy, fresh gradient/bf16/T=1024,V=32000", "≥ 5 × inductor"),
+    ("linear_token_logprobs/forward, max_extra_bytes=10 MB/fp32/T=512,D=896,V=151936", "≤ 1.03 × the time of one mm; ≤ 10 MB extra"),
+    (
+        "linear_token_logprobs/forward and backward, max_extra_bytes=10 MB/bf16/T=512,D=896,V=151936",
+        "≤ 1.36 × the time of three mm; ≤ 10 MB extra",
+    ),
+    ("linear_policy_loss/ppo, forward and backward/fp32/T=512,D=896,V=151936", "≤ 1.08 × the time of three mm; ≤ 64 MB extra"),
+    ("group_advantages/mean, sorted/fp32/N=512,G=64", "≥ 4 × best; ≤ 4 µs"),
+    ("group_advantages/mean and std, shuffled/fp32/N=4194304,G=524288", "≥ 2.5 × best; ≤ 2 × the time of streaming its bytes"),
+    ("policy_loss/ppo, packed/fp32/N=1024,L=1024", "≥ 4.5 × inductor; ≥ 40 × eager; ≤ 1 MB extra"),
+]
+
+
+@pytest.mark.parametrize(("name", "goals"), GOALS)
+def test_the_goals_are_those_agreed_on(name, goals):
+    case = next(case for case in all_cases() if str(case) == name)
+    floor = dataclasses.replace(timing(1.0), floor=True)
+    assert "; ".join(goal_text(g, floor if "bytes" in g.against else None) for g in case.goals) == goals
+
+
+TINY = {"T": 24, "D": 16, "V": 131, "N": 64, "G": 8, "L": 8}
+
+
+@pytest.mark.parametrize("case", {(c.op, c.name, c.dtype): c for c in all_cases()}.values(), ids=lambda c: f"{c.op}/{c.name}/{c.dtype}")
+def test_ours_and_every_baseline_compute_the_same(case, monkeypatch):
+    for module in (logits, linear, policy):
+        monkeypatch.setattr(module, "compiled", lambda form: form)  # what inductor makes of it is checked when it is timed
+    monkeypatch.setattr(linear, "missing", lambda *_, **__: "not installed")
+    torch.manual_seed(0)
+    small = dataclasses.replace(case, shape={letter: TINY[letter] for letter in case.shape})
+    setup = small.build(small, "cpu")
+    for run, loose in [(setup.subject, False), *((c.run, True) for c in setup.others if not c.floor)]:
+        if setup.reset is not None:
+            setup.reset()
+        setup.check(run(), loose)
+    with pytest.raises(AssertionError):
+        setup.check(spoiled(setup.subject()), False)
+
+
+def spoiled(results: object) -> object:
+    """The same, with every number a little off."""
+    if isinstance(results, torch.Tensor):
+        return results * 1.1 + 0.1
+    if isinstance(results, dict):
+        return {name: spoiled(x) for name, x in results.items()}
+    return tuple(map(spoiled, results)) if isinstance(results, tuple) else results
+
+
+# -------------------- checks, numbers, verdicts
+
+
+def test_close_is_not_fooled_by_nan_or_shape():
+    x = torch.tensor([1.0, 2.0])
+    close("x", x, x + 1e-7, 1e-6)
+    close_in_norm("x", x, x + 1e-6, 1e-6)
+    for wrong in (x + 1e-5, torch.tensor([1.0, torch.nan]), x[:1]):
+        with pytest.raises(AssertionError, match=r"x (is off by|has shape)"):
+            close("x", wrong, x, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "down", "up"),
+    [
+        (3.4999, "3.49", "3.50"),
+        (3.5, "3.50", "3.50"),
+        (1.1, "1.10", "1.10"),
+        (12.39, "12.3", "12.4"),
+        (999.9, "999", "1000"),
+        (0.8999, "0.89", "0.90"),
+        (0.001, "0.00", "0.01"),
+        (0.0, "0", "0"),
+    ],
+)
+def test_numbers_are_cut_off_never_rounded_in_favour(value, down, up):
+    assert number(value) == down
+    assert number(value, up=True) == up
+
+
+def timing(ratio: float, *, ms: float = 2.0, floor: bool = False, extra_mb: float | None = 3.0) -> Timing:
+    return Timing(ms, 0.9 * ms, 1.1 * ms, ratio, 0.95 * ratio, 1.05 * ratio, extra_mb, floor)
+
+
+def a_record(*goals: Goal, **changes: object) -> Record:
+    others = {
+        "eager": timing(10.0, ms=20),
+        "inductor a": timing(4.0, ms=8),
+        "inductor b": timing(3.4999, ms=6.9998),
+        "numpy": timing(0.8, ms=1.6),
+        "reading its bytes": timing(0.9, ms=1.8, floor=True),
+    }
+    given = {
+        "op": "policy_loss", "name": "ppo", "dtype": "float32", "shape": {"N": 4, "L": 8}, "backend": "cpu", "rounds": 5, "calls": 1,
+        "ours": timing(1.0), "others": others, "absent": {"liger": "needs a GPU"}, "moved_bytes": 2_000_000, "elements": 8_000_000,
+        "flops": 0, "naive": "eager", "goals": goals,
+    }  # fmt: skip
+    return Record(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("goal", "text", "reached", "word"),
+    [
+        (Goal("speedup", 3.5, "inductor"), "≥ 3.5 × inductor", "3.49 (inductor b)", "miss"),
+        (Goal("speedup", 3.49, "inductor"), "≥ 3.49 × inductor", "3.49 (inductor b)", "hit"),
+        (Goal("speedup", 10, "eager"), "≥ 10 × eager", "10.0", "hit"),
+        (Goal("speedup", 1, "best"), "≥ 1 × best", "0.80 (numpy)", "miss"),
+        (Goal("speedup", 0.9, "reading its bytes"), "≥ 0.9 of reading its bytes", "0.90", "hit"),
+        (Goal("time", 1.1, "reading its bytes"), "≤ 1.1 × the time of reading its bytes", "1.12", "miss"),
+        (Goal("time", 1.2, "reading its bytes"), "≤ 1.2 × the time of reading its bytes", "1.12", "hit"),
+        (Goal("extra_mb", 3), "≤ 3 MB extra", "3.00", "hit"),
+        (Goal("extra_mb", 2.999), "≤ 2.999 MB extra", "3.00", "miss"),
+        (Goal("us", 2000), "≤ 2000 µs", "2000", "hit"),
+        (Goal("us", 1999), "≤ 1999 µs", "2000", "miss"),
+        (Goal("gelem_per_s", 4), "≥ 4 Gelem/s", "4.00", "hit"),
+        (Goal("gelem_per_s", 4.01), "≥ 4.01 Gelem/s", "4.00", "miss"),
+        (Goal("speedup", 2, "liger"), "≥ 2 × liger", "liger: needs a GPU", "not measured"),
+    ],
+)  # fmt: skip
+def test_goals_are_judged_by_the_median(goal, text, reached, word):
+    (found,) = verdicts(a_record(goal))
+    assert (found.goal, found.reached, found.word) == (text, reached, word)
+    assert bool(found.spread) == (goal.kind != "extra_mb" and found.met is not None)
+
+
+def test_memory_that_could_not_be_measured_is_no_hit():
+    (found,) = verdicts(a_record(Goal("extra_mb", 10), ours=timing(1.0, extra_mb=None)))
+    assert found.word == "not measured"
+
+
+def test_the_losses_are_named():
+    assert [(name, t.ratio) for _, name, t in slower([a_record()])] == [("numpy", 0.8)]
+
+
+def test_tables_show_what_was_measured():
+    r = a_record(Goal("speedup", 3.5, "inductor"), Goal("us", 2000))
+    assert tables.tally([r]) == "1 of 2 goals hit"
+    assert tables.goal_rows([r])[0] == (
+        "policy_loss",
+        "ppo",
+        "fp32",
+        "N=4,L=8",
+        "≥ 3.5 × inductor",
+        "3.49 (inductor b)",
+        "3.32–3.67",
+        "miss",
+    )
+    assert tables.summary_rows([r]) == [("`policy_loss`", "ppo", "10.0", "3.49", "0.80", "0.90", "3.00")]
+    assert tables.summary_rows([r, dataclasses.replace(r, others={"eager": timing(12.0)})])[0][2:5] == ("10.0–12.0", "3.49", "0.80–12.0")
+    (row,) = tables.measured_rows([r])
+    assert row[3:8] == ("cpu", "2.00 ms", "1.0 GB/s", "0.90 of reading its bytes", "3.00")
+    assert row[8].startswith("eager 10.0 (9.50–10.5), inductor a 4.00 (3.80–4.20)")
+    assert tables.absent_reasons([r, r]) == ["liger: needs a GPU"]
+    assert tables.duration(0.0027) == "2.70 µs"
+    lines = tables.as_text(("a", "b"), [("long cell", "x")]).splitlines()
+    assert lines == ["a          b", "---------  -", "long cell  x"]
+
+
+# -------------------- peak memory
+
+
+@metered
+def test_the_meter_sees_what_is_allocated_and_freed():
+    held = torch.zeros(4 * MB, dtype=torch.uint8)
+
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
+        scratch = torch.ones(32 * MB, dtype=torch.uint8)
+        result = torch.full((8 * MB,), int(scratch[0]), dtype=torch.uint8)
+        return result, held.view(-1)
+
+    work()  # code is read from disk on first use
+    for _ in range(3):  # also when malloc could serve it from what was freed before
+        extra, results = memory.peak_extra_bytes(work, [held], "cpu")
+        assert len(results) == 2
+        assert extra == pytest.approx(32 * MB, abs=MB)
+
+
+@metered
+def test_the_meter_is_not_fooled_by_holes_in_the_heap():
+    """Blocks that malloc keeps between others are neither scratch that goes unseen nor pages that are counted twice."""
+    memory.let_malloc_keep(True)
+    blocks = [torch.ones(MB, dtype=torch.uint8) for _ in range(60)]
+    del blocks[::2]
+
+    def work() -> None:
+        for size in (1, 3, 2, 3, 1, 2):
+            torch.ones(size * MB // 2, dtype=torch.uint8)
+
+    for _ in range(3):
+        assert memory.peak_extra_bytes(work, blocks, "cpu")[0] == pytest.approx(1.5 * MB, abs=MB / 2)
+
+
+@metered
+def test_the_meter_sees_native_scratch():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+    def work() -> None:
+        address = libc.malloc(24 * MB)
+        libc.memset(address, 1, 24 * MB)
+        libc.free(address)
+
+    assert memory.peak_extra_bytes(work, [], "cpu")[0] == pytest.approx(24 * MB, abs=MB)
+    assert memory.peak_extra_bytes(lambda: None, [], "cpu")[0] < MB
+
+
+def test_a_system_without_the_meter_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "absent" / "clear_refs")
+    assert memory.missing("cpu").startswith("needs a writable")
+    assert memory.missing("cuda") is None
+
+
+# -------------------- sessions
+
+
+def a_case(subject=None, others=(), check=None, reset=None) -> Case:
+    """Ours is a square; the check wants one."""
+    x = torch.arange(4.0)
+
+    def wants_square(results: torch.Tensor, loose: bool) -> None:
+        close("square", results, x * x, 0.5 if loose else 0.0)
+
+    setup = Setup(subject or (lambda: x * x), others, check or wants_square, [x], moved_bytes=32, absent={"gone": "why"}, reset=reset)
+    return Case("policy_loss", "square", {"N": 4}, "float32", lambda case, device: setup, (Goal("extra_mb", 1),))
+
+
+def test_candidates_take_turns_and_each_turn_starts_with_another(monkeypatch):
+    monkeypatch.setattr(measure, "_TIMING_S", 0.0)  # one call in a timing
+    x, order = torch.arange(4.0), []
+
+    def noting(name):
+        return lambda: (order.append(name), x * x)[1]
+
+    session = Session(a_case(noting("ours"), [Candidate(n, noting(n)) for n in "abc"]), "cpu")
+    order.clear()
+    record = session.run()
+    rounds = [" ".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert rounds[:4] == ["a b c ours", "b c a ours", "c a b ours", "a b c ours"]
+    assert measure.MIN_ROUNDS <= record.rounds == len(rounds) <= measure.MAX_ROUNDS
+    assert sorted(record.others) == ["a", "b", "c"]
+    assert record.ours.ratio == 1.0
+
+
+def test_a_slow_baseline_takes_every_other_turn(monkeypatch):
+    monkeypatch.setattr(measure, "_SLOW_S", 0.0)
+    x = torch.arange(4.0)
+    session = Session(a_case(others=[Candidate("slow", lambda: x * x), Candidate("floor", x.sum, floor=True)]), "cpu")
+    for _ in range(5):
+        session.turn()
+    assert {name: sorted(found) for name, found in session._seconds.items()} == {"slow": [0, 2, 4], "floor": [0, 1, 2, 3, 4]}
+    monkeypatch.setitem(session._seconds, "slow", {0: 3.0, 2: 8.0, 4: 4.0})
+    found = session.record([1.0, 9.0, 2.0, 9.0, 4.0]).others["slow"]
+    assert (found.ms, found.ratio, found.ratio_low, found.ratio_high) == (4000.0, 3.0, 2.0, 3.5)
+
+
+def test_what_is_fast_is_called_often_enough_for_the_clock():
+    session = Session(a_case(), "cpu")
+    assert session.record([session.subject() for _ in range(5)]).calls > 100
+    once = Session(a_case(reset=lambda: None), "cpu")  # inputs must be restored before every call
+    assert once.record([once.subject() for _ in range(5)]).calls == 1
+
+
+def test_a_baseline_that_is_wrong_or_fails_is_left_out_with_its_reason():
+    def failing() -> torch.Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+    others = [Candidate("wrong", lambda: torch.zeros(4)), Candidate("failing", failing), Candidate("floor", lambda: None, floor=True)]
+    record = Session(a_case(others=others), "cpu").run()
+    assert list(record.others) == ["floor"]
+    assert record.others["floor"].floor
+    assert record.absent == {
+        "gone": "why",
+        "wrong": "computes something else: square is off by 9.0e+00, more than 5.0e-01",
+        "failing": "RuntimeError: no kernel",
+    }
+
+
+def test_wrong_results_of_ours_are_not_timed():
+    with pytest.raises(WrongResultError, match=r"policy_loss/square/fp32/N=4: square is off by"):
+        Session(a_case(lambda: torch.zeros(4)), "cpu")
+
+
+@metered
+def test_memory_that_is_kept_for_later_calls_counts():
+    kept = []
+
+    def hoarding() -> torch.Tensor:
+        if not kept:
+            kept.append(torch.ones(16 * MB, dtype=torch.uint8))
+        return torch.arange(4.0) ** 2
+
+    (found,) = verdicts(Session(a_case(hoarding), "cpu").run())
+    assert found.word == "miss"
+    assert 16 <= float(found.reached) < 18
+
+
+def test_the_gpu_clock_flushes_the_cache_outside_of_what_it_times(monkeypatch):
+    """The order of things on the stream; no GPU is needed to see it."""
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("record")
+
+        def synchronize(self):
+            said.append("wait")
+
+        def elapsed_time(self, stop):
+            return 4.0
+
+    class Buffer:
+        def zero_(self):
+            said.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Buffer())
+    assert measure.CudaClock().seconds(lambda: said.append("run"), 2) == pytest.approx(4e-3)
+    assert said == ["flush", "record", "run", "record", "wait"] * 2
+
+
+def test_settings_are_one_thread_and_end():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with settings("cpu"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# -------------------- other packages
+
+
+def test_an_absent_package_is_a_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert baselines.missing("liger_kernel", "cpu") == "liger_kernel is not installed (extra `bench`)"
+    assert baselines.missing("liger_kernel", "cpu", needs_gpu=True) == "needs a GPU"
+    case = next(c for c in all_cases() if c.op == "linear_policy_loss")
+    monkeypatch.setattr(linear, "compiled", lambda form: form)
+    setup = case.build(dataclasses.replace(case, shape={"T": 24, "D": 16, "V": 131}), "cpu")
+    reason = " is not installed (extra `bench`)"
+    assert setup.absent == {"cut-cross-entropy": f"cut_cross_entropy{reason}", "liger": f"liger_kernel{reason}"}
+
+
+# -------------------- the command
+
+
+def test_list_names_the_cases(capsys):
+    assert cli.main(["bench", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(case) for case in all_cases()]
+    assert cli.main(["bench", "policy_loss", "--list", "--quick"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(case) for case in choose(["policy_loss"], quick=True)]
+
+
+def test_one_case_from_the_command_to_the_figure(tmp_path, capsys):
+    to = tmp_path / "mine.json"
+    assert cli.main(["bench", "group_advantages", "--quick", "--case", "mean, s", "--json", str(to)]) == 0
+    out, progress = capsys.readouterr()
+    progress = re.sub("other programs.*\n", "", progress)
+    names = [str(case) for case in choose(["group_advantages"], "mean, s", quick=True)]
+    assert [line.split(maxsplit=2)[2][: len(name)] for line, name in zip(progress.splitlines(), names, strict=True)] == names
+    assert "[1/2] 0:0" in progress
+    assert "≥ 4 × best" in out
+    assert "of 4 goals hit" in out
+    assert "--quick: the goals are meant for the full shapes" in out
+    results = Results.load(to)
+    assert [r.label for r in results.records] == names
+    assert all(r.rounds >= measure.MIN_ROUNDS and r.backend in _dispatch.BACKENDS for r in results.records)
+    shown = {"bincount", "index_add fp32", "index_add float64", "verl's loop", "streaming its bytes"}
+    assert results.records[0].others.keys() == shown
+    assert {
+        "device",
+        "threads",
+        "cpu",
+        "isa",
+        "cores",
+        "python",
+        "versions",
+        "commit",
+        "started",
+        "seconds",
+        "quick",
+    } <= results.about.keys()
+    assert results.about["threads"] == 1
+    assert results.about["versions"]["torch"] == torch.__version__
+    assert to.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_results_end_with_1(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(lambda: torch.zeros(4))])
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.7, 0.0, 0.0))
+    assert command.run([], "", device="cpu", quick=False, to=tmp_path / "b.json") == 1
+    out, progress = capsys.readouterr()
+    assert "WRONG RESULTS, not timed: policy_loss/square/fp32/N=4" in out
+    assert "other programs are running here (load 1.7)" in progress
+    assert "[1/1] 0:0" in progress
+    assert "WRONG: policy_loss" in progress
+    assert Results.load(tmp_path / "b.json").records == []
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(), a_case(interrupted)])
+    assert cli.main(["bench", "--json", str(tmp_path / "b.json")]) == 130
+    assert [r.name for r in Results.load(tmp_path / "b.json").records] == ["square"]
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda", "--json", str(tmp_path / "b.json")]) == 2
+    expected = "reinforce-ada: bench: --device cuda; a CUDA device that torch can use; see reinforce-ada doctor\n"
+    assert capsys.readouterr().err == expected
+
+
+# -------------------- results, page, figure
+
+ABOUT = {
+    "started": "2026-01-02", "quick": False, "seconds": 600, "device": "cpu", "cpu": "Some CPU", "isa": "avx2", "cores": 4, "memory_gb": 16,
+    "huge_pages": "always", "system": "Linux x86_64", "python": "3.11.0", "versions": {"torch": "2.13.0"}, "commit": "abc123",
+}  # fmt: skip
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results(ABOUT, [a_record(Goal("speedup", 3.5, "inductor"), Goal("time", 1.2, "reading its bytes"))])
+
+
+def test_results_survive_the_disk(results, tmp_path):
+    results.save(tmp_path / "r.json")
+    loaded = Results.load(tmp_path / "r.json")
+    assert loaded.records == results.records
+    assert loaded.about == {"format": 1, **ABOUT}
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"about": {"format": 1}, "records": [{}]}', '{"about": {"format": 0}, "records": []}'])
+def test_what_is_no_result_is_said(text, tmp_path):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InputError, match=r"bench: .*r.json (holds no results|has format 0)"):
+        Results.load(tmp_path / "r.json")
+    with pytest.raises(InputError, match="holds no results"):
+        Results.load(tmp_path / "absent.json")
+
+
+TEMPLATE = "{{tally}}|{{machine}}|{{goals}}|{{slower}}|{{measured}}|{{absent}}|{{others}}"
+
+
+def test_the_page_has_every_part(results):
+    gpu = dataclasses.replace(results, about={**ABOUT, "device": "Some GPU"})
+    found = page.render(TEMPLATE, results, [gpu])
+    assert found.startswith("1 of 2 goals hit|- device: cpu, one thread\n- processor: Some CPU, 4 cores, 16 GB, kernels for avx2")
+    for part in (
+        "huge pages: always",
+        "| **miss** |",
+        "| numpy | 0.80",
+        "### policy_loss",
+        "- liger: needs a GPU",
+        "### Some GPU, Some CPU",
+        "#### policy_loss",
+    ):
+        assert part in found
+    assert "--quick" not in found
+    assert "not the numbers to quote" in page.render(TEMPLATE, dataclasses.replace(results, about={**ABOUT, "quick": True}))
+    for template in (TEMPLATE.replace("{{goals}}", ""), TEMPLATE + "{{speed}}"):
+        with pytest.raises(InputError, match="the template has"):
+            page.render(template, results)
+
+
+def test_the_summary_goes_between_its_markers(results):
+    readme = f"above\n{page._START}\nold\n{page._END}\nbelow\n"
+    once = page.with_summary(readme, results)
+    assert once.startswith(f"above\n{page._START}\n| operator |")
+    assert once.endswith(f"1 of 2 goals hit.\n{page._END}\nbelow\n")
+    assert "old" not in once
+    assert page.with_summary(once, results) == once
+    with pytest.raises(InputError, match="without its markers"):
+        page.with_summary("nothing", results)
+
+
+def test_the_figure_is_drawn(results, tmp_path):
+    figure.draw(results, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    figure.draw(dataclasses.replace(results, records=[]), tmp_path / "empty.png")
+
+
+def test_the_machine_is_described():
+    found = machine.about("cpu")
+    assert json.loads(json.dumps(found)) == found
+    assert found["cpu"] != "unknown"
+
+
+def test_the_documentation_is_what_the_results_give():
+    """`make bench-docs` writes it."""
+    spec = importlib.util.spec_from_file_location("write_docs", ROOT / "benchmarks/write_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path, text in module.texts().items():
+        assert path.read_text() == text, f"{path.name} is not what make bench-docs writes"
+    assert (ROOT / "docs/benchmarks.png").is_file()
+
+
+def test_every_operator_has_its_pytest_benchmark():
+    found = {path.stem.removeprefix("bench_"): path.read_text() for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert set(found) == set(OPS)
+    assert all(f'OP = "{op}"\n' in text for op, text in found.items())
