@@ -48,9 +48,9 @@ PYBIND11_MODULE(_cpu, m) {
           "grad_row_stride"_a, "num_threads"_a, release_gil());
 
     // group_advantages
-    m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a, "num_groups"_a,
-          "pool"_a, "baseline_values"_a, "class_weights"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a, "out"_a, "num_threads"_a,
-          release_gil());
+    m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "dtype"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a,
+          "num_groups"_a, "pool_count"_a, "pool_mean"_a, "pool_m2"_a, "pool_min"_a, "pool_max"_a, "baseline_values"_a, "class_weights"_a,
+          "baseline"_a, "scale"_a, "ddof"_a, "eps"_a, "keep_single"_a, "out"_a, "num_threads"_a, release_gil());
 
     // policy_loss
     m.def("policy_loss", RA_KERNEL(policy_loss), "logprobs"_a, "advantages"_a, "advantages_per_token"_a, "mask"_a, "float_mask"_a,

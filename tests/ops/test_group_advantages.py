@@ -351,13 +351,14 @@ def test_errors_are_one_line(backend: str, arguments: dict[str, Any], message: s
 
 @native_form
 def test_opcheck(backend: str) -> None:
-    pool = torch.rand(5, 3, dtype=torch.float64)
+    pool = torch.rand(5, 3, dtype=torch.float64).unbind()
     weights = torch.rand(3, 2, dtype=torch.float64)
     rewards, group_of, cu = torch.randn(6), torch.tensor([0, 2, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 6])
+    nothing = (None,) * 7
     for args in (
-        (rewards, group_of, None, None, None, None, None, 0, 0, 1, 1e-6),
-        (rewards, group_of, None, 3, pool, pool[0].contiguous(), weights, 3, 1, 1, 1e-6),
-        (rewards, None, cu, 3, None, None, None, 2, 3, 0, 1e-6),
+        (rewards, group_of, None, None, *nothing, 0, 0, 1, 1e-6, False),
+        (rewards.half(), group_of, None, 3, *pool, pool[0], weights, 3, 1, 1, 1e-6, False),
+        (rewards, None, cu, 3, *nothing, 2, 3, 0, 1e-6, True),
     ):
         torch.library.opcheck(cpu_form._op.op, args)
 
