@@ -21,6 +21,11 @@ py::dict build_info() {
     info["built_isas"] = reinforce_ada::built_isas();
     info["usable_isas"] = reinforce_ada::usable_isas();
     info["selected_isa"] = reinforce_ada::isa_name(reinforce_ada::selected_isa());
+#ifdef __SANITIZE_ADDRESS__
+    info["sanitized"] = true;
+#else
+    info["sanitized"] = false;
+#endif
 #ifdef _OPENMP
     info["openmp"] = true;
 #else

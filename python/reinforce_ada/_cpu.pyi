@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     usable_isas: list[str]
     selected_isa: str
     openmp: bool
+    sanitized: bool
 
 def build_info() -> BuildInfo: ...
 def select_isa(name: str) -> None: ...

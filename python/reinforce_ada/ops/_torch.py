@@ -22,7 +22,7 @@ def is_eager(args: Sequence[Any]) -> bool:
     """Whether a call may pass torch's dispatcher by: nothing traces or transforms it, and every tensor is a plain one."""
     if _traced() or _modes() or _transformed():
         return False
-    for a in args:  # a loop: all() over a generator takes three times as long
+    for a in args:  # noqa: SIM110  all() over a generator takes three times as long
         if type(a) not in _PLAIN and isinstance(a, Tensor):
             return False
     return True

@@ -83,7 +83,8 @@ def group_advantages(
         singleton == "reward",
     )
     # There is no gradient to arrange, so an eager call needs no autograd.Function either.
-    result: Tensor = _forward(*args) if is_eager(args) else _op(*args)
+    run: Any = _forward if is_eager(args) else _op
+    result: Tensor = run(*args)
     return result
 
 
