@@ -69,7 +69,7 @@ RA_INLINE F32 exp2(F32 x) {
     x = max(broadcast(-126.5f), x);
     const F32 shifted = (x - 0.5f) + magic;
     const F32 r = x - (shifted - magic);
-    const F32 power = (F32)(((I32)shifted << 23) + 0x3f800000);
+    const F32 power = (F32)(((U32)shifted << 23) + 0x3f800000);  // unsigned: above 128 it overflows
 #endif
     // Minimax in relative error over [0, 1] with coefficients rounded to fp32: 9.1e-8.
     F32 y = broadcast(0x1.ebd7e2p-10f);

@@ -1,4 +1,4 @@
-"""A pytest plugin for `make test-sanitize`: the sanitized native module in the place of the normal one, and what cannot run with it.
+"""A pytest plugin for `make test-sanitize`: puts the sanitized native module in the place of the normal one, and says so.
 
     python -m pytest -p sanitized tests/ops
 
@@ -12,10 +12,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401  its libgomp first, as in ops._native
+import torch  # noqa: F401  brings its libgomp first, as in ops._native
 
 FOLDER = Path(__file__).parents[2] / "build/sanitize"
-CANNOT_RUN: dict[str, str] = {}  # a test's name, without its parameters, and why
 
 
 def _load() -> Path:
@@ -25,23 +24,21 @@ def _load() -> Path:
     assert spec.loader is not None
     module = sys.modules["reinforce_ada._cpu"] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.build_info()["sanitized"], f"{path} is not sanitized"
     return path
 
 
 PATH = _load()
 
 
-def pytest_report_header() -> str:
+def pytest_sessionstart() -> None:
     from reinforce_ada.ops._native import cpu
 
-    assert cpu.__file__ == str(PATH), "the operators took another native module"
-    return f"sanitized native module: {PATH.relative_to(Path.cwd())}, builds {', '.join(cpu.build_info()['usable_isas'])}"
+    assert cpu.__file__ == str(PATH), f"the operators took {cpu.__file__}"
+    assert cpu.build_info()["sanitized"], f"{PATH} is not sanitized"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    out = [item for item in items if item.name.partition("[")[0] in CANNOT_RUN]
-    items[:] = [item for item in items if item not in out]
-    config.hook.pytest_deselected(items=out)
-    for name in sorted({item.name.partition("[")[0] for item in out}):
-        print(f"deselected {name}: {CANNOT_RUN[name]}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from reinforce_ada.ops._native import cpu
+
+    info = cpu.build_info()
+    terminalreporter.write_line(f"sanitized: {info['sanitized']} ({cpu.__file__}; {info['compiler']}; {', '.join(info['usable_isas'])})")
