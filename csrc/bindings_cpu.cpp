@@ -23,6 +23,11 @@ py::dict build_info() {
     info["built_isas"] = reinforce_ada::built_isas();
     info["usable_isas"] = reinforce_ada::usable_isas();
     info["selected_isa"] = reinforce_ada::isa_name(reinforce_ada::selected_isa());
+#ifdef __SANITIZE_ADDRESS__
+    info["sanitized"] = true;
+#else
+    info["sanitized"] = false;
+#endif
 #ifdef _OPENMP
     info["openmp"] = true;
 #else
@@ -70,9 +75,9 @@ PYBIND11_MODULE(_cpu, m) {
           "width"_a, "hidden_stride"_a, "grad_weight"_a, "first"_a, "num_threads"_a, release_gil());
 
     // group_advantages
-    m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a, "num_groups"_a,
-          "pool"_a, "baseline_values"_a, "class_weights"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a, "out"_a, "num_threads"_a,
-          release_gil());
+    m.def("group_advantages", RA_KERNEL(group_advantages), "rewards"_a, "dtype"_a, "group_of"_a, "cu_seqlens"_a, "num_rows"_a,
+          "num_groups"_a, "pool_count"_a, "pool_mean"_a, "pool_m2"_a, "pool_min"_a, "pool_max"_a, "baseline_values"_a, "class_weights"_a,
+          "baseline"_a, "scale"_a, "ddof"_a, "eps"_a, "keep_single"_a, "out"_a, "num_threads"_a, release_gil());
 
     // policy_loss
     m.def("policy_loss", RA_KERNEL(policy_loss), "logprobs"_a, "logprobs_dtype"_a, "advantages"_a, "advantages_per_token"_a, "mask"_a,

@@ -124,7 +124,7 @@ RA_INLINE Factors exp2_factors(F32 x) {
     y = fma(y, r, broadcast(0x1.ebd6c2p-3f));
     y = fma(y, r, broadcast(0x1.62e4eap-1f));
     y = fma(y, r, broadcast(0x1.fffffep-1f));
-    return {(F32)(((I32)shifted << 23) + 0x3f800000), y};
+    return {(F32)(((U32)shifted << 23) + 0x3f800000), y};  // unsigned: above 128 it overflows
 #endif
 }
 

@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     usable_isas: list[str]
     selected_isa: str
     openmp: bool
+    sanitized: bool
 
 def build_info() -> BuildInfo: ...
 def select_isa(name: str) -> None: ...
@@ -125,17 +126,23 @@ def linear_grad_weight(
 # group_advantages
 def group_advantages(
     rewards: int,
+    dtype: int,
     group_of: int,
     cu_seqlens: int,
     num_rows: int,
     num_groups: int,
-    pool: int,
+    pool_count: int,
+    pool_mean: int,
+    pool_m2: int,
+    pool_min: int,
+    pool_max: int,
     baseline_values: int,
     class_weights: int,
     baseline: int,
     scale: int,
     ddof: int,
     eps: float,
+    keep_single: bool,
     out: int,
     num_threads: int,
 ) -> int: ...

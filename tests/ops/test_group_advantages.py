@@ -15,7 +15,9 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import group_advantages
+from reinforce_ada.ops.group_advantages import CONVENTIONS, conventions
 from reinforce_ada.ops.group_advantages import cpu as cpu_form
+from reinforce_ada.ops.group_advantages.conventions import binary_pool
 from reinforce_ada.types import PoolStats
 
 every_build = pytest.mark.parametrize("backend", builds("group_advantages"), indirect=True)
@@ -44,6 +46,7 @@ def truth(
     class_weights: Tensor | None = None,
     ddof: int = 1,
     eps: float = 1e-6,
+    singleton: str = "zero",
 ) -> Tensor:
     """The definition, one completion at a time, in Python floats. `pools` are the rewards themselves, not their statistics."""
 
@@ -68,6 +71,7 @@ def truth(
         if not isinstance(baseline, Tensor):
             base = group if baseline == "group" else pool
             a = 0.0 if min(base) == max(base) else a
+            a = r[i] if singleton == "reward" and len(base) <= 1 else a
         spread = std({"none": [], "pool": pool, "group": group, "batch": r}[scale])
         a = a if spread is None else a / (spread + eps)
         out.append(a if class_weights is None else a * float(class_weights[g, int(a >= 0)]))
@@ -169,23 +173,91 @@ def test_class_weights_for_the_exact_objective(backend: str) -> None:
     np.testing.assert_allclose(got.numpy(), [0.5, -1 / 6, -1 / 6, -1 / 6], rtol=1e-6)
 
 
-@every_form
-@pytest.mark.parametrize(
-    ("trainer", "arguments", "expected"),
-    [  # rewards 1 0 0 0: mean .25, std .5 (ddof 1) or .4330127 (ddof 0)
-        ("verl grpo", {"scale": "group"}, [0.75 / 0.500001, -0.25 / 0.500001]),
-        ("TRL GRPO", {"scale": "group", "eps": 1e-4}, [0.75 / 0.5001, -0.25 / 0.5001]),
-        ("TRL AsyncGRPO", {"scale": "group", "ddof": 0, "eps": 1e-8}, [math.sqrt(3), -1 / math.sqrt(3)]),
-        ("OpenRLHF group_norm", {"scale": "group", "eps": 1e-9}, [1.5, -0.5]),
-        ("Dr.GRPO", {}, [0.75, -0.25]),
-        ("RLOO", {"baseline": "leave-one-out"}, [1, -1 / 3]),
-        ("Reinforce-Ada", {"pool": pool_of([1, 0, 0, 0, 0, 0, 0, 0])}, [0.875, -0.125]),
-        ("Reinforce-Ada, std", {"pool": pool_of([1, 0, 0, 0, 0, 0, 0, 0]), "scale": "pool"}, [0.875 / 0.3535544, -0.125 / 0.3535544]),
-    ],
-)
-def test_conventions_of_trainers(backend: str, trainer: str, arguments: dict[str, Any], expected: list[float]) -> None:
-    got = group_advantages(torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64), backend=backend, **arguments)
-    np.testing.assert_allclose(got.numpy()[:2], expected, rtol=1e-6, err_msg=trainer)
+# What trainers do. Groups 1 0 0 0 (mean .25, std 1/2, biased sqrt(3)/4), 2 4 (mean 3, std sqrt(2), biased 1), 5 alone, .5 .5
+
+REWARDS = [1.0, 0, 0, 0, 2, 4, 5, 0.5, 0.5]
+GROUPS = [0, 0, 0, 0, 1, 1, 2, 3, 3]
+ROOT_2, ROOT_3 = math.sqrt(2), math.sqrt(3)
+BATCH_STD = math.sqrt((46.5 - 13**2 / 9) / 8)  # of all nine: sum 13, sum of squares 46.5
+
+
+def over(std: tuple[float, float], eps: float, alone: float) -> list[float]:
+    return [0.75 / (std[0] + eps), *[-0.25 / (std[0] + eps)] * 3, -1 / (std[1] + eps), 1 / (std[1] + eps), alone, 0, 0]
+
+
+EXPECTED = {
+    "verl-grpo": over((0.5, ROOT_2), 1e-6, 5),
+    "verl-dr-grpo": over((1, 1), 0, 5),
+    "verl-rloo": [1, -1 / 3, -1 / 3, -1 / 3, -2, 2, 5, 0, 0],
+    "verl-rloo-vectorized": [1, -1 / 3, -1 / 3, -1 / 3, -2, 2, 0, 0, 0],
+    "trl-group": over((0.5, ROOT_2), 1e-4, 0),
+    "trl-batch": over((BATCH_STD, BATCH_STD), 1e-4, 0),
+    "trl-none": over((1, 1), 0, 0),
+    "trl-rloo": [1, -1 / 3, -1 / 3, -1 / 3, -2, 2, 0, 0, 0],
+    "trl-async": over((ROOT_3 / 4, 1), 1e-8, 0),
+    "openrlhf-group-norm": over((0.5, ROOT_2), 1e-9, 0),
+    "openrlhf-dr-grpo": over((1, 1), 0, 0),
+    "openrlhf-rloo": [1, -1 / 3, -1 / 3, -1 / 3, -2, 2, 0, 0, 0],
+    "skyrl-grpo": over((0.5, ROOT_2), 1e-6, 5),
+    "skyrl-rloo": [1, -1 / 3, -1 / 3, -1 / 3, -2, 2, 0, 0, 0],
+    "slime": over((0.5, ROOT_2), 1e-6, 0),
+    "prime-rl": over((1, 1), 0, 0),
+    "reinforce-ada": over((1, 1), 0, 5),  # without a pool of its own a group is its pool
+    "reinforce-ada-std": over((0.5, ROOT_2), 1e-6, 5),
+}
+
+
+@every_build
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_conventions_of_trainers(backend: str, name: str) -> None:
+    order = torch.tensor([8, 1, 4, 6, 0, 2, 5, 3, 7])
+    rewards, groups, expected = torch.tensor(REWARDS), torch.tensor(GROUPS), np.asarray(EXPECTED[name])
+    got = group_advantages(rewards, groups, **CONVENTIONS[name], backend=backend)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=2e-7, err_msg=name)
+    got = group_advantages(rewards[order], groups[order], **CONVENTIONS[name], backend=backend)
+    np.testing.assert_allclose(got.numpy(), expected[order], rtol=2e-7, err_msg=name)
+    got = group_advantages(rewards, cu_seqlens=torch.tensor([0, 4, 6, 7, 9]), **CONVENTIONS[name], backend=backend)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=2e-7, err_msg=name)
+
+
+def test_every_convention_is_described_and_expected() -> None:
+    described = [line.split("|")[1].strip() for line in str(conventions.__doc__).splitlines() if line.startswith("| ")][1:]
+    assert described == list(CONVENTIONS) == list(EXPECTED)
+
+
+@every_build
+def test_the_official_pool_of_zeros_and_ones(backend: str) -> None:
+    """2 of 8 correct: mean 1/4, std sqrt(1.5 / 7). 1 of 2: mean 1/2, std sqrt(1/2), whatever the rewards are. One in all: the reward.
+
+    All correct: official (R - 1) / 2e-6; here 0, since the pool has no signal.
+    """
+    rewards, groups = torch.tensor([1.0, 0, 2, 4, 5, 0.5]), torch.tensor([0, 0, 1, 1, 2, 3])
+    pool = binary_pool([2, 1, 1, 3], [6, 1, 0, 0])
+    got = group_advantages(rewards, groups, pool=pool, **CONVENTIONS["reinforce-ada"], backend=backend)
+    assert got.tolist() == [0.75, -0.25, 1.5, 3.5, 5, 0]
+    got = group_advantages(rewards, groups, pool=pool, **CONVENTIONS["reinforce-ada-std"], backend=backend)
+    a, b = math.sqrt(1.5 / 7) + 1e-6, math.sqrt(0.5) + 1e-6
+    np.testing.assert_allclose(got.numpy(), [0.75 / a, -0.25 / a, 1.5 / b, 3.5 / b, 5, 0], rtol=2e-7)
+
+
+def test_binary_pool() -> None:
+    pool = binary_pool([2, 0, 3, 0], [6, 4, 0, 0])
+    assert [x.tolist() for x in pool] == [[8, 4, 3, 0], [0.25, 0, 1, 0], [1.5, 0, 0, 0], [0, 0, 1, math.inf], [1, 0, 1, -math.inf]]
+
+
+@every_build
+def test_a_singleton_that_keeps_its_reward(backend: str) -> None:
+    """Its baseline is 0; a scale over more than it still divides, and so do class weights multiply."""
+    rewards, groups = torch.tensor([3.0, 1, 5]), torch.tensor([0, 1, 1])
+    keep: dict[str, Any] = {"singleton": "reward", "eps": 0.0, "backend": backend}
+    assert group_advantages(rewards, groups, **keep).tolist() == [3, -2, 2]
+    assert group_advantages(rewards, groups, scale="batch", **keep).tolist() == [1.5, -1, 1]
+    weights = torch.tensor([[1.0, 10], [1, 1]])
+    assert group_advantages(rewards, groups, class_weights=weights, **keep).tolist() == [30, -2, 2]
+    pool = pool_of([3.0, 1], [5.0])
+    assert group_advantages(rewards, groups, pool=pool, **keep).tolist() == [1, 1, 5]
+    assert group_advantages(rewards, groups, pool=pool, baseline="group", **keep).tolist() == [3, -2, 2]
+    assert group_advantages(rewards, groups, baseline=torch.tensor([1.0, 1]), **keep).tolist() == [2, 0, 4]
 
 
 # Every form against the definition
@@ -216,16 +288,22 @@ def test_conforms(backend: str, baseline: str, scale: str, order: str) -> None:
             where = {"cu_seqlens": torch.cat([torch.zeros(1), torch.bincount(group_of, minlength=groups).cumsum(0)]).int()}
         values = torch.linspace(-1, 1, groups, dtype=torch.float64)
         weights = torch.rand(groups, 2, dtype=torch.float64)
-        for around, class_weights in ((None, None), (pools, None), (pools, weights)):
+        for around, class_weights, singleton in (
+            (None, None, "zero"),
+            (None, weights, "reward"),
+            (pools, None, "reward"),
+            (pools, weights, "zero"),
+        ):
             arguments: dict[str, Any] = {
                 "pool": None if around is None else pool_of(*around),
                 "baseline": values if baseline == "values" else baseline,
                 "scale": scale,
                 "class_weights": class_weights,
+                "singleton": singleton,
             }
             got = group_advantages(rewards, **where, **arguments, backend=backend)
             plain = group_advantages(rewards, **where, **arguments, backend="reference")
-            exact = truth(rewards, group_of, around, arguments["baseline"], scale, class_weights)
+            exact = truth(rewards, group_of, around, arguments["baseline"], scale, class_weights, singleton=singleton)
             assert_no_worse(got, exact, plain, 1e-6 * exact.abs().max().item(), f"{rows} rows, {groups} groups")
             double = group_advantages(rewards.double(), **where, **arguments)
             assert double.dtype == torch.float64
@@ -256,6 +334,7 @@ def test_threads_memory_and_repetition_change_nothing(backend: str) -> None:
         for pooled in (None, pool):
             for scale in SCALES:
                 assert_repeatable(lambda g=group_of, p=pooled, s=scale: [group_advantages(rewards, g, pool=p, scale=s, backend=backend)])
+        assert_repeatable(lambda g=group_of: [group_advantages(rewards.to(d), g, backend=backend) for d in (torch.bfloat16, torch.float16)])
 
 
 @native_form
@@ -276,6 +355,74 @@ def test_many_groups_in_any_order(backend: str) -> None:
             exact = group_advantages(rewards.double(), group_of, **arguments)
             torch.testing.assert_close(got.double(), exact, rtol=2e-7, atol=1e-9)
         assert_repeatable(lambda g=group_of: [group_advantages(rewards, g, scale="group", backend=backend)])
+
+
+@every_build
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    """The statistics are those of the rounded rewards in float64; the advantage is rounded once."""
+    for rows, groups in ((1, 1), (37, 5), (4100, 700)):
+        rewards = (torch.randn(rows) * 3).to(dtype)
+        shuffled = torch.randint(groups, (rows,))
+        for group_of in (shuffled, shuffled.sort().values):
+            for baseline, scale in (("pool", "none"), ("leave-one-out", "batch"), ("group", "group")):
+                got = group_advantages(rewards, group_of, baseline=baseline, scale=scale, backend=backend)
+                assert got.dtype == dtype
+                exact = group_advantages(rewards.double(), group_of, baseline=baseline, scale=scale)
+                assert_no_worse(got, exact, exact.to(dtype), 1e-7, f"{rows} rows, {baseline}, {scale}")
+    one = torch.tensor([1.0, 0, 0, 0], dtype=dtype)
+    assert group_advantages(one, torch.zeros(4, dtype=torch.int64), backend=backend).tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+@native_form
+def test_nearly_sorted(backend: str) -> None:
+    """Rows that look sorted until the end, where the work so far is done again in any order."""
+    rewards = torch.randn(3001)
+    group_of = torch.arange(3001) // 7
+    group_of[-1] = 3
+    for scale in SCALES:
+        got = group_advantages(rewards, group_of, scale=scale, backend=backend)
+        torch.testing.assert_close(got.double(), group_advantages(rewards.double(), group_of, scale=scale), rtol=2e-7, atol=1e-9)
+
+
+@native_form
+def test_more_groups_than_rows(backend: str) -> None:
+    """Numbers far beyond the rows: the table is made again with room for them."""
+    rewards, group_of = torch.randn(150_001), torch.randint(400_000, (150_001,))
+    got = group_advantages(rewards, group_of, baseline="leave-one-out", backend=backend)
+    exact = group_advantages(rewards.double(), group_of, baseline="leave-one-out")
+    torch.testing.assert_close(got.double(), exact, rtol=2e-7, atol=1e-9)
+    group_of[-1] = -1
+    with pytest.raises(InputError, match=r"group_of\[150000\] = -1"):
+        group_advantages(rewards, group_of, backend=backend)
+
+
+rewards_of_any_size = st.sampled_from([0.0, 0.1, 1.0, -3.5, 1e-40, -2e30, 1e30])
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 7), rewards_of_any_size), min_size=1, max_size=60),
+    sort=st.booleans(),
+    baseline=st.sampled_from(["pool", "group", "leave-one-out"]),
+    scale=st.sampled_from(SCALES),
+    singleton=st.sampled_from(["zero", "reward"]),
+)
+def test_any_groups(rows: list[tuple[int, float]], sort: bool, baseline: str, scale: str, singleton: str) -> None:
+    """Ragged and empty groups, ties, signs and sizes in any order: the definition, up to rounding in each group."""
+    rows = sorted(rows, key=lambda row: row[0]) if sort else rows
+    group_of, rewards = torch.tensor([g for g, _ in rows]), torch.tensor([r for _, r in rows])
+    got = group_advantages(rewards, group_of, baseline=baseline, scale=scale, singleton=singleton).double()
+    exact = truth(rewards, group_of, None, baseline, scale, singleton=singleton)
+    for g in group_of.unique():
+        own = group_of == g
+        assert (got[own] - exact[own]).abs().max() <= 1e-6 * exact[own].abs().max() + 2e-45  # the smallest fp32
+        if rewards[own].min() == rewards[own].max() and not (singleton == "reward" and own.sum() == 1):
+            assert got[own].tolist() == [0.0] * int(own.sum())
+    if sort:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(group_of, minlength=8).cumsum(0)])
+        packed = group_advantages(rewards, cu_seqlens=offsets, baseline=baseline, scale=scale, singleton=singleton)
+        assert torch.equal(packed.double(), got)
 
 
 @settings(deadline=None, max_examples=60)
@@ -334,8 +481,12 @@ def test_edges(backend: str) -> None:
         ({"class_weights": torch.zeros(2)}, r"class_weights is \[2\] float32 on cpu; \[G, 2\]"),
         ({"baseline": "pol"}, "unknown baseline 'pol'; known: group, leave-one-out, pool; did you mean 'pool'"),
         ({"scale": "std"}, "unknown scale 'std'"),
-        ({"ddof": -1}, "ddof=-1, eps=1e-06; both at least 0"),
+        ({"singleton": "rewards"}, "unknown singleton 'rewards'; known: reward, zero; did you mean 'reward'"),
+        ({"ddof": -1}, "ddof=-1, eps=1e-06; both at least 0, ddof an integer and eps finite"),
+        ({"ddof": 0.5}, "ddof=0.5"),
         ({"eps": math.nan}, "eps=nan"),
+        ({"eps": math.inf}, "eps=inf"),
+        ({"group_of": torch.zeros(4, dtype=torch.int64, device="meta")}, "group_of is .* on meta; .* on cpu"),
         ({"backend": "gpu"}, "unknown backend 'gpu'"),
     ],
 )
@@ -351,13 +502,14 @@ def test_errors_are_one_line(backend: str, arguments: dict[str, Any], message: s
 
 @native_form
 def test_opcheck(backend: str) -> None:
-    pool = torch.rand(5, 3, dtype=torch.float64)
+    pool = torch.rand(5, 3, dtype=torch.float64).unbind()
     weights = torch.rand(3, 2, dtype=torch.float64)
     rewards, group_of, cu = torch.randn(6), torch.tensor([0, 2, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 6])
+    nothing = (None,) * 7
     for args in (
-        (rewards, group_of, None, None, None, None, None, 0, 0, 1, 1e-6),
-        (rewards, group_of, None, 3, pool, pool[0].contiguous(), weights, 3, 1, 1, 1e-6),
-        (rewards, None, cu, 3, None, None, None, 2, 3, 0, 1e-6),
+        (rewards, group_of, None, None, *nothing, 0, 0, 1, 1e-6, False),
+        (rewards.half(), group_of, None, 3, *pool, pool[0], weights, 3, 1, 1, 1e-6, False),
+        (rewards, None, cu, 3, *nothing, 2, 3, 0, 1e-6, True),
     ):
         torch.library.opcheck(cpu_form._op.op, args)
 

@@ -1,13 +1,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "common/huge_pages.h"
 #include "common/scratch.h"
 #include "common/parallel.h"
+#include "common/simd.h"
 #include "ops/group_advantages/group_advantages.h"
 
 namespace reinforce_ada::RA_ISA {
@@ -15,170 +16,336 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kSums = 8;       // independent sums of a long run: one double addition takes 4 cycles to come back
-constexpr int64_t kBlock = 8192;   // rows of one partial sum over the batch; fixed, so that threads do not change the result
-constexpr int64_t kPieces = 16;    // of the rows, when they are dealt out; fixed for the same reason
-constexpr int64_t kStagger = 152;  // rows between buckets: equally full ones would start in the same cache set
+constexpr int64_t kBlock = 4096;             // rows of one partial sum over the batch; fixed, so that threads do not change the result
+constexpr int64_t kNear = int64_t{1} << 19;  // bytes of a table that stays in the L2 cache
+constexpr int64_t kAhead = 32;               // rows a table is prefetched ahead: as many misses as a core can have in flight
+
+// As many rows, or groups, at a time as a register holds in double.
+constexpr int64_t kWide = kLanes / 2;
+typedef double F64 __attribute__((vector_size(8 * kWide)));
+typedef std::int64_t I64 __attribute__((vector_size(8 * kWide)));
+typedef float Half __attribute__((vector_size(4 * kWide)));
+typedef double Two __attribute__((vector_size(16)));
+
+// Said in intrinsics because compilers take vectors apart to convert them.
+RA_INLINE F64 widen(Half v) {
+#if defined(__AVX512F__)
+    return _mm512_cvtps_pd(v);
+#elif defined(__AVX2__)
+    return _mm256_cvtps_pd(v);
+#else
+    return __builtin_convertvector(v, F64);
+#endif
+}
+
+RA_INLINE Half narrow(F64 v) {
+#if defined(__AVX512F__)
+    return _mm512_cvtpd_ps(v);
+#elif defined(__AVX2__)
+    return _mm256_cvtpd_ps(v);
+#else
+    return __builtin_convertvector(v, Half);
+#endif
+}
+
+RA_INLINE F64 load_wide(const float* r) {
+    Half v;
+    std::memcpy(&v, r, sizeof v);
+    return widen(v);
+}
+
+// As many of r[0], r[1], ... as exist, `left`, and zeros.
+RA_INLINE F64 load_wide(const float* r, int64_t left) {
+    if (left >= kWide) return load_wide(r);
+    float buffer[kWide] = {};
+    for (int64_t k = 0; k < left; ++k) buffer[k] = r[k];
+    return load_wide(buffer);
+}
+
+RA_INLINE F64 gather(const double* p, const int64_t* at) {
+    F64 v{};
+    for (int64_t k = 0; k < kWide; ++k) v[k] = p[at[k]];
+    return v;
+}
+
+RA_INLINE F64 sqrt_each(F64 v) {
+    double x[kWide];
+    std::memcpy(x, &v, sizeof x);
+    for (double& y : x) y = std::sqrt(y);
+    std::memcpy(&v, x, sizeof x);
+    return v;
+}
+
+RA_INLINE double sum_of(F64 v) {
+#if defined(__AVX512F__)
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+#elif defined(__AVX2__)
+    const __m256d four = v;
+#endif
+#if defined(__AVX2__)
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return two[0] + two[1];
+#else
+    return v[0] + v[1];
+#endif
+}
+
+// Whether ids[0] to ids[kWide - 1] are all `id`.
+RA_INLINE bool all_are(const int64_t* ids, int64_t id) {
+#if defined(__AVX512F__)
+    return _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(ids), _mm512_set1_epi64(id)) == 0;
+#elif defined(__AVX2__)
+    const __m256i other = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)), _mm256_set1_epi64x(id));
+    return _mm256_testz_si256(other, other);
+#else
+    return ids[0] == id && ids[1] == id;
+#endif
+}
 
 // Sums of r - shift, where shift is one of the summed rewards: equal rewards then give sum = square = 0 exactly, and the centred
 // second moment square - sum^2 / count loses at most a factor `count` to cancellation.
-struct alignas(32) Moments {
-    double shift, sum, square;
-    int64_t count;
-
-    double mean() const { return shift + sum / static_cast<double>(count); }
-    double m2() const { return std::max(square - sum * sum / static_cast<double>(count), 0.0); }
+struct Moments {
+    double shift, sum, square, count;
 };
 
-inline void add(Moments& m, double r) {
-    const double shift = m.count ? m.shift : r;
-    const double d = r - shift;
-    m = {shift, m.sum + d, m.square + d * d, m.count + 1};
+// Of `count` rewards at r, of which `left` >= count may be read. Without squares there is no need of a shift: n equal fp32 add up
+// exactly in double for n < 2^29.
+template <bool kSquares>
+RA_INLINE Moments moments_of(const float* r, int64_t count, int64_t left) {
+    const double shift = kSquares ? r[0] : 0;
+    F64 sum{}, square{};
+    int64_t i = 0;
+    for (; i + kWide <= count; i += kWide) {
+        const F64 d = load_wide(r + i) - shift;
+        sum += d;
+        if (kSquares) square += d * d;
+    }
+    if (i < count) {
+        I64 lane{};
+        for (int64_t k = 0; k < kWide; ++k) lane[k] = k;
+        const F64 d = lane < count - i ? load_wide(r + i, left - i) - shift : F64{};
+        sum += d;
+        if (kSquares) square += d * d;
+    }
+    return {shift, sum_of(sum), kSquares ? sum_of(square) : 0, static_cast<double>(count)};
 }
 
-Moments moments_of(const float* r, int64_t count, double shift) {
-    if (count < 2 * kSums) {  // most groups: setting up and joining eight sums would take longer than adding the few rows
-        Moments m{shift, 0, 0, count};
-        for (int64_t i = 0; i < count; ++i) {
-            const double d = r[i] - shift;
-            m.sum += d;
-            m.square += d * d;
-        }
-        return m;
+// The moments of as many groups.
+class WideMoments {
+  public:
+    void set(int64_t k, const Moments& m) { shift_[k] = m.shift, sum_[k] = m.sum, square_[k] = m.square, count_[k] = m.count; }
+    F64 count() const { return all(count_); }
+    F64 mean() const { return all(shift_) + all(sum_) / count(); }
+    F64 m2() const {
+        const F64 m2 = all(square_) - all(sum_) * all(sum_) / count();
+        return m2 < 0 ? F64{} : m2;
     }
-    double sum[kSums] = {}, square[kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums <= count; i += kSums)
-        for (int64_t k = 0; k < kSums; ++k) {
-            const double d = r[i + k] - shift;
-            sum[k] += d;
-            square[k] += d * d;
-        }
-    for (int64_t k = 0; i < count; ++i, ++k) {
-        const double d = r[i] - shift;
-        sum[k] += d;
-        square[k] += d * d;
+    I64 spread() const { return all(square_) != 0; }
+
+  private:
+    static F64 all(const double* values) {
+        F64 v;
+        std::memcpy(&v, values, sizeof v);
+        return v;
     }
-    Moments m{shift, 0, 0, count};
-    for (int64_t k = 0; k < kSums; ++k) m.sum += sum[k], m.square += square[k];
-    return m;
-}
+
+    double shift_[kWide] = {}, sum_[kWide] = {}, square_[kWide] = {}, count_[kWide] = {};
+};
 
 // advantage = (reward - center) * factor, then the class weight.
 struct Affine {
     double center, factor;
 };
 
-double divisor(double count, double m2, bool spread, int64_t ddof, double eps) {
-    const double degrees = count - static_cast<double>(ddof);
-    return degrees > 0 && spread ? std::sqrt(m2 / degrees) + eps : 1.0;
+struct WideAffine {
+    F64 center, factor;
+
+    Affine operator[](int64_t k) const { return {center[k], factor[k]}; }
+};
+
+struct Pool {
+    const double *count, *mean, *m2, *min, *max;
+};
+
+RA_INLINE F64 divisor(F64 count, F64 m2, I64 spread, double ddof, double eps) {
+    const F64 degrees = count - ddof, one = F64{} + 1.0;
+    return (degrees > 0) & spread ? sqrt_each(m2 / degrees) + eps : one;
 }
 
-// What the advantages of one group need, out of its own moments and its pool.
+// What the advantages of a group need, out of its own moments and its pool.
 class Rule {
   public:
-    Rule(const double* pool, int64_t num_groups, const double* values, const double* class_weights, Baseline baseline, Scale scale,
-         int64_t ddof, double eps)
+    Rule(const Pool& pool, const double* values, const double* class_weights, Baseline baseline, Scale scale, int64_t ddof, double eps,
+         bool keep_single)
         : pool_(pool),
-          groups_(num_groups),
           values_(values),
           weights_(class_weights),
           baseline_(baseline),
           scale_(scale),
-          ddof_(ddof),
+          pooled_(pool.min && baseline != Baseline::group),
+          keep_single_(keep_single),
+          ddof_(static_cast<double>(ddof)),
           eps_(eps) {}
 
-    bool needs_moments() const {
-        const bool reads_pool = baseline_ == Baseline::pool || baseline_ == Baseline::leave_one_out || scale_ == Scale::pool;
-        return baseline_ == Baseline::group || scale_ == Scale::group || (reads_pool && !pool_);
+    bool needs_moments() const { return needs_squares() || !(pooled_ || baseline_ == Baseline::values); }
+
+    bool needs_squares() const { return scale_ == Scale::group || (scale_ == Scale::pool && !pool_.min); }
+
+    void set_batch(const Moments& m) {
+        WideMoments all;
+        all.set(0, m);
+        batch_ = divisor(all.count(), all.m2(), all.spread(), ddof_, eps_)[0];
     }
 
-    bool needs_squares() const { return scale_ == Scale::group || (scale_ == Scale::pool && !pool_); }
-
-    void set_batch(const Moments& m) { batch_ = divisor(static_cast<double>(m.count), m.m2(), m.square != 0, ddof_, eps_); }
-
-    Affine operator()(int64_t g, const Moments& own) const {
-        const bool pooled = pool_ && baseline_ != Baseline::group;
-        Affine a{0, 1};
-        if (baseline_ == Baseline::values) {
-            a.center = values_[g];
-        } else {
-            // Moments of equal rewards give center == reward exactly; a pool given as numbers may be off by rounding.
-            if (pooled && pool(3, g) == pool(4, g)) a.factor = 0;
-            a.center = pooled ? pool(1, g) : own.mean();
-        }
-        if (baseline_ == Baseline::leave_one_out) {
-            // r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
-            const double n = pooled ? pool(0, g) : static_cast<double>(own.count);
-            a.factor *= n > 1 ? n / (n - 1) : 0;
-        }
-        if (scale_ == Scale::batch) a.factor /= batch_;
+    // For the groups g[0] to g[kWide - 1].
+    inline __attribute__((always_inline)) WideAffine operator()(const int64_t* g, const WideMoments& own) const {
+        WideAffine a = baseline_ == Baseline::values ? WideAffine{gather(values_, g), F64{} + 1.0} : center(g, own);
         if (needs_squares())
-            a.factor /= divisor(static_cast<double>(own.count), own.m2(), own.square != 0, ddof_, eps_);
+            a.factor /= divisor(own.count(), own.m2(), own.spread(), ddof_, eps_);
         else if (scale_ == Scale::pool)
-            a.factor /= divisor(pool(0, g), pool(2, g), pool(3, g) != pool(4, g), ddof_, eps_);
+            a.factor /= divisor(gather(pool_.count, g), gather(pool_.m2, g), spread(g), ddof_, eps_);
+        else if (scale_ == Scale::batch)
+            a.factor /= batch_;
         return a;
     }
 
-    float advantage(double reward, int64_t g, const Affine& a) const {
-        const double x = (reward - a.center) * a.factor + 0.0;  // + 0.0: an advantage of zero has no sign
+    inline __attribute__((always_inline)) Half advantages(F64 rewards, int64_t g, const Affine& a) const {
+        F64 x = (rewards - a.center) * a.factor + 0.0;  // + 0.0: an advantage of zero has no sign
+        if (weights_) x *= x >= 0 ? F64{} + weights_[2 * g + 1] : F64{} + weights_[2 * g];
+        return narrow(x);
+    }
+
+    inline __attribute__((always_inline)) float advantage(double reward, int64_t g, const Affine& a) const {
+        const double x = (reward - a.center) * a.factor + 0.0;
         return static_cast<float>(weights_ ? x * weights_[2 * g + (x >= 0)] : x);
     }
 
-    void advantages(const float* r, int64_t count, int64_t g, const Affine& a, float* out) const {
-        for (int64_t i = 0; i < count; ++i) out[i] = advantage(r[i], g, a);
+  private:
+    inline __attribute__((always_inline)) WideAffine center(const int64_t* g, const WideMoments& own) const {
+        WideAffine a{pooled_ ? gather(pool_.mean, g) : own.mean(), F64{} + 1.0};
+        // Moments of equal rewards give center == reward exactly; a pool given as numbers may be off by rounding.
+        if (pooled_) a.factor = spread(g) ? a.factor : F64{};
+        if (baseline_ == Baseline::leave_one_out || keep_single_) {
+            const F64 count = pooled_ ? gather(pool_.count, g) : own.count();
+            // r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
+            if (baseline_ == Baseline::leave_one_out) a.factor *= count > 1 ? count / (count - 1) : F64{};
+            if (keep_single_) a = {count <= 1 ? F64{} : a.center, count <= 1 ? F64{} + 1.0 : a.factor};
+        }
+        return a;
     }
 
-  private:
-    double pool(int row, int64_t g) const { return pool_[row * groups_ + g]; }
+    inline __attribute__((always_inline)) I64 spread(const int64_t* g) const { return gather(pool_.min, g) != gather(pool_.max, g); }
 
-    const double* pool_;
-    int64_t groups_;
+    Pool pool_;
     const double *values_, *weights_;
     Baseline baseline_;
     Scale scale_;
-    int64_t ddof_;
-    double eps_, batch_ = 1;
+    bool pooled_, keep_single_;
+    double ddof_, eps_, batch_ = 1;
 };
 
+// Of all rewards; the blocks have shifts of their own, which join as means do.
 Moments batch_moments(const float* rewards, int64_t rows, int num_threads) {
     const int64_t blocks = (rows + kBlock - 1) / kBlock;
     std::vector<Moments> partial(static_cast<std::size_t>(blocks));
-    const double shift = rewards[0];
     parallel_for(blocks, rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) partial[b] = moments_of(rewards + b * kBlock, std::min(kBlock, rows - b * kBlock), shift);
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t left = rows - b * kBlock;
+            partial[b] = moments_of<true>(rewards + b * kBlock, std::min(kBlock, left), left);
+        }
     });
-    Moments total{shift, 0, 0, rows};
-    for (const Moments& m : partial) total.sum += m.sum, total.square += m.square;
+    Moments total{rewards[0], 0, 0, static_cast<double>(rows)};
+    for (const Moments& m : partial) {
+        const double moved = m.shift - total.shift;
+        total.square += m.square + moved * (2 * m.sum + moved * m.count);
+        total.sum += m.sum + moved * m.count;
+    }
     return total;
 }
 
-bool is_sorted(const int64_t* ids, int64_t rows, int num_threads) {
-    std::atomic<bool> sorted{true};
-    parallel_for(rows, rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = std::max<int64_t>(begin, 1); i < end && sorted.load(std::memory_order_relaxed);) {
-            const int64_t stop = std::min(i + kBlock, end);
-            bool descends = false;
-            for (; i < stop; ++i) descends |= ids[i] < ids[i - 1];
-            if (descends) sorted.store(false, std::memory_order_relaxed);
+// Rewards and advantages of a call, fp32.
+struct Rows {
+    const float* rewards;
+    float* out;
+    int64_t count;
+};
+
+// Groups whose rows lie together, so many at a time: the divisions and roots of a register take as long as those of two groups.
+template <bool kSquares>
+class Together {
+  public:
+    // Advantages are written a register at a time, past the end of their group too but not past `limit`: up to there the groups that
+    // follow overwrite them.
+    Together(const Rule& rule, const Rows& rows, int64_t limit) : rule_(rule), rows_(rows), limit_(limit) {}
+
+    inline __attribute__((always_inline)) void add(int64_t g, int64_t begin, int64_t stop) {
+        g_[held_] = g, begin_[held_] = begin, stop_[held_] = stop;
+        if (rule_.needs_moments()) own_.set(held_, moments_of<kSquares>(rows_.rewards + begin, stop - begin, rows_.count - begin));
+        if (++held_ == kWide) flush();
+    }
+
+    void flush() {
+        const WideAffine a = rule_(g_, own_);
+        for (int64_t k = 0; k < held_; ++k) write(g_[k], begin_[k], stop_[k], a[k]);
+        held_ = 0;
+    }
+
+  private:
+    inline __attribute__((always_inline)) void write(int64_t g, int64_t begin, int64_t stop, const Affine& a) {
+        for (int64_t i = begin; i < stop; i += kWide) {
+            const Half y = rule_.advantages(load_wide(rows_.rewards + i, rows_.count - i), g, a);
+            if (i + kWide <= limit_)
+                std::memcpy(rows_.out + i, &y, sizeof y);
+            else
+                for (int64_t k = 0; k < std::min(kWide, stop - i); ++k) rows_.out[i + k] = y[k];
         }
+    }
+
+    const Rule& rule_;
+    const Rows rows_;
+    const int64_t limit_;
+    int64_t held_ = 0, g_[kWide] = {}, begin_[kWide], stop_[kWide];
+    WideMoments own_;
+};
+
+template <bool kSquares>
+void packed_rows(const Rule& rule, const Rows& rows, const int64_t* cu_seqlens, int64_t num_groups, int num_threads) {
+    parallel_for(num_groups, rows.count, num_threads, [&](int64_t begin, int64_t end) {
+        Together<kSquares> groups(rule, rows, cu_seqlens[end]);
+        for (int64_t g = begin; g < end; ++g)
+            if (cu_seqlens[g] < cu_seqlens[g + 1]) groups.add(g, cu_seqlens[g], cu_seqlens[g + 1]);
+        groups.flush();
+    });
+}
+
+// Where group numbers never descend, each run is summed and written while it is in cache. False, and `out` is half written, where they
+// do descend or leave [0, num_groups): that is found on the way, since reading them in advance would take half as long again.
+template <bool kSquares>
+bool sorted_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t num_groups, int num_threads) {
+    const auto above = static_cast<std::uint64_t>(num_groups < 0 ? std::numeric_limits<int64_t>::max() : num_groups);
+    std::atomic<bool> sorted{true};
+    parallel_for(rows.count, rows.count, num_threads, [&](int64_t begin, int64_t end) {
+        Together<kSquares> groups(rule, rows, end);
+        while (begin > 0 && begin < end && ids[begin] == ids[begin - 1]) ++begin;  // that run belongs to the piece before
+        while (begin < end) {
+            const int64_t g = ids[begin];
+            int64_t stop = begin;
+            while (stop + kWide <= rows.count && all_are(ids + stop, g)) stop += kWide;
+            while (stop < rows.count && ids[stop] == g) ++stop;
+            if (static_cast<std::uint64_t>(g) >= above || (stop < rows.count && ids[stop] < g)) return sorted.store(false);
+            groups.add(g, begin, stop);
+            begin = stop;
+        }
+        groups.flush();
     });
     return sorted.load();
 }
 
 // As unsigned numbers, where a negative one is larger than any group.
-std::uint64_t largest(const int64_t* ids, int64_t rows, int num_threads) {
-    const int64_t blocks = (rows + kBlock - 1) / kBlock;
-    std::vector<std::uint64_t> partial(static_cast<std::size_t>(blocks));
-    parallel_for(blocks, rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-            std::uint64_t m = 0;
-            for (int64_t i = b * kBlock, stop = std::min(i + kBlock, rows); i < stop; ++i)
-                m = std::max(m, static_cast<std::uint64_t>(ids[i]));
-            partial[b] = m;
-        }
-    });
-    return *std::max_element(partial.begin(), partial.end());
+std::uint64_t largest(const int64_t* ids, int64_t count) {
+    std::uint64_t m = 0;
+    for (int64_t i = 0; i < count; ++i) m = std::max(m, static_cast<std::uint64_t>(ids[i]));
+    return m;
 }
 
 int64_t first_outside(const int64_t* ids, int64_t rows, int64_t num_groups) {
@@ -192,170 +359,165 @@ int64_t first_wrong_offset(const int64_t* cu_seqlens, int64_t num_groups, int64_
     return cu_seqlens[num_groups] == rows ? -1 : num_groups;
 }
 
-void one_group(const Rule& rule, const float* rewards, int64_t count, int64_t g, float* out) {
-    if (count == 0) return;
-    Moments own{};
-    if (rule.needs_moments()) own = moments_of(rewards, count, rewards[0]);
-    rule.advantages(rewards, count, g, rule(g, own), out);
-}
+// Rows in any order, by a table of two doubles a group: first sum and count of its rewards, then mean and sum of squares about it, then
+// center and factor of its advantages. Each step is one random access a row. Sums of fp32 rewards need no shift in double: n equal
+// ones add up exactly for n < 2^29.
+//
+// Prefetched and in huge pages, 4M rows of 512k groups take 7 ms a step. Dealing the rows out to buckets of groups whose sums fit the
+// L2 cache first took 26 in all, for the scratch memory it moves; one step fewer with squares from a first reward, in 32 bytes a group,
+// takes 18 to 35 ms for it, by how much of the L3 cache the neighbours leave.
+class Table {
+  public:
+    Table(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t room)
+        : rule_(rule), rows_(rows), ids_(ids), room_(room), table_(2 * room) {}
 
-// A group's rows lie together: each run is summed and written while it is in cache.
-void sorted_rows(const Rule& rule, const float* rewards, const int64_t* ids, int64_t rows, float* out, int num_threads) {
-    parallel_for(rows, rows, num_threads, [&](int64_t begin, int64_t end) {
-        while (begin > 0 && begin < end && ids[begin] == ids[begin - 1]) ++begin;  // that run belongs to the piece before
-        while (begin < end) {
-            int64_t stop = begin + 1;
-            while (stop < rows && ids[stop] == ids[begin]) ++stop;
-            one_group(rule, rewards + begin, stop - begin, ids[begin], out + begin);
-            begin = stop;
+    // On one thread, in row order; the group numbers of a block are looked at before they are used. False where one is outside
+    // [0, room).
+    bool add_up() {
+        std::uint64_t most = 0;
+        for (int64_t begin = 0; begin < rows_.count; begin += kBlock) {
+            const int64_t end = std::min(begin + kBlock, rows_.count);
+            most = std::max(most, largest(ids_ + begin, end - begin));
+            if (most >= static_cast<std::uint64_t>(room_)) return false;
+            if (rule_.needs_moments()) each(begin, end, [&](int64_t i, int64_t, double* entry) { add(entry, rows_.rewards[i], 1); });
         }
-    });
-}
-
-// Rows in any order: one random access a row to add it up, one to read its group's result back from the same 16 or 32 bytes.
-// Sums of fp32 rewards need no shift in double (n equal ones add up exactly for n < 2^29), which halves the table where no square
-// is needed.
-struct alignas(16) Sums {
-    double sum, count;
-
-    void add(double r) { sum += r, count += 1; }
-    Moments moments() const { return {0, sum, 0, static_cast<int64_t>(count)}; }
-    void settle(const Affine& a) { sum = a.center, count = a.factor; }
-    Affine settled() const { return {sum, count}; }
-};
-
-struct alignas(32) ShiftedSums {
-    double shift, count, sum, square;
-
-    void add(double r) {
-        shift = count == 0 ? r : shift;
-        const double d = r - shift;
-        count += 1, sum += d, square += d * d;
+        groups_ = static_cast<int64_t>(most) + 1;
+        return true;
     }
-    Moments moments() const { return {shift, sum, square, static_cast<int64_t>(count)}; }
-    void settle(const Affine& a) { shift = a.center, count = a.factor; }
-    Affine settled() const { return {shift, count}; }
-};
 
-// The table fits the L2 cache. One thread adds up, at about 1 ns a row: out-of-order execution overlaps the accesses.
-template <class Slot>
-void few_groups(const Rule& rule, const float* rewards, const int64_t* ids, int64_t rows, int64_t groups, float* out, int num_threads) {
-    std::vector<Slot> slots(static_cast<std::size_t>(groups));
-    if (rule.needs_moments())
-        for (int64_t i = 0; i < rows; ++i) slots[ids[i]].add(rewards[i]);
-    for (int64_t g = 0; g < groups; ++g) slots[g].settle(rule(g, slots[g].moments()));
-    parallel_for(rows, rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) out[i] = rule.advantage(rewards[i], ids[i], slots[ids[i]].settled());
-    });
-}
-
-// Groups of a bucket: 512 kB of sums, half of an L2 cache.
-template <class Slot>
-constexpr int bucket_bits() {
-    return sizeof(Slot) == 16 ? 15 : 14;
-}
-
-struct Row {
-    std::uint32_t in_bucket;
-    float value;  // the reward, then the advantage
-};
-
-// Where the table would not fit the L2 cache, rows are first dealt out, in row order, to buckets of groups that do; every pass then
-// streams. Adding up 4M rows of 512k groups straight into the table took 20 ms on a quiet machine and 100 ms beside others.
-template <class Slot>
-void many_groups(const Rule& rule, const float* rewards, const int64_t* ids, int64_t rows, int64_t groups, float* out, int num_threads) {
-    constexpr int kBits = bucket_bits<Slot>();
-    constexpr int64_t kInBucket = int64_t{1} << kBits;
-    const int64_t buckets = (groups + kInBucket - 1) >> kBits;
-    const auto for_pieces = [&](const auto& body) {  // body(piece, first row, end)
-        parallel_for(kPieces, rows, num_threads, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) body(p, rows * p / kPieces, rows * (p + 1) / kPieces);
-        });
-    };
-    std::vector<int64_t> starts(static_cast<std::size_t>(kPieces * buckets));  // where each piece's rows of a bucket go
-    std::vector<int64_t> firsts(static_cast<std::size_t>(buckets)), ends(firsts);
-    for_pieces([&](int64_t p, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) ++starts[p * buckets + (ids[i] >> kBits)];
-    });
-    int64_t at = 0;
-    for (int64_t b = 0; b < buckets; ++b) {
-        firsts[b] = at;
-        for (int64_t p = 0; p < kPieces; ++p) at += std::exchange(starts[p * buckets + b], at);
-        ends[b] = at;
-        at += kStagger;
-    }
-    const auto starts_of = [&](int64_t p) {
-        return std::vector<int64_t>(starts.begin() + p * buckets, starts.begin() + (p + 1) * buckets);
-    };
-
-    Scratch<Row> dealt(at);
-    for_pieces([&](int64_t p, int64_t begin, int64_t end) {
-        std::vector<int64_t> next = starts_of(p);
-        for (int64_t i = begin; i < end; ++i)
-            dealt[next[ids[i] >> kBits]++] = {static_cast<std::uint32_t>(ids[i] & (kInBucket - 1)), rewards[i]};
-    });
-    parallel_for(buckets, rows, num_threads, [&](int64_t begin, int64_t end) {
-        std::vector<Slot> slots(static_cast<std::size_t>(kInBucket));
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t first_group = b * kInBucket, here = std::min(kInBucket, groups - first_group);
-            std::fill(slots.begin(), slots.end(), Slot{});
-            if (rule.needs_moments())
-                for (int64_t i = firsts[b]; i < ends[b]; ++i) slots[dealt[i].in_bucket].add(dealt[i].value);
-            for (int64_t g = 0; g < here; ++g) slots[g].settle(rule(first_group + g, slots[g].moments()));
-            for (int64_t i = firsts[b]; i < ends[b]; ++i) {
-                Row& row = dealt[i];
-                row.value = rule.advantage(row.value, first_group + row.in_bucket, slots[row.in_bucket].settled());
+    void settle() {
+        const bool squares = rule_.needs_squares();
+        Scratch<double> counts(squares ? groups_ : 0);
+        if (squares) add_squares(counts);
+        for (int64_t first = 0; first < groups_; first += kWide) {
+            int64_t g[kWide];
+            WideMoments own;
+            for (int64_t k = 0; k < kWide; ++k) {
+                g[k] = std::min(first + k, groups_ - 1);
+                const double* t = &table_[2 * g[k]];
+                own.set(k, squares ? Moments{t[0], 0, t[1], counts[g[k]]} : Moments{0, t[0], 0, t[1]});
             }
+            const WideAffine a = rule_(g, own);
+            for (int64_t k = 0; k < kWide; ++k) table_[2 * g[k]] = a.center[k], table_[2 * g[k] + 1] = a.factor[k];
         }
-    });
-    for_pieces([&](int64_t p, int64_t begin, int64_t end) {
-        std::vector<int64_t> next = starts_of(p);
-        for (int64_t i = begin; i < end; ++i) out[i] = dealt[next[ids[i] >> kBits]++].value;
-    });
+    }
+
+    void write(int num_threads) {
+        parallel_for(rows_.count, rows_.count, num_threads, [&](int64_t begin, int64_t end) {
+            each(begin, end, [&](int64_t i, int64_t g, const double* entry) {
+                rows_.out[i] = rule_.advantage(rows_.rewards[i], g, {entry[0], entry[1]});
+            });
+        });
+    }
+
+  private:
+    static inline __attribute__((always_inline)) void add(double* entry, double first, double second) {
+        Two sums;
+        std::memcpy(&sums, entry, sizeof sums);
+        sums += Two{first, second};
+        std::memcpy(entry, &sums, sizeof sums);
+    }
+
+    void add_squares(Scratch<double>& counts) {
+        for (int64_t g = 0; g < groups_; ++g) {
+            counts[g] = table_[2 * g + 1];
+            table_[2 * g] /= counts[g], table_[2 * g + 1] = 0;
+        }
+        each(0, rows_.count, [&](int64_t i, int64_t, double* entry) {
+            const double d = rows_.rewards[i] - entry[0];
+            entry[1] += d * d;
+        });
+    }
+
+    // body(i, its group, the group's entry), with the entry of a later row under way.
+    template <class Body>
+    inline __attribute__((always_inline)) void each(int64_t begin, int64_t end, const Body& body) {
+        double* const table = table_.data();
+        const int64_t* const ids = ids_;
+        if (16 * room_ > kNear)
+            for (const int64_t stop = end - kAhead; begin < stop; ++begin) {
+                __builtin_prefetch(table + 2 * ids[begin + kAhead]);
+                body(begin, ids[begin], table + 2 * ids[begin]);
+            }
+        for (; begin < end; ++begin) body(begin, ids[begin], table + 2 * ids[begin]);
+    }
+
+    const Rule& rule_;
+    const Rows rows_;
+    const int64_t* ids_;
+    int64_t room_, groups_ = 0;
+    Scratch<double> table_;
+};
+
+// -1, or the first index at which ids is outside [0, room).
+int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t room, int num_threads) {
+    Table table(rule, rows, ids, room);
+    if (!table.add_up()) return first_outside(ids, rows.count, room);
+    table.settle();
+    table.write(num_threads);
+    return -1;
 }
 
-template <class Slot>
-void any_rows(const Rule& rule, const float* rewards, const int64_t* ids, int64_t rows, int64_t groups, float* out, int num_threads) {
-    // Few rows in many groups: the table's own pages are what takes the time.
-    const bool few = groups >> bucket_bits<Slot>() == 0 || rows < groups;
-    (few ? few_groups<Slot> : many_groups<Slot>)(rule, rewards, ids, rows, groups, out, num_threads);
+// The same where num_groups may be -1.
+int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t num_groups, int num_threads) {
+    if (num_groups >= 0) return any_rows(rule, rows, ids, num_groups, num_threads);
+    // As many groups as rows is room enough for nearly everybody, and in fresh pages it costs nothing before it is touched.
+    const bool roomy = rows.count * 16 >= static_cast<int64_t>(kHugePage);
+    if (roomy && any_rows(rule, rows, ids, rows.count, num_threads) < 0) return -1;
+    const std::uint64_t most = largest(ids, rows.count);
+    if (static_cast<int64_t>(most) < 0) return first_outside(ids, rows.count, std::numeric_limits<int64_t>::max());
+    return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, num_threads);
+}
+
+// to[i] = from[i] for fp32 and narrower types.
+template <class From, class To>
+void convert(const From* from, To* to, int64_t rows, int num_threads) {
+    parallel_for((rows + kBlock - 1) / kBlock, rows, num_threads, [&](int64_t begin, int64_t end) {
+        int64_t i = begin * kBlock;
+        const int64_t stop = std::min(end * kBlock, rows);
+        for (; i + kLanes <= stop; i += kLanes) store(to + i, load(from + i));
+        if (i < stop) store_first(to + i, load_first(from + i, static_cast<int>(stop - i), 0), static_cast<int>(stop - i));
+    });
 }
 
 }  // namespace
 
-int64_t group_advantages(const float* rewards, const int64_t* group_of, const int64_t* cu_seqlens, int64_t num_rows, int64_t num_groups,
-                         const double* pool, const double* baseline_values, const double* class_weights, int baseline, int scale,
-                         int64_t ddof, double eps, float* out, int num_threads) {
+int64_t group_advantages(const void* rewards, int dtype, const int64_t* group_of, const int64_t* cu_seqlens, int64_t num_rows,
+                         int64_t num_groups, const double* pool_count, const double* pool_mean, const double* pool_m2,
+                         const double* pool_min, const double* pool_max, const double* baseline_values, const double* class_weights,
+                         int baseline, int scale, int64_t ddof, double eps, bool keep_single, void* out, int num_threads) {
     if (cu_seqlens) {
         const int64_t wrong = first_wrong_offset(cu_seqlens, num_groups, num_rows);
         if (wrong >= 0) return wrong;
     }
     if (num_rows == 0) return -1;
-    const bool sorted = cu_seqlens || is_sorted(group_of, num_rows, num_threads);
-    if (!cu_seqlens) {
-        const bool negative = sorted && group_of[0] < 0;
-        const std::uint64_t most =
-            sorted ? static_cast<std::uint64_t>(group_of[negative ? 0 : num_rows - 1]) : largest(group_of, num_rows, num_threads);
-        if (num_groups < 0 && static_cast<int64_t>(most) >= 0) num_groups = static_cast<int64_t>(most) + 1;
-        if (most >= static_cast<std::uint64_t>(std::max<int64_t>(num_groups, 0)))
-            return first_outside(group_of, num_rows, num_groups < 0 ? std::numeric_limits<int64_t>::max() : num_groups);
-    }
-    Rule rule(pool, num_groups, baseline_values, class_weights, static_cast<Baseline>(baseline), static_cast<Scale>(scale), ddof, eps);
-    if (static_cast<Scale>(scale) == Scale::batch) rule.set_batch(batch_moments(rewards, num_rows, num_threads));
+    Rule rule({pool_count, pool_mean, pool_m2, pool_min, pool_max}, baseline_values, class_weights, static_cast<Baseline>(baseline),
+              static_cast<Scale>(scale), ddof, eps, keep_single);
 
-    advise_huge_pages(out, static_cast<std::size_t>(num_rows) * sizeof(float));
-    if (cu_seqlens) {
-        parallel_for(num_groups, num_rows, num_threads, [&](int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; ++g)
-                one_group(rule, rewards + cu_seqlens[g], cu_seqlens[g + 1] - cu_seqlens[g], g, out + cu_seqlens[g]);
-        });
-    } else if (sorted) {
-        sorted_rows(rule, rewards, group_of, num_rows, out, num_threads);
-    } else {
-        const auto rows_in_any_order = rule.needs_squares() ? any_rows<ShiftedSums> : any_rows<Sums>;
-        rows_in_any_order(rule, rewards, group_of, num_rows, num_groups, out, num_threads);
-    }
-    return -1;
+    const auto compute = [&](const float* from, float* to) -> int64_t {
+        const Rows rows{from, to, num_rows};
+        if (static_cast<Scale>(scale) == Scale::batch) rule.set_batch(batch_moments(from, num_rows, num_threads));
+        if (cu_seqlens)
+            (rule.needs_squares() ? packed_rows<true> : packed_rows<false>)(rule, rows, cu_seqlens, num_groups, num_threads);
+        else if (!(rule.needs_squares() ? sorted_rows<true> : sorted_rows<false>)(rule, rows, group_of, num_groups, num_threads))
+            return rows_in_any_order(rule, rows, group_of, num_groups, num_threads);
+        return -1;
+    };
+
+    int64_t wrong = -1;
+    with_element_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        advise_huge_pages(out, static_cast<std::size_t>(num_rows) * sizeof(T));
+        if constexpr (std::is_same_v<T, float>) {
+            wrong = compute(static_cast<const float*>(rewards), static_cast<float*>(out));
+        } else {
+            Scratch<float> wide(2 * num_rows);
+            convert(static_cast<const T*>(rewards), wide.data(), num_rows, num_threads);
+            wrong = compute(wide.data(), wide.data() + num_rows);
+            if (wrong < 0) convert(wide.data() + num_rows, static_cast<T*>(out), num_rows, num_threads);
+        }
+    });
+    return wrong;
 }
 
 }  // namespace reinforce_ada::RA_ISA

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.group_advantages import cpu, reference
-from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES, WHERE, check_choices, check_rows, count_groups, group_numbers
+from reinforce_ada.ops.group_advantages.checks import (
+    BASELINES,
+    SCALES,
+    SINGLETONS,
+    WHERE,
+    check_choices,
+    check_rows,
+    count_groups,
+    group_numbers,
+)
+from reinforce_ada.ops.group_advantages.conventions import CONVENTIONS
 from reinforce_ada.types import PoolStats
 
-__all__ = ["BASELINES", "SCALES", "group_advantages"]
+__all__ = ["BASELINES", "CONVENTIONS", "SCALES", "SINGLETONS", "group_advantages"]
 
 declare(
     WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32,), missing=_native.missing),
+    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
     Form("reference"),
 )
 
@@ -34,6 +43,7 @@ def group_advantages(
     class_weights: Tensor | None = None,
     ddof: int = 1,
     eps: float = 1e-6,
+    singleton: str = "zero",
     backend: str = "auto",
 ) -> Tensor:
     """The advantage of each completion: how much better its reward is than its baseline.
@@ -47,8 +57,10 @@ def group_advantages(
     for "leave-one-out" where the pool has no other completion. A tensor baseline is taken as it is. No spread gives no division:
     where the statistics the scale comes from have `ddof` rewards or fewer, or min == max, the advantage is not divided.
 
+    What a trainer does is in `CONVENTIONS`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
+
     Args:
-        rewards: [N], float32 or float64, finite.
+        rewards: [N], float32, bfloat16, float16 or float64, finite.
         group_of: [N] int64, the group of each completion, in [0, G), in any order. Give this or `cu_seqlens`.
         cu_seqlens: [G + 1] int32 or int64, where completions of a group lie together: group g has rows cu_seqlens[g] up to
             cu_seqlens[g + 1]; from 0 to N. Empty groups are allowed.
@@ -60,7 +72,9 @@ def group_advantages(
             these are the wrong and the correct completions.
         ddof: std = sqrt(m2 / (count - ddof)); 1 in verl, TRL and Reinforce-Ada.
         eps: added to the std; 1e-6 in verl and Reinforce-Ada, 1e-4 in TRL.
-        backend: "auto", "cpu" (float32) or "reference".
+        singleton: the advantage where the statistics of the baseline are of one completion: "zero", or "reward" as it is (before the
+            scale), which is what a mean of 0 gives in verl's GRPO and RLOO. Not for a tensor baseline.
+        backend: "auto", "cpu" (all but float64) or "reference".
 
     Returns:
         [N], dtype of the rewards, without gradient.
@@ -70,27 +84,23 @@ def group_advantages(
 
     Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
     """
+    if pool is None and cu_seqlens is None and class_weights is None and (backend == "auto" or backend == "cpu"):
+        result = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton)
+        if result is not None:
+            return result
     check_rows(rewards, group_of, cu_seqlens)
-    check_choices(baseline, scale, ddof, eps)
-    num_groups = count_groups(cu_seqlens, pool, baseline, class_weights)
-
-    rewards = rewards.detach() if rewards.requires_grad else rewards
-    stats = None if pool is None else _stacked(pool, rewards)
+    check_choices(baseline, scale, ddof, eps, singleton)
+    per_group = cu_seqlens is not None or pool is not None or class_weights is not None or isinstance(baseline, Tensor)
+    num_groups = count_groups(cu_seqlens, pool, baseline, class_weights) if per_group else None
+    if resolve(WHERE, backend, rewards.device, rewards.dtype) == "cpu":
+        return cpu.group_advantages(rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
+    rewards = rewards.detach()
+    group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
+    stats = None if pool is None else PoolStats(*(_float64(x, rewards) for x in pool))
     baseline = _float64(baseline, rewards) if isinstance(baseline, Tensor) else baseline
     weights = None if class_weights is None else _float64(class_weights, rewards)
-    if resolve(WHERE, backend, rewards.device, rewards.dtype) == "cpu":
-        return cpu.group_advantages(rewards, group_of, cu_seqlens, num_groups, stats, baseline, scale, weights, ddof, eps)
-    group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
-    pool = None if stats is None else PoolStats(*stats)
-    return reference.group_advantages(rewards, group_of, num_groups, pool, baseline, scale, weights, ddof, eps)
-
-
-def _stacked(pool: PoolStats, like: Tensor) -> Tensor:
-    """[5, G] float64; one conversion where the statistics are arrays, as the sampler gives them."""
-    if any(isinstance(x, Tensor) for x in pool):
-        return torch.stack([_float64(x, like) for x in pool])
-    return _float64(np.asarray(pool, dtype=np.float64), like)
+    return reference.group_advantages(rewards, group_of, num_groups, stats, baseline, scale, weights, ddof, eps, singleton)
 
 
 def _float64(x: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(x, dtype=torch.float64, device=like.device).detach().contiguous()
+    return torch.as_tensor(x, dtype=torch.float64, device=like.device).detach()

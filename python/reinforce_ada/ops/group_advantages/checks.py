@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,15 @@ from reinforce_ada.types import PoolStats
 WHERE = "group_advantages"
 BASELINES = ("pool", "group", "leave-one-out")
 SCALES = ("none", "pool", "group", "batch")
+SINGLETONS = ("zero", "reward")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_rows(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Rewards, and exactly one way to say which belong together."""
-    if rewards.ndim != 1 or rewards.dtype not in (torch.float32, torch.float64):
-        raise InputError(WHERE, f"rewards is {describe(rewards)}", "[N] float32 or float64")
+    shape = rewards.shape
+    if len(shape) != 1 or rewards.dtype not in _DTYPES:
+        raise InputError(WHERE, f"rewards is {describe(rewards)}", "[N] float32, bfloat16, float16 or float64")
     if (group_of is None) == (cu_seqlens is None):
         given = "neither group_of nor cu_seqlens" if group_of is None else "both group_of and cu_seqlens"
         raise InputError(WHERE, given, "exactly one of them")
@@ -26,22 +31,32 @@ def check_rows(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | No
         check_cu_seqlens(WHERE, cu_seqlens, rewards.device)
         return
     assert group_of is not None
-    if group_of.shape != rewards.shape or group_of.dtype != torch.int64 or group_of.device != rewards.device:
+    here = rewards.is_cpu and group_of.is_cpu  # comparing devices takes three times as long
+    if group_of.shape != shape or group_of.dtype is not torch.int64 or not (here or group_of.device == rewards.device):
         raise InputError(WHERE, f"group_of is {describe(group_of)}", f"{list(rewards.shape)} int64 on {rewards.device}")
 
 
-def check_choices(baseline: str | Tensor, scale: str, ddof: int, eps: float) -> None:
+def check_choices(baseline: str | Tensor, scale: str, ddof: int, eps: float, singleton: str) -> None:
     """Names and numbers."""
     if isinstance(baseline, str) and baseline not in BASELINES:
         raise unknown_name(WHERE, "baseline", baseline, BASELINES)
     if scale not in SCALES:
         raise unknown_name(WHERE, "scale", scale, SCALES)
-    if not (ddof >= 0 and eps >= 0):
-        raise InputError(WHERE, f"ddof={ddof}, eps={eps}", "both at least 0")
+    if singleton not in SINGLETONS:
+        raise unknown_name(WHERE, "singleton", singleton, SINGLETONS)
+    if not (isinstance(ddof, int) and ddof >= 0 and 0 <= eps < math.inf):
+        raise InputError(WHERE, f"ddof={ddof}, eps={eps}", "both at least 0, ddof an integer and eps finite")
 
 
-def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: str | Tensor, class_weights: Tensor | None) -> int | None:
-    """G, as every argument with one value a group says; None where there is no such argument."""
+def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: str | Tensor, class_weights: Tensor | None) -> int:
+    """G, as the arguments with one value a group say; there is at least one."""
+    if class_weights is None and not isinstance(baseline, Tensor):
+        sizes = {x.shape for x in pool} if pool is not None else set()
+        if cu_seqlens is not None:
+            sizes.add((cu_seqlens.shape[0] - 1,))
+        size = sizes.pop()
+        if not sizes and len(size) == 1:
+            return int(size[0])
     shapes: dict[str, tuple[int, ...]] = {}
     if cu_seqlens is not None:
         shapes["cu_seqlens"] = (cu_seqlens.shape[0] - 1,)
@@ -53,8 +68,6 @@ def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: st
         if class_weights.ndim != 2 or class_weights.shape[1] != 2:
             raise InputError(WHERE, f"class_weights is {describe(class_weights)}", "[G, 2]")
         shapes["class_weights"] = (class_weights.shape[0],)
-    if not shapes:
-        return None
     (first, shape), *others = shapes.items()
     if len(shape) != 1:
         raise InputError(WHERE, f"{first} has shape {list(shape)}", "one value a group, [G]")

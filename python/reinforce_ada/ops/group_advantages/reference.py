@@ -18,13 +18,18 @@ def group_advantages(
     class_weights: Tensor | None,
     ddof: int,
     eps: float,
+    singleton: str,
 ) -> Tensor:
     """`(reward - baseline) / (std + eps) * class weight`, one value a completion; arguments as in `ops.group_advantages`."""
     r = rewards.double()
     group = moments(r, group_of, num_groups)
     pool = group if pool is None else pool
+    compared = group if isinstance(baseline, str) and baseline == "group" else pool
+    alone = (compared.count <= 1)[group_of]
 
-    advantages = r - _baseline(r, group_of, group, pool, baseline)
+    advantages = r - _baseline(r, group_of, compared, baseline)
+    if singleton == "reward" and not isinstance(baseline, Tensor):
+        advantages = torch.where(alone, r, advantages)
     if scale == "batch":
         everything = moments(r, torch.zeros_like(group_of), 1)
         advantages = advantages / _divisor(everything, ddof, eps)
@@ -33,8 +38,8 @@ def group_advantages(
     if class_weights is not None:
         advantages = advantages * class_weights[group_of, (advantages >= 0).long()]
     if not isinstance(baseline, Tensor):
-        stats = group if baseline == "group" else pool
-        advantages = advantages.masked_fill((stats.min == stats.max)[group_of], 0.0)
+        no_signal = (compared.min == compared.max)[group_of]
+        advantages = advantages.masked_fill(no_signal & ~alone if singleton == "reward" else no_signal, 0.0)
     return advantages.to(rewards.dtype)
 
 
@@ -49,12 +54,12 @@ def moments(r: Tensor, group_of: Tensor, num_groups: int) -> PoolStats:
     return PoolStats(count, mean, m2, low, high)
 
 
-def _baseline(r: Tensor, group_of: Tensor, group: PoolStats, pool: PoolStats, baseline: str | Tensor) -> Tensor:
+def _baseline(r: Tensor, group_of: Tensor, stats: PoolStats, baseline: str | Tensor) -> Tensor:
     if isinstance(baseline, Tensor):
         return baseline[group_of]
-    mean: Tensor = (group if baseline == "group" else pool).mean[group_of]
+    mean: Tensor = stats.mean[group_of]
     if baseline == "leave-one-out":
-        count = pool.count[group_of]
+        count = stats.count[group_of]
         return torch.where(count > 1, (count * mean - r) / (count - 1), r)  # nobody else to compare with: advantage 0
     return mean
 
