@@ -36,6 +36,10 @@ py::dict build_info() {
     return info;
 }
 
+void advise(std::uintptr_t address, std::size_t num_bytes) {
+    reinforce_ada::advise_huge_pages(reinterpret_cast<void*>(address), num_bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -44,9 +48,7 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("build_info", &build_info);
     m.def("select_isa", &select_isa, "name"_a);
-    m.def(
-        "advise_huge_pages", [](std::uintptr_t address, std::size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
-        "address"_a, "num_bytes"_a);
+    m.def("advise_huge_pages", &advise, "address"_a, "num_bytes"_a);
 
     // token_logprobs
     m.def("first_invalid_token", RA_KERNEL(first_invalid_token), "token_ids"_a, "num_tokens"_a, "vocab"_a, release_gil());

@@ -109,6 +109,7 @@ def evaluate(
     entropy_grad: bool,
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, derivative in logprobs, derivative in entropy or empty); contiguous tensors, settings as `numbers` lists them."""
     value, metrics, grad, grad_entropy = out = _empty(logprobs, entropy, entropy_grad)
     wrong = cpu.policy_loss(
         address(logprobs),
