@@ -273,7 +273,10 @@ ERRORS = [
     ({"logit_scale": math.nan}, "logit_scale=nan, soft_cap=None; a finite scale, and None or a positive finite soft cap"),
     ({"soft_cap": 0.0}, "logit_scale=1.0, soft_cap=0.0; a finite scale, and None or a positive finite soft cap"),
     ({"max_extra_bytes": 199}, "max_extra_bytes=199; at least 200, for the logits of one token"),
-    ({"backend": "cuda"}, 'backend "cuda" cannot run here: this version has no such form. Usable: cpu, reference. See reinforce-ada doctor.'),
+    (
+        {"backend": "cuda"},
+        'backend "cuda" cannot run here: this version has no such form. Usable: cpu, reference. See reinforce-ada doctor.',
+    ),
 ]
 
 

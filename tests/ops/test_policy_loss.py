@@ -824,10 +824,10 @@ def test_opcheck(backend: str) -> None:
     for leaf, wants in ((torch.randn(8, requires_grad=True), True), (torch.randn(8).half(), False)):
         entropy = torch.rand(8, requires_grad=wants)
         mask = torch.ones(8, dtype=torch.bool)
-        args = (leaf, torch.randn(3), mask, *others, entropy, cu, False, wants, cpu_form._numbers(chosen))
+        args = (leaf, torch.randn(3), mask, *others, entropy, cu, False, wants, cpu_form.numbers(chosen))
         torch.library.opcheck(cpu_form._op.op, args)
     rows = (torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.ones(2, 4), None, None, None, None, None)
-    torch.library.opcheck(cpu_form._op.op, (*rows, True, False, cpu_form._numbers(Settings(num_tokens_global=7))))
+    torch.library.opcheck(cpu_form._op.op, (*rows, True, False, cpu_form.numbers(Settings(num_tokens_global=7))))
 
 
 @every_form

@@ -60,6 +60,7 @@ def linear_policy_loss(
     kl_weighting: str = "none",
     kl_bound: float | None = KL_BOUND,
     max_extra_bytes: int | None = None,
+    weight_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
@@ -82,6 +83,9 @@ def linear_policy_loss(
             rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
         max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. The cpu form takes 62 MB where
             it is None; the reference keeps all logits whatever it says.
+        weight_grad: [V, D] of the weight's dtype, for micro-batches: the weight's gradient is added to it and autograd gets none for the
+            weight, so that no second [V, D] exists. The cpu form adds it in the forward; `loss.backward()` must then follow on the loss
+            as it is, not scaled.
         backend: "auto", "cpu" or "reference".
 
     Returns:
@@ -119,6 +123,7 @@ def linear_policy_loss(
     row_bytes = weight.shape[0] * BYTES_PER_LOGIT
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:
         raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+    _check_weight_grad(weight, weight_grad)
     check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -127,12 +132,12 @@ def linear_policy_loss(
     head = (bias, logit_scale, soft_cap, temperature)
     inputs = (hidden, weight, token_ids, adv, mask, *head, old, rollout, ref, cu_seqlens, settings)
     if resolve(_WHERE, backend, hidden.device, hidden.dtype) == "cpu":
-        value, metrics = cpu.linear_policy_loss(*inputs, max_extra_bytes)
+        value, metrics = cpu.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
             flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
             check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)
-        value, metrics = reference.linear_policy_loss(*inputs)
+        value, metrics = reference.linear_policy_loss(*inputs, weight_grad)
     has_entropy = settings.entropy_coef != 0
     return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 
@@ -163,3 +168,14 @@ def _check_head(
     if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf) or not math.isfinite(entropy_coef):
         given = f"logit_scale={logit_scale}, soft_cap={soft_cap}, entropy_coef={entropy_coef}"
         raise InputError(_WHERE, given, "finite numbers, the soft cap positive or None")
+
+
+def _check_weight_grad(weight: Tensor, weight_grad: Tensor | None) -> None:
+    if weight_grad is None:
+        return
+    same = weight_grad.shape == weight.shape and weight_grad.dtype == weight.dtype and weight_grad.device == weight.device
+    if not same or not weight_grad.is_contiguous() or weight_grad.requires_grad:
+        needed = f"contiguous {describe(weight)}, without a gradient of its own"
+        raise InputError(_WHERE, f"weight_grad is {describe(weight_grad)}", needed)
+    if torch.compiler.is_compiling():
+        raise InputError(_WHERE, "weight_grad under torch.compile", "an eager call")

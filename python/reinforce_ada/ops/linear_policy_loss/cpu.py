@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.ops._products import Hidden, add_hidden_gradient, logits_dtype
 from reinforce_ada.ops._torch import NativeOp, is_eager
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
@@ -43,12 +45,15 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None,
     settings: Settings,
     max_extra_bytes: int | None,
+    weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    value, metrics, *_ = _op(
+    onto = weight_grad if wanted[1] else None
+    run = _op if onto is None else partial(_OntoWeightGrad.apply, onto)
+    value, metrics, *_ = run(
         hidden.flatten(0, -2),
-        weight,
+        weight if onto is None else weight.detach(),
         bias,
         token_ids.flatten().long(),
         temperature.flatten().float() if isinstance(temperature, Tensor) else None,
@@ -149,31 +154,34 @@ def _forward(
     of_weight: bool,
     of_bias: bool,
     extra_bytes: int,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids = token_ids.masked_fill(~mask.flatten(), IGNORED)
     linear.check_values(_WHERE, ids, weight.shape[0], temperatures)
     head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
     batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
-    grads = linear.fresh_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    results = linear.fresh_gradients(hidden, weight, of_hidden, of_weight and onto is None, of_bias)
+    grads = results if onto is None else (results[0], onto, results[2])
     wanted = of_hidden or of_weight or of_bias
     factor = hidden.new_ones((), dtype=torch.float64)
     with torch.autocast("cpu", enabled=False):
         if wanted and before_aggregation:
             shares = batch.shares(aggregation)
-            factor = _factor(shares, hidden.dtype)
+            factor = factor if onto is not None else _factor(shares, hidden.dtype)
             shares = (shares * factor).float()
             logprobs, entropy = _score_with_gradients(
-                hidden, head, ids, batch.each_token(), before_aggregation, shares, with_entropy, grads, extra_bytes
+                hidden, head, ids, batch.each_token(), before_aggregation, shares, with_entropy, grads, extra_bytes, onto is not None
             )
             value, metrics, _, _ = batch.evaluate(logprobs, entropy, numbers)
-            return value, metrics, *grads, factor
+            return value, metrics, *results, factor
         logprobs, log2_normalizer, entropy, _ = linear.score(hidden, head, ids, with_entropy, False, extra_bytes)
         value, metrics, g, h = batch.evaluate(logprobs, entropy if with_entropy else None, numbers)
         if wanted:
-            factor = _factor(g, hidden.dtype)
-            incoming = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
-            linear.add_gradients(hidden, head, ids, (log2_normalizer, entropy), (incoming[0], incoming[1]), grads, extra_bytes)
-        return value, metrics, *grads, factor
+            factor = factor if onto is not None else _factor(g, hidden.dtype)
+            slopes = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
+            scored, incoming = (log2_normalizer, entropy), (slopes[0], slopes[1])
+            linear.add_gradients(hidden, head, ids, scored, incoming, grads, extra_bytes, onto_weight=onto is not None)
+        return value, metrics, *results, factor
 
 
 def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,6 +201,7 @@ def _score_with_gradients(
     with_entropy: bool,
     grads: tuple[Tensor, Tensor, Tensor],
     extra_bytes: int,
+    onto_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Writes the gradients; returns logprobs and entropy [T], 0 where a token is ignored."""
     grad_hidden, grad_weight, grad_bias = grads
@@ -211,7 +220,7 @@ def _score_with_gradients(
         incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
         linear.gradient_over_logits(dz, slice(0, head.vocab), [ids, log2_normalizer, h, *incoming], head, of_rows, bias_sums)
         if len(grad_weight):
-            rows.add_weight_gradient(dz, grad_weight, first=chunk == 0)
+            rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and not onto_weight)
         if len(grad_hidden):
             sums = torch.zeros(rows.rows.shape)
             add_hidden_gradient(dz, head.weight, sums)
@@ -219,7 +228,7 @@ def _score_with_gradients(
         logprobs[index] = logp
         if entropy is not None:
             entropy[index] = h
-    if not len(active):
+    if not len(active) and not onto_weight:
         grad_weight.zero_()
     grad_bias.copy_(bias_sums)
     return logprobs, entropy
@@ -260,6 +269,26 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | N
         for grad in grads:
             grad.mul_(scale)
     return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True)), *nothing
+
+
+class _OntoWeightGrad(torch.autograd.Function):
+    """The operator with the weight's gradient added to a tensor in the forward, and none of it for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs, onto)
+        torch.autograd.graph.increment_version(onto)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_value is not None and grad_value != 1:
+            given = f"weight_grad and a loss that is multiplied by {grad_value.item():g} afterwards"
+            raise InputError(_WHERE, given, "loss.backward() on the loss as it is: the gradient has been added", "use num_tokens_global")
+        grad_hidden, _, grad_bias, _ = ctx.saved_tensors
+        of_hidden, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * 20
 
 
 _op = NativeOp(

@@ -26,9 +26,13 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor | None,
     settings: Settings,
+    weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
     keep = mask != 0
+    if weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
+        weight = weight.detach().requires_grad_()  # another leaf, whose gradient autograd adds to what is there
+        weight.grad = weight_grad
     # Also the hidden states: a NaN there would reach the weight's gradient as NaN * 0.
     hidden = torch.where(keep[..., None], hidden, 0.0).flatten(0, -2)
     ids = torch.where(keep, token_ids.long(), IGNORED).flatten()

@@ -300,17 +300,19 @@ def add_gradients(
     incoming: tuple[Tensor | None, Tensor | None],
     grads: tuple[Tensor, Tensor, Tensor],
     extra_bytes: int,
+    *,
+    onto_weight: bool = False,
 ) -> None:
     """Writes the gradients; `results` are log2_normalizer and entropy, `incoming` the gradients of logprobs and entropy.
 
-    The logits are computed again. A token whose incoming gradients are 0 takes part in no product.
+    The logits are computed again. A token whose incoming gradients are 0 takes part in no product. With `onto_weight` the gradient of
+    the weight is added to what is there.
     """
     grad_hidden, grad_weight, grad_bias = grads
     grad_hidden.zero_()
     active = _with_gradient(token_ids, incoming)
-    if not len(active):
-        grad_weight.zero_(), grad_bias.zero_()
-        return
+    if not len(active) and not onto_weight:
+        grad_weight.zero_()
     bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
     plan = Plan.of(len(active), head.weight, extra_bytes, backward=True)
     buffer = plan.buffer(hidden.dtype)
@@ -324,7 +326,7 @@ def add_gradients(
             if len(grad_hidden):
                 add_hidden_gradient(dz, head.weight[piece], sums)
             if len(grad_weight):
-                rows.add_weight_gradient(dz, grad_weight[piece], first=chunk == 0)
+                rows.add_weight_gradient(dz, grad_weight[piece], first=chunk == 0 and not onto_weight)
         if len(grad_hidden):
             grad_hidden[index] = sums.to(grad_hidden.dtype)
     grad_bias.copy_(bias_sums)
