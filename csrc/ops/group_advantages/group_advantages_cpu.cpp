@@ -371,13 +371,13 @@ class Table {
     Table(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t room)
         : rule_(rule), rows_(rows), ids_(ids), room_(room), table_(2 * room) {}
 
-    // On one thread, in row order; the group numbers of a block are looked at before they are used. False where one is outside
-    // [0, room).
-    bool add_up() {
-        std::uint64_t most = 0;
+    // On one thread, in row order; unless all group numbers are `checked`, those of a block are before they are used. False where one is
+    // outside [0, room).
+    bool add_up(bool checked) {
+        std::uint64_t most = checked ? static_cast<std::uint64_t>(room_ - 1) : 0;
         for (int64_t begin = 0; begin < rows_.count; begin += kBlock) {
             const int64_t end = std::min(begin + kBlock, rows_.count);
-            most = std::max(most, largest(ids_ + begin, end - begin));
+            if (!checked) most = std::max(most, largest(ids_ + begin, end - begin));
             if (most >= static_cast<std::uint64_t>(room_)) return false;
             if (rule_.needs_moments()) each(begin, end, [&](int64_t i, int64_t, double* entry) { add(entry, rows_.rewards[i], 1); });
         }
@@ -450,9 +450,9 @@ class Table {
 };
 
 // -1, or the first index at which ids is outside [0, room).
-int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t room, int num_threads) {
+int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t room, bool checked, int num_threads) {
     Table table(rule, rows, ids, room);
-    if (!table.add_up()) return first_outside(ids, rows.count, room);
+    if (!table.add_up(checked)) return first_outside(ids, rows.count, room);
     table.settle();
     table.write(num_threads);
     return -1;
@@ -460,13 +460,13 @@ int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t
 
 // The same where num_groups may be -1.
 int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t num_groups, int num_threads) {
-    if (num_groups >= 0) return any_rows(rule, rows, ids, num_groups, num_threads);
+    if (num_groups >= 0) return any_rows(rule, rows, ids, num_groups, false, num_threads);
     // As many groups as rows is room enough for nearly everybody, and in fresh pages it costs nothing before it is touched.
     const bool roomy = rows.count * 16 >= static_cast<int64_t>(kHugePage);
-    if (roomy && any_rows(rule, rows, ids, rows.count, num_threads) < 0) return -1;
+    if (roomy && any_rows(rule, rows, ids, rows.count, false, num_threads) < 0) return -1;
     const std::uint64_t most = largest(ids, rows.count);
     if (static_cast<int64_t>(most) < 0) return first_outside(ids, rows.count, std::numeric_limits<int64_t>::max());
-    return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, num_threads);
+    return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, true, num_threads);
 }
 
 // to[i] = from[i] for fp32 and narrower types.
