@@ -154,6 +154,7 @@ def _forward(
     of_weight: bool,
     of_bias: bool,
     extra_bytes: int,
+    *,
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids = token_ids.masked_fill(~mask.flatten(), IGNORED)
@@ -276,7 +277,7 @@ class _OntoWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, onto: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs, onto)
+        output = _forward(*inputs, onto=onto)
         torch.autograd.graph.increment_version(onto)
         _setup_context(ctx, inputs, output)
         return output
