@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reinforce_ada.ops import _dispatch, _native
 
@@ -79,6 +82,25 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in given:  # a view of something is not new
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return out
 
 
 def assert_no_worse(actual: Tensor, truth: Tensor, plain: Tensor, tol: float, what: str = "") -> None:

@@ -6,11 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import assert_no_worse, assert_repeatable, assert_same_bits, builds
+from conformance import Peak, assert_no_worse, assert_repeatable, assert_same_bits, builds
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
@@ -171,23 +168,6 @@ def test_strided_inputs_and_int32_ids(backend: str) -> None:
 
 
 # Memory, frozen weights, autocast, compiling
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made under it held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
-        return out
 
 
 @every_form

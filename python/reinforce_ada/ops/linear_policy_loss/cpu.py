@@ -27,6 +27,7 @@ from reinforce_ada.ops.token_logprobs.checks import IGNORED
 _WHERE = "linear_policy_loss"
 DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32; fewer make the products slower
 _TILE = 48  # tokens that the products take at a time
+_MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, which SCRATCH_BYTES has to hold
 
 
 def linear_policy_loss(
@@ -215,7 +216,7 @@ def _score_with_gradients(
     logprobs = torch.zeros(len(token_ids))
     entropy = torch.zeros(len(token_ids)) if with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
-    tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes)
+    tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes - bias_sums.nbytes)
     buffer = linear.in_huge_pages(torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype)))
     for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
         rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
@@ -244,7 +245,7 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, extra_bytes: int) -> int:
     vocab, width = weight.shape
     dtype = weight.dtype
     token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
-    tokens = max(1, min(num_tokens, (extra_bytes - linear.SCRATCH_BYTES) // token))
+    tokens = max(1, min(num_tokens, _MOST_TOKENS, (extra_bytes - linear.SCRATCH_BYTES) // token))
     return tokens if tokens < _TILE or tokens == num_tokens else tokens // _TILE * _TILE
 
 

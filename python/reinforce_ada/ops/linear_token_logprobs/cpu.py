@@ -314,7 +314,7 @@ def add_gradients(
     if not len(active) and not onto_weight:
         grad_weight.zero_()
     bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
-    plan = Plan.of(len(active), head.weight, extra_bytes, backward=True)
+    plan = Plan.of(len(active), head.weight, extra_bytes - bias_sums.nbytes, backward=True)
     buffer = plan.buffer(hidden.dtype)
     for chunk, index in enumerate(plan.chunks(active)):
         rows = Hidden(rows_of(hidden, index))
