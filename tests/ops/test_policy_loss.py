@@ -627,6 +627,16 @@ def test_the_incoming_gradient_scales(backend: str) -> None:
     assert leaf.grad.tolist() == [[-1.0, -1.0]]  # twice -1/2: the second backward finds the gradient as it was
 
 
+@native_form
+def test_second_derivative_raises(backend: str) -> None:
+    """Of a square of the loss: what came through the incoming gradient alone would be a part of it."""
+    leaf = torch.randn(1, 3, requires_grad=True)
+    loss, _ = policy_loss(leaf, torch.ones(1), torch.ones(1, 3), old_logprobs=torch.zeros(1, 3), backend=backend)
+    (grad,) = torch.autograd.grad(loss.square(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
 # Edges
 
 

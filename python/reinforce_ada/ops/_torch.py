@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMESPACE = "reinforce_ada"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
@@ -91,4 +92,6 @@ def _thin_function(name: str, forward: Callable[..., Any], setup_context: Callab
             setup_context(ctx, args, output)
         return output
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)})
+    # A second derivative through the incoming gradient alone would be a part of the truth: it raises.
+    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(once_differentiable(backward))}
+    return type(name, (torch.autograd.Function,), methods)

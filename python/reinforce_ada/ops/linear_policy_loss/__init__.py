@@ -157,6 +157,8 @@ def _check_head(
     if vocab == 0 or tuple(hidden.shape) != (*token_ids.shape, width) or hidden.dtype != weight.dtype or hidden.device != weight.device:
         given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
         raise InputError(_WHERE, given, f"{[*token_ids.shape, width]} and [V, {width}] of one dtype and device, V >= 1")
+    if width > 1 and hidden.stride(-1) != 1:
+        raise InputError(_WHERE, f"hidden has stride {hidden.stride()}", "stride 1 in the last dimension", "hidden.contiguous()")
     if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.device != hidden.device:
         raise InputError(_WHERE, f"token_ids is {describe(token_ids)}", f"int64 or int32 on {hidden.device}")
     if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
