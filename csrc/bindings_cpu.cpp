@@ -2,7 +2,6 @@
 #include <pybind11/stl.h>
 
 #include "common/bind.h"
-#include "common/huge_pages.h"
 #include "ops/group_advantages/group_advantages.h"
 #include "ops/linear_token_logprobs/linear_token_logprobs.h"
 #include "ops/policy_loss/policy_loss.h"
@@ -36,10 +35,6 @@ py::dict build_info() {
     return info;
 }
 
-void advise(std::uintptr_t address, std::size_t num_bytes) {
-    reinforce_ada::advise_huge_pages(reinterpret_cast<void*>(address), num_bytes);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -48,7 +43,6 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("build_info", &build_info);
     m.def("select_isa", &select_isa, "name"_a);
-    m.def("advise_huge_pages", &advise, "address"_a, "num_bytes"_a);
 
     // token_logprobs
     m.def("first_invalid_token", RA_KERNEL(first_invalid_token), "token_ids"_a, "num_tokens"_a, "vocab"_a, release_gil());

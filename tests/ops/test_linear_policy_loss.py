@@ -218,7 +218,7 @@ def test_chunks_add_up(backend: str, dtype: torch.dtype, case: str, chunks: list
     assert options is not None
     truth, plain = truth_and_plain(dtype, case, "ppo", "seq-mean-token-mean")
     rounding = torch.finfo(dtype).eps / 2 * largest_partial_sum(batch, **options)
-    for extra in (40 * V, 4000, scoring.SCRATCH_BYTES + 2500):
+    for extra in (40 * V, 4000, 8000):
         chunks.clear()
         got = evaluate(batch, **options, max_extra_bytes=extra, backend=backend)
         assert len(chunks) > 1
@@ -235,7 +235,7 @@ def test_whole_tiles_and_pieces(backend: str, chunks: list[int]) -> None:
         evaluate(batch, **{**options, "backend": "reference"}),
     )
     rounding = torch.finfo(torch.float32).eps / 2 * largest_partial_sum(batch, entropy_coef=0.1)
-    for extra, first in ((None, int(batch["mask"].sum())), (scoring.SCRATCH_BYTES + 60 * 5200, 48)):
+    for extra, first in ((None, int(batch["mask"].sum())), (2 * 60 * 5200, 48)):
         chunks.clear()
         got = evaluate(batch, max_extra_bytes=extra, **options)
         assert chunks[0] == first
@@ -545,7 +545,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_extra_memory_is_bounded(backend: str, dtype: torch.dtype, num_tokens: int, vocab: int, extra: int | None) -> None:
-    """Beyond results, gradients and 128 bytes a token; the native products have SCRATCH_BYTES of their own inside the bound."""
+    """Beyond results, gradients and 128 bytes a token; the products have `scratch_bytes` of their own inside the bound."""
     hidden, weight, bias = torch.randn(num_tokens, 8).to(dtype), torch.randn(vocab, 8).to(dtype), torch.randn(vocab).to(dtype)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     ids, cu = torch.randint(vocab, (num_tokens,)), torch.tensor([0, num_tokens])
@@ -558,7 +558,7 @@ def test_extra_memory_is_bounded(backend: str, dtype: torch.dtype, num_tokens: i
             grads = torch.autograd.grad(value, leaves)
         kept = sum(x.nbytes for x in grads) + 128 * num_tokens
         assert measured.bytes > kept  # it looked inside
-        assert measured.bytes - kept <= (extra or 62_000_000) - scoring.SCRATCH_BYTES
+        assert measured.bytes - kept <= scoring.for_logits(extra or 62_000_000, dtype)
 
 
 @native_form

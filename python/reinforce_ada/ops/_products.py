@@ -23,6 +23,11 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
+def scratch_bytes(dtype: torch.dtype) -> int:
+    """What the products take for themselves, on one thread: oneDNN packs both factors."""
+    return 5_000_000 if dtype == torch.bfloat16 else 1_000_000
+
+
 class Hidden:
     """Hidden states [T, D] as the products take them; holds `bytes_per_token` for each beside them."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops._products import Hidden, add_hidden_gradient, logits_dtype
+from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype
 from reinforce_ada.ops._torch import NativeOp, is_eager
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
 from reinforce_ada.ops.linear_token_logprobs.cpu import Head, rows_of
@@ -26,8 +26,7 @@ from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 _WHERE = "linear_policy_loss"
 DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32; fewer make the products slower
-_TILE = 48  # tokens that the products take at a time
-_MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, which SCRATCH_BYTES has to hold
+_MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, which `scratch_bytes` has to hold
 
 
 def linear_policy_loss(
@@ -162,7 +161,7 @@ def _forward(
     linear.check_values(_WHERE, ids, weight.shape[0], temperatures)
     head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
     batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
-    results = linear.fresh_gradients(hidden, weight, of_hidden, of_weight and onto is None, of_bias)
+    results = linear.empty_gradients(hidden, weight, of_hidden, of_weight and onto is None, of_bias)
     grads = results if onto is None else (results[0], onto, results[2])
     wanted = of_hidden or of_weight or of_bias
     factor = hidden.new_ones((), dtype=torch.float64)
@@ -217,7 +216,7 @@ def _score_with_gradients(
     entropy = torch.zeros(len(token_ids)) if with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
     tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes - bias_sums.nbytes)
-    buffer = linear.in_huge_pages(torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype)))
+    buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
     for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
         rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
         dz = rows.logits(head.weight, head.bias, buffer)
@@ -245,8 +244,9 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, extra_bytes: int) -> int:
     vocab, width = weight.shape
     dtype = weight.dtype
     token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
-    tokens = max(1, min(num_tokens, _MOST_TOKENS, (extra_bytes - linear.SCRATCH_BYTES) // token))
-    return tokens if tokens < _TILE or tokens == num_tokens else tokens // _TILE * _TILE
+    tokens = max(1, min(num_tokens, _MOST_TOKENS, linear.for_logits(extra_bytes, dtype) // token))
+    tile = LANES if dtype == torch.bfloat16 else 3 * LANES  # tokens that the products take at a time
+    return tokens if tokens < tile or tokens == num_tokens else tokens // tile * tile
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

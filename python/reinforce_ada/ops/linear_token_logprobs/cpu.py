@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
-from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype
+from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype, scratch_bytes
 from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address
 from reinforce_ada.ops.token_logprobs.checks import IGNORED, check_temperature_values, wrong_token
 
@@ -19,7 +19,6 @@ _WHERE = "linear_token_logprobs"
 DEFAULT_EXTRA_BYTES = 8_000_000  # beyond it nothing gets faster: the pieces no longer fit the caches
 _MOST_TOKENS = 1024  # of a chunk: the weight is then read from memory once for 2048 operations an element
 _MOST_PIECE = 16384
-SCRATCH_BYTES = 1_000_000  # of the native products, on one thread
 _STATE = 6  # doubles of a row between pieces, csrc/ops/token_logprobs/token_logprobs.h
 
 
@@ -94,7 +93,7 @@ class Plan:
         least = min(vocab, 256)
         # torch's product takes 4 % longer over 4096 rows of the weight at a time than over 16384; the native ones do not care.
         most = 256 if logit == 2 and not backward else _MOST_TOKENS
-        extra_bytes = max(extra_bytes - SCRATCH_BYTES, extra_bytes // 2)
+        extra_bytes = for_logits(extra_bytes, dtype)
         tokens = max(1, min(num_tokens, most, extra_bytes // (token + least * logit)))
         piece = max(1, min(vocab, _MOST_PIECE, (extra_bytes - tokens * token) // (tokens * logit)))
         return Plan(tokens, piece if piece == vocab or piece < LANES else piece // LANES * LANES)
@@ -107,13 +106,12 @@ class Plan:
         return (slice(i, min(i + self.piece, vocab)) for i in range(0, vocab, self.piece))
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
-        return in_huge_pages(torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype)))
+        return torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype))
 
 
-def in_huge_pages(fresh: Tensor) -> Tensor:
-    """The tensor itself. A gradient of 545 MB in 4 kB pages takes .22 s to be touched first, half as long as the product it holds."""
-    cpu.advise_huge_pages(address(fresh), fresh.nbytes)
-    return fresh
+def for_logits(extra_bytes: int, dtype: torch.dtype) -> int:
+    """What the products leave of it, or half of it where that is more: they need less when they are small."""
+    return max(extra_bytes - scratch_bytes(dtype), extra_bytes // 2)
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -263,7 +261,7 @@ def _gradient(
     of_bias: bool,
     extra_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = fresh_gradients(hidden, weight, of_hidden, of_weight, of_bias)
+    grads = empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
     with torch.autocast("cpu", enabled=False):
         add_gradients(
             hidden,
@@ -284,12 +282,6 @@ def empty_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: 
         weight.new_empty(weight.shape if of_weight else 0),
         weight.new_empty(weight.shape[0] if of_bias else 0),
     )
-
-
-def fresh_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`empty_gradients` in huge pages."""
-    of_h, of_w, of_b = empty_gradients(hidden, weight, of_hidden, of_weight, of_bias)
-    return in_huge_pages(of_h), in_huge_pages(of_w), of_b
 
 
 def add_gradients(
