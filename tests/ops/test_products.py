@@ -84,7 +84,6 @@ class Inputs:
         packed.fill_(torch.nan)
         source, strides = self.matrix(self.hidden), (self.hidden.stride(0), self.weight.stride(0))
         cpu.pack_hidden(*source, self.tokens, self.width, strides[0], packed.data_ptr(), torch.get_num_threads())
-        assert not packed.isnan().any()
         out, field = guarded(torch.zeros(self.tokens, self.rows), self.rows + self.gap, 9)
         out.fill_(torch.nan)
         bias = self.bias.data_ptr() if with_bias else 0
@@ -222,19 +221,17 @@ def through_the_operators(inputs: Inputs) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 37, 19), (19, 1, 33), (49, 131, 97)], ids=str)
 @pytest.mark.parametrize("gap", [0, 3])
 def test_through_the_operators(build: Build, dtype: torch.dtype, shape: tuple[int, int, int], gap: int) -> None:
-    """Within half an ulp of the dtype for each rounding: one of logits and gradients, two where dz or a sum was rounded before."""
+    """In bfloat16 each result, and the sum it is added to, is rounded once more than plain float32 products are."""
     with using(build):
         inputs = Inputs(*shape, dtype, gap)
         inputs.dz = inputs.dz.to(logits_dtype(dtype)).float()
         got = through_the_operators(inputs)
-    once = inputs.truth("weight", True, torch.float64)
-    wanted = [inputs.truth("logits", True, torch.float64), inputs.truth("logits", False, torch.float64)]
-    wanted += [inputs.truth("hidden", True, torch.float64), once, 2 * once]
-    roundings = {"logits": 2, "hidden": 1, "weight": 3}
-    for name, actual, want in zip(("logits", "logits", "hidden", "weight", "weight"), got, wanted, strict=True):
-        rounded = logits_dtype(dtype) if name == "logits" or dtype == torch.bfloat16 else actual.dtype
-        tol = torch.finfo(torch.float32).eps * inputs.magnitude(name) + roundings[name] * torch.finfo(rounded).eps * want.abs().max().item()
-        assert_no_worse(actual, want, want, tol, name)
+    calls = [("logits", True), ("logits", False), ("hidden", True), ("weight", True), ("weight", True)]
+    for i, (actual, (product, start)) in enumerate(zip(got, calls, strict=True)):
+        factor = 2 if i == 4 else 1  # the gradient of the weight, added a second time
+        truth, plain = (factor * inputs.truth(product, start, kind) for kind in (torch.float64, torch.float32))
+        eps = torch.finfo(torch.float32 if dtype == torch.float16 and product != "weight" else dtype).eps
+        assert_no_worse(actual, truth, plain, 2 * eps * inputs.magnitude(product), product)
 
 
 @dtypes
