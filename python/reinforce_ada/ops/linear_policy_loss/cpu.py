@@ -215,7 +215,8 @@ def _score_with_gradients(
     logprobs = torch.zeros(len(token_ids))
     entropy = torch.zeros(len(token_ids)) if with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
-    tokens = _tokens_of_chunk(len(active), head.weight, extra_bytes - bias_sums.nbytes)
+    room = linear.for_logits(extra_bytes, hidden.dtype, bias_sums.nbytes + head.bias_bytes)
+    tokens = _tokens_of_chunk(len(active), head.weight, room)
     buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
     for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
         rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
@@ -239,12 +240,12 @@ def _score_with_gradients(
     return logprobs, entropy
 
 
-def _tokens_of_chunk(num_tokens: int, weight: Tensor, extra_bytes: int) -> int:
+def _tokens_of_chunk(num_tokens: int, weight: Tensor, room: int) -> int:
     """How many tokens' logits fit, in whole tiles."""
     vocab, width = weight.shape
     dtype = weight.dtype
     token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
-    tokens = max(1, min(num_tokens, _MOST_TOKENS, linear.for_logits(extra_bytes, dtype) // token))
+    tokens = max(1, min(num_tokens, _MOST_TOKENS, room // token))
     tile = LANES if dtype == torch.bfloat16 else 3 * LANES  # tokens that the products take at a time
     return tokens if tokens < tile or tokens == num_tokens else tokens // tile * tile
 

@@ -37,6 +37,11 @@ class Head:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def bias_bytes(self) -> int:
+        """Of the bias where it is a copy, in another dtype."""
+        return 0 if self.bias is None or self.bias.dtype == self.weight.dtype else self.bias.nbytes
+
     def of_rows(self, rows: Tensor | slice) -> tuple[Tensor | None, float, float, float]:
         temperatures = None if self.temperatures is None else self.temperatures[rows]
         return temperatures, self.temperature, self.logit_scale, self.soft_cap
@@ -84,18 +89,21 @@ class Plan:
     piece: int
 
     @staticmethod
-    def of(num_tokens: int, weight: Tensor, extra_bytes: int, *, backward: bool) -> Plan:
+    def of(num_tokens: int, weight: Tensor, room: int, *, backward: bool, gathered: bool) -> Plan:
+        """In `room` bytes. `gathered`: the hidden states of a chunk do not lie together and are copied."""
         vocab, width = weight.shape
         dtype = weight.dtype
         logit = logits_dtype(dtype).itemsize
-        # Beside the logits: packed hidden states, and in the backward the float32 sum and in bfloat16 the product added to it.
-        token = Hidden.bytes_per_token(dtype, width) + (4 * width if backward else 0) + (2 * width if backward and logit == 2 else 0)
+        # Beside the logits: packed hidden states, and in the backward the float32 sum and, in two bytes, the product added to it or the
+        # result that it becomes.
+        token = Hidden.bytes_per_token(dtype, width) + (dtype.itemsize * width if gathered else 0)
+        if backward:
+            token += 4 * width + (2 * width if dtype.itemsize == 2 else 0)
         least = min(vocab, 256)
         # torch's product takes 4 % longer over 4096 rows of the weight at a time than over 16384; the native ones do not care.
         most = 256 if logit == 2 and not backward else _MOST_TOKENS
-        extra_bytes = for_logits(extra_bytes, dtype)
-        tokens = max(1, min(num_tokens, most, extra_bytes // (token + least * logit)))
-        piece = max(1, min(vocab, _MOST_PIECE, (extra_bytes - tokens * token) // (tokens * logit)))
+        tokens = max(1, min(num_tokens, most, room // (token + least * logit)))
+        piece = max(1, min(vocab, _MOST_PIECE, (room - tokens * token) // (tokens * logit)))
         return Plan(tokens, piece if piece == vocab or piece < LANES else piece // LANES * LANES)
 
     def chunks(self, active: Tensor) -> Iterator[Tensor]:
@@ -109,9 +117,9 @@ class Plan:
         return torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype))
 
 
-def for_logits(extra_bytes: int, dtype: torch.dtype) -> int:
-    """What the products leave of it, or half of it where that is more: they need less when they are small."""
-    return max(extra_bytes - scratch_bytes(dtype), extra_bytes // 2)
+def for_logits(extra_bytes: int, dtype: torch.dtype, held: int = 0) -> int:
+    """What the products leave, or half of it where that is more (small ones need less), without what is `held` anyway."""
+    return max(extra_bytes - scratch_bytes(dtype), extra_bytes // 2) - held
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -159,7 +167,8 @@ def score(
     num_tokens = hidden.shape[0]
     state = torch.zeros(num_tokens, _STATE, dtype=torch.float64)
     active = (token_ids != IGNORED).nonzero().squeeze(1)
-    plan = Plan.of(len(active), head.weight, extra_bytes, backward=False)
+    room = for_logits(extra_bytes, hidden.dtype, head.bias_bytes)
+    plan = Plan.of(len(active), head.weight, room, backward=False, gathered=len(active) < num_tokens)
     buffer = plan.buffer(hidden.dtype)
     for index in plan.chunks(active):
         rows, ids = Hidden(rows_of(hidden, index)), rows_of(token_ids, index)
@@ -306,7 +315,8 @@ def add_gradients(
     if not len(active) and not onto_weight:
         grad_weight.zero_()
     bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
-    plan = Plan.of(len(active), head.weight, extra_bytes - bias_sums.nbytes, backward=True)
+    room = for_logits(extra_bytes, hidden.dtype, bias_sums.nbytes + head.bias_bytes)
+    plan = Plan.of(len(active), head.weight, room, backward=True, gathered=len(active) < len(hidden))
     buffer = plan.buffer(hidden.dtype)
     for chunk, index in enumerate(plan.chunks(active)):
         rows = Hidden(rows_of(hidden, index))
