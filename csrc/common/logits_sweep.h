@@ -1,6 +1,6 @@
 // One row of logits, swept piece by piece: its running state, its results, its gradient.
 //
-//   z = logit_scale (x + bias), with a soft cap then soft_cap tanh(z / soft_cap), then / temperature;  p = softmax(z)
+//   z = logit_scale x, with a soft cap then soft_cap tanh(z / soft_cap), then / temperature;  p = softmax(z)
 //   logprob = z[y] - log sum_j exp(z[j]),  entropy = -sum_j p[j] log p[j],  sum_p2 = sum_j p[j]^2
 //   d x[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j],  g, h: gradients of logprob and entropy
 //
@@ -8,10 +8,12 @@
 // kept in double, because fp32 would cost 1.5e-5 where logits reach 200.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/simd.h"
 
@@ -38,7 +40,7 @@ struct RowState {
     double anchor, power, weighted, squares, token_u, token_met;
 };
 
-// From a logit x to u = scale y: y = x + bias, with a soft cap y = tanh(inner (x + bias)).
+// From a logit x to u = scale y: y = x, with a soft cap y = tanh(kTanhUnit inner x).
 struct Head {
     double scale, slope;  // slope = dz/dx, with a soft cap to be multiplied by 1 - y^2
     float inner;
@@ -47,58 +49,39 @@ struct Head {
     Head(double logit_scale, double soft_cap, double temperature)
         : scale(kLog2E * (soft_cap != 0 ? soft_cap : logit_scale) / temperature),
           slope(logit_scale / temperature),
-          inner(soft_cap != 0 ? static_cast<float>(logit_scale / soft_cap) : 1),
+          inner(soft_cap != 0 ? static_cast<float>(logit_scale / (soft_cap * kTanhUnit)) : 1),
           capped(soft_cap != 0) {}
-
-    RA_INLINE F32 apply(const Head& head, F32 x) { return head.capped ? tanh(x * head.inner) : x; }
 };
 
-// The logits of consecutive ids and what is added to them.
+template <bool kCapped>
+RA_INLINE Pair y_of(Pair x, float inner) {
+    if constexpr (kCapped) return scaled_tanh({x.first * inner, x.second * inner});
+    return x;
+}
+
+template <bool kCapped>
+RA_INLINE F32 y_of(F32 x, float inner) {
+    return y_of<kCapped>(Pair{x, x}, inner).first;
+}
+
+// Calls body with std::true_type or std::false_type.
+template <class Body>
+RA_INLINE void with_constant(bool flag, const Body& body) {
+    flag ? body(std::true_type{}) : body(std::false_type{});
+}
+
+// The logits of consecutive ids.
 template <class T>
 struct Piece {
-    const T *x, *bias;
+    const T* x;
     std::int64_t size;
-};
 
-// y of the ids [begin, begin + n).
-template <class T>
-inline void apply_head(const Piece<T>& piece, const Head& head, std::int64_t begin, std::int64_t n, float* y) {
-    const auto write = [&](std::int64_t i, int lanes) {
-        F32 x = lanes == kLanes ? load(piece.x + begin + i) : load_first(piece.x + begin + i, lanes, 0);
-        if (piece.bias) x += lanes == kLanes ? load(piece.bias + begin + i) : load_first(piece.bias + begin + i, lanes, 0);
-        x = Head::apply(head, x);
-        if (lanes == kLanes)
-            store(y + i, x);
-        else
-            store_first(y + i, x, lanes);
-    };
-    std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) write(i, kLanes);
-    if (i < n) write(i, static_cast<int>(n - i));
-}
-
-// Calls body(y, begin, n) block by block; y is the logits themselves where the head leaves them as they are.
-template <class T, class Body>
-inline void for_each_block(const Piece<T>& piece, const Head& head, const Body& body) {
-    const bool as_they_are = !head.capped && !piece.bias;
-    float y[kBlock];
-    for (std::int64_t begin = 0; begin < piece.size; begin += kBlock) {
-        const std::int64_t n = piece.size - begin < kBlock ? piece.size - begin : kBlock;
-        if (as_they_are) {
-            body(piece.x + begin, begin, n);
-            continue;
-        }
-        apply_head(piece, head, begin, n, y);
-        body(static_cast<const float*>(y), begin, n);
+    bool contains(std::int64_t id) const { return 0 <= id && id < size; }
+    float y(const Head& head, std::int64_t id) const {
+        const F32 value = broadcast(load_one(x + id));
+        return (head.capped ? y_of<true>(value, head.inner) : value)[0];
     }
-}
-
-template <class T>
-inline float y_of_one(const Piece<T>& piece, const Head& head, std::int64_t i) {
-    float y;
-    apply_head(piece, head, i, 1, &y);
-    return y;
-}
+};
 
 // d = u - anchor for u = scale y, rounded once. Without FMA the product's own rounding (1.5e-5 where u reaches 256) would stay, so
 // the difference is taken first: there it is exact near the anchor. `anchor` is near the one that is asked for; it is the one in use,
@@ -133,14 +116,16 @@ struct Distance {
 };
 
 // The largest u of a block; when all are -inf a finite one with a finite y, so that their distance to it is -inf and not NaN.
-template <class T>
-float largest_u(const T* y, std::int64_t n, float scale) {
+template <bool kCapped, class T>
+float largest_u(const T* x, std::int64_t n, const Head& head) {
+    const float scale = static_cast<float>(head.scale);
     F32 largest = broadcast(std::fmax(-1e30f, -1e38f * std::fabs(scale)));
     std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) largest = max(load(y + i) * scale, largest);
+    for (; i + kLanes <= n; i += kLanes) largest = max(y_of<kCapped>(load(x + i), head.inner) * scale, largest);
     if (i < n) {
         const int rest = static_cast<int>(n - i);
-        largest = max(keep_first(load_first(y + i, rest, 0) * scale, rest, -kInfinity), largest);
+        const F32 u = y_of<kCapped>(load_first(x + i, rest, 0), head.inner) * scale;
+        largest = max(keep_first(u, rest, -kInfinity), largest);
     }
     return max_lanes(largest);
 }
@@ -166,21 +151,22 @@ struct BlockSums {
     double power, weighted, squares;
 };
 
-template <bool kEntropy, bool kSquares, class T>
-BlockSums sum_block(const T* y, std::int64_t n, const Distance& distance) {
+template <bool kCapped, bool kEntropy, bool kSquares, class T>
+BlockSums sum_block(const T* x, std::int64_t n, float inner, const Distance& distance) {
     using Sums = VectorSums<kEntropy, kSquares>;
     Sums sums[kUnroll];
+    const auto d = [&](F32 x) { return distance(y_of<kCapped>(x, inner)); };
     std::int64_t i = 0;
     for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
         for (int k = 0; k < kUnroll; k += 2) {
-            const Pair pair = load_pair(y + i + k * kLanes);
-            Sums::add(sums[k], distance(pair.first));
-            Sums::add(sums[k + 1], distance(pair.second));
+            const Pair y = y_of<kCapped>(load_pair(x + i + k * kLanes), inner);
+            Sums::add(sums[k], distance(y.first));
+            Sums::add(sums[k + 1], distance(y.second));
         }
-    for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], distance(load(y + i)));
+    for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], d(load(x + i)));
     if (i < n) {
         const int rest = static_cast<int>(n - i);
-        Sums::add(sums[0], keep_first(distance(load_first(y + i, rest, 0)), rest, -kInfinity));
+        Sums::add(sums[0], keep_first(d(load_first(x + i, rest, 0)), rest, -kInfinity));
     }
     return {sum_lanes((sums[0].power + sums[1].power) + (sums[2].power + sums[3].power)),
             kEntropy ? sum_lanes((sums[0].weighted + sums[1].weighted) + (sums[2].weighted + sums[3].weighted)) : 0,
@@ -195,33 +181,38 @@ inline void move_anchor(RowState& row, double to) {
     row.anchor = to;
 }
 
-template <bool kEntropy, bool kSquares, class T>
-void add_block(const T* y, std::int64_t n, double scale, RowState& row) {
+template <bool kCapped, bool kEntropy, bool kSquares, class T>
+void add_block(const T* x, std::int64_t n, const Head& head, RowState& row) {
     const auto anchored_here = [&] {
-        const Distance distance(largest_u(y, n, static_cast<float>(scale)), scale);
+        const Distance distance(largest_u<kCapped>(x, n, head), head.scale);
         move_anchor(row, distance.anchor);
         return distance;
     };
+    const auto sums_from = [&](const Distance& distance) { return sum_block<kCapped, kEntropy, kSquares>(x, n, head.inner, distance); };
     // Before anything is above 0 (the first block, or all -inf so far) any anchor is as good as another.
-    const Distance distance = row.power == 0 ? anchored_here() : Distance(row.anchor, scale);
-    BlockSums sums = sum_block<kEntropy, kSquares>(y, n, distance);
-    if (!(sums.power <= kLargestSum)) sums = sum_block<kEntropy, kSquares>(y, n, anchored_here());
+    BlockSums sums = sums_from(row.power == 0 ? anchored_here() : Distance(row.anchor, head.scale));
+    if (!(sums.power <= kLargestSum)) sums = sums_from(anchored_here());
     row.power += sums.power;
     row.weighted += sums.weighted;
     row.squares += sums.squares;
 }
 
+template <bool kCapped, bool kEntropy, bool kSquares, class T>
+void add_blocks(const Piece<T>& piece, const Head& head, RowState& row) {
+    for (std::int64_t begin = 0; begin < piece.size; begin += kBlock)
+        add_block<kCapped, kEntropy, kSquares>(piece.x + begin, std::min(kBlock, piece.size - begin), head, row);
+}
+
 // Adds a piece; `token` is counted from the piece's first id.
 template <class T>
 void add_piece(RowState& row, const Piece<T>& piece, const Head& head, std::int64_t token, bool with_entropy, bool with_sum_p2) {
-    for_each_block(piece, head, [&](const auto* y, std::int64_t, std::int64_t n) {
-        if (with_entropy)
-            with_sum_p2 ? add_block<true, true>(y, n, head.scale, row) : add_block<true, false>(y, n, head.scale, row);
-        else
-            with_sum_p2 ? add_block<false, true>(y, n, head.scale, row) : add_block<false, false>(y, n, head.scale, row);
+    with_constant(head.capped, [&](auto capped) {
+        with_constant(with_entropy, [&](auto entropy) {
+            with_constant(with_sum_p2, [&](auto squares) { add_blocks<capped, entropy, squares>(piece, head, row); });
+        });
     });
-    if (token < 0 || token >= piece.size) return;
-    row.token_u = static_cast<double>(y_of_one(piece, head, token)) * head.scale;
+    if (!piece.contains(token)) return;
+    row.token_u = static_cast<double>(piece.y(head, token)) * head.scale;
     row.token_met = 1;
 }
 
@@ -258,7 +249,7 @@ struct RowGradient {
     }
 };
 
-template <bool kEntropy, bool kCapped>
+template <bool kCapped, bool kEntropy>
 RA_INLINE F32 gradient(F32 y, const RowGradient& row) {
     F32 d = row.distance(y);
     F32 factor = broadcast(row.constant);
@@ -278,41 +269,45 @@ std::int64_t until_aligned(const T* p, std::int64_t n) {
     return skip < n ? skip : n;
 }
 
-template <bool kEntropy, bool kCapped, class Y, class Out>
-void gradient_block(const Y* y, std::int64_t n, const RowGradient& row, bool streams, Out* out) {
-    const auto pair = [&](std::int64_t i) {
-        const Pair p = load_pair(y + i);
-        return Pair{gradient<kEntropy, kCapped>(p.first, row), gradient<kEntropy, kCapped>(p.second, row)};
+// Writes the gradient of a piece; `token` is counted from the piece's first id. `out` may be the logits.
+template <bool kCapped, bool kEntropy, class T, class Out>
+void write_gradient(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, Out* out) {
+    const T* const x = piece.x;
+    const std::int64_t n = piece.size;
+    const bool here = piece.contains(token);
+    const float y_token = here ? piece.y(head, token) : 0;  // before the sweep, which may overwrite it
+
+    // Copies: for all that the compiler knows, a store to `out` changes what a reference refers to.
+    const auto of = [row = row](F32 y) { return gradient<kCapped, kEntropy>(y, row); };
+    const auto of_pair = [of, x, inner = head.inner](std::int64_t i) {
+        const Pair y = y_of<kCapped>(load_pair(x + i), inner);
+        return Pair{of(y.first), of(y.second)};
     };
     const auto write_few = [&](std::int64_t i, std::int64_t end) {
-        for (; i + kLanes <= end; i += kLanes) store(out + i, gradient<kEntropy, kCapped>(load(y + i), row));
+        for (; i + kLanes <= end; i += kLanes) store(out + i, of(y_of<kCapped>(load(x + i), head.inner)));
         const int rest = static_cast<int>(end - i);
-        if (rest > 0) store_first(out + i, gradient<kEntropy, kCapped>(load_first(y + i, rest, 0), row), rest);
+        if (rest > 0) store_first(out + i, of(y_of<kCapped>(load_first(x + i, rest, 0), head.inner)), rest);
     };
-    std::int64_t i = 0;
-    if constexpr (sizeof(Y) == sizeof(Out)) {  // or a pair's order would differ
-        if (streams) {
-            i = until_aligned(out, n);
-            write_few(0, i);
-            for (; i + 2 * kLanes <= n; i += 2 * kLanes) stream_pair(out + i, pair(i));
-        } else {
-            for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_pair(out + i, pair(i));
-        }
+    std::int64_t i = streams ? until_aligned(out, n) : 0;
+    if (streams) {
+        write_few(0, i);
+        for (; i + 2 * kLanes <= n; i += 2 * kLanes) stream_pair(out + i, of_pair(i));
+    } else {
+        for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_pair(out + i, of_pair(i));
     }
     write_few(i, n);
-}
 
-// Writes the gradient of a piece; `token` is counted from the piece's first id. `out` may be the logits.
-template <bool kEntropy, bool kCapped, class T, class Out>
-void gradient_piece(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool streams, Out* out) {
-    const bool here = 0 <= token && token < piece.size;
-    const float y_token = here ? y_of_one(piece, head, token) : 0;  // before the sweep, which may overwrite it
-    for_each_block(piece, head, [&](const auto* y, std::int64_t begin, std::int64_t n) {
-        gradient_block<kEntropy, kCapped>(y, n, row, streams, out + begin);
-    });
     if (!here) return;
     const float at_token = kCapped ? row.at_token * (1 - y_token * y_token) : row.at_token;
-    store_first(out + token, gradient<kEntropy, kCapped>(broadcast(y_token), row) + at_token, 1);
+    store_first(out + token, gradient<kCapped, kEntropy>(broadcast(y_token), row) + at_token, 1);
+}
+
+template <class T, class Out>
+void write_gradient(const Piece<T>& piece, const Head& head, std::int64_t token, const RowGradient& row, bool with_entropy, bool streams,
+                    Out* out) {
+    with_constant(head.capped, [&](auto capped) {
+        with_constant(with_entropy, [&](auto entropy) { write_gradient<capped, entropy>(piece, head, token, row, streams, out); });
+    });
 }
 
 }  // namespace reinforce_ada::RA_ISA

@@ -24,11 +24,8 @@ struct Rows {
     const std::int64_t* token_ids;
     const float* temperatures;
     double temperature, logit_scale, soft_cap;
-    const void* bias;
 
-    Piece<T> piece(std::int64_t t) const {
-        return {static_cast<const T*>(logits) + t * row_stride, static_cast<const T*>(bias), piece_size};
-    }
+    Piece<T> piece(std::int64_t t) const { return {static_cast<const T*>(logits) + t * row_stride, piece_size}; }
     Head head(std::int64_t t) const { return Head(logit_scale, soft_cap, temperatures ? temperatures[t] : temperature); }
     bool ignored(std::int64_t t) const { return token_ids[t] == kIgnored; }
     std::int64_t token(std::int64_t t) const { return token_ids[t] - first_id; }
@@ -41,11 +38,17 @@ struct Rows {
     void write_gradient(std::int64_t t, double log2_normalizer, double entropy, double g, double h, bool streams, Out* out) const {
         const Head head = this->head(t);
         const RowGradient row(head, log2_normalizer, entropy, g, h);
-        const auto write = h != 0 ? (head.capped ? gradient_piece<true, true, T, Out> : gradient_piece<true, false, T, Out>)
-                                  : (head.capped ? gradient_piece<false, true, T, Out> : gradient_piece<false, false, T, Out>);
-        write(piece(t), head, token(t), row, streams, out);
+        reinforce_ada::RA_ISA::write_gradient(piece(t), head, token(t), row, h != 0, streams, out);
     }
 };
+
+// sums[j] += x[j].
+template <class T>
+void add_row(const T* x, std::int64_t n, double* sums) {
+    std::int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) add_lanes(sums + j, load(x + j));
+    for (; j < n; ++j) sums[j] += load_one(x + j);
+}
 
 // Whatever the threads, each column is summed in the order of the rows.
 template <class T>
@@ -53,8 +56,7 @@ void add_columns(const T* grad, std::int64_t num_tokens, std::int64_t columns, s
     parallel_for((columns + kColumns - 1) / kColumns, num_tokens * columns, num_threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t first = begin * kColumns; first < end * kColumns; first += kColumns) {
             const std::int64_t last = first + kColumns < columns ? first + kColumns : columns;
-            for (std::int64_t t = 0; t < num_tokens; ++t)
-                for (std::int64_t j = first; j < last; ++j) sums[j] += load_one(grad + t * row_stride + j);
+            for (std::int64_t t = 0; t < num_tokens; ++t) add_row(grad + t * row_stride + first, last - first, sums + first);
         }
     });
 }
@@ -73,7 +75,7 @@ void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_toke
     const Outputs out{logprobs, log2_normalizer, entropy, sum_p2};
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Rows<T> rows{logits, vocab, row_stride, 0, token_ids, temperatures, temperature, logit_scale, soft_cap, nullptr};
+        const Rows<T> rows{logits, vocab, row_stride, 0, token_ids, temperatures, temperature, logit_scale, soft_cap};
         parallel_for(num_tokens, num_tokens * vocab, num_threads, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t t = begin; t < end; ++t) {
                 RowState state{};
@@ -86,11 +88,10 @@ void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_toke
 
 void token_logprobs_add_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size, std::int64_t row_stride,
                               std::int64_t first_id, const std::int64_t* token_ids, const float* temperatures, double temperature,
-                              double logit_scale, double soft_cap, const void* bias, double* state, bool with_entropy, bool with_sum_p2,
-                              int num_threads) {
+                              double logit_scale, double soft_cap, double* state, bool with_entropy, bool with_sum_p2, int num_threads) {
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Rows<T> rows{logits, piece_size, row_stride, first_id, token_ids, temperatures, temperature, logit_scale, soft_cap, bias};
+        const Rows<T> rows{logits, piece_size, row_stride, first_id, token_ids, temperatures, temperature, logit_scale, soft_cap};
         parallel_for(num_tokens, num_tokens * piece_size, num_threads, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t t = begin; t < end; ++t) {
                 RowState row;
@@ -114,12 +115,12 @@ void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* 
 
 void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size, std::int64_t row_stride,
                                    std::int64_t first_id, const std::int64_t* token_ids, const float* temperatures, double temperature,
-                                   double logit_scale, double soft_cap, const void* bias, const double* log2_normalizer,
-                                   const float* entropy, const float* grad_logprobs, const float* grad_entropy, void* grad,
-                                   std::int64_t grad_row_stride, double* grad_bias, int num_threads) {
+                                   double logit_scale, double soft_cap, const double* log2_normalizer, const float* entropy,
+                                   const float* grad_logprobs, const float* grad_entropy, void* grad, std::int64_t grad_row_stride,
+                                   double* grad_bias, int num_threads) {
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Rows<T> rows{logits, piece_size, row_stride, first_id, token_ids, temperatures, temperature, logit_scale, soft_cap, bias};
+        const Rows<T> rows{logits, piece_size, row_stride, first_id, token_ids, temperatures, temperature, logit_scale, soft_cap};
         const bool streams = logits != grad && num_tokens * piece_size * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
         if (streams && num_tokens > 0) {
             const std::int64_t elements = (num_tokens - 1) * grad_row_stride + piece_size;

@@ -132,14 +132,13 @@ def _write_gradient(
         temperature,
         logit_scale,
         soft_cap,
-        0,  # no bias
         address(log2_normalizer),
         address(entropy),
         address(grad_logprobs),
         address(grad_entropy),
         address(grad),
         grad.stride(0),
-        0,  # nor its gradient
+        0,  # no gradient of a bias
         torch.get_num_threads(),
     )
 
