@@ -497,6 +497,41 @@ def test_micro_batches_add_up(backend: str, case: str, onto: bool) -> None:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
 
 
+@every_form
+@dtypes
+def test_weight_grad_is_added_to(backend: str, dtype: torch.dtype) -> None:
+    """What is there stays, also where nothing but the weight has a gradient, nothing is counted, or the weight is frozen."""
+    batch = inputs_of(dtype)
+    want = evaluate(batch, backend=backend)["weight"]
+    rest = {k: v for k, v in batch.items() if k not in ("weight", "rollout_logprobs", "ref_logprobs")}
+    weight, into = batch["weight"].clone().requires_grad_(), torch.ones_like(batch["weight"])
+    linear_policy_loss(weight=weight, **rest, weight_grad=into, backend=backend)[0].backward()
+    assert weight.grad is None
+    torch.testing.assert_close(into, 1 + want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    before = into.clone()
+    linear_policy_loss(weight=weight, **{**rest, "mask": torch.zeros(T)}, weight_grad=into, backend=backend)[0].backward()
+    linear_policy_loss(weight=weight.detach(), **rest, weight_grad=into, backend=backend)
+    with torch.no_grad():
+        linear_policy_loss(weight=weight, **rest, weight_grad=into, backend=backend)
+    assert_same_bits([into], [before])
+
+
+@native_form
+def test_weight_grad_takes_one_backward_of_the_loss_as_it_is(backend: str) -> None:
+    """It has been added in the forward, as it was, and once."""
+    loss, _ = leaf_call(backend, weight_grad=torch.zeros(V, D))
+    with pytest.raises(InputError, match=r"weight_grad and a loss that is multiplied by 3 afterwards; loss.backward"):
+        (3 * loss).backward()
+    loss, _ = leaf_call(backend, weight_grad=torch.zeros(V, D))
+    loss.backward(retain_graph=True)
+    with pytest.raises(InputError, match="weight_grad and a second backward; one"):
+        loss.backward()
+    into = torch.zeros(V, D)
+    into.requires_grad_()
+    with pytest.raises(InputError, match=r"weight_grad is .*without a gradient of its own"):
+        leaf_call(backend, weight_grad=into)
+
+
 @native_build
 @pytest.mark.parametrize("case", ["on-policy", "sequence ratio"])
 def test_tiny_shares_do_not_vanish_in_float16(backend: str, case: str) -> None:
