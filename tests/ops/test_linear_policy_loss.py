@@ -497,6 +497,41 @@ def test_micro_batches_add_up(backend: str, case: str, onto: bool) -> None:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
 
 
+@every_form
+@dtypes
+def test_weight_grad_is_added_to(backend: str, dtype: torch.dtype) -> None:
+    """What is there stays, also where nothing but the weight has a gradient, nothing is counted, or the weight is frozen."""
+    batch = inputs_of(dtype)
+    want = evaluate(batch, backend=backend)["weight"]
+    rest = {k: v for k, v in batch.items() if k not in ("weight", "rollout_logprobs", "ref_logprobs")}
+    weight, into = batch["weight"].clone().requires_grad_(), torch.ones_like(batch["weight"])
+    linear_policy_loss(weight=weight, **rest, weight_grad=into, backend=backend)[0].backward()
+    assert weight.grad is None
+    torch.testing.assert_close(into, 1 + want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    before = into.clone()
+    linear_policy_loss(weight=weight, **{**rest, "mask": torch.zeros(T)}, weight_grad=into, backend=backend)[0].backward()
+    linear_policy_loss(weight=weight.detach(), **rest, weight_grad=into, backend=backend)
+    with torch.no_grad():
+        linear_policy_loss(weight=weight, **rest, weight_grad=into, backend=backend)
+    assert_same_bits([into], [before])
+
+
+@native_form
+def test_weight_grad_takes_one_backward_of_the_loss_as_it_is(backend: str) -> None:
+    """It has been added in the forward, as it was, and once."""
+    loss, _ = leaf_call(backend, weight_grad=torch.zeros(V, D))
+    with pytest.raises(InputError, match=r"weight_grad and a loss that is multiplied by 3 afterwards; loss.backward"):
+        (3 * loss).backward()
+    loss, _ = leaf_call(backend, weight_grad=torch.zeros(V, D))
+    loss.backward(retain_graph=True)
+    with pytest.raises(InputError, match="weight_grad and a second backward; one"):
+        loss.backward()
+    into = torch.zeros(V, D)
+    into.requires_grad_()
+    with pytest.raises(InputError, match=r"weight_grad is .*without a gradient of its own"):
+        leaf_call(backend, weight_grad=into)
+
+
 @native_build
 @pytest.mark.parametrize("case", ["on-policy", "sequence ratio"])
 def test_tiny_shares_do_not_vanish_in_float16(backend: str, case: str) -> None:
@@ -513,15 +548,15 @@ def test_tiny_shares_do_not_vanish_in_float16(backend: str, case: str) -> None:
 @native_form
 @pytest.mark.parametrize("case", ["on-policy", "sequence ratio"])
 def test_sums_of_many_tokens_do_not_overflow_in_float16(backend: str, case: str) -> None:
-    """8192 hidden states around 20 that pull at one token: the sum is 16, that of tokens with a share of 1 would be 1.3e5."""
+    """8192 hidden states around 100 that pull at one token: a gradient of 64 for shares that add up to 1, 5e5 for shares of 1 each."""
     num_tokens = 8192
     options = {k: v for k, v in CASES[case].items() if k != "old"}
     batch = {
-        "hidden": (torch.randn(num_tokens, 3).abs() * 20).half(), "weight": (torch.randn(5, 3) / 50).half(),
+        "hidden": (torch.randn(num_tokens, 3).abs() * 100).half(), "weight": (torch.randn(5, 3) / 500).half(),
         "token_ids": torch.zeros(num_tokens, dtype=torch.int64), "advantages": torch.ones(1), "mask": torch.ones(num_tokens),
         "cu_seqlens": torch.tensor([0, num_tokens]),
     }  # fmt: skip
-    got, want = (evaluate(batch, None, 1024.0, **options, bias=False, old=False, backend=b) for b in (backend, "reference"))
+    got, want = (evaluate(batch, None, 64.0, **options, bias=False, old=False, backend=b) for b in (backend, "reference"))
     assert got["weight"].isfinite().all()
     torch.testing.assert_close(got["weight"], want["weight"], rtol=0.01, atol=10)
 

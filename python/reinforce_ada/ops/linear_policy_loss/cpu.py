@@ -53,7 +53,7 @@ def linear_policy_loss(
     run = _op if onto is None else partial(_OntoWeightGrad.apply, onto)
     value, metrics, *_ = run(
         hidden.flatten(0, -2),
-        weight if onto is None else weight.detach(),
+        weight,
         bias,
         token_ids.flatten().long(),
         temperature.flatten().float() if isinstance(temperature, Tensor) else None,
@@ -286,6 +286,7 @@ class _OntoWeightGrad(torch.autograd.Function):
         output = _forward(*inputs, onto=onto)
         torch.autograd.graph.increment_version(onto)
         _setup_context(ctx, inputs, output)
+        ctx.spent = False
         return output
 
     @staticmethod
@@ -293,6 +294,9 @@ class _OntoWeightGrad(torch.autograd.Function):
         if grad_value is not None and grad_value != 1:
             given = f"weight_grad and a loss that is multiplied by {grad_value.item():g} afterwards"
             raise InputError(_WHERE, given, "loss.backward() on the loss as it is: the gradient has been added", "use num_tokens_global")
+        if ctx.spent:
+            raise InputError(_WHERE, "weight_grad and a second backward", "one: the gradient has been added once")
+        ctx.spent = True
         grad_hidden, _, grad_bias, _ = ctx.saved_tensors
         of_hidden, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * 20
