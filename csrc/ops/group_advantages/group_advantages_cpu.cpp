@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "common/huge_pages.h"
-#include "common/scratch.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "ops/group_advantages/group_advantages.h"
 

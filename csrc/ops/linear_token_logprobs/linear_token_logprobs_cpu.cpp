@@ -242,6 +242,12 @@ void pack_tiles(const float* dz, int64_t dz_stride, int64_t tokens, int64_t firs
     }
 }
 
+// Whole tiles of rows with `columns` floats each: about `floats` in all, and not more than there are.
+int64_t rows_of_strip(int64_t floats, int64_t columns, int64_t num_rows) {
+    const int64_t fit = floats / kTileRows / std::max<int64_t>(columns, 1), all = (num_rows + kTileRows - 1) / kTileRows;
+    return std::max<int64_t>(1, std::min(fit, all)) * kTileRows;
+}
+
 }  // namespace
 
 void pack_hidden(const void* hidden, int dtype, int64_t num_tokens, int64_t width, int64_t row_stride, float* packed, int num_threads) {
@@ -258,7 +264,7 @@ void pack_hidden(const void* hidden, int dtype, int64_t num_tokens, int64_t widt
 
 void linear_logits(const float* packed, const void* weight, int dtype, const float* bias, int64_t num_tokens, int64_t num_rows,
                    int64_t width, int64_t weight_stride, float* logits, int64_t logits_stride, int num_threads) {
-    const int64_t strip = std::max<int64_t>(1, kStripBytes / 4 / kTileRows / std::max<int64_t>(width, 1)) * kTileRows;
+    const int64_t strip = rows_of_strip(kStripBytes / 4, width, num_rows);
     const int64_t strips = (num_rows + strip - 1) / strip, panels = panels_of(num_tokens);
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
@@ -315,7 +321,7 @@ void linear_grad_hidden(const float* dz, int64_t dz_stride, const void* weight, 
 
 void linear_grad_weight(const float* dz, int64_t dz_stride, const void* hidden, int dtype, int64_t num_tokens, int64_t num_rows,
                         int64_t width, int64_t hidden_stride, void* grad_weight, bool first, int num_threads) {
-    const int64_t strip = std::max<int64_t>(1, kPackedTiles / kTileRows / std::max<int64_t>(num_tokens, 1)) * kTileRows;
+    const int64_t strip = rows_of_strip(kPackedTiles, num_tokens, num_rows);
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         parallel_for((num_rows + strip - 1) / strip, num_tokens * num_rows, num_threads, [&](int64_t begin, int64_t end) {

@@ -25,7 +25,7 @@ from reinforce_ada.ops.policy_loss.settings import METRICS, Settings
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 _WHERE = "linear_policy_loss"
-DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32; fewer make the products slower
+DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32, up to D = 2048; fewer make the products slower
 _MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, which `scratch_bytes` has to hold
 
 
@@ -244,7 +244,8 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, room: int) -> int:
     """How many tokens' logits fit, in whole tiles."""
     vocab, width = weight.shape
     dtype = weight.dtype
-    token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + width * (8 + 2 * dtype.itemsize)
+    # Beside the logits: what the products hold, the gathered hidden states, the sum of their gradient, and that rounded to half.
+    token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + 8 * width
     tokens = max(1, min(num_tokens, _MOST_TOKENS, room // token))
     tile = LANES if dtype == torch.bfloat16 else 3 * LANES  # tokens that the products take at a time
     return tokens if tokens < tile or tokens == num_tokens else tokens // tile * tile
