@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/offsets.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -350,13 +351,6 @@ std::uint64_t largest(const int64_t* ids, int64_t count) {
 
 int64_t first_outside(const int64_t* ids, int64_t rows, int64_t num_groups) {
     return std::find_if(ids, ids + rows, [&](int64_t g) { return g < 0 || g >= num_groups; }) - ids;
-}
-
-int64_t first_wrong_offset(const int64_t* cu_seqlens, int64_t num_groups, int64_t rows) {
-    if (cu_seqlens[0] != 0) return 0;
-    for (int64_t g = 0; g < num_groups; ++g)
-        if (cu_seqlens[g + 1] < cu_seqlens[g] || cu_seqlens[g + 1] > rows) return g + 1;
-    return cu_seqlens[num_groups] == rows ? -1 : num_groups;
 }
 
 // Rows in any order, by a table of two doubles a group: first sum and count of its rewards, then mean and sum of squares about it, then

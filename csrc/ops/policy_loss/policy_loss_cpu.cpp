@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/huge_pages.h"
+#include "common/offsets.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "ops/policy_loss/policy_loss.h"
@@ -753,16 +754,6 @@ void count_missing(const Inputs& in, const std::vector<int64_t>& starts, int64_t
         for (int64_t i = 0; i < starts.back(); ++i) longest = std::max(longest, in.end(i) - in.begin(i));
         den.length = static_cast<double>(longest);
     }
-}
-
-int64_t first_wrong_offset(const int64_t* cu_seqlens, int64_t sequences, int64_t total) {
-    bool wrong = cu_seqlens[0] != 0 || cu_seqlens[sequences] != total;
-    for (int64_t i = 0; i < sequences; ++i) wrong |= cu_seqlens[i + 1] < cu_seqlens[i];  // no early exit: it is one vector compare
-    if (!wrong) return -1;
-    if (cu_seqlens[0] != 0) return 0;
-    for (int64_t i = 0; i < sequences; ++i)
-        if (cu_seqlens[i + 1] < cu_seqlens[i] || cu_seqlens[i + 1] > total) return i + 1;
-    return sequences;
 }
 
 void name_metrics(const Partial& p, int64_t total, double* metrics) {
