@@ -38,7 +38,7 @@ def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path)
     cases = choose(ops, pattern, quick=quick)
     if not to.absolute().parent.is_dir():
         raise InputError("bench", f"--json {to}", "a file in a folder that exists")
-    to.touch()  # what cannot be written is better known before a quarter of an hour of measuring
+    to.touch()  # what cannot be written is better known before half an hour of measuring
     with settings(device):
         results, wrong = _measure(cases, device, quick, to)
     print("\n".join(_report(results, wrong)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 15
 _CASE_S = 4.0  # spent on the rounds of a case that could have more of them
 _TIMING_S = 5e-3  # at least, so that the clock's own microsecond does not show
 _MAX_CALLS = 2000
-_SLOW_S = 1.0  # a baseline slower than this takes every other turn: at full size the whole run is a matter of such baselines
 _L2_BYTES = 256 << 20  # more than any GPU caches
 
 
@@ -111,8 +110,7 @@ class Session:
         self._metered = memory.missing(device) is None
         self._extra: dict[str, int | None] = {}
         self._calls: dict[str, int] = {}
-        self._seconds: dict[str, dict[int, float]] = {}  # by turn
-        self._slow: set[str] = set()
+        self._seconds: dict[str, list[float]] = {}  # of each turn
         self._turns = 0
         cycle_s = self._prepare_subject()
         self.others = [c for c in self.setup.others if c.name not in self.absent]
@@ -149,9 +147,7 @@ class Session:
             self.absent[other.name] = f"{type(e).__name__}: {_first_line(e)}"
             return 0.0
         self._extra[other.name], _, seconds = self._metered_call(other.run)
-        self._seconds[other.name] = {}
-        if seconds > _SLOW_S and not other.floor:
-            self._slow.add(other.name)
+        self._seconds[other.name] = []
         return self._count_calls(other.name, other.run, seconds)
 
     def _fresh(self, run: Run) -> Any:
@@ -188,8 +184,7 @@ class Session:
         """Times every other candidate once, each time from another one on."""
         first = self._turns % max(1, len(self.others))
         for other in self.others[first:] + self.others[:first]:
-            if other.name not in self._slow or self._turns % 2 == 0:
-                self._seconds[other.name][self._turns] = self._time(other.name, other.run)
+            self._seconds[other.name].append(self._time(other.name, other.run))
         self._turns += 1
 
     def subject(self) -> float:
@@ -222,7 +217,7 @@ class Session:
             backend=_dispatch.resolve(case.op, "auto", torch.device(self.device), getattr(torch, case.dtype)),
             rounds=len(own),
             calls=self._calls[""],
-            ours=self._timing("", dict(enumerate(own)), own, False),
+            ours=self._timing("", own, own, False),
             others=others,
             absent=self.absent,
             moved_bytes=setup.moved_bytes,
@@ -232,9 +227,9 @@ class Session:
             goals=case.goals if self.device == "cpu" else (),  # the goals are those of one CPU thread
         )
 
-    def _timing(self, name: str, seconds: Mapping[int, float], own: Sequence[float], floor: bool) -> Timing:
-        ms = _quartiles([1e3 * s for s in seconds.values()])
-        ratio = _quartiles([s / own[turn] for turn, s in seconds.items()])
+    def _timing(self, name: str, seconds: Sequence[float], own: Sequence[float], floor: bool) -> Timing:
+        ms = _quartiles([1e3 * s for s in seconds])
+        ratio = _quartiles([theirs / ours for theirs, ours in zip(seconds, own, strict=True)])
         extra = self._extra[name]
         return Timing(*ms, *ratio, None if extra is None else extra / 1e6, floor)
 

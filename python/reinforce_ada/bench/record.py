@@ -150,7 +150,7 @@ def _verdict(record: Record, goal: Goal) -> Verdict:
     met = value >= goal.bound if at_least else value <= goal.bound
     exact = name not in ("", goal.against)  # which of the family it was
     reached = number(value, up=not at_least) + (f" ({name})" if exact else "")
-    return Verdict(text, reached, "" if low is None or high is None else f"{number(low)}–{number(high)}", met)
+    return Verdict(text, reached, "" if low is None or high is None else f"{number(low, not at_least)}–{number(high, not at_least)}", met)
 
 
 def _quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
