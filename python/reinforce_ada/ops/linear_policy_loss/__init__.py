@@ -15,7 +15,7 @@ from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
 from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, Settings
-from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_values, describe
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_matrix, check_temperature, check_values, describe
 
 __all__ = ["linear_policy_loss"]
 
@@ -161,8 +161,7 @@ def _check_head(
         raise InputError(_WHERE, f"hidden has stride {hidden.stride()}", "stride 1 in the last dimension", "hidden.contiguous()")
     if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.device != hidden.device:
         raise InputError(_WHERE, f"token_ids is {describe(token_ids)}", f"int64 or int32 on {hidden.device}")
-    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
-        raise InputError(_WHERE, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
+    check_bias(_WHERE, bias, weight)
     if isinstance(temperature, Tensor) and temperature.shape != token_ids.shape:
         raise InputError(_WHERE, f"temperature is {describe(temperature)}", f"a number, or {list(token_ids.shape)}")
     flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature

@@ -19,10 +19,11 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype
 from reinforce_ada.ops._torch import NativeOp, is_eager
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
-from reinforce_ada.ops.linear_token_logprobs.cpu import Head, rows_of
+from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
 from reinforce_ada.ops.policy_loss import cpu as policy
 from reinforce_ada.ops.policy_loss.settings import METRICS, Settings
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
+from reinforce_ada.ops.token_logprobs.cpu import check_values
 
 _WHERE = "linear_policy_loss"
 DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32, up to D = 2048; fewer make the products slower
@@ -158,7 +159,7 @@ def _forward(
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids = token_ids.masked_fill(~mask.flatten(), IGNORED)
-    linear.check_values(_WHERE, ids, weight.shape[0], temperatures)
+    check_values(_WHERE, ids, weight.shape[0], temperatures)
     head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
     batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
     results = linear.empty_gradients(hidden, weight, of_hidden, of_weight and onto is None, of_bias)
@@ -180,8 +181,8 @@ def _forward(
         if wanted:
             factor = factor if onto is not None else _factor(g, hidden.dtype)
             slopes = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
-            scored, incoming = (log2_normalizer, entropy), (slopes[0], slopes[1])
-            linear.add_gradients(hidden, head, ids, scored, incoming, grads, extra_bytes, onto_weight=onto is not None)
+            scored = Scored(ids, log2_normalizer, entropy, *slopes)
+            linear.add_gradients(hidden, head, scored, grads, extra_bytes, onto_weight=onto is not None)
         return value, metrics, *results, factor
 
 
@@ -219,12 +220,12 @@ def _score_with_gradients(
     tokens = _tokens_of_chunk(len(active), head.weight, room)
     buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
     for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
-        rows, ids, of_rows = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.of_rows(index)
+        rows, ids, head_at = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.at(index)
         dz = rows.logits(head.weight, head.bias, buffer)
-        logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head, of_rows, with_entropy)
+        logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head_at, with_entropy)
         _, _, *slopes = batch.tokens(index).evaluate(logp, h if with_entropy else None, numbers)
         incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
-        linear.gradient_over_logits(dz, slice(0, head.vocab), [ids, log2_normalizer, h, *incoming], head, of_rows, bias_sums)
+        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, log2_normalizer, h, *incoming), head_at, bias_sums)
         if len(grad_weight):
             rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and not onto_weight)
         if len(grad_hidden):

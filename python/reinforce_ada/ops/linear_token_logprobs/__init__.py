@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -13,7 +12,15 @@ from reinforce_ada.ops import _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.linear_token_logprobs import cpu, reference
 from reinforce_ada.ops.token_logprobs import TokenLogprobs
-from reinforce_ada.ops.token_logprobs.checks import check_matrix, check_temperature, check_tokens, check_values, describe
+from reinforce_ada.ops.token_logprobs.checks import (
+    check_bias,
+    check_head,
+    check_matrix,
+    check_temperature,
+    check_tokens,
+    check_values,
+    describe,
+)
 
 __all__ = ["linear_token_logprobs"]
 
@@ -83,8 +90,9 @@ def linear_token_logprobs(
     Differentiable in hidden, weight and bias through `logprobs` and `entropy`.
 
     `max_extra_bytes` bounds what is held beyond the inputs, the results and the returned gradients: logits are computed for as many
-    tokens at a time as fit, and once more in the backward. The weight's gradient is then the sum over chunks in the dtype of the
-    weight. Without it, autograd keeps the logits of all tokens. Several micro-batches accumulate into `weight.grad` as usual.
+    tokens at a time as fit, in the cpu form also for a piece of the vocabulary at a time, and once more in the backward. The weight's
+    gradient is then the sum over chunks in the dtype of the weight. Without it the cpu form takes 8 MB; the reference lets autograd keep
+    the logits of all tokens. Several micro-batches accumulate into `weight.grad` as usual.
 
     Args:
         hidden: [T, D], float32, bfloat16 or float16 (float64 for checks); finite, also where the token is ignored.
@@ -130,8 +138,5 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale
     if hidden.shape[1] != width or hidden.dtype != weight.dtype or hidden.device != weight.device or vocab == 0:
         given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
         raise InputError(_WHERE, given, "[T, D] and [V, D] of one dtype and device, V >= 1", "cast one with .to(dtype)")
-    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
-        raise InputError(_WHERE, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
-    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf):
-        given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
-        raise InputError(_WHERE, given, "a finite scale, and None or a positive finite soft cap")
+    check_bias(_WHERE, bias, weight)
+    check_head(_WHERE, logit_scale, soft_cap)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype, scratch_bytes
 from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address
-from reinforce_ada.ops.token_logprobs.checks import IGNORED, check_temperature_values, wrong_token
+from reinforce_ada.ops.token_logprobs import cpu as whole_rows
+from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 _WHERE = "linear_token_logprobs"
 
@@ -42,17 +43,42 @@ class Head:
         """Of the bias where it is a copy, in another dtype."""
         return 0 if self.bias is None or self.bias.dtype == self.weight.dtype else self.bias.nbytes
 
-    def of_rows(self, rows: Tensor | slice) -> tuple[Tensor | None, float, float, float]:
-        temperatures = None if self.temperatures is None else self.temperatures[rows]
-        return temperatures, self.temperature, self.logit_scale, self.soft_cap
+    @property
+    def scoring(self) -> tuple[Tensor | None, float, float, float]:
+        """What turns the products into log-probabilities, as the kernels of token_logprobs take it."""
+        return self.temperatures, self.temperature, self.logit_scale, self.soft_cap
+
+    def at(self, index: Tensor) -> Head:
+        """For these tokens."""
+        return self if self.temperatures is None else replace(self, temperatures=rows_of(self.temperatures, index))
+
+    def piece(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """These rows of the weight, and of the bias."""
+        return self.weight[rows], None if self.bias is None else self.bias[rows]
+
+
+class Scored(NamedTuple):
+    """Tokens with what the gradient of their logits needs; None for an incoming gradient that is 0."""
+
+    ids: Tensor
+    log2_normalizer: Tensor
+    entropy: Tensor  # empty where grad_entropy is None
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+
+    def at(self, index: Tensor) -> Scored:
+        """These of them."""
+        entropy = rows_of(self.entropy, index) if len(self.entropy) else self.entropy
+        g, h = (None if grad is None else rows_of(grad, index) for grad in (self.grad_logprobs, self.grad_entropy))
+        return Scored(rows_of(self.ids, index), rows_of(self.log2_normalizer, index), entropy, g, h)
 
 
 def head_of(
-    weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, soft_cap: float | None
+    weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, soft_cap: float
 ) -> Head:
     """With the bias in the dtype of the logits."""
     bias = None if bias is None else bias.to(logits_dtype(weight.dtype)).contiguous()
-    return Head(weight, bias, temperatures, temperature, logit_scale, soft_cap or 0.0)
+    return Head(weight, bias, temperatures, temperature, logit_scale, soft_cap)
 
 
 def linear_token_logprobs(
@@ -144,20 +170,10 @@ def _forward(
     sum_p2: bool,
     extra_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_values(_WHERE, token_ids, weight.shape[0], temperatures)
+    whole_rows.check_values(_WHERE, token_ids, weight.shape[0], temperatures)
+    head = head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
     with torch.autocast("cpu", enabled=False):
-        return score(
-            hidden, head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap), token_ids, entropy, sum_p2, extra_bytes
-        )
-
-
-def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor | None) -> None:
-    """Here and not in the public function: under torch.compile the values are known only when the operator runs."""
-    row = cpu.first_invalid_token(address(token_ids), token_ids.shape[0], vocab)
-    if row >= 0:
-        raise wrong_token(where, token_ids, row, vocab)
-    if temperatures is not None:
-        check_temperature_values(where, temperatures)
+        return score(hidden, head, token_ids, entropy, sum_p2, extra_bytes)
 
 
 def score(
@@ -171,31 +187,29 @@ def score(
     plan = Plan.of(len(active), head.weight, room, backward=False, gathered=len(active) < num_tokens)
     buffer = plan.buffer(hidden.dtype)
     for index in plan.chunks(active):
-        rows, ids = Hidden(rows_of(hidden, index)), rows_of(token_ids, index)
-        of_rows = head.of_rows(index)
+        rows, ids, head_at = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.at(index)
         sums = torch.zeros(len(index), _STATE, dtype=torch.float64)
         for piece in plan.pieces(head.vocab):
-            logits = rows.logits(head.weight[piece], _piece_of(head.bias, piece), buffer)
-            _add_piece(logits, piece.start, ids, of_rows, sums, entropy, sum_p2)
+            _add_piece(rows.logits(*head.piece(piece), buffer), piece.start, ids, head_at, sums, entropy, sum_p2)
         state[index] = sums
     return _finish(state, entropy, sum_p2)
 
 
-def score_logits(logits: Tensor, ids: Tensor, head: Head, of_rows: Any, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def score_logits(logits: Tensor, ids: Tensor, head: Head, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `score`, of logits [T, V] that are all there."""
     sums = torch.zeros(len(ids), _STATE, dtype=torch.float64)
-    _add_piece(logits, 0, ids, of_rows, sums, entropy, False)
+    _add_piece(logits, 0, ids, head, sums, entropy, False)
     return _finish(sums, entropy, False)
 
 
 def _finish(state: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _empty_results(state, entropy, sum_p2)
-    cpu.token_logprobs_finish(address(state), len(state), *map(_address_or_none, results))
+    results = whole_rows.empty_results(state, entropy, sum_p2)
+    cpu.token_logprobs_finish(address(state), len(state), *map(address, results))
     return results
 
 
-def _add_piece(logits: Tensor, first_id: int, ids: Tensor, of_rows: Any, sums: Tensor, entropy: bool, sum_p2: bool) -> None:
-    temperatures, temperature, logit_scale, soft_cap = of_rows
+def _add_piece(logits: Tensor, first_id: int, ids: Tensor, head: Head, sums: Tensor, entropy: bool, sum_p2: bool) -> None:
+    temperatures, temperature, logit_scale, soft_cap = head.scoring
     cpu.token_logprobs_add_piece(
         address(logits),
         DTYPE_CODES[logits.dtype],
@@ -213,24 +227,6 @@ def _add_piece(logits: Tensor, first_id: int, ids: Tensor, of_rows: Any, sums: T
         sum_p2,
         torch.get_num_threads(),
     )
-
-
-def _empty_results(hidden: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_tokens = hidden.shape[0]
-    return (
-        hidden.new_empty(num_tokens, dtype=torch.float32),
-        hidden.new_empty(num_tokens, dtype=torch.float64),
-        hidden.new_empty(num_tokens if entropy else 0, dtype=torch.float32),
-        hidden.new_empty(num_tokens if sum_p2 else 0, dtype=torch.float32),
-    )
-
-
-def _address_or_none(x: Tensor) -> int:
-    return address(x if x.numel() else None)
-
-
-def _piece_of(bias: Tensor | None, piece: slice) -> Tensor | None:
-    return None if bias is None else bias[piece]
 
 
 # Backward
@@ -274,9 +270,7 @@ def _gradient(
         add_gradients(
             hidden,
             head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap),
-            token_ids,
-            (log2_normalizer, entropy),
-            (grad_logprobs, grad_entropy),
+            Scored(token_ids, log2_normalizer, entropy, grad_logprobs, grad_entropy),
             grads,
             extra_bytes,
         )
@@ -295,22 +289,20 @@ def empty_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: 
 def add_gradients(
     hidden: Tensor,
     head: Head,
-    token_ids: Tensor,
-    results: tuple[Tensor, Tensor],
-    incoming: tuple[Tensor | None, Tensor | None],
+    scored: Scored,
     grads: tuple[Tensor, Tensor, Tensor],
     extra_bytes: int,
     *,
     onto_weight: bool = False,
 ) -> None:
-    """Writes the gradients; `results` are log2_normalizer and entropy, `incoming` the gradients of logprobs and entropy.
+    """Writes the gradients of hidden, weight and bias.
 
     The logits are computed again. A token whose incoming gradients are 0 takes part in no product. With `onto_weight` the gradient of
     the weight is added to what is there.
     """
     grad_hidden, grad_weight, grad_bias = grads
     grad_hidden.zero_()
-    active = _with_gradient(token_ids, incoming)
+    active = _with_gradient(scored)
     if not len(active) and not onto_weight:
         grad_weight.zero_()
     bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
@@ -318,12 +310,11 @@ def add_gradients(
     plan = Plan.of(len(active), head.weight, room, backward=True, gathered=len(active) < len(hidden))
     buffer = plan.buffer(hidden.dtype)
     for chunk, index in enumerate(plan.chunks(active)):
-        rows = Hidden(rows_of(hidden, index))
-        at_rows = [None if x is None or not len(x) else rows_of(x, index) for x in (token_ids, *results, *incoming)]
+        rows, scored_at, head_at = Hidden(rows_of(hidden, index)), scored.at(index), head.at(index)
         sums = torch.zeros(rows.rows.shape if len(grad_hidden) else 0, dtype=torch.float32)
         for piece in plan.pieces(head.vocab):
-            dz = rows.logits(head.weight[piece], _piece_of(head.bias, piece), buffer)
-            gradient_over_logits(dz, piece, at_rows, head, head.of_rows(index), bias_sums)
+            dz = rows.logits(*head.piece(piece), buffer)
+            gradient_over_logits(dz, piece, scored_at, head_at, bias_sums)
             if len(grad_hidden):
                 add_hidden_gradient(dz, head.weight[piece], sums)
             if len(grad_weight):
@@ -333,42 +324,28 @@ def add_gradients(
     grad_bias.copy_(bias_sums)
 
 
-def _with_gradient(token_ids: Tensor, incoming: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _with_gradient(scored: Scored) -> Tensor:
     """Indices of the tokens that some gradient reaches."""
-    reached = torch.zeros_like(token_ids, dtype=torch.bool)
-    for grad in incoming:
+    reached = torch.zeros_like(scored.ids, dtype=torch.bool)
+    for grad in (scored.grad_logprobs, scored.grad_entropy):
         if grad is not None:
             reached |= grad != 0
-    return (reached & (token_ids != IGNORED)).nonzero().squeeze(1)
+    return (reached & (scored.ids != IGNORED)).nonzero().squeeze(1)
 
 
-def gradient_over_logits(logits: Tensor, piece: slice, at_rows: list[Tensor | None], head: Head, of_rows: Any, bias_sums: Tensor) -> None:
-    """Turns the logits of a piece of the vocabulary into their gradient, in place, and adds that of the bias to `bias_sums`.
-
-    `at_rows` are the token ids, log2_normalizer, entropy, grad_logprobs and grad_entropy of these tokens.
-    """
-    ids, log2_normalizer, entropy, grad_logprobs, grad_entropy = at_rows
-    temperatures, temperature, logit_scale, soft_cap = of_rows
-    cpu.token_logprobs_gradient_piece(
-        address(logits),
-        DTYPE_CODES[logits.dtype],
-        logits.shape[0],
-        logits.shape[1],
-        logits.stride(0),
-        piece.start,
-        address(ids),
-        address(temperatures),
-        temperature,
-        logit_scale,
-        soft_cap,
-        address(log2_normalizer),
-        address(entropy),
-        address(grad_logprobs),
-        address(grad_entropy),
-        address(logits),
-        logits.stride(0),
-        address(bias_sums[piece] if len(bias_sums) else None),
-        torch.get_num_threads(),
+def gradient_over_logits(logits: Tensor, piece: slice, scored: Scored, head: Head, bias_sums: Tensor) -> None:
+    """Turns the logits of a piece of the vocabulary into their gradient, in place, and adds that of the bias to `bias_sums`."""
+    whole_rows.write_gradient(
+        logits,
+        logits,
+        scored.ids,
+        *head.scoring,
+        scored.log2_normalizer,
+        scored.entropy,
+        scored.grad_logprobs,
+        scored.grad_entropy,
+        first_id=piece.start,
+        bias_sums=bias_sums[piece] if len(bias_sums) else None,
     )
 
 
@@ -387,7 +364,7 @@ _forward_op = NativeOp(
     "float soft_cap, bool entropy, bool sum_p2, int extra_bytes) "
     "-> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
     _forward,
-    lambda hidden, *rest: _empty_results(hidden, *rest[-3:-1]),
+    lambda hidden, *rest: whole_rows.empty_results(hidden, *rest[-3:-1]),
     setup_context=_setup_context,
     backward=_backward,
 )

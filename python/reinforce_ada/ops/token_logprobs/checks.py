@@ -51,6 +51,13 @@ def check_head(where: str, logit_scale: float, soft_cap: float | None) -> None:
         raise InputError(where, given, "a finite scale, and None or a positive finite soft cap")
 
 
+def check_bias(where: str, bias: Tensor | None, weight: Tensor) -> None:
+    """[V], of the dtype and device of the weight [V, D], or None."""
+    vocab = weight.shape[0]
+    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
+        raise InputError(where, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
+
+
 def check_values(where: str, token_ids: Tensor, vocab: int, temperature: float | Tensor) -> None:
     """Every id is in [0, vocab) or -100, every temperature positive and finite. On a GPU this waits for the device."""
     wrong = (token_ids != IGNORED) & ((token_ids < 0) | (token_ids >= vocab))

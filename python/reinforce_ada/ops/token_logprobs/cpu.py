@@ -46,13 +46,8 @@ def _forward(
     grad_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = logits.shape
-    # Here and not in the public function: under torch.compile the values are known only when this runs.
-    row = cpu.first_invalid_token(address(token_ids), num_tokens, vocab)
-    if row >= 0:
-        raise wrong_token(_WHERE, token_ids, row, vocab)
-    if temperatures is not None:
-        check_temperature_values(_WHERE, temperatures)
-    logprobs, log2_normalizer, h, s = _empty_results(logits, entropy, sum_p2)
+    check_values(_WHERE, token_ids, vocab, temperatures)
+    logprobs, log2_normalizer, h, s = empty_results(logits, entropy, sum_p2)
     cpu.token_logprobs_forward(
         address(logits),
         DTYPE_CODES[logits.dtype],
@@ -73,13 +68,23 @@ def _forward(
     return logprobs, log2_normalizer, h, s
 
 
-def _empty_results(logits: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_tokens = logits.shape[0]
+def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor | None) -> None:
+    """Ids and temperatures; not in the public function, because under torch.compile their values are known only when the operator runs."""
+    row = cpu.first_invalid_token(address(token_ids), token_ids.shape[0], vocab)
+    if row >= 0:
+        raise wrong_token(where, token_ids, row, vocab)
+    if temperatures is not None:
+        check_temperature_values(where, temperatures)
+
+
+def empty_results(rows: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, log2_normalizer, entropy, sum_p2) for each of the `rows`, empty where not asked for."""
+    num_tokens = rows.shape[0]
     return (
-        logits.new_empty(num_tokens, dtype=torch.float32),
-        logits.new_empty(num_tokens, dtype=torch.float64),
-        logits.new_empty(num_tokens if entropy else 0, dtype=torch.float32),
-        logits.new_empty(num_tokens if sum_p2 else 0, dtype=torch.float32),
+        rows.new_empty(num_tokens, dtype=torch.float32),
+        rows.new_empty(num_tokens, dtype=torch.float64),
+        rows.new_empty(num_tokens if entropy else 0, dtype=torch.float32),
+        rows.new_empty(num_tokens if sum_p2 else 0, dtype=torch.float32),
     )
 
 
@@ -106,7 +111,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Ten
     return grad, *(None,) * 9
 
 
-def _write_gradient(
+def write_gradient(
     grad: Tensor,
     logits: Tensor,
     token_ids: Tensor,
@@ -118,15 +123,17 @@ def _write_gradient(
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    first_id: int = 0,
+    bias_sums: Tensor | None = None,
 ) -> None:
-    num_tokens, vocab = logits.shape
+    """Writes the gradient of logits that begin at the vocabulary's `first_id`, and adds its columns to `bias_sums` (float64)."""
     cpu.token_logprobs_gradient_piece(
         address(logits),
         DTYPE_CODES[logits.dtype],
-        num_tokens,
-        vocab,
+        logits.shape[0],
+        logits.shape[1],
         logits.stride(0),
-        0,  # the first id: the piece is the whole row
+        first_id,
         address(token_ids),
         address(temperatures),
         temperature,
@@ -138,19 +145,19 @@ def _write_gradient(
         address(grad_entropy),
         address(grad),
         grad.stride(0),
-        0,  # no gradient of a bias
+        address(bias_sums),
         torch.get_num_threads(),
     )
 
 
 def _gradient(logits: Tensor, *rest: Any) -> Tensor:
     grad = logits.new_empty(logits.shape)
-    _write_gradient(grad, logits, *rest)
+    write_gradient(grad, logits, *rest)
     return grad
 
 
 def _gradient_over_logits(logits: Tensor, *rest: Any) -> None:
-    _write_gradient(logits, logits, *rest)
+    write_gradient(logits, logits, *rest)
 
 
 _SAVED = (
@@ -176,7 +183,7 @@ _gradient_over_logits_op = NativeOp(
 _gradient_into_op = NativeOp(
     "token_logprobs_gradient_into",
     f"(Tensor(a!) grad, Tensor logits, {_SAVED}) -> ()",
-    _write_gradient,
+    write_gradient,
     lambda *_: None,
     mutates=("grad",),
 )
@@ -187,7 +194,7 @@ _forward_op = NativeOp(
     "bool entropy, bool sum_p2, bool inplace_backward, Tensor? grad_out) -> "
     "(Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
     _forward,
-    lambda logits, *settings: _empty_results(logits, *settings[5:7]),
+    lambda logits, *settings: empty_results(logits, *settings[5:7]),
     setup_context=_setup_context,
     backward=_backward,
 )
