@@ -75,7 +75,9 @@ def pool(step: int, prompt_id: str, rewards: Sequence[float | None]) -> Pool:
     known = [r for r in rewards if r is not None]
     correct = sum(r > 0.5 for r in known)
     moments = (float(np.mean(known)), 0.0, min(known), max(known)) if known else (0.0, 0.0, math.inf, -math.inf)
-    return Pool(Prompt(prompt_id), tuple(outcomes), correct, len(known) - correct, rewards.count(None), *moments, len(rewards), "satisfied")
+    return Pool(
+        Prompt(prompt_id), tuple(outcomes), correct, len(known) - correct, rewards.count(None), *moments, len(rewards), "satisfied", 32
+    )
 
 
 @pytest.fixture

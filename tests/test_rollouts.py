@@ -145,8 +145,9 @@ def finished_step(step: int = 1) -> tuple[list[Event], SamplingResult]:
         1.0,
         4,
         "satisfied",
+        8,
     )
-    pool_b = Pool(Prompt("b", text="2+2?", data={"answer": "4"}), tuple(b), 0, 2, 0, 0.0, 0.0, 0.0, 0.0, 4, "exhausted")
+    pool_b = Pool(Prompt("b", text="2+2?", data={"answer": "4"}), tuple(b), 0, 2, 0, 0.0, 0.0, 0.0, 0.0, 4, "exhausted", 4)
     groups = (Group(pool_a, (a[0], a[2])), Group(pool_b, (b[0],)))  # type: ignore[arg-type]
     return [extra[0], *a, *b, *extra[1:]], SamplingResult((pool_a, pool_b), groups, {})
 

@@ -33,6 +33,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()  # [prompt length]
     text: str = ""  # rendered, as the engine sees it
     data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
+    key: str = ""  # the same whenever this prompt comes again, whatever its id: what is remembered of it goes by this; "" is prompt_id
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +139,7 @@ class Pool:
     max: float
     num_issued: int  # requests handed out, committed or not
     exit: ExitReason
+    cap: int  # most completions this prompt could have used
 
     @property
     def count(self) -> int:

@@ -127,8 +127,8 @@ def test_completions_always_drawn(decide_every: int, min_pool: int, always: int)
 
 
 def test_weight_is_a_specification_for_group_advantages() -> None:
-    spec = Centered("group", "pool", ddof=0, eps=1e-4)(())
-    assert dataclasses.asdict(spec) == {"baseline": "group", "scale": "pool", "ddof": 0, "eps": 1e-4}
+    spec = Centered("group", "pool", ddof=0, eps=1e-4)((), preset("grpo"))
+    assert spec == AdvantageSpec("group", "pool", ddof=0, eps=1e-4, class_weights=None, threshold=None)
 
 
 def test_published_presets() -> None:
@@ -136,11 +136,11 @@ def test_published_presets() -> None:
         policy = preset(name)
         assert (policy.name, policy.group_size, policy.allocate, policy.decide_every) == (name, 4, Rounds(8, 4), 8)
         assert (policy.min_pool, policy.positive_threshold, policy.degenerate) == (4, 0.7, "keep")
-        assert policy.decide.needs == needs
-        assert policy.weight(()) == AdvantageSpec("pool", "none")
+        assert policy.needs == needs
+        assert policy.weight((), policy) == AdvantageSpec("pool", "none")
     grpo = preset("grpo")
     assert (grpo.group_size, grpo.allocate, grpo.decide) == (8, Rounds(8, 1), Never())
-    assert grpo.weight(()) == AdvantageSpec("group", "group", ddof=1, eps=1e-6)
+    assert grpo.weight((), grpo) == AdvantageSpec("group", "group", ddof=1, eps=1e-6)
     dapo = preset("dapo")
     assert (dapo.group_size, dapo.decide, dapo.propose, dapo.degenerate) == (16, DropOneClass(), Refill(10.0), "drop")
 

@@ -46,7 +46,7 @@ def test_raw_rewards_and_strict_threshold() -> None:
     for index, reward in enumerate((0.8, 0.7, 0.2, 0.9)):
         pool.add(scored(CompletionId(0, "a", index), reward))
     assert pool.counts == Counts(correct=2, wrong=2)
-    record = pool.freeze(Prompt("a"), 4, "exhausted")
+    record = pool.freeze(Prompt("a"), 4, "exhausted", 8)
     assert record.mean == pytest.approx(0.65, abs=1e-15)
     assert record.m2 == pytest.approx(0.29, abs=1e-15)
     assert (record.min, record.max, record.count, record.has_signal) == (0.2, 0.9, 4, True)
@@ -59,7 +59,7 @@ def test_voids_enter_no_statistic() -> None:
     pool.add(scored(CompletionId(0, "a", 2), 1.0))
     assert pool.counts == Counts(2, 0, 1)
     assert (pool.counts.scored, pool.counts.committed) == (2, 3)
-    record = pool.freeze(Prompt("a"), 5, "exhausted")
+    record = pool.freeze(Prompt("a"), 5, "exhausted", 8)
     assert (record.count, record.num_void, record.mean, record.m2, record.has_signal) == (2, 1, 1.0, 0.0, False)
     assert [s.id.index for s in record.scored] == [0, 2]
     assert rewards_of(record.scored).tolist() == [1.0, 1.0]

@@ -20,6 +20,7 @@ class Tally:
     num_with_signal: int = 0
     num_satisfied: int = 0
     num_dropped: int = 0
+    num_skipped: int = 0
     num_lost: int = 0
     num_aborted: int = 0
     num_duplicates: int = 0
@@ -66,6 +67,7 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         "num_groups": len(groups),
         "num_satisfied": tally.num_satisfied,
         "num_dropped": tally.num_dropped,
+        "num_skipped": tally.num_skipped,
         "num_exhausted": len(missing),
         "open_missing_correct": missing.count((True, False)),
         "open_missing_wrong": missing.count((False, True)),
@@ -87,12 +89,12 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
 
 def _first_reward(pool: Pool, policy: Policy) -> float | None:
     """Mean reward of the completions that are drawn whatever the outcomes."""
-    rewards = [o.reward for o in pool.outcomes[: policy.num_always_drawn] if isinstance(o, Scored)]
+    rewards = [o.reward for o in pool.outcomes[: min(policy.num_always_drawn, pool.cap)] if isinstance(o, Scored)]
     return math.fsum(rewards) / len(rewards) if rewards else None
 
 
 def _missing(pool: Pool, policy: Policy) -> tuple[bool, bool]:
-    num_correct, num_wrong = policy.decide.needs
+    num_correct, num_wrong = policy.needs
     return pool.num_correct < num_correct, pool.num_wrong < num_wrong
 
 

@@ -41,7 +41,7 @@ class GrowingPool:
         else:
             self.wrong += 1
 
-    def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason) -> Pool:
+    def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
         """The finished record, with the statistics of the raw rewards."""
         mean, m2, low, high = reward_statistics([o.reward for o in self.outcomes if isinstance(o, Scored)])
         return Pool(
@@ -56,6 +56,7 @@ class GrowingPool:
             max=high,
             num_issued=num_issued,
             exit=reason,
+            cap=cap,
         )
 
 

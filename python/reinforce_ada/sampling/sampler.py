@@ -10,9 +10,11 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias
 
+import numpy as np
+
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally, sampling_metrics
-from reinforce_ada.sampling.policies import Policy, Verdict, at_least
+from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import GrowingPool, rewards_of
 from reinforce_ada.types import (
     Aborted,
@@ -61,8 +63,10 @@ class _PromptState:
     __slots__ = (
         "arrived",
         "behind",
+        "cap",
         "discarded",
         "exit",
+        "history",
         "lost",
         "num_issued",
         "order",
@@ -73,9 +77,11 @@ class _PromptState:
         "round_limit",
     )
 
-    def __init__(self, order: int, prompt: Prompt, positive_threshold: float) -> None:
+    def __init__(self, order: int, prompt: Prompt, history: History, cap: int, positive_threshold: float) -> None:
         self.order = order  # position in the source: breaks ties
         self.prompt = prompt
+        self.history = history
+        self.cap = cap
         self.pool = GrowingPool(positive_threshold)
         self.num_issued = 0
         self.outstanding: set[int] = set()  # handed out, not answered
@@ -108,8 +114,10 @@ class AdaptiveSampler:
             current one; a prompt that refills a dropped one joins at the next barrier). Same pools at equal `decide_every`.
         seed: run seed from which request seeds derive.
         window: stream only: a prompt may be issued up to committed + window requests; a window of at most `decide_every` never
-            reaches past the next decision. None adapts: ceil((free_slots + outstanding) / active prompts), at least round_size.
+            reaches past the next decision. A function (`Window`) gives each prompt its own, from its counts. None adapts:
+            ceil((free_slots + outstanding) / active prompts), at least round_size.
         num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
+        memory: what earlier steps say of each prompt; required by a policy that looks at it.
     Raises: InputError for no prompts, duplicate ids, and arguments that cannot go together.
     """
 
@@ -122,21 +130,29 @@ class AdaptiveSampler:
         policy_version: int = 0,
         schedule: Schedule = "stream",
         seed: int = 0,
-        window: int | None = None,
+        window: int | Window | None = None,
         num_prompts: int | None = None,
+        memory: Remembers | None = None,
     ) -> None:
         if schedule not in ("stream", "rounds"):
             raise unknown_name(_WHERE, "schedule", schedule, ("stream", "rounds"))
         if window is not None:
-            at_least(_WHERE, "window", window, 1)
+            if not callable(window):
+                at_least(_WHERE, "window", window, 1)
             if schedule == "rounds":
                 raise InputError(_WHERE, f"window {window} with schedule 'rounds'", "rounds have no window", "leave it out")
+        if policy.needs_memory and memory is None:
+            raise InputError(
+                _WHERE, f"policy {policy.name!r} without memory", "what earlier steps say of a prompt is needed", "memory=Memory()"
+            )
         self._policy = policy
         self._step = step
+        self._memory = memory
         self._policy_version = policy_version
         self._schedule = schedule
         self._seed = seed
-        self._fixed_window = window
+        self._fixed_window = None if callable(window) else window
+        self._window_of = window if callable(window) else None
         self._num_wanted = _num_wanted(prompts, policy, num_prompts)
         self._source: Iterator[Prompt] = iter(prompts)
 
@@ -145,6 +161,7 @@ class AdaptiveSampler:
         self._num_active = 0
         self._num_outstanding = 0
         self._num_behind = 0
+        self._num_candidates = 0
         self._tally = Tally()
         self._ready: list[tuple[int, int]] = []  # heap of (num_issued, order): breadth first
         self._waiting: dict[int, list[int]] = defaultdict(list)  # window needed -> orders that wait for it (stale ones included)
@@ -234,6 +251,9 @@ class AdaptiveSampler:
         return requests
 
     def _window(self, free_slots: int) -> int:
+        """The window of all prompts; where each has its own, the widest there can be."""
+        if self._window_of is not None:
+            return self._policy.cap
         if self._fixed_window is not None:
             return min(self._fixed_window, self._policy.cap)
         capacity = free_slots + self._num_outstanding
@@ -258,16 +278,22 @@ class AdaptiveSampler:
             state = self._by_order[heapq.heappop(self._ready)[1]]
             state.queued = False
             needed = self._window_needed(state)
-            if state.exit is None and needed <= window:
+            if state.exit is None and needed <= min(window, self._own_window(state)):
                 return state, state.num_issued
-            if state.exit is None and needed <= self._policy.cap:
+            if state.exit is None and window < needed <= self._policy.cap:
                 self._waiting[needed].append(state.order)
         return None
+
+    def _own_window(self, state: _PromptState) -> int:
+        """The window of this prompt; it changes with its counts only, and every commit queues the prompt again."""
+        if self._window_of is None:
+            return self._policy.cap
+        return self._window_of(state.pool.counts, state.history, state.cap)
 
     def _window_needed(self, state: _PromptState) -> int:
         """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
         never = self._policy.cap + 1
-        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else self._policy.cap):
+        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.cap):
             return never
         if self._schedule == "rounds":
             return 0
@@ -339,7 +365,7 @@ class AdaptiveSampler:
         if event.id.step != self._step or event.policy_version != self._policy_version:
             return None
         state = self._states.get(event.id.prompt_id)
-        return state if state is not None and 0 <= event.id.index < self._policy.cap else None
+        return state if state is not None and 0 <= event.id.index < state.cap else None
 
     def _mark_issued(self, state: _PromptState, index: int) -> None:
         """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
@@ -384,8 +410,8 @@ class AdaptiveSampler:
             state.pool.add(outcome)
             self._tally.num_with_signal += state.pool.has_signal and not had_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
-            verdict = self._policy.verdict(state.pool.counts)
-            if verdict is not Verdict.CONTINUE or state.committed == self._policy.cap:
+            verdict = self._policy.verdict(state.pool.counts, state.cap)
+            if verdict is not Verdict.CONTINUE or state.committed == state.cap:
                 return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))
         self._queue(state)
         if state.behind and state.committed >= state.round_limit:
@@ -414,10 +440,30 @@ class AdaptiveSampler:
     def _admit(self) -> None:
         """Let prompts in from the source until as many have entered as the policy proposes."""
         wanted = self._policy.propose(self._num_wanted, self._tally.num_dropped)
-        for prompt in islice(self._source, wanted - len(self._by_order)):
+        missing = wanted - len(self._by_order)
+        while missing > 0 and (prompts := self._draw(1 if self._by_order else missing)):
+            missing -= len(prompts)
+            self._enter(prompts)
+
+    def _draw(self, num: int) -> list[Prompt]:
+        """The next `num` prompts, chosen among candidates where the policy wants a choice; none when the source is dry."""
+        propose = self._policy.propose
+        candidates = list(islice(self._source, num * propose.candidates_per_prompt))
+        rng = np.random.default_rng(request_seed(self._seed, self._step, "", self._num_candidates))
+        self._num_candidates += len(candidates)
+        chosen = propose.choose([self._history(p) for p in candidates], num, rng)
+        self._tally.num_skipped += len(candidates) - len(chosen)
+        return [candidates[i] for i in chosen]
+
+    def _history(self, prompt: Prompt) -> History:
+        return History() if self._memory is None else self._memory.history(prompt)
+
+    def _enter(self, prompts: Sequence[Prompt]) -> None:
+        histories = [self._history(p) for p in prompts]
+        for prompt, history, cap in zip(prompts, histories, self._policy.allocate.budgets(histories), strict=True):
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
-            state = _PromptState(len(self._by_order), prompt, self._policy.positive_threshold)
+            state = _PromptState(len(self._by_order), prompt, history, cap, self._policy.positive_threshold)
             self._states[prompt.prompt_id] = state
             self._by_order.append(state)
             self._num_active += 1
@@ -433,7 +479,7 @@ class AdaptiveSampler:
         """The barrier: every active prompt gets its next round."""
         for state in self._by_order:
             if state.exit is None:
-                state.round_limit = self._policy.allocate(state.pool.counts)
+                state.round_limit = min(self._policy.allocate(state.pool.counts), state.cap)
                 state.behind = True
                 self._num_behind += 1
                 self._queue(state)
@@ -448,7 +494,7 @@ class AdaptiveSampler:
         if not self.done:
             given = f"{self._num_active} of {self.num_admitted} prompts still active"
             raise InputError(f"{_WHERE}.result", given, "every prompt must have exited", "drive the sampler until .done")
-        pools = tuple(s.pool.freeze(s.prompt, s.num_issued, s.exit) for s in self._by_order if s.exit is not None)
+        pools = tuple(s.pool.freeze(s.prompt, s.num_issued, s.exit, s.cap) for s in self._by_order if s.exit is not None)
         groups = tuple(group for pool in pools if (group := self._group(pool)) is not None)
         return SamplingResult(pools, groups, sampling_metrics(pools, groups, self._policy, self._num_wanted, self._tally))
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.ops import RolloutCorrection
-from reinforce_ada.sampling import Policy
+from reinforce_ada.sampling import AdvantageSpec, Policy
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel
 from reinforce_ada.types import SamplingResult
@@ -24,11 +24,17 @@ def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list
     """The groups with an advantage on each completion, as the policy's weight hook specifies over the whole pools."""
     if not any(g.kept for g in result.groups):
         return []
-    rewards = torch.tensor([s.reward for g in result.groups for s in g.kept], dtype=torch.float64)
+    raw = np.array([s.reward for g in result.groups for s in g.kept])
     group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
-    spec = policy.weight(result.groups)
-    advantages = iter(ops.group_advantages(rewards.float(), group_of, pool=result.pool_stats(), **dataclasses.asdict(spec)).tolist())
+    spec = policy.weight(result.groups, policy)
+    rewards = torch.from_numpy(spec.rewards(raw)).float()
+    advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **_arguments(spec)).tolist())
     return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
+
+
+def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
+    given = {"baseline": spec.baseline, "scale": spec.scale, "ddof": spec.ddof, "eps": spec.eps, "class_weights": spec.class_weights}
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,102 @@
+"""The policy: five hooks and the numbers they share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.sampling.policies.contracts import (
+    Allocate,
+    Counts,
+    Decide,
+    Degenerate,
+    Propose,
+    Select,
+    Verdict,
+    Weight,
+    at_least,
+)
+from reinforce_ada.sampling.policies.propose import AllPrompts
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A sampling policy: the five hooks and the numbers they share.
+
+    Args:
+        name: for logs and tables.
+        group_size: completions kept per prompt for the loss.
+        allocate: request budget per prompt; its cap is at least `group_size`.
+        decide: exit rule, asked when the committed count is a multiple of `decide_every` (or reaches the cap) and at least
+            `min_pool` of the committed completions are scored.
+        select: which completions of the pool are kept.
+        weight: advantage specification of the kept ones.
+        propose: which prompts enter the step.
+        decide_every: committed completions between two decisions.
+        min_pool: scored completions before the first decision.
+        positive_threshold: a completion is correct when its reward is strictly greater.
+        degenerate: "drop" leaves pools with max == min out of the groups; "keep" leaves them in, with zero advantage.
+    Raises: InputError when the numbers cannot go together.
+    """
+
+    name: str
+    group_size: int
+    allocate: Allocate
+    decide: Decide
+    select: Select
+    weight: Weight
+    decide_every: int
+    min_pool: int
+    propose: Propose = field(default_factory=AllPrompts)
+    positive_threshold: float = 0.7
+    degenerate: Degenerate = "keep"
+
+    def __post_init__(self) -> None:
+        where = f"Policy {self.name!r}"
+        at_least(where, "group_size", self.group_size, 1)
+        at_least(where, "decide_every", self.decide_every, 1)
+        at_least(where, "min_pool", self.min_pool, 0)
+        cap = self.allocate.cap
+        if cap < self.group_size:
+            needed = f"at least group_size {self.group_size} is needed"
+            raise InputError(where, f"a cap of {cap} completions per prompt", needed, "raise round_size or max_rounds")
+        if self.min_pool > cap:
+            raise InputError(where, f"min_pool {self.min_pool}", f"at most the cap of {cap} completions per prompt is possible")
+        if sum(self.needs) > cap:
+            needed = f"a cap of {cap} completions per prompt has room for {cap}"
+            raise InputError(where, f"an exit rule that needs {sum(self.needs)} completions", needed)
+        if not math.isfinite(self.positive_threshold):
+            raise InputError(where, f"positive_threshold {self.positive_threshold}", "a finite number is needed")
+        if self.degenerate not in ("keep", "drop"):
+            raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
+
+    @property
+    def cap(self) -> int:
+        """Most completions any prompt may use in a step."""
+        return self.allocate.cap
+
+    @property
+    def needs(self) -> tuple[int, int]:
+        """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
+        needs: tuple[int, int] = getattr(self.decide, "needs", (0, 0))
+        return needs
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether a hook looks at what earlier steps say of a prompt."""
+        return any(getattr(part, "needs_memory", False) for part in (self.propose, self.allocate))
+
+    def verdict(self, counts: Counts, cap: int | None = None) -> Verdict:
+        """What happens to a prompt with these committed counts: the exit rule where it is due, CONTINUE elsewhere.
+
+        `cap` is the prompt's own, where `allocate` gives each its budget; None is the policy's.
+        """
+        due = counts.committed % self.decide_every == 0 or counts.committed == (self.cap if cap is None else cap)
+        return self.decide(counts) if due and counts.scored >= self.min_pool else Verdict.CONTINUE
+
+    @property
+    def num_always_drawn(self) -> int:
+        """Completions every prompt draws before any decision, at most one round: their mean reward is unbiased."""
+        first_multiple = -(-max(self.min_pool, 1) // self.decide_every) * self.decide_every
+        return min(self.allocate.round_size, first_multiple, self.cap)
