@@ -30,7 +30,7 @@ from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.tasks import Records, Task, load_records, render
-from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, earlier_store, fingerprint
 
 _OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "mean_budget", "positive_threshold", "degenerate")
 _WARM_START_EXAMPLES = 512
@@ -184,7 +184,7 @@ def _new_run(config: Config) -> Path:
     if (out / "log.jsonl").exists() or (out / "rollouts.sqlite").exists():
         raise InputError("train", f"{out} holds a run already", "an empty folder", f"--resume {out} goes on with it, --out names another")
     if sampling.memory_from:
-        _store_to_remember(sampling.memory_from).close()  # a wrong name must not wait for the model
+        earlier_store(sampling.memory_from).close()  # a wrong name must not wait for the model
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -203,17 +203,10 @@ def _existing_run(folder: Path) -> Path:
 def _open_store(stack: ExitStack, config: Config, records: Records, out: Path) -> RolloutStore:
     run = {**fingerprint(config), "records": records.digest}
     store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=run))
-    if config.sampling.memory_from and not store.remembers:
-        with _store_to_remember(config.sampling.memory_from) as earlier:
-            store.remember(earlier)
     aside = out / "config.toml.aside"
     aside.write_text(configuration.dump(config), encoding="utf-8")
     os.replace(aside, out / "config.toml")
     return store
-
-
-def _store_to_remember(folder: str) -> RolloutStore:
-    return RolloutStore(Path(folder) / "rollouts.sqlite", read_only=True)
 
 
 def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -> str:

@@ -107,8 +107,12 @@ class Trainer:
 
     def _remembered(self) -> Memory:
         """The memory as it was after `step`: steps that are trained again must not know how they went."""
-        memory = Memory(self.config.sampling.memory_decay)
-        for seen in self.parts.store.seen(self.step):
+        sampling, store = self.config.sampling, self.parts.store
+        if sampling.memory_from and not store.remembers:
+            with earlier_store(sampling.memory_from) as earlier:
+                store.remember(earlier)
+        memory = Memory(sampling.memory_decay)
+        for seen in store.seen(self.step):
             memory.add(*seen)
         return memory
 
@@ -266,6 +270,11 @@ def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
     """Tokens of the prompt itself as a completion: in the vocabulary, and different for each index."""
     ids = np.array([prompt.token_ids[(index * length + i) % len(prompt.token_ids)] for i in range(length)], dtype=np.int32)
     return Completion(CompletionId(0, prompt.prompt_id, index), ids, np.zeros(length, dtype=np.float32), "", "stop", 0)
+
+
+def earlier_store(run_dir: str) -> RolloutStore:
+    """The store of the run that `memory_from` names. Raises: InputError where there is none."""
+    return RolloutStore(Path(run_dir) / "rollouts.sqlite", read_only=True)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
