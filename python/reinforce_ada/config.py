@@ -64,6 +64,7 @@ class SamplingConfig:
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
+    propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by what is remembered of them (default: all)")
     memory_decay: float = option(0.99, "of what is remembered of a prompt's pools, per step; 1 forgets nothing")
     memory_from: str = option("", "run folder whose pools are remembered at the start; prompts are known by question and answer")
     window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")

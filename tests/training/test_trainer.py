@@ -21,6 +21,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rewards.worker import resolve
 from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.language_model import HuggingFaceModel, token_logprobs
 from reinforce_ada.training.log import read_log
@@ -150,6 +151,21 @@ def test_presets_and_schedules(base: Path, tmp_path: Path, preset: str, schedule
         assert record["num_prompts"] >= 3
         assert record["grad_norm"] > 0
         assert record["num_completions_kept"] <= record["num_completions_committed"] <= record["num_completions_issued"]
+
+
+def test_prompts_chosen_by_memory_are_refilled_as_the_preset_does() -> None:
+    def propose(preset: str, propose: str | None) -> object:
+        return launch.make_policy(configuration.load(None, {"preset": preset, "propose": propose})).propose
+
+    assert propose("dapo", "skip-streaks") == SkipStreaks(max_prompts_factor=10.0)
+    assert propose("grpo", "nearest-rate") == NearestRate(max_prompts_factor=1.0)
+    assert propose("dapo", None) == Refill(10.0)
+
+
+@pytest.mark.usefixtures("light")
+def test_prompts_are_chosen_by_memory(base: Path, tmp_path: Path) -> None:
+    for record in train(base, tmp_path / "run", preset="grpo", propose="nearest-rate", eval_prompts=0):
+        assert record["num_skipped"] == 3 * record["num_prompts"] > 0
 
 
 @pytest.mark.usefixtures("light")

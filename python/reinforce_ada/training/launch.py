@@ -24,7 +24,7 @@ from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import Policy, preset
+from reinforce_ada.sampling import NearestRate, Policy, Refill, SkipStreaks, preset
 from reinforce_ada.training import checkpoint, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
@@ -33,6 +33,7 @@ from reinforce_ada.training.tasks import Records, Task, load_records, render
 from reinforce_ada.training.trainer import Parts, Trainer, earlier_store, fingerprint
 
 _OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "mean_budget", "positive_threshold", "degenerate")
+_PROPOSE = {"nearest-rate": NearestRate, "skip-streaks": SkipStreaks}
 _WARM_START_EXAMPLES = 512
 
 
@@ -104,9 +105,13 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
 
 
 def make_policy(config: Config) -> Policy:
-    """The preset with the overrides that were given."""
+    """The preset with the overrides that were given, and its prompts chosen as configured, refilled as the preset does."""
     values = {name: getattr(config.sampling, name) for name in _OVERRIDES}
-    return preset(config.sampling.preset, **{name: value for name, value in values.items() if value is not None})
+    policy = preset(config.sampling.preset, **{name: value for name, value in values.items() if value is not None})
+    if config.sampling.propose is None:
+        return policy
+    factor = policy.propose.max_prompts_factor if isinstance(policy.propose, Refill) else 1.0
+    return dataclasses.replace(policy, propose=_PROPOSE[config.sampling.propose](max_prompts_factor=factor))
 
 
 def pick_device(name: str) -> torch.device:
