@@ -196,6 +196,7 @@ def bag(mean: int = 8, floor: int = 2, cap: int = 128, **others) -> Knapsack:
 @pytest.mark.parametrize(
     ("histories", "budgets"),
     [
+        ([], []),
         ([History()] * 3, [8, 8, 8]),  # nothing remembered: as GRPO
         # p = 1/16, 1/4, 1/4, 1: weights 4, 2, 2, 1
         ([History(1, 15), History(1, 3), History(1, 3), History(1, 0)], [14, 7, 7, 4]),  # 32 = 4 + 28 * (4, 2, 2)/8
@@ -263,6 +264,7 @@ def test_knapsack_budgets_have_the_largest_value(counts: list[tuple[int, int]], 
 @pytest.mark.parametrize(
     ("histories", "budgets"),
     [
+        ([], []),
         ([History()] * 3, [8, 8, 8]),
         ([seen(8, 0), seen(8, 0)], [8, 8]),  # nothing to gain anywhere: equal parts
         ([seen(0, 8), seen(8, 0)], [14, 2]),  # what nobody needs goes to the unsolved

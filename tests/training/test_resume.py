@@ -260,6 +260,16 @@ def test_killed_and_resumed_with_a_memory(toy_run: Runner, undisturbed_est: Path
     assert remembered(out) == remembered(undisturbed_est)
 
 
+def test_killed_and_resumed_with_chosen_prompts(toy_run: Runner, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    chosen = {"propose": "nearest-rate"}
+    assert toy_run(whole, **chosen) == 0
+    assert toy_run(out, kill=("between the journal and the sampler", 60), **chosen) == -9
+    assert toy_run(out, resume=True, **chosen) == 0
+    check_like(out, whole)
+    assert {prompt_id for _, prompt_id, *_ in pools(out)} == {prompt_id for _, prompt_id, *_ in pools(whole)}
+
+
 def test_steps_after_the_checkpoint_are_trained_again_with_the_memory_of_their_time(toy_run: Runner, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert toy_run(out, kill=("between sampling and update", 4), **EST) == -9

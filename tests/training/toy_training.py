@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import preset
+from reinforce_ada.sampling import NearestRate, preset
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.language_model import Head
@@ -125,6 +126,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
     s = config.sampling
     given = {key: getattr(s, key) for key in ("group_size", "round_size", "max_rounds", "mean_budget")}
     policy = preset(s.preset, **{key: value for key, value in given.items() if value is not None})
+    policy = replace(policy, propose=NearestRate()) if s.propose else policy
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
     source = Source(records.__getitem__, len(records), config.run.seed)
 

@@ -117,8 +117,9 @@ class InverseSqrtRate(BatchBudget):
     """
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
+        total = self.mean * len(histories)
         weights = 1 / np.sqrt([h.mean for h in histories])
-        return _rounded(_scaled(weights, self.mean * len(histories), self.floor, self.cap), self.mean * len(histories))
+        return _rounded(_scaled(weights, total, self.floor, self.cap), total) if total else []
 
 
 @dataclass(frozen=True, kw_only=True)
