@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -133,19 +133,19 @@ def test_every_outcome_string_through_the_real_sampler(policy: Policy) -> None:
     assert math.isclose(first_reward, p, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["stream", "rounds"])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-@pytest.mark.parametrize(("name", "decide_every"), [(POS, 8), (BALANCE, 8), (BALANCE, 1)])
-def test_monte_carlo_through_the_real_sampler(name: str, decide_every: int, p: float, schedule: str) -> None:
-    """600 prompts; wrong answers are the slow ones, which a sampler in completion order would mistake for rare ones."""
-    policy, num_prompts = preset(name, decide_every=decide_every), 600
-    rng = random.Random(f"{name} {decide_every} {p}")
-    sampler = AdaptiveSampler(prompts_of([f"p{i}" for i in range(num_prompts)]), policy, schedule=schedule)
+NUM_PROMPTS = 600
+
+
+def measure(policy: Policy, schedule: str, rates: Sequence[float]) -> Mapping[str, float]:
+    """Metrics of a step with one prompt for each pass rate; wrong answers are the slow ones, which completion order would take for rare."""
+    rng = random.Random(f"{policy.name} {policy.decide_every} {rates[0]}")
+    rate_of = {f"p{i}": p for i, p in enumerate(rates)}
+    sampler = AdaptiveSampler(prompts_of(list(rate_of)), policy, schedule=schedule)
     running: list[tuple[float, CompletionId, str]] = []
     now = 0.0
     while not sampler.done:
         for request in sampler.next_requests(512 - len(running)):
-            char = "+" if random.Random(request.seed).random() < p else "-"
+            char = "+" if random.Random(request.seed).random() < rate_of[request.id.prompt_id] else "-"
             running.append((now + rng.random() * (1 if char == "+" else 4), request.id, char))
         running.sort()
         batch, running = running[:64], running[64:]
@@ -153,18 +153,38 @@ def test_monte_carlo_through_the_real_sampler(name: str, decide_every: int, p: f
         for now, request_id, char in batch:  # noqa: B007
             aborted.update(sampler.receive(outcome(request_id, char)))
         running = [r for r in running if r[1] not in aborted]
-    table, result = stopping_table(policy), sampler.result()
+    return sampler.result().metrics
+
+
+@pytest.mark.parametrize(("p", "schedule"), [*zip(SIX, ("stream", "rounds") * 3, strict=True)])
+@pytest.mark.parametrize(("name", "overrides"), [(POS, {}), (BALANCE, {}), (POS, PER_COMPLETION), (BALANCE, PER_COMPLETION)])
+def test_monte_carlo_through_the_real_sampler(name: str, overrides: dict, p: float, schedule: str) -> None:
+    """The tables above again, each mean within 4 exact standard errors."""
+    policy = preset(name, **overrides)
+    table, metrics = stopping_table(policy), measure(policy, schedule, [p] * NUM_PROMPTS)
     for value, measured in (
-        (samples, result.metrics["samples_per_prompt"]),
-        (signal, result.metrics["signal_fraction"]),
-        (pool_mean, result.metrics["pool_reward"]),
-        (Terminal.pass_rate.fget, result.metrics["pass_rate"]),
+        (samples, metrics["samples_per_prompt"]),
+        (signal, metrics["signal_fraction"]),
+        (pool_mean, metrics["pool_reward"]),
+        (Terminal.pass_rate.fget, metrics["pass_rate"]),
     ):
         mean = table.expect(value, p)
         variance = table.expect(lambda t, value=value, mean=mean: (value(t) - mean) ** 2, p)
-        assert abs(measured - mean) <= 4 * math.sqrt(variance / num_prompts) + 1e-9
+        assert abs(measured - mean) <= 4 * math.sqrt(variance / NUM_PROMPTS) + 1e-9
     always = policy.num_always_drawn
-    assert abs(result.metrics["first_round_reward"] - p) <= 4 * math.sqrt(p * (1 - p) / (num_prompts * always))
+    assert abs(metrics["first_round_reward"] - p) <= 4 * math.sqrt(p * (1 - p) / (NUM_PROMPTS * always))
+
+
+@pytest.mark.parametrize("rates", [(0.5, 2.5), (1.0, 2.0), (2.5, 0.6)])
+@pytest.mark.parametrize(("name", "overrides"), [("grpo", {}), (POS, {}), (BALANCE, {}), (POS, PER_COMPLETION)])
+def test_monte_carlo_over_populations(name: str, overrides: dict, rates: tuple[float, float]) -> None:
+    policy, rng = preset(name, **overrides), random.Random(17)
+    metrics = measure(policy, "stream", [rng.betavariate(*rates) for _ in range(NUM_PROMPTS)])
+    table = stopping_table(policy)
+    for value, measured in ((samples, metrics["samples_per_prompt"]), (signal, metrics["signal_fraction"])):
+        mean = table.expect_beta(value, *rates)
+        variance = table.expect_beta(lambda t, value=value, mean=mean: (value(t) - mean) ** 2, *rates)
+        assert abs(measured - mean) <= 4 * math.sqrt(variance / NUM_PROMPTS) + 1e-9
 
 
 # -------------------- unbiased estimates

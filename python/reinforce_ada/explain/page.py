@@ -78,8 +78,17 @@ class Explanation:
         }
 
 
+_LARGEST_CAP = 1000  # 2^1000 draw sequences still fit float64 (up to 1.8e308)
+
+
 def explain(policy: Policy, label: str | None = None) -> Explanation:
-    """The numbers of one policy."""
+    """The numbers of one policy.
+
+    Raises: InputError for a cap past 1000 completions.
+    """
+    if policy.cap > _LARGEST_CAP:
+        given = f"a cap of {policy.cap} completions per prompt"
+        raise InputError(f"explain {policy.name!r}", given, f"at most {_LARGEST_CAP}, whose draw sequences float64 can count")
     notes = list(_notes(policy))
     try:
         weight = effective_weight(policy)
