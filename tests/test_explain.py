@@ -238,7 +238,7 @@ def test_a_batch_wide_scale_has_no_weight() -> None:
     assert e.weight is None
     assert any("couples prompts" in note for note in e.notes)
     assert "w(p)  " not in page(e, POPULATIONS).split("population")[0].split("\n\n")[-2]
-    assert set(e.at(RATES)) == {"samples", "signal", "bias"}
+    assert set(e.at(RATES)) == {"samples", "signal", "bias", "pass_rate_bias"}
 
 
 def test_thresholds_that_binary_rewards_do_not_straddle() -> None:
@@ -311,6 +311,7 @@ def test_json_has_everything_unrounded(capsys: pytest.CaptureFixture[str]) -> No
     (record,) = json.loads(out)
     at = record["p"].index(0.02)
     assert close(record["w"][at], "7.17")
+    assert max(map(abs, record["pass_rate_bias"])) < 1e-12 < max(map(abs, record["bias"]))
     assert len(set(map(len, (record[name] for name in ("p", "samples", "signal", "bias", "w", "f", "variance", "noise"))))) == 1
     assert record["parts"]["decide"].startswith("Balance(num_correct=2, num_wrong=2): Stop at")
     _, out, _ = say(capsys, "--json")

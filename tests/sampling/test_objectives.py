@@ -26,6 +26,7 @@ from reinforce_ada.sampling import (
     Counts,
     DropOneClass,
     First,
+    History,
     Never,
     ObjectiveWeight,
     Policy,
@@ -107,6 +108,16 @@ class Best:
         return sorted(np.argsort(-rewards, kind="stable")[:group_size].tolist())
 
 
+@dataclasses.dataclass(frozen=True)
+class Floored(Rounds):
+    """Budgets of 1; says so where `floor` is one."""
+
+    floor: int = 1
+
+    def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
+        return [1] * len(histories)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -115,6 +126,7 @@ class Best:
         (lambda: preset(BALANCE, objective="mean", group_size=1), "group_size 1; at least 2 is needed, to keep both classes"),
         (lambda: preset("dapo", objective="mean"), "Refill, which lets prompts in because others were dropped"),
         (lambda: policy_with(decide=DropOneClass()), "DropOneClass, which drops prompts for their outcomes"),
+        (lambda: policy_with(allocate=Floored(8, 4)), "a pool that can end after 1 draw"),
         (lambda: policy_with(select=First()), r"First, which keeps one class of .*; a selection that keeps both.*; Balanced\(\)"),
         (lambda: policy_with(select=Best()), "Best, which keeps one class of"),
         (lambda: preset("grpo", objective="mean", scale="group"), "preset 'grpo': objective 'mean' with scale; the objective sets"),
@@ -130,6 +142,12 @@ def test_clashes_are_one_line(make: Callable[[], Policy], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_that_nobody_announced() -> None:
+    policy = policy_with(allocate=Floored(8, 4, floor=2))
+    with pytest.raises(InputError, match="objective 'mean': a budget of 1 completion; at least 2 are needed"):
+        advantages(one(policy, "+" * 32), policy)
 
 
 def policy_with(**parts: object) -> Policy:
@@ -235,7 +253,7 @@ class Softmax:
 
 
 RATES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
-NUM_PROMPTS = 300  # of each rate
+NUM_PROMPTS = 200  # of each rate
 
 
 def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> dict[float, NDArray[np.float64]]:

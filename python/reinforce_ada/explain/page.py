@@ -44,12 +44,13 @@ class Explanation:
     def at(self, rates: Sequence[float]) -> dict[str, list[float]]:
         """What happens to a prompt of each pass rate.
 
-        Returns: samples E[N], signal P(both classes in the pool), bias of the pool mean; and where there is a weight w(p), the implied
-        objective f(p), and the variance and noise of the gradient (see `EffectiveWeight`).
+        Returns: samples E[N], signal P(both classes in the pool), bias of the pool mean and of the metric pass_rate (rounding alone); and
+        where there is a weight w(p), the implied objective f(p), and the variance and noise of the gradient (see `EffectiveWeight`).
         """
         table, p = stopping_table(self.policy), np.array(rates, dtype=np.float64)
         found = {name: [table.expect(value, x) for x in rates] for name, value in (("samples", samples), ("signal", signal))}
         found["bias"] = [table.expect(pool_mean, x) - x for x in rates]
+        found["pass_rate_bias"] = [table.expect(lambda t: t.pass_rate, x) - x for x in rates]
         if self.weight is not None:
             curves: dict[str, Array] = {
                 "w": self.weight(p),
@@ -113,7 +114,7 @@ def comparison() -> list[Explanation]:
 
 def _notes(policy: Policy) -> Iterator[str]:
     weight = policy.weight
-    if policy.propose(1, 1) > 1:
+    if policy.refills:
         yield "refill: w is per prompt that enters; over the groups that train all of it is larger by one factor, 1 / fraction kept"
     if policy.needs_memory:
         yield f"budgets or prompts follow what earlier steps say of a prompt; these numbers are for a prompt with the cap of {policy.cap}"

@@ -58,6 +58,9 @@ class ObjectiveWeight:
             raise InputError("ObjectiveWeight", f"alpha {self.alpha} with objective {self.objective!r}", 'it belongs to objective "power"')
 
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec:
+        """Raises: InputError for a prompt whose own budget is one completion: it has no estimate of p (1 - p)."""
+        if any(group.pool.cap < 2 for group in groups):
+            raise InputError(f"Policy {policy.name!r}: objective {self.objective!r}", "a budget of 1 completion", "at least 2 are needed")
         weights = np.zeros((len(groups), 2))
         for row, group, terminal in zip(weights, groups, terminals_of((g.pool for g in groups), policy), strict=True):
             correct = sum(s.reward > policy.positive_threshold for s in group.kept)
@@ -77,21 +80,23 @@ class ObjectiveWeight:
         where = f"Policy {policy.name!r}: objective {self.objective!r}"
         if policy.group_size < 2:
             raise InputError(where, f"group_size {policy.group_size}", "at least 2 is needed, to keep both classes")
-        if policy.propose(1, 1) > 1:
+        if policy.refills:
             given = f"{type(policy.propose).__name__}, which lets prompts in because others were dropped"
             raise InputError(where, given, "a fixed number of prompts is needed")
-        terminals = stopping_table(policy).terminals
-        if any(t.verdict is Verdict.DROP for t in terminals):
-            given = f"{type(policy.decide).__name__}, which drops prompts for their outcomes"
-            raise InputError(where, given, "a rule that keeps every prompt is needed")
-        self._check_draws(where, terminals)
+        smallest: int = getattr(policy.allocate, "floor", policy.cap)  # where prompts have budgets of their own
+        for cap in {smallest, policy.cap}:
+            _check_rule(where, policy, stopping_table(policy, cap).terminals)
         _check_selection(where, policy)
 
-    def _check_draws(self, where: str, terminals: Sequence[Terminal]) -> None:
-        short = [t for t in terminals if t.count < 2]
-        if short:
-            given = f"a pool that can end after {short[0].count} draw ({short[0].correct} correct, {short[0].wrong} wrong)"
-            raise InputError(where, given, "two draws are needed to estimate p (1 - p)", "min_pool 2 or decide_every 2 or more")
+
+def _check_rule(where: str, policy: Policy, terminals: Sequence[Terminal]) -> None:
+    if any(t.verdict is Verdict.DROP for t in terminals):
+        given = f"{type(policy.decide).__name__}, which drops prompts for their outcomes"
+        raise InputError(where, given, "a rule that keeps every prompt is needed")
+    short = [t for t in terminals if t.count < 2]
+    if short:
+        given = f"a pool that can end after {short[0].count} draw ({short[0].correct} correct, {short[0].wrong} wrong)"
+        raise InputError(where, given, "two draws are needed to estimate p (1 - p)", "min_pool 2 or decide_every 2 or more")
 
 
 def _check_selection(where: str, policy: Policy) -> None:

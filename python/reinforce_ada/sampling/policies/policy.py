@@ -74,6 +74,12 @@ class Policy:
             check(self)
 
     @property
+    def refills(self) -> bool:
+        """Whether a dropped prompt may be replaced."""
+        many = 1_000_000  # a factor of 1.01 refills nothing among ten
+        return self.propose(many, many) > many
+
+    @property
     def cap(self) -> int:
         """Most completions any prompt may use in a step."""
         return self.allocate.cap
