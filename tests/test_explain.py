@@ -267,12 +267,12 @@ def rule_of_mine(counts: Counts, /) -> Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Remembering(Rounds):
-    """As many as the memory says."""
+    """As many as the memory says: half of the cap without one."""
 
     needs_memory = True
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
-        return [self.cap for _ in histories]
+        return [self.cap // 2 if h == History() else self.cap for h in histories]
 
 
 def test_a_rule_of_ones_own() -> None:
@@ -281,7 +281,9 @@ def test_a_rule_of_ones_own() -> None:
     np.testing.assert_allclose(e.weight(SEVEN), 1, rtol=1e-12)
     text = page(e, POPULATIONS)
     assert "decide    rule_of_mine: Stop when one class has a lead of three." in text
-    assert "numbers are for a prompt with the cap of 32" in text
+    assert "numbers are for a prompt not seen before, up to 16 completions" in text
+    assert e.cap == 16
+    assert max(e.at(RATES)["samples"]) <= 16
 
 
 # -------------------- the command

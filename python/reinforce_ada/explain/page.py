@@ -11,7 +11,7 @@ import numpy as np
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.effective import Array, EffectiveWeight, effective_weight
-from reinforce_ada.sampling import PRESETS, Balanced, Centered, ObjectiveWeight, Policy, preset, stopping_table
+from reinforce_ada.sampling import PRESETS, Balanced, Centered, History, ObjectiveWeight, Policy, preset, stopping_table
 from reinforce_ada.sampling.statistics import pool_mean, samples, signal
 
 WEIGHT_RATES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
@@ -38,6 +38,7 @@ class Explanation:
 
     label: str
     policy: Policy
+    cap: int  # of the prompt: what the policy gives one of which it remembers nothing
     weight: EffectiveWeight | None
     notes: tuple[str, ...]
 
@@ -47,7 +48,7 @@ class Explanation:
         Returns: samples E[N], signal P(both classes in the pool), bias of the pool mean and of the metric pass_rate (rounding alone); and
         where there is a weight w(p), the implied objective f(p), and the variance and noise of the gradient (see `EffectiveWeight`).
         """
-        table, p = stopping_table(self.policy), np.array(rates, dtype=np.float64)
+        table, p = stopping_table(self.policy, self.cap), np.array(rates, dtype=np.float64)
         found = {name: [table.expect(value, x) for x in rates] for name, value in (("samples", samples), ("signal", signal))}
         found["bias"] = [table.expect(pool_mean, x) - x for x in rates]
         found["pass_rate_bias"] = [table.expect(lambda t: t.pass_rate, x) - x for x in rates]
@@ -63,13 +64,14 @@ class Explanation:
 
     def population(self, a: float, b: float) -> dict[str, float]:
         """Mean samples and fraction with signal over prompts whose pass rates are Beta(a, b)."""
-        table = stopping_table(self.policy)
+        table = stopping_table(self.policy, self.cap)
         return {"a": a, "b": b, "signal": table.expect_beta(signal, a, b), "samples": table.expect_beta(samples, a, b)}
 
     def record(self, populations: Sequence[tuple[float, float]]) -> dict[str, Any]:
         """Everything printed, and more, for JSON."""
         return {
             "policy": self.label,
+            "cap": self.cap,
             "parts": dict(words(self.policy)),
             "notes": list(self.notes),
             "simulated": self.weight is not None and self.weight.simulated,
@@ -87,17 +89,18 @@ def explain(policy: Policy, label: str | None = None) -> Explanation:
 
     Raises: InputError for a cap past 1000 completions.
     """
-    if policy.cap > _LARGEST_CAP:
-        given = f"a cap of {policy.cap} completions per prompt"
+    cap = policy.allocate.budgets([History()])[0]
+    if cap > _LARGEST_CAP:
+        given = f"a cap of {cap} completions per prompt"
         raise InputError(f"explain {policy.name!r}", given, f"at most {_LARGEST_CAP}, whose draw sequences float64 can count")
-    notes = list(_notes(policy))
+    notes = list(_notes(policy, cap))
     try:
-        weight = effective_weight(policy)
+        weight = effective_weight(policy, cap)
     except InputError as e:
-        return Explanation(label or policy.name, policy, None, (*notes, f"no w(p): {e}"))
+        return Explanation(label or policy.name, policy, cap, None, (*notes, f"no w(p): {e}"))
     if weight.simulated:
         notes.append("simulated: what is kept depends on the order of the draws, so w, f, variance and noise are means over drawn orders")
-    return Explanation(label or policy.name, policy, weight, tuple(notes))
+    return Explanation(label or policy.name, policy, cap, weight, tuple(notes))
 
 
 def comparison() -> list[Explanation]:
@@ -112,12 +115,12 @@ def comparison() -> list[Explanation]:
     return rows
 
 
-def _notes(policy: Policy) -> Iterator[str]:
+def _notes(policy: Policy, cap: int) -> Iterator[str]:
     weight = policy.weight
     if policy.refills:
         yield "refill: w is per prompt that enters; over the groups that train all of it is larger by one factor, 1 / fraction kept"
     if policy.needs_memory:
-        yield f"budgets or prompts follow what earlier steps say of a prompt; these numbers are for a prompt with the cap of {policy.cap}"
+        yield f"budgets or prompts follow what earlier steps say; these numbers are for a prompt not seen before, up to {cap} completions"
     if isinstance(weight, ObjectiveWeight):
         yield "w holds with loss_agg seq-mean-token-sum or -norm, one minibatch, and rewards that count as 0 or 1 by the threshold"
     if isinstance(weight, Centered) and weight.scale == "pool" and isinstance(policy.select, Balanced):
