@@ -126,7 +126,7 @@ class Floored(Rounds):
         (lambda: preset(BALANCE, objective="mean", group_size=1), "group_size 1; at least 2 is needed, to keep both classes"),
         (lambda: preset("dapo", objective="mean"), "Refill, which lets prompts in because others were dropped"),
         (lambda: policy_with(decide=DropOneClass()), "DropOneClass, which drops prompts for their outcomes"),
-        (lambda: policy_with(allocate=Floored(8, 4)), "a pool that can end after 1 draw"),
+        (lambda: policy_with(allocate=Floored(8, 4), select=All()), "a pool that can end after 1 draw"),
         (lambda: policy_with(select=First()), r"First, which keeps one class of .*; a selection that keeps both.*; Balanced\(\)"),
         (lambda: policy_with(select=Best()), "Best, which keeps one class of"),
         (lambda: preset("grpo", objective="mean", scale="group"), "preset 'grpo': objective 'mean' with scale; the objective sets"),
@@ -145,7 +145,7 @@ def test_clashes_are_one_line(make: Callable[[], Policy], message: str) -> None:
 
 
 def test_a_budget_that_nobody_announced() -> None:
-    policy = policy_with(allocate=Floored(8, 4, floor=2))
+    policy = policy_with(allocate=Floored(8, 4, floor=4))
     with pytest.raises(InputError, match="objective 'mean': a budget of 1 completion; at least 2 are needed"):
         advantages(one(policy, "+" * 32), policy)
 
