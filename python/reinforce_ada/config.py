@@ -53,7 +53,7 @@ class TaskConfig:
 class SamplingConfig:
     """How rollouts are spent."""
 
-    preset: str = option("reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-pos, -balance or -est (docs/policies.md)")
+    preset: str = option("reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-{pos,balance,est,exact}; docs/policies.md")
     schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
     prompts_per_step: int = option(12, "prompts entering each step")
     group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
@@ -64,6 +64,10 @@ class SamplingConfig:
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
+    objective: Literal["as-published", "mean", "log", "power"] | None = option(
+        None, "what the expected gradient climbs: pass rate (mean), its log or power; as published, or exactly (default: the preset's)"
+    )
+    alpha: float | None = option(None, "exponent of objective power (default: 1, which is mean)")
     propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by what is remembered of them (default: all)")
     memory_decay: float = option(0.99, "of what is remembered of a prompt's pools, per step; 1 forgets nothing")
     memory_from: str = option("", "run folder whose pools are remembered at the start; prompts are known by question and answer")

@@ -21,7 +21,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rewards.worker import resolve
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks
+from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks, configured
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.language_model import HuggingFaceModel, token_logprobs
 from reinforce_ada.training.log import read_log
@@ -145,7 +145,9 @@ def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("schedule", ["stream", "rounds"])
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-est", "knapsack"])
+@pytest.mark.parametrize(
+    "preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact", "reinforce-ada-est", "knapsack"]
+)
 def test_presets_and_schedules(base: Path, tmp_path: Path, preset: str, schedule: str) -> None:
     for record in train(base, tmp_path / "run", preset=preset, schedule=schedule, eval_prompts=0):
         assert record["num_prompts"] >= 3
@@ -155,7 +157,7 @@ def test_presets_and_schedules(base: Path, tmp_path: Path, preset: str, schedule
 
 def test_prompts_chosen_by_memory_are_refilled_as_the_preset_does() -> None:
     def propose(preset: str, propose: str | None) -> object:
-        return launch.make_policy(configuration.load(None, {"preset": preset, "propose": propose})).propose
+        return configured(configuration.load(None, {"preset": preset, "propose": propose}).sampling).propose
 
     assert propose("dapo", "skip-streaks") == SkipStreaks(max_prompts_factor=10.0)
     assert propose("grpo", "nearest-rate") == NearestRate(max_prompts_factor=1.0)

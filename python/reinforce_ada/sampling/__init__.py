@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
+from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
     All,
@@ -28,7 +29,7 @@ from reinforce_ada.sampling.policies import (
     SkipStreaks,
     Verdict,
 )
-from reinforce_ada.sampling.presets import PRESETS, preset
+from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
 
@@ -53,6 +54,7 @@ __all__ = [
     "Memory",
     "NearestRate",
     "Never",
+    "ObjectiveWeight",
     "Policy",
     "Positive",
     "Progress",
@@ -61,6 +63,7 @@ __all__ = [
     "SkipStreaks",
     "StoppingTable",
     "Verdict",
+    "configured",
     "preset",
     "request_seed",
     "stopping_table",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from reinforce_ada.errors import unknown_name
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.sampling.objectives import Objective, ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     All,
     Balance,
@@ -21,12 +23,14 @@ from reinforce_ada.sampling.policies import (
     InverseSqrtRate,
     Knapsack,
     MaxVariance,
+    NearestRate,
     Never,
     Policy,
     Positive,
     Refill,
     Rounds,
     Scale,
+    SkipStreaks,
     at_least,
 )
 
@@ -151,6 +155,37 @@ def reinforce_ada_balance(
     )
 
 
+def reinforce_ada_exact(
+    *,
+    group_size: int = 4,
+    round_size: int = 8,
+    max_rounds: int = 4,
+    decide_every: int = 1,
+    min_pool: int | None = None,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    num_correct: int | None = None,
+    num_wrong: int | None = None,
+) -> Policy:
+    """The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate.
+
+    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this gives the
+    smallest variance of the gradient per completion (docs/statistics.md has the numbers). Source: see `objectives.ObjectiveWeight`.
+    """
+    balance = reinforce_ada_balance(
+        group_size=group_size,
+        round_size=round_size,
+        max_rounds=max_rounds,
+        decide_every=decide_every,
+        min_pool=max(round_size, group_size) if min_pool is None else min_pool,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+        num_correct=num_correct,
+        num_wrong=num_wrong,
+    )
+    return dataclasses.replace(balance, name="reinforce-ada-exact", weight=ObjectiveWeight("mean"))
+
+
 def reinforce_ada_est(
     *,
     group_size: int = 4,
@@ -270,6 +305,7 @@ PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
         "dapo": dapo,
         "reinforce-ada-pos": reinforce_ada_pos,
         "reinforce-ada-balance": reinforce_ada_balance,
+        "reinforce-ada-exact": reinforce_ada_exact,
         "reinforce-ada-est": reinforce_ada_est,
         "pods": pods,
         "knapsack": knapsack,
@@ -277,19 +313,51 @@ PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
 )
 
 
-def preset(name: str, **overrides: Any) -> Policy:
+def preset(name: str, *, objective: Objective | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
     """The policy of a published algorithm.
 
     Args:
         name: a key of `PRESETS`.
+        objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None leave it.
+        alpha: exponent of objective "power".
         overrides: keywords of that preset's function (group_size, round_size, decide_every, ...).
     Returns: a Policy.
     Raises: InputError for an unknown name or override, with the nearest valid one, and for values that cannot go together.
     """
     if name not in PRESETS:
         raise unknown_name("preset", "name", name, PRESETS)
-    known = inspect.signature(PRESETS[name]).parameters
+    where, known = f"preset {name!r}", inspect.signature(PRESETS[name]).parameters
     for key in overrides:
         if key not in known:
-            raise unknown_name(f"preset {name!r}", "override", key, known)
-    return PRESETS[name](**overrides)
+            raise unknown_name(where, "override", key, [*known, "objective", "alpha"])
+    policy = PRESETS[name](**overrides)
+    if objective is None or objective == "as-published":
+        if alpha is not None:
+            raise InputError(where, f"alpha {alpha} without an objective", 'objective "power" is needed with it')
+        if objective is not None and isinstance(policy.weight, ObjectiveWeight):
+            raise InputError(where, "objective 'as-published'", "this preset is not a published one", "reinforce-ada-balance is")
+        return policy
+    if replaced := [key for key in ("baseline", "scale") if key in overrides]:
+        raise InputError(where, f"objective {objective!r} with {' and '.join(replaced)}", "the objective sets the advantages alone")
+    weight = ObjectiveWeight(objective) if alpha is None else ObjectiveWeight(objective, alpha)
+    return dataclasses.replace(policy, weight=weight)
+
+
+_PROPOSE: Mapping[str, Callable[..., Refill]] = MappingProxyType({"nearest-rate": NearestRate, "skip-streaks": SkipStreaks})
+CONFIGURED = (
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "mean_budget", "positive_threshold", "degenerate",
+    "objective", "alpha",
+)  # fmt: skip
+
+
+def configured(settings: Any) -> Policy:
+    """The preset `settings.preset` with those of its attributes named in CONFIGURED that are not None, as `config.sampling` has them.
+
+    `settings.propose` chooses the prompts; dropped ones are refilled as the preset does.
+    """
+    values = {name: getattr(settings, name) for name in CONFIGURED}
+    policy = preset(settings.preset, **{name: value for name, value in values.items() if value is not None})
+    if settings.propose is None:
+        return policy
+    factor = policy.propose.max_prompts_factor if isinstance(policy.propose, Refill) else 1.0
+    return dataclasses.replace(policy, propose=_PROPOSE[settings.propose](max_prompts_factor=factor))

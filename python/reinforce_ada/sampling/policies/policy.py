@@ -74,6 +74,8 @@ class Policy:
         if self.degenerate not in ("keep", "drop"):
             raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
         self._check_together(where)
+        if (check := getattr(self.weight, "check", None)) is not None:
+            check(self)
 
     def _check_forms(self, where: str) -> None:
         """Decide, select and weight may be plain functions; allocate and propose answer more than one question."""
