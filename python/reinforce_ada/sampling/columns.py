@@ -98,13 +98,15 @@ class ColumnSampler:
         self._num_wanted = num_prompts if num_wanted is None else num_wanted
         self._histories = histories
         self._in_rounds = schedule == "rounds"
-        self._fixed_window = None if callable(window) else window
+        self._adapts = window is None and not self._in_rounds
         self._window_of = window if callable(window) else None
         self._window = policy.allocate.round_size if window is None else policy.cap if callable(window) else min(window, policy.cap)
 
         width = policy.cap
         self._state = np.zeros((num_prompts, width), np.int8)
         self._rewards = np.zeros((num_prompts, width), np.float64)
+        self._state_at = self._state.reshape(-1)  # the same by prompt * width + index
+        self._reward_at = self._rewards.reshape(-1)
         self._num_issued = np.zeros(num_prompts, np.int32)
         self._committed = np.zeros(num_prompts, np.int32)
         self._correct = np.zeros(num_prompts, np.int32)
@@ -174,12 +176,12 @@ class ColumnSampler:
         Returns: prompt_of [K] int64, index [K] int32.
         """
         at_least(f"{_WHERE}.next_requests", "free_slots", free_slots, 0)
-        if self._fixed_window is None and self._window_of is None:
+        if self._adapts:
             self._adapt(free_slots)
-        again = self._next_lost(free_slots)
-        fresh = self._next_fresh(free_slots - len(again))
-        flat = np.concatenate((again, fresh))
-        self._state.reshape(-1)[flat] = _OUT
+        flat = self._next_lost(free_slots)
+        if len(flat) < free_slots:
+            flat = np.concatenate((flat, self._next_fresh(free_slots - len(flat))))
+        self._state_at[flat] = _OUT
         self._num_outstanding += len(flat)
         prompt_of, index = np.divmod(flat, self._policy.cap)
         return prompt_of, index.astype(np.int32)
@@ -198,42 +200,40 @@ class ColumnSampler:
         found: list[Ints] = [np.empty(0, np.int64)]
         missing = num
         while missing > 0 and len(flat := self._reissue.take(missing)):
-            still = (self._state.reshape(-1)[flat] == _LOST) & (self._exit[flat // self._policy.cap] == _ACTIVE)
+            still = (self._state_at[flat] == _LOST) & (self._exit[flat // self._policy.cap] == _ACTIVE)
             found.append(flat[still])
             missing -= len(found[-1])
         return np.concatenate(found)
 
     def _next_fresh(self, num: int) -> Ints:
         """Up to `num` completions never issued before, breadth first, as positions in the table."""
-        prompts = self._heads(num)
+        prompts, room = self._heads(num)
         if not len(prompts):
             return prompts
         issued = self._num_issued[prompts].astype(np.int64)
-        given = _breadth_first(prompts, issued, self._room(prompts), num)
-        self._num_issued[prompts] += given.astype(np.int32)
-        self._tally.num_issued += int(given.sum())
-        self._queued[prompts] = False
-        self._queue(prompts)
-        index = _ranges(issued, given)
-        prompt_of = np.repeat(prompts, given)
-        order = np.argsort(index << _LEVEL | prompt_of) if len(index) > 1 else slice(None)
+        given = _breadth_first(prompts, issued, room, num)
+        self._num_issued[prompts] = issued + given
+        self._place(prompts, room - given)
+        index, prompt_of = _ranges(issued, given), prompts.repeat(given)
+        self._tally.num_issued += len(index)
+        order = (index << _LEVEL | prompt_of).argsort()
         return (prompt_of * self._policy.cap + index)[order]
 
-    def _heads(self, num: int) -> Ints:
-        """The first prompts in the queue that may be issued a request, at least `num` of them where there are as many."""
-        found: list[Ints] = [np.empty(0, np.int64)]
+    def _heads(self, num: int) -> tuple[Ints, Ints]:
+        """The first prompts in the queue that may be issued a request, at least `num` where there are as many, and the room of each."""
+        found: list[Ints] = []
         missing = num
         while missing > 0 and len(keys := self._ready.take(max(missing, 32))):
             prompts = keys & ((1 << _LEVEL) - 1)
             prompts = prompts[self._exit[prompts] == _ACTIVE]
             has_room = self._room(prompts) > 0
             if not has_room.all():  # the window has become narrower since
-                self._queued[prompts[~has_room]] = False
-                self._wait(prompts[~has_room])
+                self._place(prompts[~has_room], np.zeros(len(prompts), np.int64)[~has_room])
                 prompts = prompts[has_room]
             found.append(prompts)
             missing -= len(prompts)
-        return np.concatenate(found)
+        prompts = found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+        return prompts, self._room(prompts)
 
     def _room(self, prompts: Ints) -> Ints:
         """How many more requests each prompt may be issued now, [n]."""
@@ -253,23 +253,28 @@ class ColumnSampler:
         return np.where(own <= every, np.minimum(limit, (committed // every + 1) * every), limit)
 
     def _queue(self, prompts: Ints) -> None:
-        """Queue those of these active prompts that are not in the queue and have room; the others wait for a wider window."""
-        prompts = prompts[~self._queued[prompts] & (self._exit[prompts] == _ACTIVE)]
-        has_room = self._room(prompts) > 0
-        self._wait(prompts[~has_room])
-        prompts = prompts[has_room]
-        self._queued[prompts] = True
+        """Queue those of these prompts that are active and not in the queue."""
+        prompts = prompts[(self._exit[prompts] == _ACTIVE) & ~self._queued[prompts]]
+        if len(prompts):
+            self._place(prompts, self._room(prompts))
+
+    def _place(self, prompts: Ints, room: Ints) -> None:
+        """Into the queue with those that have room; the others wait for their next commit, or for a wider window."""
+        has_room = room > 0
+        self._queued[prompts] = has_room
+        if not has_room.all():
+            if self._adapts:
+                self._wait(prompts[~has_room])
+            prompts = prompts[has_room]
         self._ready.put(self._num_issued[prompts].astype(np.int64) << _LEVEL | prompts)
 
     def _wait(self, prompts: Ints) -> None:
-        """Remember the smallest window at which each of these could be issued a request, where the window adapts."""
-        if self._in_rounds or self._fixed_window is not None or self._window_of is not None:
-            return
+        """Remember the smallest window at which each of these could be issued a request."""
         prompts = prompts[self._num_issued[prompts] < self._cap[prompts]]
         issued, committed, every = self._num_issued[prompts], self._committed[prompts], self._policy.decide_every
         needed = issued - committed + 1
         needed = np.where(issued >= (committed // every + 1) * every, np.maximum(needed, every + 1), needed)
-        for window in np.unique(needed[needed <= self._policy.cap]).tolist():
+        for window in set(needed[needed <= self._policy.cap].tolist()):
             self._waiting.setdefault(window, []).append(prompts[needed == window])
 
     # -------------------- answers
@@ -287,24 +292,23 @@ class ColumnSampler:
         """
         prompts, indices, values, is_void = _answers(prompt_of, index, rewards, void)
         issued, flat = self._issued(prompts, indices)
-        state = self._state.reshape(-1)
-        is_open = np.flatnonzero(state[flat] < _VOID)
-        flat, first = np.unique(flat[is_open], return_index=True)
-        self._tally.num_duplicates += len(issued) - len(flat)
-        taken = issued[is_open[first]]
+        first = _first_of_each(flat, self._state_at[flat] < _VOID)
+        self._tally.num_duplicates += len(issued) - len(first)
+        flat, taken = flat[first], issued[first]
         prompts, indices, values, is_void = prompts[taken], indices[taken], values[taken], is_void[taken]
-        self._num_outstanding -= int(np.count_nonzero(state[flat] == _OUT))
-        state[flat] = np.where(is_void, _VOID, np.where(values > self._policy.positive_threshold, _CORRECT, _WRONG))
-        self._rewards.reshape(-1)[flat] = np.where(is_void, np.nan, values)
+        self._num_outstanding -= int(np.count_nonzero(self._state_at[flat] == _OUT))
+        self._state_at[flat] = np.where(is_void, _VOID, np.where(values > self._policy.positive_threshold, _CORRECT, _WRONG))
+        values[is_void] = np.nan
+        self._reward_at[flat] = values
         return self._commit(prompts[(indices == self._committed[prompts]) & (self._exit[prompts] == _ACTIVE)])
 
     def lose(self, prompt_of: ArrayLike, index: ArrayLike) -> None:
         """Give up waiting for these requests: those of active prompts are issued again, before anything else."""
         _, flat = self._issued(np.asarray(prompt_of, np.int64), np.asarray(index, np.int64))
-        state = self._state.reshape(-1)
-        lost = np.unique(flat[state[flat] == _OUT])
-        self._tally.num_duplicates += int(np.count_nonzero(state[flat] != _ABORTED)) - len(lost)
-        state[lost] = _LOST
+        state = self._state_at[flat]
+        lost = flat[_first_of_each(flat, state == _OUT)]
+        self._tally.num_duplicates += int(np.count_nonzero(state != _ABORTED)) - len(lost)
+        self._state_at[lost] = _LOST
         self._reissue.put(lost)
         self._num_outstanding -= len(lost)
         self._tally.num_lost += len(lost)
@@ -312,44 +316,46 @@ class ColumnSampler:
     def _issued(self, prompts: Ints, indices: Ints) -> tuple[Ints, Ints]:
         """Which of these events belong to a request that was issued: their positions, and those of the completions in the table."""
         width = self._policy.cap
-        known = np.flatnonzero((prompts >= 0) & (prompts < self._num_entered) & (indices >= 0) & (indices < width))
+        known = ((prompts >= 0) & (prompts < self._num_entered) & (indices >= 0) & (indices < width)).nonzero()[0]
         flat = prompts[known] * width + indices[known]
-        issued = self._state.reshape(-1)[flat] != _FREE
-        self._tally.num_rejected += len(prompts) - int(np.count_nonzero(issued))
-        return known[issued], flat[issued]
+        issued = self._state_at[flat] != _FREE
+        known, flat = known[issued], flat[issued]
+        self._tally.num_rejected += len(prompts) - len(known)
+        return known, flat
 
     def _commit(self, prompts: Ints) -> Requests:
         """Extend the committed prefixes of these prompts as far as they go, asking the exit rule after each completion."""
         if not len(prompts):
             return prompts, np.empty(0, np.int32)
-        old = self._committed[prompts].astype(np.int64)
-        states = self._state[prompts]
+        old, old_correct, old_wrong = self._committed[prompts], self._correct[prompts], self._wrong[prompts]
+        states, cap = self._state[prompts], self._cap[prompts]
         is_open = states < _VOID
         length = np.where(is_open.any(axis=1), is_open.argmax(axis=1), self._policy.cap) - old
-        stop = np.cumsum(length)
+        stop = length.cumsum()
         start = stop - length
-        owner = np.repeat(np.arange(len(prompts)), length)  # of each new completion: its prompt's position here
+        owner = np.arange(len(prompts)).repeat(length)  # of each new completion: its prompt's position here
         index = _ranges(old, length)
         outcome = states[owner, index]
-        correct = _running(outcome == _CORRECT, start, owner) + self._correct[prompts][owner]
-        wrong = _running(outcome == _WRONG, start, owner) + self._wrong[prompts][owner]
-        cap = self._cap[prompts][owner]
+        correct = _running(outcome == _CORRECT, start, old_correct, owner)
+        wrong = _running(outcome == _WRONG, start, old_wrong, owner)
+        cap = cap[owner]
         verdict = self._verdicts.of(self._code(correct, wrong, index + 1, cap, self._policy.cap + 1))
-        ends = np.flatnonzero((verdict != 0) | (index + 1 == cap))
-        ends = ends[np.diff(owner[ends], prepend=-1) != 0]  # the first of each prompt
+        ends = ((verdict != 0) | (index + 1 == cap)).nonzero()[0]
+        ended = owner[ends]
+        if len(ends) > 1:  # the first of each prompt
+            is_first = np.concatenate(([True], ended[1:] != ended[:-1]))
+            ends, ended = ends[is_first], ended[is_first]
         last = stop - 1
-        last[owner[ends]] = ends
+        last[ended] = ends
         self._committed[prompts] = index[last] + 1
-        self._tally.num_correct += int((correct[last] - self._correct[prompts]).sum())
-        self._tally.num_committed += int((last - start + 1).sum())
         self._correct[prompts], self._wrong[prompts] = correct[last], wrong[last]
-        return self._settle(prompts, owner[ends], _EXIT_OF[verdict[ends]])
+        self._tally.num_correct += int((correct[last] - old_correct).sum())
+        self._tally.num_committed += int((last - start).sum()) + len(prompts)
+        return self._settle(prompts, ended, _EXIT_OF[verdict[ends]])
 
     def _settle(self, prompts: Ints, ended: Ints, reasons: NDArray[np.int8]) -> Requests:
         """Let those exit that ended, and queue the others."""
-        gone = prompts[ended]
-        self._exit[gone] = reasons
-        to_abort = self._leave(gone, reasons)
+        to_abort = self._leave(prompts[ended], reasons)
         if self._window_of is not None:
             self._look_ahead(prompts)
         if self._in_rounds:
@@ -364,11 +370,15 @@ class ColumnSampler:
         return to_abort
 
     def _leave(self, gone: Ints, reasons: NDArray[np.int8]) -> Requests:
+        if not len(gone):
+            return gone, np.empty(0, np.int32)
+        self._exit[gone] = reasons
         self._num_active -= len(gone)
         self._tally.num_satisfied += int(np.count_nonzero(reasons == _SATISFIED))
         num_dropped = int(np.count_nonzero(reasons == _DROPPED))
         self._tally.num_dropped += num_dropped
-        row, index = np.nonzero(self._state[gone] == _OUT)
+        gone = np.sort(gone)
+        row, index = (self._state[gone] == _OUT).nonzero()
         prompt_of = gone[row]
         self._state[prompt_of, index] = _ABORTED
         self._num_outstanding -= len(index)
@@ -514,15 +524,14 @@ class _Smallest:
 
     def take(self, num: int) -> Ints:
         """Remove up to `num` of the smallest keys; increasing."""
-        long = [run[num - 1] for run in self._runs if len(run) >= num]
-        bound = min(long) if long else None
-        parts = self._runs if bound is None else [run[: np.searchsorted(run, bound, "right")] for run in self._runs]
+        enough = [run[num - 1] for run in self._runs if len(run) >= num]
+        first = [run[: run.searchsorted(min(enough), "right")] for run in self._runs] if enough else self._runs
+        parts = [part for part in first if len(part)]
         if not parts:
             return np.empty(0, np.int64)
-        taken = np.sort(np.concatenate(parts))[:num]
-        if not len(taken):
-            return taken
-        rest = [run[np.searchsorted(run, taken[-1], "right") :] for run in self._runs]
+        taken = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
+        taken = taken[:num]
+        rest = [run[run.searchsorted(taken[-1], "right") :] for run in self._runs]
         self._runs = [run for run in rest if len(run)]
         return taken
 
@@ -541,8 +550,7 @@ class _Memo(dict[int, int]):
         return value
 
     def of(self, codes: Ints) -> Ints:
-        distinct, inverse = np.unique(codes, return_inverse=True)
-        return np.array([self[code] for code in distinct.tolist()], np.int64)[inverse]
+        return np.fromiter(map(self.__getitem__, codes.tolist()), np.int64, len(codes))
 
 
 class _Rows:
@@ -586,34 +594,44 @@ class _Rows:
 
 def _breadth_first(prompts: Ints, issued: Ints, room: Ints, num: int) -> Ints:
     """How many of `num` requests each prompt gets, [n]: the smallest pairs (index, prompt) with index in [issued, issued + room)."""
+    if len(issued) >= num and issued[num - 1] == issued[0]:  # one for each of the first
+        return (np.arange(len(issued)) < num).astype(np.int64)
     if room.sum() <= num:
         return room
-    lowest, limit = issued.min(), issued + room
+    lowest, limit = issued[0], issued + room
     length = int(limit.max() - lowest) + 1
-    live = np.cumsum(np.bincount(issued - lowest, minlength=length) - np.bincount(limit - lowest, minlength=length))
-    up_to = np.cumsum(live)  # pairs up to this level
-    level = int(np.searchsorted(up_to, num))
-    given = np.clip(level + lowest - issued, 0, room)
-    at_level = np.flatnonzero((issued <= level + lowest) & (level + lowest < limit))
+    live = (np.bincount(issued - lowest, minlength=length) - np.bincount(limit - lowest, minlength=length)).cumsum()
+    up_to = live.cumsum()  # pairs up to this level
+    level = int(up_to.searchsorted(num))
+    given = np.minimum(np.maximum(level + lowest - issued, 0), room)
+    at_level = ((issued <= level + lowest) & (level + lowest < limit)).nonzero()[0]
     rest = num - int(up_to[level] - live[level])
     if rest < len(at_level):
-        at_level = at_level[np.argpartition(prompts[at_level], rest)[:rest]]
+        at_level = at_level[prompts[at_level].argpartition(rest)[:rest]]
     given[at_level] += 1
     return given
 
 
 def _ranges(first: Ints, length: Ints) -> Ints:
     """first[0], first[0] + 1, ... of each length, one after another."""
-    start = np.cumsum(length) - length
-    ranges: Ints = np.arange(int(length.sum())) + np.repeat(first - start, length)
+    stop = length.cumsum()
+    ranges: Ints = np.arange(stop[-1]) + (first - stop + length).repeat(length)
     return ranges
 
 
-def _running(flags: NDArray[np.bool_], start: Ints, owner: Ints) -> Ints:
-    """How many flags are set up to each place, counted from the start of its owner's part."""
-    total: Ints = np.cumsum(flags)
-    before: Ints = total[start] - flags[start]
-    return total - before[owner]
+def _running(flags: NDArray[np.bool_], start: Ints, before: Ints, owner: Ints) -> Ints:
+    """How many flags are set up to each place: counted from the start of its owner's part, and from what there was before."""
+    total: Ints = flags.cumsum()
+    return total + (before - total[start] + flags[start])[owner]
+
+
+def _first_of_each(keys: Ints, counts: NDArray[np.bool_]) -> Ints:
+    """Positions of the first of each key, among those that count."""
+    positions = counts.nonzero()[0]
+    ordered = np.sort(keys[positions])
+    if (ordered[1:] != ordered[:-1]).all():
+        return positions
+    return positions[np.unique(keys[positions], return_index=True)[1]]
 
 
 def _answers(prompt_of: ArrayLike, index: ArrayLike, rewards: ArrayLike, void: ArrayLike | None) -> tuple[Any, Any, Any, Any]:
