@@ -217,23 +217,24 @@ class ColumnSampler:
         index, prompt_of = _ranges(issued, given), prompts.repeat(given)
         self._tally.num_issued += len(index)
         order = (index << _LEVEL | prompt_of).argsort()
-        return (prompt_of * self._policy.cap + index)[order]
+        flat: Ints = prompt_of * self._policy.cap + index
+        return flat[order]
 
     def _heads(self, num: int) -> tuple[Ints, Ints]:
         """The first prompts in the queue that may be issued a request, at least `num` where there are as many, and the room of each."""
-        found: list[Ints] = []
+        found: list[tuple[Ints, Ints]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
         missing = num
         while missing > 0 and len(keys := self._ready.take(max(missing, 32))):
             prompts = keys & ((1 << _LEVEL) - 1)
             prompts = prompts[self._exit[prompts] == _ACTIVE]
-            has_room = self._room(prompts) > 0
-            if not has_room.all():  # the window has become narrower since
-                self._place(prompts[~has_room], np.zeros(len(prompts), np.int64)[~has_room])
-                prompts = prompts[has_room]
-            found.append(prompts)
+            room = self._room(prompts)
+            if not room.all():  # the window has become narrower since
+                self._place(prompts[room == 0], room[room == 0])
+                prompts, room = prompts[room > 0], room[room > 0]
+            found.append((prompts, room))
             missing -= len(prompts)
-        prompts = found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
-        return prompts, self._room(prompts)
+        prompts, room = found[1] if len(found) == 2 else map(np.concatenate, zip(*found, strict=True))
+        return prompts, room
 
     def _room(self, prompts: Ints) -> Ints:
         """How many more requests each prompt may be issued now, [n]."""
@@ -357,7 +358,7 @@ class ColumnSampler:
         """Let those exit that ended, and queue the others."""
         to_abort = self._leave(prompts[ended], reasons)
         if self._window_of is not None:
-            self._look_ahead(prompts)
+            self._look_ahead(prompts[self._exit[prompts] == _ACTIVE])
         if self._in_rounds:
             is_through = (self._exit[prompts] != _ACTIVE) | (self._committed[prompts] >= self._round_limit[prompts])
             caught_up = prompts[self._behind[prompts] & is_through]
@@ -391,7 +392,8 @@ class ColumnSampler:
     def _code(self, correct: Ints, wrong: Ints, committed: Ints, last: Any, num_last: int) -> Ints:
         """One integer for (correct, wrong, committed, last), last < num_last."""
         width = self._policy.cap + 1
-        return ((correct * width + wrong) * width + committed) * num_last + last
+        code: Ints = ((correct * width + wrong) * width + committed) * num_last + last
+        return code
 
     def _decode(self, code: int, num_last: int) -> tuple[Counts, int]:
         width = self._policy.cap + 1
@@ -612,17 +614,18 @@ def _breadth_first(prompts: Ints, issued: Ints, room: Ints, num: int) -> Ints:
     return given
 
 
-def _ranges(first: Ints, length: Ints) -> Ints:
+def _ranges(first: NDArray[Any], length: NDArray[Any]) -> Ints:
     """first[0], first[0] + 1, ... of each length, one after another."""
     stop = length.cumsum()
     ranges: Ints = np.arange(stop[-1]) + (first - stop + length).repeat(length)
     return ranges
 
 
-def _running(flags: NDArray[np.bool_], start: Ints, before: Ints, owner: Ints) -> Ints:
+def _running(flags: NDArray[np.bool_], start: NDArray[Any], before: NDArray[Any], owner: Ints) -> Ints:
     """How many flags are set up to each place: counted from the start of its owner's part, and from what there was before."""
     total: Ints = flags.cumsum()
-    return total + (before - total[start] + flags[start])[owner]
+    offset: Ints = before - total[start] + flags[start]
+    return total + offset[owner]
 
 
 def _first_of_each(keys: Ints, counts: NDArray[np.bool_]) -> Ints:
