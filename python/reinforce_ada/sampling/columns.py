@@ -216,9 +216,9 @@ class ColumnSampler:
         self._place(prompts, room - given)
         index, prompt_of = _ranges(issued, given), prompts.repeat(given)
         self._tally.num_issued += len(index)
-        order = (index << _LEVEL | prompt_of).argsort()
-        flat: Ints = prompt_of * self._policy.cap + index
-        return flat[order]
+        in_order: Ints = (index << _LEVEL | prompt_of).argsort()
+        flat: Ints = (prompt_of * self._policy.cap + index)[in_order]
+        return flat
 
     def _heads(self, num: int) -> tuple[Ints, Ints]:
         """The first prompts in the queue that may be issued a request, at least `num` where there are as many, and the room of each."""
@@ -605,7 +605,7 @@ def _breadth_first(prompts: Ints, issued: Ints, room: Ints, num: int) -> Ints:
     live = (np.bincount(issued - lowest, minlength=length) - np.bincount(limit - lowest, minlength=length)).cumsum()
     up_to = live.cumsum()  # pairs up to this level
     level = int(up_to.searchsorted(num))
-    given = np.minimum(np.maximum(level + lowest - issued, 0), room)
+    given: Ints = np.minimum(np.maximum(level + lowest - issued, 0), room)
     at_level = ((issued <= level + lowest) & (level + lowest < limit)).nonzero()[0]
     rest = num - int(up_to[level] - live[level])
     if rest < len(at_level):
