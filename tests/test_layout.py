@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "driver", "training", "report"},
     "doctor": {*FOUNDATION, "ops", "_cpu"},
+    "explain": {*FOUNDATION, "sampling", "config"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
-    "cli": {*FOUNDATION, "config", "report", "bench", "doctor", "training.launch"},
+    "cli": {*FOUNDATION, "config", "explain", "report", "bench", "doctor", "training.launch"},
 }
 
 
@@ -165,7 +166,19 @@ def test_the_parts_have_an_order():
 
 def test_what_needs_no_torch_imports_none():
     """Nor does it import an engine: these start in a moment, and the sampler lives in trainers that have neither."""
-    light = ["sampling", "rewards", "config", "cli", "doctor", "driver", "engines.function", "engines.scripted", "rollouts", "report"]
+    light = [
+        "sampling",
+        "rewards",
+        "config",
+        "cli",
+        "doctor",
+        "driver",
+        "engines.function",
+        "engines.scripted",
+        "rollouts",
+        "report",
+        "explain.command",
+    ]
     code = f"""
 import importlib, json, sys
 heavy = {{}}

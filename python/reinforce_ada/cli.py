@@ -1,4 +1,4 @@
-"""The command line: train, eval, report, bench, doctor. Stdlib only until a command runs, so that --help answers at once."""
+"""The command line: train, eval, explain, report, bench, doctor. Stdlib only until a command runs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ examples:
   reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
 
 Every key below can stand in the TOML file of --config, in the table its heading names.
+"""
+
+_EXPLAIN_EXAMPLES = """\
+examples:
+  reinforce-ada explain                                    all presets side by side
+  reinforce-ada explain reinforce-ada-balance              one of them: its parts in words, its numbers over the pass rate
+  reinforce-ada explain reinforce-ada-pos --decide-every 1 --min-pool 4
+  reinforce-ada explain reinforce-ada-balance --objective mean --population 1,2 2.5,0.6
+  reinforce-ada explain runs/mine/config.toml --figure curves.png
+
+The numbers are exact, for rewards of 0 and 1: a sum over all states the stopping rule can end in. Their use:
+w(p) says which prompts a policy learns from. Mean baseline and fixed size: the same for all. Adaptive rules: hard ones (and with balance
+easy ones) count several times as much, so the pass rate is not what they climb. --objective mean makes w(p) = 1.
 """
 
 _BENCH_EXAMPLES = """\
@@ -77,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_train(commands)
     _add_eval(commands)
+    _add_explain(commands)
     _add_report(commands)
     _add_bench(commands)
     _add_doctor(commands)
@@ -115,13 +129,17 @@ def _add_command(commands: Any, name: str, about: str, epilog: str = "") -> argp
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """One flag per configuration key, grouped by table."""
+    """--config and one flag per configuration key."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the keys below")
+    _add_key_flags(parser, names)
+
+
+def _add_key_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None) -> None:
+    """One flag per configuration key, grouped by table."""
     for section, cls in configuration.sections():
-        group = parser.add_argument_group(f"[{section}]")
-        for f in dataclasses.fields(cls):
-            if names is not None and f.name not in names:
-                continue
+        fields = [f for f in dataclasses.fields(cls) if names is None or f.name in names]
+        group = parser.add_argument_group(f"[{section}]") if fields else parser
+        for f in fields:
             default = f.default if f.default is not dataclasses.MISSING else "{}"
             shown = "" if default in (None, "") else f" (default: {default})"
             flag = f"--{f.name.replace('_', '-')}"
@@ -212,6 +230,35 @@ def _eval(given: argparse.Namespace) -> int:
     if e.num_voids:
         print(f"{e.num_voids} completions could not be scored and are left out")
     return 0
+
+
+# -------------------- explain
+
+_NOT_OF_THE_POLICY = {"preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens"}
+
+
+def _add_explain(commands: Any) -> None:
+    about = "What a sampling policy does: its parts in words, what it costs, and the objective it climbs, in exact numbers."
+    parser = _add_command(commands, "explain", about, _EXPLAIN_EXAMPLES)
+    parser.add_argument(
+        "what", nargs="?", metavar="PRESET|CONFIG.toml", help="a preset, or the configuration of a run (default: every preset)"
+    )
+    parser.add_argument("--population", nargs="+", default=[], metavar="A,B", help="prompts with Beta(A, B) pass rates (default: three)")
+    parser.add_argument("--class-weights", metavar="W,C", help="factors of the advantages of wrong and of correct completions")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, one object a policy, unrounded")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw w(p), f(p), E[N] and P(signal) into this PNG")
+    keys = [key for key, section in configuration.section_of().items() if section == "sampling" and key not in _NOT_OF_THE_POLICY]
+    _add_key_flags(parser, keys)
+    parser.set_defaults(run=_explain)
+
+
+def _explain(given: argparse.Namespace) -> int:
+    from reinforce_ada.explain import command
+
+    return command.run(
+        given.what, _overrides(given), class_weights=given.class_weights, populations=given.population, as_json=given.json,
+        figure=given.figure,
+    )  # fmt: skip
 
 
 # -------------------- report, bench, doctor

@@ -53,7 +53,7 @@ class TaskConfig:
 class SamplingConfig:
     """How rollouts are spent."""
 
-    preset: str = option("reinforce-ada-balance", "grpo | dapo | reinforce-ada-pos | reinforce-ada-balance")
+    preset: str = option("reinforce-ada-balance", "grpo | dapo | reinforce-ada-pos | reinforce-ada-balance | reinforce-ada-exact")
     schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
     prompts_per_step: int = option(12, "prompts entering each step")
     group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
@@ -63,6 +63,10 @@ class SamplingConfig:
     min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
+    objective: Literal["as-published", "mean", "log", "power"] | None = option(
+        None, "what the expected gradient climbs: pass rate (mean), its log or power; as published, or exactly (default: the preset's)"
+    )
+    alpha: float | None = option(None, "exponent of objective power (default: 1, which is mean)")
     window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
     max_tokens: int = option(12, "tokens per completion at most")

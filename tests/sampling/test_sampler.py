@@ -325,7 +325,12 @@ def test_every_metric_is_documented() -> None:
 
 def test_a_mean_over_nothing_is_nan() -> None:
     metrics = sample(preset("grpo", group_size=2), a="vv").metrics
-    assert [name for name, value in metrics.items() if math.isnan(value)] == ["first_round_reward", "pool_reward", "kept_reward"]
+    assert [name for name, value in metrics.items() if math.isnan(value)] == [
+        "first_round_reward",
+        "pool_reward",
+        "pass_rate",
+        "kept_reward",
+    ]
 
 
 def test_progress() -> None:

@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("schedule", ["stream", "rounds"])
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance"])
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"])
 def test_presets_and_schedules(base: Path, tmp_path: Path, preset: str, schedule: str) -> None:
     for record in train(base, tmp_path / "run", preset=preset, schedule=schedule, eval_prompts=0):
         assert record["num_prompts"] >= 3

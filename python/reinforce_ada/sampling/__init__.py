@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
     All,
@@ -20,7 +21,7 @@ from reinforce_ada.sampling.policies import (
     Rounds,
     Verdict,
 )
-from reinforce_ada.sampling.presets import PRESETS, preset
+from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
 
@@ -38,6 +39,7 @@ __all__ = [
     "First",
     "History",
     "Never",
+    "ObjectiveWeight",
     "Policy",
     "Positive",
     "Progress",
@@ -45,6 +47,7 @@ __all__ = [
     "Rounds",
     "StoppingTable",
     "Verdict",
+    "configured",
     "preset",
     "request_seed",
     "stopping_table",

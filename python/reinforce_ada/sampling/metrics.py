@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from reinforce_ada.sampling.policies import Policy
+from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Scored
 
 
@@ -58,6 +59,7 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         # Only the first num_wanted prompts: a later one enters because others were dropped, which biases the whole.
         "first_round_reward": _mean(m for pool in pools[:num_wanted] if (m := _first_reward(pool, policy)) is not None),
         "pool_reward": _mean(pool.mean for pool in pools if pool.count),
+        "pass_rate": _mean(t.pass_rate for t in terminals_of(pools[:num_wanted], policy) if t.count),
         "kept_reward": _mean(s.reward for group in groups for s in group.kept),
         "signal_fraction": sum(pool.has_signal for pool in pools) / num_prompts,
         "samples_per_prompt": tally.num_committed / num_prompts,

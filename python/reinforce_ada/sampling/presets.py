@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from reinforce_ada.errors import unknown_name
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.sampling.objectives import Objective, ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     Balance,
     Balanced,
@@ -147,6 +149,37 @@ def reinforce_ada_balance(
     )
 
 
+def reinforce_ada_exact(
+    *,
+    group_size: int = 4,
+    round_size: int = 8,
+    max_rounds: int = 4,
+    decide_every: int = 1,
+    min_pool: int | None = None,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    num_correct: int | None = None,
+    num_wrong: int | None = None,
+) -> Policy:
+    """The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate.
+
+    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this gives the
+    smallest variance of the gradient per completion (docs/statistics.md has the numbers). Source: see `objectives.ObjectiveWeight`.
+    """
+    balance = reinforce_ada_balance(
+        group_size=group_size,
+        round_size=round_size,
+        max_rounds=max_rounds,
+        decide_every=decide_every,
+        min_pool=max(round_size, group_size) if min_pool is None else min_pool,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+        num_correct=num_correct,
+        num_wrong=num_wrong,
+    )
+    return dataclasses.replace(balance, name="reinforce-ada-exact", weight=ObjectiveWeight("mean"))
+
+
 def _reinforce_ada(
     name: str,
     decide: Decide,
@@ -179,23 +212,47 @@ PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
         "dapo": dapo,
         "reinforce-ada-pos": reinforce_ada_pos,
         "reinforce-ada-balance": reinforce_ada_balance,
+        "reinforce-ada-exact": reinforce_ada_exact,
     }
 )
 
 
-def preset(name: str, **overrides: Any) -> Policy:
+def preset(name: str, *, objective: Objective | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
     """The policy of a published algorithm.
 
     Args:
-        name: "grpo" | "dapo" | "reinforce-ada-pos" | "reinforce-ada-balance".
+        name: "grpo" | "dapo" | "reinforce-ada-pos" | "reinforce-ada-balance" | "reinforce-ada-exact".
+        objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None leave it.
+        alpha: exponent of objective "power".
         overrides: keywords of that preset's function (group_size, round_size, decide_every, ...).
     Returns: a Policy.
     Raises: InputError for an unknown name or override, with the nearest valid one, and for values that cannot go together.
     """
     if name not in PRESETS:
         raise unknown_name("preset", "name", name, PRESETS)
-    known = inspect.signature(PRESETS[name]).parameters
+    where, known = f"preset {name!r}", inspect.signature(PRESETS[name]).parameters
     for key in overrides:
         if key not in known:
-            raise unknown_name(f"preset {name!r}", "override", key, known)
-    return PRESETS[name](**overrides)
+            raise unknown_name(where, "override", key, [*known, "objective", "alpha"])
+    policy = PRESETS[name](**overrides)
+    if objective is None or objective == "as-published":
+        if alpha is not None:
+            raise InputError(where, f"alpha {alpha} without an objective", 'objective "power" is needed with it')
+        if objective is not None and isinstance(policy.weight, ObjectiveWeight):
+            raise InputError(where, "objective 'as-published'", "this preset is not a published one", "reinforce-ada-balance is")
+        return policy
+    if replaced := [key for key in ("baseline", "scale") if key in overrides]:
+        raise InputError(where, f"objective {objective!r} with {' and '.join(replaced)}", "the objective sets the advantages alone")
+    weight = ObjectiveWeight(objective) if alpha is None else ObjectiveWeight(objective, alpha)
+    return dataclasses.replace(policy, weight=weight)
+
+
+CONFIGURED = (
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate", "objective", "alpha",
+)  # fmt: skip
+
+
+def configured(settings: Any) -> Policy:
+    """The preset `settings.preset` with those of its attributes named in CONFIGURED that are not None, as `config.sampling` has them."""
+    values = {name: getattr(settings, name) for name in CONFIGURED}
+    return preset(settings.preset, **{name: value for name, value in values.items() if value is not None})

@@ -24,7 +24,7 @@ from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import Policy, preset
+from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import checkpoint, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
@@ -32,7 +32,6 @@ from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.tasks import Records, Task, load_records, render
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
 
-_OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate")
 _WARM_START_EXAMPLES = 512
 
 
@@ -43,7 +42,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     """
     quiet_libraries(config.model.model)
     display = Display()
-    policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
+    policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     records = load_records(config.task, config.run.seed)
     out = _existing_run(resume) if resume else _new_run(config)
     with ExitStack() as stack:
@@ -83,7 +82,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
     quiet_libraries(model_name)
     display = Display(stderr=True)
-    policy, engine_name, device = make_policy(config), pick_engine(config.engine.engine), pick_device(config.model.device)
+    policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
     records = load_records(config.task, config.run.seed)
@@ -101,12 +100,6 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
                 positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s or None,
                 on_progress=on_progress,
             )  # fmt: skip
-
-
-def make_policy(config: Config) -> Policy:
-    """The preset with the overrides that were given."""
-    values = {name: getattr(config.sampling, name) for name in _OVERRIDES}
-    return preset(config.sampling.preset, **{name: value for name, value in values.items() if value is not None})
 
 
 def pick_device(name: str) -> torch.device:
@@ -233,7 +226,7 @@ def _header(config: Config, engine: Engine, device: torch.device) -> dict[str, A
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "engine": type(engine).__name__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cap": make_policy(config).cap,
+        "cap": configured(config.sampling).cap,
         "torch": torch.__version__,
         "reinforce_ada": _version("reinforce-ada"),
     }

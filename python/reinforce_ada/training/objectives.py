@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.ops import RolloutCorrection
-from reinforce_ada.sampling import AdvantageSpec, Policy
+from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel
 from reinforce_ada.types import SamplingResult
@@ -35,6 +35,31 @@ def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list
 def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
     given = {"baseline": spec.baseline, "scale": spec.scale, "ddof": spec.ddof, "eps": spec.eps, "class_weights": spec.class_weights}
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+
+
+def num_seqs_of(minibatch: Sequence[Batch], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
+    """The number of completions a minibatch's loss is divided by, where it averages over them.
+
+    Its own count; under an `ObjectiveWeight` group_size * prompts that entered / minibatches, whatever was kept: with a denominator
+    that depends on the outcomes the mean of the quotient is not the quotient of the means. Groups fall into minibatches at random, so
+    each has the expected gradient of the step.
+    """
+    if isinstance(policy.weight, ObjectiveWeight):
+        return policy.group_size * len(result.pools) / num_minibatches
+    return sum(batch.num_seqs for batch in minibatch)
+
+
+def inexact(config: Config, policy: Policy) -> str:
+    """What in the configuration keeps objective "mean" from being exact, in one line; "" where nothing does."""
+    t, weight = config.training, policy.weight
+    if not (isinstance(weight, ObjectiveWeight) and weight.objective == "mean"):
+        return ""
+    causes = []
+    if not t.loss_agg.startswith("seq-mean-token-sum"):
+        causes.append(f"loss_agg {t.loss_agg!r} has a denominator that depends on the outcomes (seq-mean-token-sum and -norm do not)")
+    if t.minibatches > 1 and t.loss != "reinforce":
+        causes.append(f"from the second of {t.minibatches} minibatches on the ratios of loss {t.loss!r} are clipped (minibatches 1)")
+    return f'objective "mean" is only approximate here: {"; ".join(causes)}' if causes else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +95,13 @@ class Objective:
         )
 
     def __call__(
-        self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: int
+        self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss and metrics of one micro-batch.
 
         Args:
             old_logprobs: [T] of the weights before the step's first update; None when these still are those (ratio 1).
-            num_tokens, num_seqs: of the whole minibatch; micro-batch losses then sum to its loss.
+            num_tokens, num_seqs: of the whole minibatch (see `num_seqs_of`); micro-batch losses then sum to its loss.
         """
         settings: dict[str, Any] = {
             "old_logprobs": old_logprobs,

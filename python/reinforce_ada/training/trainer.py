@@ -31,7 +31,7 @@ from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.evaluate import evaluate
 from reinforce_ada.training.language_model import LanguageModel, check_forms, token_logprobs
 from reinforce_ada.training.log import RunLog
-from reinforce_ada.training.objectives import Objective, combine_metrics, samples_with_advantages
+from reinforce_ada.training.objectives import Objective, combine_metrics, inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.types import Completion, CompletionId, Prompt, SamplingResult
@@ -74,6 +74,8 @@ class Trainer:
     def run(self) -> None:
         """From where it stands to `steps`, with an evaluation before and after."""
         self.check_model()
+        if warning := inexact(self.config, self.parts.policy):
+            self.display.line(warning)
         if self.step == 0 or self._wants_evaluation():
             self.evaluate()
         while self.step < self.config.training.steps:
@@ -196,7 +198,7 @@ class Trainer:
         losses: list[float] = []
         with self.display.training(f"step {step} training", sum(b.num_tokens for m in minibatches for b in m)) as advance:
             for passes, old_logprobs in zip(minibatches, old, strict=True):
-                num_tokens, num_seqs = sum(b.num_tokens for b in passes), sum(b.num_seqs for b in passes)
+                num_tokens, num_seqs = sum(b.num_tokens for b in passes), num_seqs_of(passes, result, self.parts.policy, t.minibatches)
                 loss = 0.0
                 for batch, old_of_batch in zip(passes, old_logprobs, strict=True):
                     value, metrics = self.objective(self.parts.model, batch, old_of_batch, num_tokens, num_seqs)

@@ -158,6 +158,9 @@ class Select(Protocol):
 
 
 class Weight(Protocol):
-    """The advantage of each kept completion, as a specification for `ops.group_advantages`."""
+    """The advantage of each kept completion, as a specification for `ops.group_advantages`.
+
+    One with a method `check(policy)` is asked when the policy is made, and raises InputError where the two do not fit.
+    """
 
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec: ...

@@ -70,6 +70,8 @@ class Policy:
             raise InputError(where, f"positive_threshold {self.positive_threshold}", "a finite number is needed")
         if self.degenerate not in ("keep", "drop"):
             raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
+        if (check := getattr(self.weight, "check", None)) is not None:
+            check(self)
 
     @property
     def cap(self) -> int:

@@ -1,0 +1,85 @@
+"""`reinforce-ada explain`: from what was typed to a printout, JSON and a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from reinforce_ada import config as configuration
+from reinforce_ada.errors import InputError
+from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
+from reinforce_ada.sampling import Centered, Policy, configured
+
+
+def run(
+    what: str | None,
+    overrides: Mapping[str, str],
+    *,
+    class_weights: str | None = None,
+    populations: Sequence[str] = (),
+    as_json: bool = False,
+    figure: Path | None = None,
+) -> int:
+    """Explain a preset, the policy of a configuration file, or (None) every preset.
+
+    Raises: InputError for whatever cannot be read, combined or drawn.
+    """
+    over = [_pair("--population", text, above_zero=True) for text in populations] or list(POPULATIONS)
+    explanations = _explanations(what, overrides, class_weights)
+    if figure is not None:
+        _draw(explanations, figure)
+    if as_json:
+        print(json.dumps([e.record(over) for e in explanations], allow_nan=False))
+    else:
+        print(comparison_page(explanations, over) if what is None else page(explanations[0], over), end="")
+    return 0
+
+
+def _explanations(what: str | None, overrides: Mapping[str, str], class_weights: str | None) -> list[Explanation]:
+    if what is not None:
+        return [explain(_weighted(_policy(what, overrides), class_weights))]
+    if overrides or class_weights:
+        given = " ".join(f"--{key.replace('_', '-')}" for key in [*overrides, *(["class_weights"] if class_weights else [])])
+        raise InputError("explain", f"{given} without a policy", "a preset or a configuration file is needed", "explain PRESET ...")
+    return comparison()
+
+
+def _policy(what: str, overrides: Mapping[str, str]) -> Policy:
+    is_file = what.endswith(".toml") or Path(what).is_file()
+    chosen = {} if is_file else {"preset": what}
+    return configured(configuration.load(Path(what) if is_file else None, {**chosen, **overrides}).sampling)
+
+
+def _weighted(policy: Policy, class_weights: str | None) -> Policy:
+    if class_weights is None:
+        return policy
+    if not isinstance(policy.weight, Centered):
+        given = f"--class-weights with {type(policy.weight).__name__}"
+        raise InputError("explain", given, "a policy whose advantages are reward - baseline", "--objective as-published")
+    pair = _pair("--class-weights", class_weights, above_zero=False)
+    return dataclasses.replace(policy, weight=dataclasses.replace(policy.weight, class_weights=pair))
+
+
+def _pair(flag: str, text: str, *, above_zero: bool) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not all(0 < v < math.inf or (v == 0 and not above_zero) for v in (x, y)):
+        least = "above 0" if above_zero else "of at least 0"
+        raise InputError("explain", f"{flag} {text}", f"two finite numbers {least} with a comma between them, such as 1,2")
+    return x, y
+
+
+def _draw(explanations: Sequence[Explanation], path: Path) -> None:
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise InputError("explain", f"--figure {path}", "a file name that ends with .png, in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("explain", "--figure without matplotlib", "matplotlib is needed", 'pip install "reinforce-ada[report]"')
+    from reinforce_ada.explain import figure
+
+    figure.draw([e for e in explanations if len(explanations) == 1 or e.label == e.policy.name], path)

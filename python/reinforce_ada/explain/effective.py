@@ -1,0 +1,203 @@
+"""The objective a policy climbs: its effective weight w(p), by the exact program over the states its stopping rule can end in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, StoppingTable, Verdict, stopping_table
+from reinforce_ada.sampling.statistics import Terminal
+from reinforce_ada.types import Completion, CompletionId, Group, Pool, Prompt, Scored
+
+Array = NDArray[np.float64]
+
+_NUM_PATHS = 256  # draw sequences per terminal state, where what is kept depends on their order
+
+
+@dataclass(frozen=True)
+class EffectiveWeight:
+    """E[gradient of a prompt] = w(p) * grad p, for rewards of 0 and 1.
+
+        w(p) = sum over terminals of paths p^k (1-p)^l * (plus / p + minus / (1-p)),   f(p) = integral of w from 0 to p
+        plus = a A+ / d,  minus = -b A- / d
+
+    for k correct and l wrong in the pool, a correct and b wrong kept with advantages A+ and A-, and the denominator d = a + b, or
+    group_size under an `ObjectiveWeight`. It holds because a completion's class is all that the policy sees of it: the expected score of
+    a correct one is grad p / p, of a wrong one -grad p / (1-p).
+
+    Each field is [S] float64, one value per terminal state.
+    """
+
+    correct: Array
+    wrong: Array
+    paths: Array
+    plus: Array
+    minus: Array
+    noise_terms: Array  # (a A+^2 + b A-^2) / d^2
+    simulated: bool  # plus and minus are means over drawn sequences: the selection looks at their order
+
+    def __call__(self, p: Array) -> Array:
+        """w at pass rates `p` in [0, 1]; same shape."""
+        p = np.asarray(p, dtype=np.float64)[..., None]
+        # One power less, not a division: at p = 0 and p = 1 only what is divided survives.
+        return self._sum(p, self.correct - 1, self.wrong, self.plus) + self._sum(p, self.correct, self.wrong - 1, self.minus)
+
+    def objective(self, p: Array) -> Array:
+        """f at pass rates `p`; f(0) = 0. Gauss-Legendre with as many nodes as the polynomial w has degrees, so exact but for rounding."""
+        p = np.asarray(p, dtype=np.float64)
+        nodes, weights = np.polynomial.legendre.leggauss(int((self.correct + self.wrong).max()) // 2 + 1)
+        return np.asarray((self(p[..., None] * (nodes + 1) / 2) * weights).sum(-1) * p / 2)
+
+    def variance(self, p: Array) -> Array:
+        """Variance of the factor of grad p: how much the pool's size and composition move a prompt's gradient along grad p. 0 < p < 1."""
+        p = np.asarray(p, dtype=np.float64)
+        factor = self.plus / p[..., None] + self.minus / (1 - p[..., None])
+        second = self._sum(p[..., None], self.correct, self.wrong, factor**2)
+        return np.asarray(second - self(p) ** 2)
+
+    def noise(self, p: Array) -> Array:
+        """Variance a prompt's gradient gets from completions that differ within their class, for scores of variance 1 there."""
+        p = np.asarray(p, dtype=np.float64)
+        return self._sum(p[..., None], self.correct, self.wrong, self.noise_terms)
+
+    def _sum(self, p: Array, k: Array, w: Array, value: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(value == 0, 0.0, self.paths * p**k * (1 - p) ** w * value)
+        return np.asarray(terms.sum(-1))
+
+
+def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
+    """The effective weight of a policy; exact where what is kept depends on the counts of the pool alone, else marked simulated.
+
+    Args:
+        policy: any; a prompt it drops contributes nothing, and w is per prompt that enters.
+        cap: of the prompt; None is the policy's.
+    Raises: InputError for a scale over the batch, which couples prompts, and for a threshold that rewards of 0 and 1 do not straddle.
+    """
+    where = f"explain {policy.name!r}"
+    if not 0 <= policy.positive_threshold < 1:
+        given = f"positive_threshold {policy.positive_threshold}"
+        raise InputError(where, given, "one in [0, 1) is needed: the exact program is for rewards of 0 and 1")
+    cap = policy.cap if cap is None else cap
+    table = stopping_table(policy, cap)
+    terminals = [t for t in table.terminals if t.verdict is not Verdict.DROP]
+    simulated = any(_depends_on_order(policy, t) for t in terminals)
+    rng = np.random.default_rng(0)
+    sequences = [_sequences(table, t, rng) if simulated else [_canonical(t)] for t in terminals]
+    terms = _terms(where, policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
+    starts = np.cumsum([0, *map(len, sequences)])[:-1]
+    plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
+    k, w, paths = (np.array([float(getattr(t, name)) for t in terminals]) for name in ("correct", "wrong", "num_paths"))
+    return EffectiveWeight(k, w, paths, plus, minus, noise, simulated)
+
+
+def binary_advantages(spec: AdvantageSpec, correct: Array, wrong: Array, kept_correct: Array, kept_wrong: Array) -> tuple[Array, Array]:
+    """The advantages `ops.group_advantages` gives correct (reward 1) and wrong (reward 0) completions, each [G] float64.
+
+    Args:
+        spec: as from a weight hook.
+        correct, wrong: [G] counts of the pools.
+        kept_correct, kept_wrong: [G] counts of the groups.
+    Raises: InputError for scale "batch".
+    """
+    if spec.scale == "batch":
+        raise InputError("explain", 'scale "batch", which couples prompts', "a weight that looks at one prompt at a time")
+    pool, group = (correct, wrong), (kept_correct, kept_wrong)
+    advantages = np.stack([0.0 - _baseline(spec, 0.0, pool, group), 1.0 - _baseline(spec, 1.0, pool, group)], axis=1)
+    if spec.scale != "none":
+        advantages = advantages / _divisor(spec, *(pool if spec.scale == "pool" else group))[:, None]
+    if spec.class_weights is not None:
+        advantages = advantages * np.take_along_axis(spec.class_weights, (advantages >= 0).astype(int), axis=1)
+    if isinstance(spec.baseline, str):
+        k, w = group if spec.baseline == "group" else pool
+        advantages[(k == 0) | (w == 0)] = 0.0
+    return advantages[:, 1], advantages[:, 0]
+
+
+def _baseline(spec: AdvantageSpec, reward: float, pool: tuple[Array, Array], group: tuple[Array, Array]) -> Array:
+    if not isinstance(spec.baseline, str):
+        return spec.baseline
+    k, w = group if spec.baseline == "group" else pool
+    if spec.baseline == "leave-one-out":
+        return np.asarray((k - reward) / np.maximum(k + w - 1, 1))
+    return np.asarray(k / np.maximum(k + w, 1))
+
+
+def _divisor(spec: AdvantageSpec, k: Array, w: Array) -> Array:
+    n = k + w
+    std = np.sqrt(k * w / np.maximum(n, 1) / np.maximum(n - spec.ddof, 1))
+    return np.where((n > spec.ddof) & (k > 0) & (w > 0), std + spec.eps, 1.0)
+
+
+# -------------------- what the hooks say of a terminal state
+
+
+def _terms(where: str, policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
+    """`plus`, `minus` and the noise term of each draw sequence."""
+    groups = [_group(policy, terminal, chars, cap) for terminal, chars in drawn]
+    if not groups:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    a = np.array([sum(s.reward for s in g.kept) for g in groups])
+    b = np.array([float(len(g.kept)) for g in groups]) - a
+    k, w = (np.array([float(n) for n in counts]) for counts in zip(*((t.correct, t.wrong) for t, _ in drawn), strict=True))
+    up, down = binary_advantages(policy.weight(groups, policy), k, w, a, b)
+    d = np.full(len(a), float(policy.group_size)) if isinstance(policy.weight, ObjectiveWeight) else np.maximum(a + b, 1)
+    return a * up / d, -b * down / d, (a * up**2 + b * down**2) / d**2
+
+
+def _group(policy: Policy, terminal: Terminal, chars: str, cap: int) -> Group:
+    """The group a policy keeps of a pool with these outcomes."""
+    outcomes = tuple(_outcome(i, c) for i, c in enumerate(chars))
+    k, n = terminal.correct, len(chars)
+    exit_ = "exhausted" if terminal.verdict is Verdict.CONTINUE else "satisfied"
+    low, high = float(k == n), float(k > 0)
+    pool = Pool(_PROMPT, outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
+    return Group(pool, tuple(outcomes[i] for i in _kept(policy, chars)))
+
+
+_PROMPT = Prompt("p")
+_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
+
+@cache
+def _outcome(index: int, char: str) -> Scored:
+    return Scored(Completion(CompletionId(0, "p", index), _NOTHING[0], _NOTHING[1], "", "stop", 0), float(char == "+"))
+
+
+def _kept(policy: Policy, chars: str) -> list[int]:
+    correct = np.array([c == "+" for c in chars], dtype=bool)
+    return policy.select(correct.astype(np.float64), correct, policy.group_size)
+
+
+# -------------------- the order of the draws
+
+
+def _canonical(t: Terminal) -> str:
+    return "+" * t.correct + "-" * t.wrong
+
+
+def _depends_on_order(policy: Policy, t: Terminal) -> bool:
+    """Whether some orders of this pool keep other numbers of the classes than others: looked for among six."""
+    chars = np.array(list(_canonical(t)))
+    rng = np.random.default_rng(t.count)
+    orders = ["".join(chars), "".join(chars[::-1]), *("".join(rng.permutation(chars)) for _ in range(4))]
+    return len({(len(kept), sum(order[i] == "+" for i in kept)) for order in orders for kept in [_kept(policy, order)]}) > 1
+
+
+def _sequences(table: StoppingTable, t: Terminal, rng: np.random.Generator) -> list[str]:
+    """Draw sequences that end in this terminal. Given it all are equally likely, whatever p: one sample serves every pass rate."""
+    return ["".join(_backwards(table, t, rng))[::-1] for _ in range(_NUM_PATHS)]
+
+
+def _backwards(table: StoppingTable, t: Terminal, rng: np.random.Generator) -> Iterator[str]:
+    k, w = t.correct, t.wrong
+    while k + w:
+        by_correct, by_wrong = (table.live.get(Counts(*counts), 0) for counts in ((k - 1, w), (k, w - 1)))
+        is_correct = rng.random() < by_correct / (by_correct + by_wrong)
+        yield "+" if is_correct else "-"
+        k, w = (k - 1, w) if is_correct else (k, w - 1)

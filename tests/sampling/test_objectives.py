@@ -1,0 +1,552 @@
+"""Objectives: the expected gradient is that of the stated objective, exactly for small caps and by Monte Carlo at the published one."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sampling_world import answer, finish, prompts_of, scored
+
+from reinforce_ada import config as configuration
+from reinforce_ada import ops
+from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import (
+    AdaptiveSampler,
+    All,
+    Balance,
+    Balanced,
+    Counts,
+    DropOneClass,
+    First,
+    Never,
+    ObjectiveWeight,
+    Policy,
+    Positive,
+    Rounds,
+    configured,
+    preset,
+    stopping_table,
+)
+from reinforce_ada.sampling.statistics import Terminal, samples, terminals_of
+from reinforce_ada.training.batching import Batch, collate
+from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with_advantages
+from reinforce_ada.types import CompletionId, SamplingResult
+
+POS, BALANCE, EXACT = "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"
+
+
+def advantages(result: SamplingResult, policy: Policy) -> list[list[tuple[float, float]]]:
+    """(reward, advantage) of each kept completion, as the trainer computes them."""
+    rewards = [[s.reward for s in g.kept] for g in result.groups if g.kept]
+    computed = [[s.advantage for s in group] for group in samples_with_advantages(result, policy)]
+    return [list(zip(r, a, strict=True)) for r, a in zip(rewards, computed, strict=True)]
+
+
+def one(policy: Policy, chars: str) -> SamplingResult:
+    return finish(AdaptiveSampler(prompts_of(["p"]), policy), answer({"p": chars}))
+
+
+# -------------------- the weights
+
+
+def test_advantages_of_a_pool_by_hand() -> None:
+    """12 correct and 4 wrong after two rounds, kept 2 and 2: A+ = theta (a + b) / a, A- = -theta (a + b) / b."""
+    policy = preset(BALANCE, objective="mean")
+    result = one(policy, "++++++++----++++" + "v" * 16)
+    theta = stopping_table(policy).at(Counts(12, 4)).reward_variance
+    assert 0.1 < theta < 0.2
+    assert advantages(result, policy) == [[(1.0, pytest.approx(2 * theta))] * 2 + [(0.0, pytest.approx(-2 * theta))] * 2]
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha", "slope"), [("mean", 1.0, lambda p: 1.0), ("log", 1.0, lambda p: 1 / p), ("power", 0.5, lambda p: 0.5 / p**0.5)]
+)
+def test_slopes(objective: str, alpha: float, slope: Callable[[float], float]) -> None:
+    weight = ObjectiveWeight(objective, alpha)
+    policy = dataclasses.replace(preset(BALANCE), weight=weight)
+    t = stopping_table(policy).at(Counts(3, 13))
+    result = one(policy, "-+------" + "---++---" + "v" * 16)
+    (group,) = advantages(result, policy)
+    assert [a for r, a in group if r] == pytest.approx([2 * slope(t.pass_rate) * t.reward_variance] * 2)
+    assert weight.slope(0.0, 32) == pytest.approx(slope(1 / 32))  # clipped
+    assert weight.slope(1e-9, 16) == pytest.approx(slope(1 / 16))
+    assert weight.slope(1.0, 16) == pytest.approx(slope(1.0))
+
+
+def test_graded_rewards_count_by_the_threshold() -> None:
+    policy = preset("grpo", group_size=4, objective="mean", positive_threshold=0.5)
+    rewards = [0.9, 0.1, -3.0, 0.6]
+    sampler = AdaptiveSampler(prompts_of(["p"]), policy)
+    (group,) = advantages(finish(sampler, lambda i: scored(i, rewards[i.index])), policy)
+    theta = 2 * 2 / (4 * 3)
+    assert group == [(r, pytest.approx(2 * theta if r > 0.5 else -2 * theta)) for r in rewards]
+
+
+@pytest.mark.parametrize("chars", ["++++", "----", "vvv+", "vvvv"])
+def test_one_class_gives_exactly_nothing(chars: str) -> None:
+    policy = preset("grpo", group_size=4, objective="mean")
+    assert all(a == 0 for group in advantages(one(policy, chars), policy) for _, a in group)
+
+
+# -------------------- where there is no unbiased estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best completions alone."""
+
+    def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
+        return sorted(np.argsort(-rewards, kind="stable")[:group_size].tolist())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: preset(POS, objective="mean", decide_every=1, min_pool=0), r"'mean': a pool that can end after 1 draw \(1 correct, 0"),
+        (lambda: preset(POS, objective="mean", decide_every=1, min_pool=1), "two draws are needed .*; min_pool 2 or decide_every 2"),
+        (lambda: preset(BALANCE, objective="mean", group_size=1), "group_size 1; at least 2 is needed, to keep both classes"),
+        (lambda: preset("dapo", objective="mean"), "Refill, which lets prompts in because others were dropped"),
+        (lambda: policy_with(decide=DropOneClass()), "DropOneClass, which drops prompts for their outcomes"),
+        (lambda: policy_with(select=First()), r"First, which keeps one class of .*; a selection that keeps both.*; Balanced\(\)"),
+        (lambda: policy_with(select=Best()), "Best, which keeps one class of"),
+        (lambda: preset("grpo", objective="mean", scale="group"), "preset 'grpo': objective 'mean' with scale; the objective sets"),
+        (lambda: preset(POS, objective="mean", baseline="pool", scale="none"), "with baseline and scale"),
+        (lambda: preset(EXACT, objective="as-published"), "this preset is not a published one; reinforce-ada-balance is"),
+        (lambda: preset(POS, alpha=2.0), "alpha 2.0 without an objective"),
+        (lambda: preset(POS, objective="log", alpha=2.0), "alpha 2.0 with objective 'log'"),
+        (lambda: preset(POS, objective="power", alpha=0.0), "alpha 0.0; a positive number"),
+        (lambda: preset(POS, objective="men"), "unknown objective 'men'; known: log, mean, power; did you mean 'mean'?"),
+    ],
+)
+def test_clashes_are_one_line(make: Callable[[], Policy], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def policy_with(**parts: object) -> Policy:
+    return dataclasses.replace(preset(EXACT), **parts)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: preset(POS, objective="mean"),
+        lambda: preset(POS, objective="mean", decide_every=1, min_pool=2),
+        lambda: preset(POS, objective="mean", decide_every=2, min_pool=0),
+        lambda: preset(BALANCE, objective="mean", group_size=2, decide_every=1, min_pool=0),
+        lambda: preset("grpo", objective="mean", group_size=2),
+        lambda: policy_with(select=All()),
+        lambda: preset("grpo", objective="power", alpha=3.0),
+        lambda: preset("grpo", objective="as-published", scale="none"),
+    ],
+)
+def test_what_goes_together(make: Callable[[], Policy]) -> None:
+    assert make().group_size >= 2
+
+
+def test_the_preset() -> None:
+    policy = preset(EXACT)
+    assert policy == dataclasses.replace(preset(BALANCE, decide_every=1, min_pool=8), name=EXACT, weight=ObjectiveWeight("mean"))
+    assert (preset(EXACT, group_size=16).min_pool, preset(EXACT, round_size=4, max_rounds=8).min_pool) == (16, 4)
+    assert configured(configuration.load(None, {"preset": POS, "objective": "power", "alpha": "0.5"}).sampling) == preset(
+        POS, objective="power", alpha=0.5
+    )
+    assert configured(configuration.load().sampling) == preset(BALANCE)
+
+
+# -------------------- E[g] = grad p, exactly
+
+
+def factor(result: SamplingResult, policy: Policy, p: float) -> Iterator[tuple[str, float]]:
+    """For each kept group its prompt and the factor of grad p in its expected gradient, with the fixed denominator."""
+    for group, kept in zip([g for g in result.groups if g.kept], advantages(result, policy), strict=True):
+        total = sum(a / p if r > policy.positive_threshold else -a / (1 - p) for r, a in kept)
+        yield group.pool.prompt.prompt_id, total / policy.group_size
+
+
+def rules(cap: int, **settings: object) -> list[Policy]:
+    base = dataclasses.replace(preset(BALANCE, objective="mean"), allocate=Rounds(cap, 1), **settings)
+    return [dataclasses.replace(base, decide=rule) for rule in (Positive(1), Positive(2), Balance(2, 2), Balance(1, 2), Never())]
+
+
+SMALL = [
+    *rules(8, decide_every=8, min_pool=4),
+    *rules(8, decide_every=1, min_pool=2),
+    *rules(7, decide_every=3, min_pool=3, group_size=3, degenerate="drop"),
+    *rules(8, decide_every=2, min_pool=0, group_size=6),
+    *rules(8, decide_every=1, min_pool=5, group_size=2, select=All()),
+    *rules(5, decide_every=4, min_pool=4, group_size=5, select=Balanced()),
+]
+
+
+@pytest.mark.parametrize("void", [None, 0, 1, 4])
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: f"{p.decide}-{p.cap}-{p.decide_every}-{p.min_pool}-{p.group_size}")
+def test_every_outcome_string_sums_to_one(policy: Policy, void: int | None) -> None:
+    """The real sampler and the real operator over all strings: the factors, weighted by their probability, add up to 1."""
+    if void is not None and policy.min_pool < 2:
+        policy = dataclasses.replace(policy, min_pool=2)  # a void can leave one draw at the first decision otherwise
+    bits = policy.cap - (void is not None)
+    strings = {
+        "".join(b): "".join(b) if void is None else "".join((*b[:void], "v", *b[void:])) for b in itertools.product("+-", repeat=bits)
+    }
+    schedule = "rounds" if void == 1 else "stream"
+    sampler = AdaptiveSampler(prompts_of(list(strings)), policy, schedule=schedule)
+    result = finish(sampler, answer(strings), slots=300, rng=random.Random(2))
+    p = 0.3
+    expected = sum(p ** s.count("+") * (1 - p) ** s.count("-") * f for s, f in factor(result, policy, p))
+    assert expected == pytest.approx(1.0, abs=2e-6)  # the advantages are float32
+
+
+# -------------------- E[g] = grad p, by Monte Carlo on a softmax policy
+
+
+class Softmax:
+    """Six responses of different lengths, the first three correct; probabilities softmax(z), so the score of response i is e_i - pi.
+
+    grad p = sum over correct i of pi_i (e_i - pi).
+    """
+
+    lengths = np.array([3, 7, 12, 5, 9, 16])
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.pi = np.array([0.5, 0.3, 0.2, 0.6, 0.3, 0.1]) * np.repeat([p, 1 - p], 3)
+        self.cumulative = np.cumsum(self.pi)
+        self.cumulative[-1] = 1.0
+
+    def draw(self, seed: int) -> int:
+        return int(np.searchsorted(self.cumulative, random.Random(seed).random(), side="right"))
+
+    def score(self, response: int) -> NDArray[np.float64]:
+        return np.eye(6)[response] - self.pi
+
+    @property
+    def gradient(self) -> NDArray[np.float64]:
+        return sum(self.pi[i] * self.score(i) for i in range(3))
+
+
+RATES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+NUM_PROMPTS = 300  # of each rate
+
+
+def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> dict[float, NDArray[np.float64]]:
+    """The gradient of each prompt [NUM_PROMPTS, 6]: kept scores times advantages over group_size, 0 where nothing was kept."""
+    models = {p: Softmax(p) for p in RATES}
+    model_of = {f"{p} {i}": models[p] for i in range(NUM_PROMPTS) for p in RATES}
+    sampler = AdaptiveSampler(prompts_of(list(model_of)), policy, schedule=schedule, seed=seed, **sampling)
+    drawn: dict[CompletionId, int] = {}
+    rng, running = random.Random(seed), []
+    while not sampler.done:
+        running += sampler.next_requests(512 - len(running))
+        rng.shuffle(running)
+        batch, running = running[:128], running[128:]
+        aborted: set[CompletionId] = set()
+        for request in batch:
+            model = model_of[request.prompt.prompt_id]
+            drawn[request.id] = response = model.draw(request.seed)
+            aborted.update(sampler.receive(scored(request.id, float(response < 3), int(model.lengths[response]))))
+        running = [r for r in running if r.id not in aborted]
+    result = sampler.result()
+    found = {name: np.zeros(6) for name in model_of}
+    groups = [g for g in result.groups if g.kept]
+    for group, kept in zip(groups, samples_with_advantages(result, policy), strict=True):
+        name = group.pool.prompt.prompt_id
+        found[name] = sum(s.advantage * model_of[name].score(drawn[s.completion.id]) for s in kept) / policy.group_size
+    return {p: np.array([found[f"{p} {i}"] for i in range(NUM_PROMPTS)]) for p in RATES}
+
+
+def standard_errors(policy: Policy, p: float) -> NDArray[np.float64]:
+    """Of the mean over NUM_PROMPTS of each component of theta * (mean score of a correct - mean score of b wrong), [6], exactly.
+
+    Given the pool a component is theta times a mean of a draws that hit it with its probability c within the class, so its second
+    moment is theta^2 (c (1 - c) / a + c^2). Sample errors would not do: at p = .02 some components are never drawn.
+    """
+    second, model = np.zeros(6), Softmax(p)
+    within = model.pi / np.repeat([p, 1 - p], 3)
+    for t in stopping_table(policy).terminals:
+        correct = np.repeat([True, False], [t.correct, t.wrong])
+        kept = correct[policy.select(correct.astype(float), correct, policy.group_size)]
+        if 0 < kept.sum() < len(kept):
+            count = np.repeat([kept.sum(), len(kept) - kept.sum()], 3)
+            moments = t.reward_variance**2 * (within * (1 - within) / count + within**2)
+            second += t.num_paths * p**t.correct * (1 - p) ** t.wrong * moments
+    return np.sqrt((second - model.gradient**2) / NUM_PROMPTS)
+
+
+def deviations(found: dict[float, NDArray[np.float64]], policy: Policy) -> list[float]:
+    """For each rate the largest distance of a mean gradient's component from grad p, in standard errors."""
+    return [float(np.max(np.abs(g.mean(0) - Softmax(p).gradient) / standard_errors(policy, p))) for p, g in found.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "schedule"),
+    [
+        (POS, {}, "rounds"),
+        (POS, {"decide_every": 1, "min_pool": 4}, "stream"),
+        (POS, {"decide_every": 1, "min_pool": 2, "max_rounds": 2}, "stream"),
+        (POS, {"decide_every": 3, "min_pool": 3, "round_size": 5, "max_rounds": 5, "group_size": 3}, "stream"),
+        (BALANCE, {}, "rounds"),
+        (BALANCE, {"decide_every": 1, "min_pool": 4}, "stream"),
+        (BALANCE, {"max_rounds": 8, "min_pool": 12, "decide_every": 4}, "stream"),
+        (BALANCE, {"round_size": 4, "max_rounds": 3, "group_size": 6, "degenerate": "drop"}, "rounds"),
+        (EXACT, {}, "stream"),
+        ("grpo", {}, "rounds"),
+    ],
+)
+def test_monte_carlo_gradient_is_that_of_the_pass_rate(name: str, overrides: dict, schedule: str) -> None:
+    """Seven rates and six components in each case, all within 4.5 standard errors; the seed is fixed."""
+    policy = preset(name, **overrides, **({} if name == EXACT else {"objective": "mean"}))
+    assert max(deviations(gradients(policy, schedule, seed=11), policy)) < 4.5
+
+
+@pytest.mark.parametrize(
+    ("policy", "printed"),
+    [
+        (preset("grpo", group_size=4, scale="none"), ".75 .75 .75 .75 .75 .75 .75"),
+        (preset("grpo"), "2.41 2.18 1.84 1.74 1.84 2.18 2.41"),
+        (preset(POS), "5.88 2.80 1.23 .97 1.15 1.58 1.73"),
+        (preset(BALANCE), "7.17 3.95 1.35 1.00 1.35 3.95 7.17"),
+        (preset(BALANCE, scale="pool"), "34.0 12.6 2.92 1.98 2.92 12.6 34.0"),
+    ],
+    ids=["grpo-4", "grpo-8-std", "pos", "balance", "balance-std"],
+)
+def test_monte_carlo_weights_of_the_published_rules(policy: Policy, printed: str) -> None:
+    """w(p), measured along grad p, within 4.5 standard errors; the measure above says that it is not grad p."""
+    found = gradients(policy, "stream", seed=11)
+    assert max(deviations(found, preset(EXACT))) > (3 if policy.name == "grpo" else 10)
+    for (p, g), w in zip(found.items(), map(float, printed.split()), strict=True):
+        along = g @ Softmax(p).gradient / (Softmax(p).gradient @ Softmax(p).gradient)
+        assert abs(along.mean() - w) <= 4.5 * along.std(ddof=1) / math.sqrt(NUM_PROMPTS)
+
+
+def test_plugging_in_the_pool_mean_is_not_enough() -> None:
+    """k w / (N (N - 1)), unbiased for a fixed number of draws, is 20 % too large where the rule stops at the first success."""
+    policy = preset(POS, objective="mean")
+    table = stopping_table(policy)
+    for p in (0.05, 0.1):
+        plain = table.expect(lambda t: t.correct * t.wrong / (t.count * (t.count - 1)), p) / (p * (1 - p))
+        assert plain > 1.15
+
+
+# -------------------- what it costs
+
+POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
+
+
+def cost(policy: Policy, a: float, b: float) -> float:
+    """Variance of a prompt's gradient times completions per prompt, each averaged over prompts of Beta(a, b) pass rates.
+
+    The gradient is theta * (mean of the kept correct - mean of the kept wrong): its factor of grad p, theta / (p q), varies, and for
+    scores of variance 1 within a class the means have variances 1 / kept. In units where |grad p| = p q:
+    E[theta^2 (1 + 1 / correct + 1 / wrong)] - (p q)^2.
+    """
+    table, n = stopping_table(policy), policy.group_size
+
+    def second_moment(t: Terminal) -> float:
+        correct = min(t.correct, max(n // 2, n - t.wrong))
+        wrong = min(t.wrong, n - correct)
+        return t.reward_variance**2 * (1 + 1 / correct + 1 / wrong) if correct and wrong else 0.0
+
+    squared = a * (a + 1) * b * (b + 1) / math.prod(a + b + i for i in range(4))  # E[(p q)^2]
+    return (table.expect_beta(second_moment, a, b) - squared) * table.expect_beta(samples, a, b)
+
+
+@pytest.mark.parametrize(
+    ("policy", "printed"),
+    [
+        (preset(BALANCE, objective="mean"), ".522 .615 .557"),
+        (preset(BALANCE, objective="mean", min_pool=16), ".520 .725 .571"),
+        (preset(EXACT, min_pool=4), ".524 .553 .549"),
+        (preset(EXACT), ".494 .560 .523"),
+        (preset(EXACT, min_pool=12), ".492 .621 .530"),
+        (preset(POS, objective="mean"), ".481 .502 .259"),
+        (preset(POS, objective="mean", decide_every=1), ".650 .529 .209"),
+        (preset(POS, objective="mean", decide_every=1, min_pool=8), ".457 .476 .258"),
+        (preset("grpo", objective="mean", group_size=4), ".182 .278 .205"),
+        (preset("grpo", objective="mean", group_size=8), ".156 .233 .174"),
+        (preset("grpo", objective="mean", group_size=16), ".145 .216 .162"),
+        (preset("grpo", objective="mean", group_size=32), ".140 .208 .156"),
+    ],
+)
+def test_the_variance_of_the_gradient_per_completion(policy: Policy, printed: str) -> None:
+    """The table of docs/statistics.md."""
+    assert [f"{cost(policy, *rates):.3f}".lstrip("0") for rates in POPULATIONS] == printed.split()
+
+
+def test_the_presets_timing_has_the_smallest_variance() -> None:
+    total = {
+        (every, min_pool): sum(cost(preset(EXACT, decide_every=every, min_pool=min_pool), *rates) for rates in POPULATIONS)
+        for every in (1, 2, 4, 8, 16)
+        for min_pool in (2, 4, 6, 8, 10, 12, 16)
+    }
+    assert min(total, key=total.__getitem__) == (preset(EXACT).decide_every, preset(EXACT).min_pool) == (1, 8)
+
+
+# -------------------- request order
+
+
+class Timed:
+    """p = 1/2, four responses: correct ones of 100 and 300 tokens, wrong ones e times longer; a token takes one unit of time."""
+
+    pi = np.full(4, 0.25)
+    lengths = np.array([100.0, 300.0, 100 * math.e, 300 * math.e])
+    gradient = np.array([0.125, 0.125, -0.125, -0.125])
+
+    def draw(self, seed: int) -> int:
+        return random.Random(seed).randrange(4)
+
+
+def mean_gradient(theta: NDArray[np.float64], kept: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Mean over prompts of theta * (mean score of the kept correct - mean score of the kept wrong)."""
+    total = np.zeros(4)
+    for t, responses in zip(theta, kept, strict=True):
+        right, wrong = ([r for r in responses if (r < 2) == is_right] for is_right in (True, False))
+        if right and wrong:
+            total += t * (np.eye(4)[right].mean(0) - np.eye(4)[wrong].mean(0))
+    return total / len(kept)
+
+
+def cosine(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(x @ y / math.sqrt((x @ x) * (y @ y)))
+
+
+def lengths_by_class(pools: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Mean committed length of the correct and of the wrong completions, in units of their true means."""
+    responses = np.concatenate([np.array(pool, dtype=int) for pool in pools])
+    lengths = Timed.lengths[responses]
+    return float(lengths[responses < 2].mean() / 200), float(lengths[responses >= 2].mean() / (200 * math.e))
+
+
+NUM_TIMED, WINDOW = 12_000, 8
+TIMED = preset(EXACT, min_pool=4)
+
+
+def test_request_order_has_no_bias_when_wrong_answers_take_longer() -> None:
+    model, policy = Timed(), TIMED
+    sampler = AdaptiveSampler(prompts_of([f"{i}" for i in range(NUM_TIMED)]), policy, window=WINDOW, seed=5)
+    drawn: dict[CompletionId, int] = {}
+    finishing: list[tuple[float, CompletionId]] = []
+    aborted: set[CompletionId] = set()
+    now = 0.0
+    while not sampler.done:
+        for request in sampler.next_requests(4096 - len(finishing)):
+            drawn[request.id] = response = model.draw(request.seed)
+            heapq.heappush(finishing, (now + model.lengths[response], request.id))
+        now, request_id = heapq.heappop(finishing)
+        if request_id not in aborted:
+            aborted.update(sampler.receive(scored(request_id, float(drawn[request_id] < 2))))
+    result = sampler.result()
+    pools = [[drawn[o.id] for o in pool.outcomes] for pool in result.pools]
+    theta = np.array([t.reward_variance for t in terminals_of(result.pools, policy)])
+    kept = [[drawn[s.id] for s in group.kept] for group in result.groups]
+    assert lengths_by_class(pools) == (pytest.approx(1, abs=0.01), pytest.approx(1, abs=0.01))
+    assert cosine(mean_gradient(theta, kept), model.gradient) >= 0.9999
+    assert result.metrics["pass_rate"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_completion_order_would_be_biased() -> None:
+    """The same law of timing, consumed as it finishes: each slot starts the next draw at once, and the rule sees what came first."""
+    rng, policy = random.Random(5), TIMED
+    pools, theta, kept = [], [], []
+    for _ in range(NUM_TIMED // 4):
+        slots: list[tuple[float, int, int]] = []
+        pool: list[int] = []
+        counts, now, started = Counts(0, 0), 0.0, 0
+        while counts.committed < policy.cap and policy.verdict(counts).name == "CONTINUE":
+            while len(slots) < WINDOW and started < policy.cap:
+                response = rng.randrange(4)
+                heapq.heappush(slots, (now + Timed.lengths[response], started, response))
+                started += 1
+            now, _, response = heapq.heappop(slots)
+            pool.append(response)
+            counts = Counts(counts.correct + (response < 2), counts.wrong + (response >= 2))
+        correct = np.array([r < 2 for r in pool])
+        kept.append([pool[i] for i in policy.select(correct.astype(float), correct, policy.group_size)])
+        theta.append(stopping_table(policy).at(counts).reward_variance)
+        pools.append(pool)
+    assert lengths_by_class(pools)[1] < 0.85  # wrong ones: the short ones come first
+    assert np.mean([np.mean(np.array(pool) < 2) for pool in pools]) > 0.55
+    assert cosine(mean_gradient(np.array(theta), kept), Timed.gradient) < 0.99
+
+
+# -------------------- the fixed denominator
+
+
+def loss_gradient(policy: Policy, script: dict[str, str], num_minibatches: int = 1) -> NDArray[np.float64]:
+    """d loss / d (total logprob of each prompt's completions of each class), [P, 2], through the real loss."""
+    result = finish(AdaptiveSampler(prompts_of(list(script)), policy), answer(script))
+    names = list(script)
+    total = np.zeros((len(names), 2))
+    groups = [g for g in samples_with_advantages(result, policy) if g]
+    for part in np.array_split(np.arange(len(groups)), num_minibatches):
+        rows = [[s] for i in part for s in groups[i]]
+        batch: Batch = collate(rows, 0)
+        logprobs = torch.full((batch.num_tokens,), -1.0, requires_grad=True)
+        loss, _ = ops.policy_loss(
+            logprobs, batch.advantages, torch.ones(batch.num_tokens, dtype=torch.bool), cu_seqlens=batch.cu_seqlens,
+            loss_agg="seq-mean-token-sum", num_seqs_global=num_seqs_of([batch], result, policy, num_minibatches),
+        )  # fmt: skip
+        loss.backward()
+        assert logprobs.grad is not None
+        for row, gradient in zip(rows, logprobs.grad.tolist(), strict=True):
+            s = row[0]
+            is_correct = script[s.prompt.prompt_id][s.completion.id.index] == "+"
+            total[names.index(s.prompt.prompt_id), int(is_correct)] += gradient
+    return total / num_minibatches
+
+
+SCRIPT = {"a": "+-+-++++", "b": "--------", "c": "++++++++", "d": "--+---+-", "e": "+v-v-+--", "f": "vvvvvv-+", "g": "vvvvvvvv"}
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_keep_and_drop_give_the_same_gradient(num_minibatches: int) -> None:
+    keep = preset(EXACT, max_rounds=1)
+    drop = dataclasses.replace(keep, degenerate="drop")
+    found = [loss_gradient(policy, SCRIPT, num_minibatches) for policy in (keep, drop)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+    result = finish(AdaptiveSampler(prompts_of(list(SCRIPT)), keep), answer(SCRIPT))
+    theta = [t.reward_variance for t in terminals_of(result.pools, keep)]
+    # The mean over a class of a prompt counts theta, over all prompts that entered; f keeps 2 of 4 and is no exception.
+    signal = [name in "adef" for name in SCRIPT]
+    for row, t, has_signal in zip(found[0], theta, signal, strict=True):
+        np.testing.assert_allclose(row, [t / 7, -t / 7] if has_signal else [0, 0], rtol=1e-6)
+
+
+def test_published_weights_keep_their_own_count() -> None:
+    policy = preset(BALANCE, max_rounds=1)
+    keep, drop = (loss_gradient(dataclasses.replace(policy, degenerate=d), SCRIPT) for d in ("keep", "drop"))
+    assert np.abs(keep).sum() < 0.75 * np.abs(drop).sum()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({}, ["loss_agg 'token-mean' has a denominator that depends on the outcomes"]),
+        ({"loss_agg": "seq-mean-token-mean"}, ["loss_agg 'seq-mean-token-mean'"]),
+        ({"loss_agg": "seq-mean-token-sum"}, []),
+        ({"loss_agg": "seq-mean-token-sum-norm"}, []),
+        (
+            {"loss_agg": "seq-mean-token-sum", "minibatches": 4},
+            ["the second of 4 minibatches", "loss 'ppo'"],
+        ),
+        ({"loss_agg": "seq-mean-token-sum", "minibatches": 4, "loss": "reinforce"}, []),
+        ({"minibatches": 2}, ["token-mean", "of 2 minibatches"]),
+        ({"objective": "log"}, []),
+        ({"preset": BALANCE}, []),
+    ],
+)
+def test_the_trainer_says_what_is_not_exact(overrides: dict, said: list[str]) -> None:
+    config = configuration.load(None, {"preset": EXACT, **overrides})
+    line = inexact(config, configured(config.sampling))
+    assert bool(line) == bool(said)
+    assert all(text in line for text in said)
+    assert "\n" not in line
