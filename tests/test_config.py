@@ -69,6 +69,8 @@ def test_keys_are_unique_over_sections():
         ("[training]\nentropy_coef = nan", "a finite number"),
         ("[training]\nclip_low = -1.0", "at least 0"),
         ("[sampling]\nmax_tokens = 512", "raise --max-model-len"),
+        ("[sampling]\nmemory_decay = 1.5", "a number in (0, 1]"),
+        ("[sampling]\nmemory_decay = 0.0", "memory_decay = 0.0"),
         ("[sampling]\nschedule = 'strem'", "schedule = 'strem'"),
         ("training = 3", "a table [training]"),
         ("[training\n", "is not TOML"),

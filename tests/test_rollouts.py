@@ -134,6 +134,7 @@ def finished_step(step: int = 1) -> tuple[list[Event], SamplingResult]:
                     1,
                 },
             },
+            key="sum-1",
         ),
         tuple(a),
         1,
@@ -159,8 +160,86 @@ def test_finish_step_marks_what_was_committed_and_kept(store: RolloutStore) -> N
     for _ in range(2):  # a step that is trained again is finished again
         store.finish_step(1, result)
         assert store.finished_steps() == [1]
-        assert store.pool_counts() == [PoolCounts(1, "a", 1, 2, 1, 4), PoolCounts(1, "b", 0, 2, 0, 4)]
+        assert store.pool_counts() == [PoolCounts(1, "a", 1, 2, 1, 4, "sum-1"), PoolCounts(1, "b", 0, 2, 0, 4, "b")]
     assert_same(store.events(1), journal)
+
+
+# -------------------- what a memory is made of
+
+
+def test_what_was_seen_comes_by_step_and_in_the_order_of_entry(store: RolloutStore) -> None:
+    for step in (2, 1):
+        journal, result = finished_step(step)
+        store.append(journal)
+        store.finish_step(step, result)
+    of_a_step = [("sum-1", 1, 2), ("b", 0, 2)]
+    assert list(store.seen()) == [(step, *row) for step in (1, 2) for row in of_a_step]
+    assert list(store.seen(1)) == [(1, *row) for row in of_a_step]
+    assert list(store.seen(0)) == []
+
+
+def test_an_earlier_run_is_remembered_once_and_for_good(store: RolloutStore, tmp_path: Path) -> None:
+    for step in (1, 3):
+        store.finish_step(step, finished_step(step)[1])
+    earlier = list(store.seen())
+    later = tmp_path / "later.sqlite"
+    with RolloutStore(later) as other:
+        assert not other.remembers
+        other.remember(store)
+        store.finish_step(4, finished_step(4)[1])
+        other.remember(store)  # a run that was killed and goes on: what the earlier store has become in between does not matter
+        assert other.remembers
+        other.finish_step(1, finished_step()[1])
+        assert list(other.seen(0)) == [(step - 3, *row) for step, *row in earlier]
+        assert [seen.step for seen in other.seen()] == [-2, -2, 0, 0, 1, 1]
+    with RolloutStore(tmp_path / "last.sqlite") as last, RolloutStore(later, read_only=True) as other:
+        last.remember(other)
+        assert [seen.step for seen in last.seen()] == [-3, -3, -1, -1, 0, 0]
+        assert last.pool_counts() == []  # they are no pools of this run
+
+
+VERSION_1 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
+    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text,
+    token_ids BLOB, rollout_logprobs BLOB);
+CREATE INDEX events_by_step ON events (step);
+CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
+CREATE TABLE pools (
+    step INTEGER NOT NULL, position INTEGER NOT NULL, prompt_id NOT NULL, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL,
+    num_void INTEGER NOT NULL, num_issued INTEGER NOT NULL, exit TEXT NOT NULL, text, data TEXT NOT NULL,
+    PRIMARY KEY (step, prompt_id)) WITHOUT ROWID;
+CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
+INSERT INTO meta VALUES ('schema_version', '1'), ('fingerprint', ''), ('run', '{}');
+INSERT INTO pools VALUES (1, 0, 'a', 1, 2, 1, 4, 'satisfied', '1+1?', '{}'), (1, 1, x'eda080', 0, 2, 0, 4, 'exhausted', '2+2?', '{}');
+INSERT INTO finished_steps VALUES (1);
+"""
+
+
+def test_a_store_of_version_1_is_read_as_it_is_and_upgraded_when_written(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_1)
+    connection.close()
+    before = path.read_bytes()
+    pools = [PoolCounts(1, "a", 1, 2, 1, 4, "a"), PoolCounts(1, "\ud800", 0, 2, 0, 4, "\ud800")]  # no keys then: the ids
+    with RolloutStore(path, read_only=True) as store:
+        assert store.pool_counts() == pools
+        assert list(store.seen()) == [(1, "a", 1, 2), (1, "\ud800", 0, 2)]
+        with RolloutStore(tmp_path / "new.sqlite") as new:
+            new.remember(store)
+            assert list(new.seen()) == [(0, "a", 1, 2), (0, "\ud800", 0, 2)]
+    assert path.read_bytes() == before
+    for _ in range(2):
+        with RolloutStore(path) as store:
+            assert store.pool_counts() == pools
+    journal, result = finished_step(2)
+    with RolloutStore(path) as store:
+        store.append(journal)
+        store.finish_step(2, result)
+        assert store.pool_counts() == [*pools, PoolCounts(2, "a", 1, 2, 1, 4, "sum-1"), PoolCounts(2, "b", 0, 2, 0, 4, "b")]
 
 
 def test_export_has_a_row_per_answer(store: RolloutStore, tmp_path: Path) -> None:
@@ -273,7 +352,7 @@ def overwrite_the_middle(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(b"not a database" * 1000), "file is not a database; an undamaged rollout store is needed"),
-        (other_database, "has schema version None; a rollout store of version 1 is needed"),
+        (other_database, "has schema version None; a rollout store of version 2 is needed"),
         (overwrite_the_middle, "malformed; an undamaged rollout store is needed"),
         (Path.mkdir, "unable to open database file; a store that can be read and written is needed"),
     ],

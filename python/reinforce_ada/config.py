@@ -53,7 +53,7 @@ class TaskConfig:
 class SamplingConfig:
     """How rollouts are spent."""
 
-    preset: str = option("reinforce-ada-balance", "grpo | dapo | reinforce-ada-pos | reinforce-ada-balance | reinforce-ada-exact")
+    preset: str = option("reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-pos, -balance, -exact or -est")
     schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
     prompts_per_step: int = option(12, "prompts entering each step")
     group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
@@ -62,11 +62,14 @@ class SamplingConfig:
     decide_every: int | None = option(None, "committed completions between two looks of the exit rule (default: the preset's)")
     min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
+    mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
     objective: Literal["as-published", "mean", "log", "power"] | None = option(
         None, "what the expected gradient climbs: pass rate (mean), its log or power; as published, or exactly (default: the preset's)"
     )
     alpha: float | None = option(None, "exponent of objective power (default: 1, which is mean)")
+    memory_decay: float = option(0.99, "of what is remembered of a prompt's pools, per step; 1 forgets nothing")
+    memory_from: str = option("", "run folder whose pools are remembered at the start; prompts are known by question and answer")
     window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
     max_tokens: int = option(12, "tokens per completion at most")
@@ -237,6 +240,8 @@ def _check(config: Config) -> None:
         if values[key] < least:
             raise InputError("config", f"{key} = {values[key]}", f"at least {least}")
     sampling = config.sampling
+    if not 0 < sampling.memory_decay <= 1:
+        raise InputError("config", f"memory_decay = {sampling.memory_decay}", "a number in (0, 1]")
     if sampling.window is not None and sampling.window < 1:
         raise InputError("config", f"window = {sampling.window}", "at least 1")
     if sampling.window is not None and sampling.schedule == "rounds":

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
 
-_SCHEMA_VERSION = "1"
+_SCHEMA_VERSION = "2"
+_REMEMBERED = "CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL)"
 # The long columns come last, so that a query on the short ones does not read through them.
 # `reward` and the texts have no affinity: a REAL column would turn -0.0 into 0.0, and a text with a lone surrogate is kept as bytes.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
@@ -39,12 +41,18 @@ CREATE INDEX events_by_step ON events (step);
 CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
 CREATE TABLE pools (
     step INTEGER NOT NULL, position INTEGER NOT NULL, prompt_id NOT NULL, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL,
-    num_void INTEGER NOT NULL, num_issued INTEGER NOT NULL, exit TEXT NOT NULL, text, data TEXT NOT NULL,
+    num_void INTEGER NOT NULL, num_issued INTEGER NOT NULL, exit TEXT NOT NULL, key, text, data TEXT NOT NULL,
     PRIMARY KEY (step, prompt_id)) WITHOUT ROWID;
 CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
+{_REMEMBERED};
 """
+# Version 1 has no keys: its prompts go by their ids.
+_UPGRADE = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
 _COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, rollout_logprobs"
 _INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
+_INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_LAST_STEP = 2**63 - 1  # of SQLite's integers
 _DIFFERENT_CONFIG = "a store belongs to one configuration"
 
 
@@ -57,6 +65,16 @@ class PoolCounts(NamedTuple):
     num_wrong: int
     num_void: int
     num_issued: int
+    key: str  # what the prompt is remembered by
+
+
+class Seen(NamedTuple):
+    """One pool as a memory takes it in."""
+
+    step: int
+    key: str
+    num_correct: int
+    num_wrong: int
 
 
 class RolloutStore:
@@ -75,6 +93,7 @@ class RolloutStore:
 
     def __init__(self, path: str | os.PathLike[str], *, run: Mapping[str, Any] | None = None, read_only: bool = False) -> None:
         self._path = Path(path)
+        self._has_keys = True
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         if read_only and not self._path.is_file():
@@ -109,10 +128,43 @@ class RolloutStore:
             members = [(seq_of[(o.id, o.policy_version)], o.id in kept) for o in outcomes if (o.id, o.policy_version) in seq_of]
             connection.executemany("INSERT INTO committed (seq, kept) VALUES (?, ?)", members)
             rows = [_pool_row(step, position, pool) for position, pool in enumerate(result.pools)]
-            connection.executemany("INSERT INTO pools VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany(_INSERT_POOL, rows)
             connection.execute("INSERT OR REPLACE INTO finished_steps (step) VALUES (?)", (step,))
 
+    def remember(self, earlier: RolloutStore) -> None:
+        """Copy what an earlier run's pools say of their prompts, its last step as step 0; a store remembers one run, once."""
+        rows = list(earlier.seen())
+        last = max((row.step for row in rows), default=0)
+        with self._transaction() as connection:
+            if not self._remembers(connection):
+                shifted = ((row.step - last, _sql_text(row.key), row.num_correct, row.num_wrong) for row in rows)
+                connection.executemany("INSERT INTO remembered VALUES (?, ?, ?, ?)", shifted)
+                connection.execute("INSERT INTO meta VALUES ('remembers', ?)", (str(earlier._path),))
+
     # -------------------- reading
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `remember` has been called."""
+        with self._guarded():
+            return self._remembers(self._open_connection())
+
+    @staticmethod
+    def _remembers(connection: sqlite3.Connection) -> bool:
+        return connection.execute("SELECT 1 FROM meta WHERE key = 'remembers'").fetchone() is not None
+
+    def seen(self, last_step: int | None = None) -> Iterator[Seen]:
+        """Every pool of the finished steps up to `last_step` in the order a memory takes them in, those of an earlier run first."""
+        key = "key" if self._has_keys else "prompt_id"
+        own = f"SELECT step, {key}, num_correct, num_wrong FROM pools WHERE step <= ? ORDER BY step, position"
+        with self._guarded():
+            connection = self._open_connection()
+            remembered = (
+                connection.execute("SELECT step, key, num_correct, num_wrong FROM remembered ORDER BY rowid") if self._has_keys else ()
+            )
+            rows = connection.execute(own, (_LAST_STEP if last_step is None else last_step,))
+            for step, key, num_correct, num_wrong in itertools.chain(remembered, rows):
+                yield Seen(step, _str(key), num_correct, num_wrong)
 
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""
@@ -133,10 +185,13 @@ class RolloutStore:
 
     def pool_counts(self) -> list[PoolCounts]:
         """The pools of all finished steps, by step and in the order the prompts entered."""
-        query = "SELECT step, prompt_id, num_correct, num_wrong, num_void, num_issued FROM pools ORDER BY step, position"
+        columns = "step, prompt_id, num_correct, num_wrong, num_void, num_issued, " + ("key" if self._has_keys else "prompt_id")
         with self._guarded():
-            rows = self._open_connection().execute(query)
-            return [PoolCounts(step, _str(prompt_id), *counts) for step, prompt_id, *counts in rows]
+            rows = self._open_connection().execute(f"SELECT {columns} FROM pools ORDER BY step, position")
+            return [
+                PoolCounts(step, _str(prompt_id), right, wrong, void, issued, _str(key))
+                for step, prompt_id, right, wrong, void, issued, key in rows
+            ]
 
     def export_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per scored or void completion, by step, in journal order.
@@ -194,11 +249,22 @@ class RolloutStore:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
         except sqlite3.OperationalError:  # no such table
             meta = {}
-        if meta.get("schema_version") != _SCHEMA_VERSION:
+        if meta.get("schema_version") not in ("1", _SCHEMA_VERSION):
             given = f"{self._path} has schema version {meta.get('schema_version')}"
             raise InputError("RolloutStore", given, f"a rollout store of version {_SCHEMA_VERSION} is needed")
         if run is not None and meta["fingerprint"] != _fingerprint(run):
             raise InputError("RolloutStore", f"{self._path} {_difference(meta['run'], run)}", _DIFFERENT_CONFIG, "use a new folder")
+        self._has_keys = meta["schema_version"] != "1"
+        if not self._has_keys and not read_only:
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        """From version 1, all of it or nothing."""
+        with self._transaction() as connection:
+            for statement in _UPGRADE:
+                connection.execute(statement)
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (_SCHEMA_VERSION,))
+        self._has_keys = True
 
     def _create(self, run: Mapping[str, Any] | None) -> None:
         meta = {"schema_version": _SCHEMA_VERSION, "fingerprint": _fingerprint(run or {}), "run": _canonical(run or {})}
@@ -302,7 +368,8 @@ def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[Com
 def _pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
     counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
     data = json.dumps(dict(pool.prompt.data), default=repr)
-    return (step, position, _sql_text(pool.prompt.prompt_id), *counts, _sql_text(pool.prompt.text), data)
+    key = pool.prompt.key or pool.prompt.prompt_id
+    return (step, position, _sql_text(pool.prompt.prompt_id), *counts, _sql_text(key), _sql_text(pool.prompt.text), data)
 
 
 def _sql_text(text: str) -> str | bytes:

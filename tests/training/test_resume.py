@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,8 +19,11 @@ from toy_training import saved_weights, toy_config, toy_trainer
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.sampling import History, Memory
 from reinforce_ada.training.log import read_log
-from reinforce_ada.types import Scored
+from reinforce_ada.training.tasks import content_key
+from reinforce_ada.training.trainer import fingerprint
+from reinforce_ada.types import Prompt, Scored
 
 STEPS = 5
 
@@ -204,6 +208,91 @@ def test_a_finished_run_resumed_as_it_is_changes_nothing(toy_run: Runner, undist
     assert len(submitted(out)) == num_submitted
     assert (out / "log.jsonl").read_text() == log
     assert same_weights(out, undisturbed)
+
+
+# -------------------- with a memory across steps
+
+EST = {"preset": "reinforce-ada-est", "round_size": None, "max_rounds": None, "mean_budget": 6}
+KEYS = [content_key({"question": f"{i}"}) for i in range(10)]  # of the toy records, all seen after two and a half steps
+
+
+def remembered(out: Path, **overrides: Any) -> list[History]:
+    """What a trainer that takes up this run remembers of every record."""
+    trainer = toy_trainer(toy_config(out, **EST, **overrides), out, resume=True)
+    histories = [trainer.memory.history(Prompt("?", key=key)) for key in KEYS]
+    trainer.parts.store.close()
+    return histories
+
+
+@pytest.fixture(scope="module")
+def undisturbed_est(toy_run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "undisturbed est"
+    assert toy_run(out, **EST) == 0
+    return out
+
+
+def test_budgets_follow_what_is_remembered_over_epochs(undisturbed_est: Path) -> None:
+    sizes = [[c + w for s, _, c, w, _ in pools(undisturbed_est) if s == step] for step in range(1, STEPS + 1)]
+    assert sizes[0] == [6, 6, 6, 6]  # the first epoch knows nothing
+    assert any(size != [6, 6, 6, 6] for size in sizes[2:])
+    assert all(sum(size) == 24 for size in sizes)
+    memory = Memory(0.99)
+    with RolloutStore(undisturbed_est / "rollouts.sqlite", read_only=True) as store:
+        for row in store.pool_counts():
+            memory.add(row.step, KEYS[int(row.prompt_id.partition("@")[0])], row.num_correct, row.num_wrong)
+    assert remembered(undisturbed_est) == [memory.history(Prompt("?", key=key)) for key in KEYS]
+
+
+@pytest.mark.parametrize(
+    ("point", "n"),
+    [
+        ("between the journal and the sampler", 30),
+        ("between sampling and update", 4),
+        ("between log and checkpoint", 2),
+        ("after the checkpoint's rename", 2),
+    ],
+)
+def test_killed_and_resumed_with_a_memory(toy_run: Runner, undisturbed_est: Path, tmp_path: Path, point: str, n: int) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out, kill=(point, n), **EST) == -9
+    assert toy_run(out, resume=True, **EST) == 0
+    check_like(out, undisturbed_est)
+    assert remembered(out) == remembered(undisturbed_est)
+
+
+def test_steps_after_the_checkpoint_are_trained_again_with_the_memory_of_their_time(toy_run: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert toy_run(out, kill=("between sampling and update", 4), **EST) == -9
+    with RolloutStore(out / "rollouts.sqlite", read_only=True) as store:
+        assert store.finished_steps() == [1, 2, 3, 4]
+        expected = Memory(0.99)
+        for seen in store.seen(2):
+            expected.add(*seen)
+    assert remembered(out) == [expected.history(Prompt("?", key=key)) for key in KEYS]  # the checkpoint is of step 2
+
+
+def test_a_run_begins_with_what_an_earlier_one_has_seen(toy_run: Runner, undisturbed_est: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(undisturbed_est, earlier)
+    later = {**EST, "memory_from": str(earlier), "seed": 1}
+    assert toy_run(tmp_path / "later", **later) == 0
+    first = [c + w for step, _, c, w, _ in pools(tmp_path / "later") if step == 1]
+    assert sum(first) == 24
+    assert first != [6, 6, 6, 6]
+    out = tmp_path / "killed"
+    assert toy_run(out, kill=("before a journal transaction", 1), **later) == -9
+    assert remembered(out, memory_from=str(earlier), seed=1) == remembered(undisturbed_est)
+    shutil.rmtree(earlier)  # its pools have been copied
+    assert toy_run(out, resume=True, **later) == 0
+    check_like(out, tmp_path / "later")
+    with pytest.raises(InputError, match=r"^RolloutStore: .*rollouts.sqlite does not exist; a store to read is needed$"):
+        toy_trainer(toy_config(tmp_path / "new", **later), tmp_path / "new", resume=False)
+
+
+def test_memory_settings_belong_to_the_run_and_are_no_news_at_their_defaults(undisturbed: Path) -> None:
+    with pytest.raises(InputError, match=r"was made with sampling.memory_decay=absent \(now 0.5\)"):
+        toy_trainer(toy_config(undisturbed, memory_decay=0.5), undisturbed, resume=True)
+    assert not {"memory_decay", "memory_from", "mean_budget"} & fingerprint(toy_config(undisturbed))["sampling"].keys()
 
 
 def test_the_store_of_another_configuration_is_refused(undisturbed: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.errors import InputError
 from reinforce_ada.training.models import tiny_tokenizer
-from reinforce_ada.training.tasks import load_records, load_task, read_jsonl
+from reinforce_ada.training.tasks import content_key, load_records, load_task, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,30 @@ def test_a_stream_resumes_at_its_position(letters, tokenizer):
     list(islice(stream, 3))
     resumed = task.train(stream.position)
     assert [p.prompt_id for p in islice(resumed, 4)] == [p.prompt_id for p in islice(task.train(0), 3, 7)]
+
+
+def test_a_record_keeps_its_key_over_epochs_and_places_and_a_changed_one_gets_another(tmp_path, letters, tokenizer):
+    def keys(config, start, num):
+        return {p.data["question"]: p.key for p in islice(load_task(config, tokenizer, seed=0).train(start), num)}
+
+    first_epoch, second_epoch = keys(letters, 0, 5), keys(letters, 5, 5)
+    assert first_epoch == second_epoch
+    assert len(set(first_epoch.values())) == 5
+    assert {len(key) for key in first_epoch.values()} == {16}
+    # Another file: the same questions in another order, with one more field, and one answer corrected.
+    changed = min(first_epoch)
+    records = [{"prompt": f"q{i}", "answer": 9 if f"q{i}" == changed else i, "source": "elsewhere"} for i in reversed(range(8))]
+    other = TaskConfig(task=jsonl(tmp_path / "other.jsonl", records).task, num_examples=0, eval_prompts=0)
+    moved = keys(other, 0, 8)
+    assert {question for question, key in first_epoch.items() if moved[question] != key} == {changed}
+    assert content_key({"question": "q", "answer": 3}) != content_key({"question": "q", "answer": "3"}) != content_key({"question": "q"})
+
+
+def test_a_question_a_generator_repeats_is_one_prompt_to_the_memory(tokenizer):
+    prompts = list(islice(load_task(TaskConfig(), tokenizer, seed=0).train(0), 300))
+    questions = {p.data["question"] for p in prompts}
+    assert len({p.prompt_id for p in prompts}) == 300
+    assert len({p.key for p in prompts}) == len(questions) < 300
 
 
 def test_seed_changes_the_order(letters, tokenizer):

@@ -144,7 +144,9 @@ def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("schedule", ["stream", "rounds"])
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"])
+@pytest.mark.parametrize(
+    "preset", ["grpo", "dapo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact", "reinforce-ada-est", "knapsack"]
+)
 def test_presets_and_schedules(base: Path, tmp_path: Path, preset: str, schedule: str) -> None:
     for record in train(base, tmp_path / "run", preset=preset, schedule=schedule, eval_prompts=0):
         assert record["num_prompts"] >= 3
@@ -299,6 +301,7 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
         ({"task": "absent.jsonl"}, r"^task: cannot read absent.jsonl"),
         ({"model": "absent/../folder"}, r"^model: 'absent/../folder' is no folder"),
         ({"reward": "toy_rewards:absent"}, r"toy_rewards:absent"),
+        ({"memory_from": "absent"}, r"^RolloutStore: absent/rollouts.sqlite does not exist; a store to read is needed$"),
     ],
 )
 def test_one_line_and_no_run_left_behind(

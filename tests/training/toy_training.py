@@ -19,7 +19,7 @@ from reinforce_ada.sampling import preset
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.language_model import Head
-from reinforce_ada.training.tasks import PromptStream, Source
+from reinforce_ada.training.tasks import PromptStream, Source, content_key
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
@@ -123,12 +123,13 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
     s = config.sampling
-    policy = preset(s.preset, group_size=s.group_size, round_size=s.round_size, max_rounds=s.max_rounds)
+    given = {key: getattr(s, key) for key in ("group_size", "round_size", "max_rounds", "mean_budget")}
+    policy = preset(s.preset, **{key: value for key, value in given.items() if value is not None})
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
     source = Source(records.__getitem__, len(records), config.run.seed)
 
     def make(name: str, record: Any) -> Prompt:
-        return Prompt(name, (3, record["token"]), text=record["question"], data=record)
+        return Prompt(name, (3, record["token"]), text=record["question"], data=record, key=content_key(record))
 
     parts = Parts(
         model=ToyModel(getattr(torch, config.model.dtype)),

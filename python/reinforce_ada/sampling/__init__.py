@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reinforce_ada.sampling.memory import Memory
 from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
@@ -9,16 +10,23 @@ from reinforce_ada.sampling.policies import (
     AllPrompts,
     Balance,
     Balanced,
+    Band,
+    Budgeted,
     Centered,
     Counts,
     DropOneClass,
     First,
     History,
+    InverseSqrtRate,
+    Knapsack,
+    MaxVariance,
+    NearestRate,
     Never,
     Policy,
     Positive,
     Refill,
     Rounds,
+    SkipStreaks,
     Verdict,
 )
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
@@ -33,11 +41,18 @@ __all__ = [
     "AllPrompts",
     "Balance",
     "Balanced",
+    "Band",
+    "Budgeted",
     "Centered",
     "Counts",
     "DropOneClass",
     "First",
     "History",
+    "InverseSqrtRate",
+    "Knapsack",
+    "MaxVariance",
+    "Memory",
+    "NearestRate",
     "Never",
     "ObjectiveWeight",
     "Policy",
@@ -45,6 +60,7 @@ __all__ = [
     "Progress",
     "Refill",
     "Rounds",
+    "SkipStreaks",
     "StoppingTable",
     "Verdict",
     "configured",

@@ -77,7 +77,7 @@ class ObjectiveWeight:
         where = f"Policy {policy.name!r}: objective {self.objective!r}"
         if policy.group_size < 2:
             raise InputError(where, f"group_size {policy.group_size}", "at least 2 is needed, to keep both classes")
-        if policy.propose(1, 1) > 1:
+        if policy.refills:
             given = f"{type(policy.propose).__name__}, which lets prompts in because others were dropped"
             raise InputError(where, given, "a fixed number of prompts is needed")
         terminals = stopping_table(policy).terminals

@@ -11,6 +11,7 @@ from typing import Any
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.objectives import Objective, ObjectiveWeight
 from reinforce_ada.sampling.policies import (
+    All,
     Balance,
     Balanced,
     Baseline,
@@ -19,6 +20,9 @@ from reinforce_ada.sampling.policies import (
     Degenerate,
     DropOneClass,
     First,
+    InverseSqrtRate,
+    Knapsack,
+    MaxVariance,
     Never,
     Policy,
     Positive,
@@ -180,6 +184,93 @@ def reinforce_ada_exact(
     return dataclasses.replace(balance, name="reinforce-ada-exact", weight=ObjectiveWeight("mean"))
 
 
+def reinforce_ada_est(
+    *,
+    group_size: int = 4,
+    mean_budget: int = 8,
+    min_budget: int | None = None,
+    max_budget: int = 32,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    baseline: Baseline = "pool",
+    scale: Scale = "none",
+) -> Policy:
+    """Budgets in proportion to 1/sqrt(pass rate) as remembered, all used; keep a balanced group; advantage = reward - pool mean.
+
+    Needs memory. `mean_budget` is the cost of GRPO with groups of 8; `min_budget` is `group_size` by default, `max_budget` the cap of the
+    other presets. Source: Reinforce-Ada, arXiv 2510.04996v3, estimation-based.
+    """
+    return Policy(
+        name="reinforce-ada-est",
+        group_size=group_size,
+        allocate=InverseSqrtRate(
+            mean=mean_budget, floor=group_size if min_budget is None else min_budget, cap=max_budget, round_size=max_budget
+        ),
+        decide=Never(),
+        select=Balanced(),
+        weight=Centered(baseline, scale),
+        decide_every=max_budget,
+        min_pool=0,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+def pods(
+    *,
+    group_size: int = 16,
+    num_completions: int = 64,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    baseline: Baseline = "group",
+    scale: Scale = "group",
+) -> Policy:
+    """Sample `num_completions`, train on the `group_size` whose rewards vary most, centred and scaled among themselves.
+
+    Source: Xu et al. 2025, arXiv 2504.13818 (64 completions, 16 kept).
+    """
+    return Policy(
+        name="pods",
+        group_size=group_size,
+        allocate=Rounds(num_completions, 1),
+        decide=Never(),
+        select=MaxVariance(),
+        weight=Centered(baseline, scale),
+        decide_every=num_completions,
+        min_pool=0,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
+def knapsack(
+    *,
+    mean_budget: int = 8,
+    min_budget: int = 2,
+    max_budget: int = 128,
+    positive_threshold: float = 0.7,
+    degenerate: Degenerate = "keep",
+    baseline: Baseline = "group",
+    scale: Scale = "group",
+) -> Policy:
+    """GRPO with the budgets of largest total value under the same number of completions; all are kept. Needs memory.
+
+    Source: Li et al. 2025, arXiv 2509.25849 (8 on average, from 2 to 128).
+    """
+    return Policy(
+        name="knapsack",
+        group_size=mean_budget,
+        allocate=Knapsack(mean=mean_budget, floor=min_budget, cap=max_budget, round_size=max_budget),
+        decide=Never(),
+        select=All(),
+        weight=Centered(baseline, scale),
+        decide_every=max_budget,
+        min_pool=0,
+        positive_threshold=positive_threshold,
+        degenerate=degenerate,
+    )
+
+
 def _reinforce_ada(
     name: str,
     decide: Decide,
@@ -213,6 +304,9 @@ PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
         "reinforce-ada-pos": reinforce_ada_pos,
         "reinforce-ada-balance": reinforce_ada_balance,
         "reinforce-ada-exact": reinforce_ada_exact,
+        "reinforce-ada-est": reinforce_ada_est,
+        "pods": pods,
+        "knapsack": knapsack,
     }
 )
 
@@ -221,7 +315,7 @@ def preset(name: str, *, objective: Objective | None = None, alpha: float | None
     """The policy of a published algorithm.
 
     Args:
-        name: "grpo" | "dapo" | "reinforce-ada-pos" | "reinforce-ada-balance" | "reinforce-ada-exact".
+        name: a key of `PRESETS`.
         objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None leave it.
         alpha: exponent of objective "power".
         overrides: keywords of that preset's function (group_size, round_size, decide_every, ...).
@@ -248,7 +342,8 @@ def preset(name: str, *, objective: Objective | None = None, alpha: float | None
 
 
 CONFIGURED = (
-    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate", "objective", "alpha",
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "mean_budget", "positive_threshold", "degenerate",
+    "objective", "alpha",
 )  # fmt: skip
 
 

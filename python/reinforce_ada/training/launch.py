@@ -30,7 +30,7 @@ from reinforce_ada.training.display import Display
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.tasks import Records, Task, load_records, render
-from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, earlier_store, fingerprint
 
 _WARM_START_EXAMPLES = 512
 
@@ -176,6 +176,8 @@ def _new_run(config: Config) -> Path:
     out = Path(run.out or default)
     if (out / "log.jsonl").exists() or (out / "rollouts.sqlite").exists():
         raise InputError("train", f"{out} holds a run already", "an empty folder", f"--resume {out} goes on with it, --out names another")
+    if sampling.memory_from:
+        earlier_store(sampling.memory_from).close()  # a wrong name must not wait for the model
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reinforce_ada.config import Config
+from reinforce_ada.config import Config, SamplingConfig
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import AdaptiveSampler, Policy
+from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, rows_of, shuffled_minibatches
 from reinforce_ada.training.display import Display, step_line
@@ -67,6 +67,7 @@ class Trainer:
         self.device = next(parts.model.module.parameters()).device
         self.step = 0  # finished steps; also the policy version
         self.position = 0
+        self.memory = self._remembered()
         self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
 
     # -------------------- the run
@@ -102,8 +103,20 @@ class Trainer:
             torch.set_rng_state(tensors.pop("rng/torch"))
             self.optimizer.load(tensors)
             self.step, self.position = found.step, found.position
+            self.memory = self._remembered()
         self.log.cut_after(self.step)
         self.display.line(f"resuming after step {self.step}; the journal reaches step {self.parts.store.last_step() or 0}")
+
+    def _remembered(self) -> Memory:
+        """The memory as it was after `step`: steps that are trained again must not know how they went."""
+        sampling, store = self.config.sampling, self.parts.store
+        if sampling.memory_from and not store.remembers:
+            with earlier_store(sampling.memory_from) as earlier:
+                store.remember(earlier)
+        memory = Memory(sampling.memory_decay)
+        for seen in store.seen(self.step):
+            memory.add(*seen)
+        return memory
 
     def save_checkpoint(self) -> None:
         """Weights, master copy, moments, random state and data position."""
@@ -160,6 +173,7 @@ class Trainer:
             seed=self.config.run.seed,
             window=self._window(),
             num_prompts=sampling.prompts_per_step,
+            memory=self.memory,
         )
         sampler.restore(parts.store.events(step))
         if not sampler.done:
@@ -171,6 +185,7 @@ class Trainer:
             )  # fmt: skip
         parts.engine.sleep()
         parts.store.finish_step(step, result)
+        self.memory.update(step, result.pools)
         self.position = stream.position
         return result
 
@@ -259,11 +274,22 @@ def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
     return Completion(CompletionId(0, prompt.prompt_id, index), ids, np.zeros(length, dtype=np.float32), "", "stop", 0)
 
 
+def earlier_store(run_dir: str) -> RolloutStore:
+    """The store of the run that `memory_from` names. Raises: InputError where there is none."""
+    return RolloutStore(Path(run_dir) / "rollouts.sqlite", read_only=True)
+
+
 def fingerprint(config: Config) -> dict[str, Any]:
     """What must not change when a run resumes: everything but its length, its place, its limits and how fast it goes."""
     free = {
         "steps", "out", "checkpoint_every", "eval_every", "reward_workers", "reward_timeout_s", "request_timeout_s",
         "max_num_seqs", "max_model_len", "memory_fraction", "tokens_per_pass",  # what one lowers, or raises, after running out
     }  # fmt: skip
+    # Keys that stores of earlier versions do not have; at their defaults a run is what it was.
+    later = {"memory_decay", "memory_from", "mean_budget"}
+    defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig) if f.name in later}
     sections = dataclasses.asdict(config)
-    return {section: {k: v for k, v in values.items() if k not in free} for section, values in sections.items()}
+    return {
+        section: {k: v for k, v in values.items() if k not in free and not (k in later and v == defaults[k])}
+        for section, values in sections.items()
+    }

@@ -5,7 +5,7 @@ Any frozen callable with the right signature (see contracts) is a policy part.
 
 from __future__ import annotations
 
-from reinforce_ada.sampling.policies.allocate import Rounds
+from reinforce_ada.sampling.policies.allocate import BatchBudget, Budgeted, InverseSqrtRate, Knapsack, Rounds
 from reinforce_ada.sampling.policies.contracts import (
     AdvantageSpec,
     Allocate,
@@ -22,11 +22,12 @@ from reinforce_ada.sampling.policies.contracts import (
     Weight,
     Window,
     at_least,
+    needs_of,
 )
-from reinforce_ada.sampling.policies.decide import Balance, DropOneClass, Never, Positive
+from reinforce_ada.sampling.policies.decide import Balance, Band, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.policy import Policy
-from reinforce_ada.sampling.policies.propose import AllPrompts, Refill
-from reinforce_ada.sampling.policies.select import All, Balanced, First
+from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
+from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
 from reinforce_ada.sampling.policies.weight import Centered
 
 __all__ = [
@@ -36,7 +37,10 @@ __all__ = [
     "Allocate",
     "Balance",
     "Balanced",
+    "Band",
     "Baseline",
+    "BatchBudget",
+    "Budgeted",
     "Centered",
     "Counts",
     "Decide",
@@ -44,6 +48,10 @@ __all__ = [
     "DropOneClass",
     "First",
     "History",
+    "InverseSqrtRate",
+    "Knapsack",
+    "MaxVariance",
+    "NearestRate",
     "Never",
     "Policy",
     "Positive",
@@ -53,8 +61,10 @@ __all__ = [
     "Rounds",
     "Scale",
     "Select",
+    "SkipStreaks",
     "Verdict",
     "Weight",
     "Window",
     "at_least",
+    "needs_of",
 ]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.errors import InputError
 from reinforce_ada.sampling.policies.contracts import Counts, History, at_least
+
+Integers: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,178 @@ class Rounds:
         return self.round_size * self.max_rounds
 
     def __call__(self, counts: Counts, /) -> int:
-        return min((counts.committed // self.round_size + 1) * self.round_size, self.cap)
+        return _end_of_round(counts, self.round_size, self.cap)
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
         return [self.cap] * len(histories)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted:
+    """A budget for each prompt from a function of your own.
+
+    Args:
+        function: histories of the prompts that enter together -> a budget in [1, cap] for each; the same for the same histories.
+        cap: the most it ever gives.
+        round_size: completions requested together.
+        needs_memory: False for a function that looks at the number of prompts alone.
+    """
+
+    function: Callable[[Sequence[History]], Sequence[int]]
+    cap: int
+    round_size: int
+    needs_memory: bool = True
+
+    def __post_init__(self) -> None:
+        _check_sizes("Budgeted", self.round_size, self.cap)
+
+    def __call__(self, counts: Counts, /) -> int:
+        return _end_of_round(counts, self.round_size, self.cap)
+
+    def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
+        """What the function gives. Raises: InputError for another number of budgets, or one that is not an integer in [1, cap]."""
+        budgets = list(self.function(histories))
+        where = f"Budgeted({getattr(self.function, '__name__', self.function)})"
+        if len(budgets) != len(histories):
+            raise InputError(where, f"{len(budgets)} budgets for {len(histories)} prompts", "one for each is needed")
+        for budget in budgets:
+            if not isinstance(budget, (int, np.integer)) or not 1 <= budget <= self.cap:
+                raise InputError(where, f"a budget of {budget!r}", f"integers from 1 to the cap of {self.cap} are needed")
+        return [int(budget) for budget in budgets]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchBudget:
+    """A budget for all prompts that enter together: `mean` for each on average, and between `floor` and `cap` for any one.
+
+    Subclasses say who gets how much; the sum is exactly mean * prompts. As budgets depend on who else enters, a policy that refills
+    dropped prompts one by one cannot have one.
+    """
+
+    mean: int
+    floor: int
+    cap: int
+    round_size: int  # completions requested together
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        _check_sizes(where, self.round_size, self.cap)
+        at_least(where, "floor", self.floor, 1)
+        at_least(where, "mean", self.mean, self.floor)
+        at_least(where, "cap", self.cap, self.mean)
+
+    @property
+    def needs_memory(self) -> bool:
+        return True
+
+    @property
+    def is_batch_wide(self) -> bool:
+        return True
+
+    def __call__(self, counts: Counts, /) -> int:
+        return _end_of_round(counts, self.round_size, self.cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrtRate(BatchBudget):
+    """Budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
+
+        budget_i = clip(s / sqrt(p_i), floor, cap),  p_i = a_i / (a_i + b_i),  s such that the sum is mean * prompts
+
+    Rounded to integers by largest remainder, ties to the earlier prompt. Source: Reinforce-Ada, arXiv 2510.04996v3 (the estimation-based
+    variant, at the total budget of uniform sampling).
+    """
+
+    def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
+        weights = 1 / np.sqrt([h.mean for h in histories])
+        return _rounded(_scaled(weights, self.mean * len(histories), self.floor, self.cap), self.mean * len(histories))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knapsack(BatchBudget):
+    """The budgets of largest total value (Knapsack RL).
+
+        max sum_i V(N_i, p_i)  under  sum_i N_i = mean * prompts,  floor <= N_i <= cap
+        V(N, p) = (1 - p^N - (1-p)^N) * p (1-p)^2:  P(both classes) times the gain in pass rate that a gradient step is worth
+        p_i = correct / (correct + wrong), as remembered
+
+    The (N+1)-th completion adds (p^N (1-p) + (1-p)^N p) * p (1-p)^2, which falls with N from 1 on, so giving one after another to where it
+    adds most is exact. What the paper falls back to where V says nothing: a prompt never seen (less than one completion is remembered)
+    gets `mean`; one never solved gets `floor`, and one always solved too. While some are unsolved, those between get no more than
+    sum_i log(1 - confidence) / log(max(p_i, 1-p_i)), and what is left goes to the unsolved in equal parts.
+    Source: Li et al. 2025, arXiv 2509.25849 (floor 2, cap 128, confidence .9).
+    """
+
+    confidence: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.confidence < 1:
+            raise InputError("Knapsack", f"confidence {self.confidence}", "a number between 0 and 1 is needed")
+
+    def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
+        correct, wrong = (np.array([getattr(h, side) - 1 for h in histories]) for side in ("a", "b"))  # without the Beta(1, 1) prior
+        seen = correct + wrong >= 1
+        between, unsolved = (np.flatnonzero(seen & (wrong > 0) & some) for some in (correct > 0, correct == 0))
+        rates = np.divide(correct, correct + wrong, out=np.zeros(len(histories)), where=seen)
+        budgets: Integers = np.where(seen, self.floor, self.mean).astype(np.int64)
+        left = self.mean * len(histories) - int(budgets.sum())
+
+        def value(prompts: Integers, drawn: Integers) -> Floats:
+            p: Floats = rates[prompts]
+            return (p**drawn * (1 - p) + (1 - p) ** drawn * p) * p * (1 - p) ** 2
+
+        def equal_parts(prompts: Integers, drawn: Integers) -> Floats:
+            return -drawn.astype(np.float64)
+
+        wanted = min(left, self._enough(rates[between])) if len(unsolved) else left
+        left -= self._give(budgets, between, wanted, value)
+        left -= self._give(budgets, unsolved, left, equal_parts)
+        left -= self._give(budgets, between, left, value)
+        self._give(budgets, np.arange(len(histories)), left, equal_parts)
+        return [int(budget) for budget in budgets]
+
+    def _enough(self, rates: Floats) -> int:
+        """Completions beyond the floor after which each of these has had its chance of both classes."""
+        needed = np.log(1 - self.confidence) / np.log(np.maximum(rates, 1 - rates))
+        return int(np.maximum(np.minimum(needed, self.cap).astype(np.int64) - self.floor, 0).sum())
+
+    def _give(self, budgets: Integers, prompts: Integers, amount: int, gain: Callable[[Integers, Integers], Floats]) -> int:
+        """Give `amount` completions to these prompts, each where it gains most (ties: fewest so far, then earliest); returns how many."""
+        row, drawn = np.nonzero(np.arange(self.cap) >= budgets[prompts][:, None])
+        best = np.lexsort((row, drawn, -gain(prompts[row], drawn)))[:amount]
+        np.add.at(budgets, prompts[row[best]], 1)
+        return len(best)
+
+
+def _end_of_round(counts: Counts, round_size: int, cap: int) -> int:
+    return min((counts.committed // round_size + 1) * round_size, cap)
+
+
+def _check_sizes(where: str, round_size: int, cap: int) -> None:
+    at_least(where, "round_size", round_size, 1)
+    at_least(where, "cap", cap, round_size)
+
+
+def _scaled(weights: Floats, total: float, floor: int, cap: int) -> Floats:
+    """clip(s * weights, floor, cap) with the s whose sum is `total`, which must lie in [floor, cap] * len(weights).
+
+    The sum is linear in s between the points where a weight meets floor or cap.
+    """
+
+    def filled(s: float) -> Floats:
+        return np.clip(s * weights, floor, cap)
+
+    breaks = np.unique(np.concatenate([floor / weights, cap / weights]))
+    i = min(bisect.bisect_left(breaks, total, key=lambda s: float(filled(s).sum())), len(breaks) - 1)
+    low, high = filled(breaks[max(i - 1, 0)]), filled(breaks[i])
+    rise = high.sum() - low.sum()
+    return low + min((total - low.sum()) / rise, 1.0) * (high - low) if rise > 0 else high
+
+
+def _rounded(amounts: Floats, total: int) -> list[int]:
+    """Integers that sum to `total`: each amount rounded down, then the largest remainders up, ties to the earliest."""
+    whole = np.floor(amounts + 1e-9)  # 7.999999999 is an 8 that has been through a division
+    order = np.argsort(whole - amounts, kind="stable")
+    whole[order[: total - math.floor(whole.sum())]] += 1
+    return [int(amount) for amount in whole]

@@ -147,6 +147,12 @@ class Decide(Protocol):
     def __call__(self, counts: Counts, /) -> Verdict: ...
 
 
+def needs_of(decide: Decide) -> tuple[int, int]:
+    """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
+    needs: tuple[int, int] = getattr(decide, "needs", (0, 0))
+    return needs
+
+
 class Select(Protocol):
     """Which scored completions train.
 

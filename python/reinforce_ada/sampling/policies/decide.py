@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from reinforce_ada.sampling.policies.contracts import Counts, Verdict, at_least
+from reinforce_ada.errors import InputError
+from reinforce_ada.sampling.policies.contracts import Counts, Decide, Verdict, at_least, needs_of
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,30 @@ class DropOneClass:
 
     def __call__(self, counts: Counts, /) -> Verdict:
         return Verdict.STOP if counts.correct and counts.wrong else Verdict.DROP
+
+
+@dataclass(frozen=True)
+class Band:
+    """Drop a prompt whose rate of correct completions after a pilot of `pilot` is not strictly between `low` and `high` (SPEED-RL).
+
+    Before and after, `then` decides. A pilot with voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    pilot: int = 8
+    then: Decide = field(default_factory=Never)
+
+    def __post_init__(self) -> None:
+        at_least("Band", "pilot", self.pilot, 1)
+        if not 0 <= self.low < self.high <= 1:
+            raise InputError("Band", f"low {self.low} and high {self.high}", "0 <= low < high <= 1 is needed")
+
+    @property
+    def needs(self) -> tuple[int, int]:
+        return needs_of(self.then)
+
+    def __call__(self, counts: Counts, /) -> Verdict:
+        if counts.committed == self.pilot and not self.low * counts.scored < counts.correct < self.high * counts.scored:
+            return Verdict.DROP
+        return self.then(counts)

@@ -16,8 +16,10 @@ from reinforce_ada.sampling.policies.contracts import (
     Verdict,
     Weight,
     at_least,
+    needs_of,
 )
 from reinforce_ada.sampling.policies.propose import AllPrompts
+from reinforce_ada.sampling.policies.select import All
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         where = f"Policy {self.name!r}"
+        self._check_forms(where)
         at_least(where, "group_size", self.group_size, 1)
         at_least(where, "decide_every", self.decide_every, 1)
         at_least(where, "min_pool", self.min_pool, 0)
@@ -70,8 +73,40 @@ class Policy:
             raise InputError(where, f"positive_threshold {self.positive_threshold}", "a finite number is needed")
         if self.degenerate not in ("keep", "drop"):
             raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
+        self._check_together(where)
         if (check := getattr(self.weight, "check", None)) is not None:
             check(self)
+
+    def _check_forms(self, where: str) -> None:
+        """Decide, select and weight may be plain functions; allocate and propose answer more than one question."""
+        for hook, wanted, wrapper in (("allocate", "budgets", "Budgeted wraps a function"), ("propose", "choose", "see AllPrompts")):
+            part = getattr(self, hook)
+            if not callable(part) or not hasattr(part, wanted):
+                raise InputError(where, f"{hook} {part!r}", f"an object with .{wanted}() is needed", wrapper)
+
+    def _check_together(self, where: str) -> None:
+        """Parts that are sound alone and make no sense together."""
+        pilot, floor = getattr(self.decide, "pilot", None), getattr(self.allocate, "floor", None)
+        if pilot is not None:
+            if pilot > self.cap:
+                raise InputError(where, f"a pilot of {pilot} completions", f"at most the cap of {self.cap} is possible")
+            if pilot < self.min_pool:
+                raise InputError(where, f"a pilot of {pilot} completions with min_pool {self.min_pool}", "at least min_pool is needed")
+            if pilot % self.decide_every and pilot != self.cap:
+                needed = f"a multiple of decide_every {self.decide_every} is needed, or it is never looked at"
+                raise InputError(where, f"a pilot of {pilot} completions", needed)
+        if floor is not None and floor < self.group_size and not isinstance(self.select, All):
+            needed = f"at least group_size {self.group_size} is needed to fill every group"
+            raise InputError(where, f"budgets from {floor} completions on", needed, "raise floor, lower group_size, or select All()")
+        if getattr(self.allocate, "is_batch_wide", False) and self.refills:
+            needed = "prompts that enter together are needed"
+            raise InputError(where, "a budget for the whole batch with a propose that refills", needed, "max_prompts_factor=1")
+
+    @property
+    def refills(self) -> bool:
+        """Whether a dropped prompt may be replaced."""
+        many = 1_000_000  # a factor of 1.01 refills nothing among ten
+        return self.propose(many, many) > many
 
     @property
     def cap(self) -> int:
@@ -81,8 +116,7 @@ class Policy:
     @property
     def needs(self) -> tuple[int, int]:
         """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
-        needs: tuple[int, int] = getattr(self.decide, "needs", (0, 0))
-        return needs
+        return needs_of(self.decide)
 
     @property
     def needs_memory(self) -> bool:

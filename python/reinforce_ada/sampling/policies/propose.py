@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies.contracts import History
+from reinforce_ada.sampling.policies.contracts import History, at_least
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class AllPrompts:
 
 @dataclass(frozen=True)
 class Refill(AllPrompts):
-    """One more prompt enters for every dropped one, up to `max_prompts_factor` times the number wanted (DAPO).
+    """One more prompt enters for every dropped one, up to `max_prompts_factor` times the number wanted (DAPO); 1 refills nothing.
 
     The prompts that enter are the shortest prefix of the source with enough undropped ones, so timing cannot change them.
     """
@@ -38,7 +39,75 @@ class Refill(AllPrompts):
 
     def __post_init__(self) -> None:
         if not self.max_prompts_factor >= 1:
-            raise InputError("Refill", f"max_prompts_factor {self.max_prompts_factor}", "at least 1 is needed")
+            raise InputError(type(self).__name__, f"max_prompts_factor {self.max_prompts_factor}", "at least 1 is needed")
 
     def __call__(self, num_prompts: int, num_dropped: int, /) -> int:
         return min(num_prompts + num_dropped, math.floor(self.max_prompts_factor * num_prompts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestRate(Refill):
+    """Of `candidates_per_prompt` candidates for each place, those whose pass rate is probably nearest to `target` (MoPPS).
+
+        theta_i ~ Beta(a_i, b_i), one draw a candidate; the num smallest |theta_i - target| enter
+
+    A draw from the posterior instead of its mean looks at unknown prompts too (Thompson sampling). The others are passed over and come
+    again in the next epoch. Source: Qu et al. 2025, arXiv 2507.04632.
+    """
+
+    target: float = 0.5
+    candidates_per_prompt: int = 4
+    max_prompts_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("NearestRate", "candidates_per_prompt", self.candidates_per_prompt, 1)
+        _probability("NearestRate", "target", self.target)
+
+    @property
+    def needs_memory(self) -> bool:
+        return True
+
+    def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
+        rates = rng.beta([h.a for h in histories], [h.b for h in histories])
+        return _best(np.abs(rates - self.target), num)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipStreaks(Refill):
+    """A prompt whose latest z pools had one class is skipped with probability 1 - explore^z (GRESO).
+
+    `explore_easy` is for streaks of all correct pools, `explore_hard` for all wrong ones. The first num of the candidates that are not
+    skipped enter; where these are too few the earliest skipped ones fill up, so a step never starves. Both probabilities are constants
+    here; the paper moves them by a target share of one-class pools. Source: Zheng et al. 2025, arXiv 2506.02177 (both start at .5).
+    """
+
+    explore_easy: float = 0.5
+    explore_hard: float = 0.5
+    candidates_per_prompt: int = 2
+    max_prompts_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("SkipStreaks", "candidates_per_prompt", self.candidates_per_prompt, 1)
+        _probability("SkipStreaks", "explore_easy", self.explore_easy)
+        _probability("SkipStreaks", "explore_hard", self.explore_hard)
+
+    @property
+    def needs_memory(self) -> bool:
+        return True
+
+    def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
+        explore = [self.explore_easy if h.all_correct else self.explore_hard for h in histories]
+        enters = rng.random(len(histories)) < np.power(explore, [h.streak for h in histories])
+        return _best((~enters).astype(np.float64), num)
+
+
+def _best(scores: NDArray[np.float64], num: int) -> list[int]:
+    """The positions of the `num` lowest scores, ties to the earliest; increasing."""
+    return sorted(np.argsort(scores, kind="stable")[:num].tolist())
+
+
+def _probability(where: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(where, f"{name} {value}", "a number from 0 to 1 is needed")
