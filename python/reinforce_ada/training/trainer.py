@@ -286,7 +286,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
         "max_num_seqs", "max_model_len", "memory_fraction", "tokens_per_pass",  # what one lowers, or raises, after running out
     }  # fmt: skip
     # Keys that stores of earlier versions do not have; at their defaults a run is what it was.
-    later = {"memory_decay", "memory_from", "mean_budget"}
+    later = {"memory_decay", "memory_from", "mean_budget", "objective", "alpha"}
     defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig) if f.name in later}
     sections = dataclasses.asdict(config)
     return {
