@@ -103,7 +103,11 @@ class Columns:
         self.start()
 
     def start(self) -> None:
+        """A sampler in the middle of its run: four completions of each prompt are there."""
         self.sampler = ColumnSampler(self.num_prompts, POLICY)
+        while self.sampler.num_committed < 4 * self.num_prompts:
+            prompt_of, index = self.sampler.next_requests(self.num_prompts // 10)
+            self.sampler.receive(prompt_of, index, self.rewards[prompt_of, index])
         self.running = np.empty(0, np.int64)
         self.come = self.gone = (np.empty(0, np.int64), np.empty(0, np.int32))
         self.take(*self.come, np.empty(0), IN_FLIGHT * self.batch)
