@@ -77,6 +77,6 @@ def test_answers_wait_for_an_earlier_one() -> None:
     pool.put(0, gap)
     assert (pool.commit_next(), pool.commit_next(), pool.commit_next()) == (gap, early, None)
     assert (pool.committed, pool.counts) == (2, Counts(2, 0, 0))
-    assert pool.cut() == [(3, late)]
+    assert pool.cut(2) == [(3, late)]
     assert pool.answers == [gap, early]
     assert not pool.has_signal

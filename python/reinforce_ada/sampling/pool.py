@@ -51,11 +51,27 @@ class GrowingPool:
                 self.wrong += 1
         return outcome
 
-    def cut(self) -> list[tuple[int, Outcome]]:
-        """Remove what waits past the committed prefix: (index, answer) of each."""
-        waiting = [(index, answer) for index, answer in enumerate(self.answers) if index >= self.committed and answer is not None]
-        del self.answers[self.committed :]
-        return waiting
+    @property
+    def waiting(self) -> list[Outcome | None]:
+        """The answers past the committed prefix, by index from `committed` on."""
+        return self.answers[self.committed :]
+
+    @property
+    def answered(self) -> Counts:
+        """Counts of every answer, those included that wait for an earlier one."""
+        correct, wrong, void = self.counts
+        for outcome in self.waiting:
+            if isinstance(outcome, Scored):
+                correct, wrong = (correct + 1, wrong) if outcome.reward > self._threshold else (correct, wrong + 1)
+            elif outcome is not None:
+                void += 1
+        return Counts(correct, wrong, void)
+
+    def cut(self, first: int) -> list[tuple[int, Outcome]]:
+        """Remove the answers from this index on: (index, answer) of each."""
+        removed = [(index, answer) for index, answer in enumerate(self.answers[first:], first) if answer is not None]
+        del self.answers[first:]
+        return removed
 
     def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
         """The finished record, with the statistics of the raw rewards."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally, sampling_metrics
-from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies import Counts, History, Policy, Remembers, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import GrowingPool, rewards_of
 from reinforce_ada.types import (
     Aborted,
@@ -23,6 +23,7 @@ from reinforce_ada.types import (
     ExitReason,
     Group,
     Lost,
+    Outcome,
     Pool,
     Prompt,
     Request,
@@ -36,6 +37,7 @@ _WHERE = "AdaptiveSampler"
 _EXIT_OF: dict[Verdict, ExitReason] = {Verdict.STOP: "satisfied", Verdict.DROP: "dropped"}
 _ORDER_BITS = 40  # of a heap key: num_issued above them, the prompt's order in them; a tuple would cost 100 bytes a prompt
 _UNKNOWN = History()
+CORRECT, WRONG, VOID = Counts(1, 0), Counts(0, 1), Counts(0, 0, 1)
 
 
 class Progress(NamedTuple):
@@ -67,6 +69,7 @@ class _PromptState(GrowingPool):
         "discarded",
         "exit",
         "history",
+        "limit",
         "lost",
         "num_issued",
         "order",
@@ -83,6 +86,7 @@ class _PromptState(GrowingPool):
         self.prompt = prompt
         self.history = history
         self.cap = cap
+        self.limit = cap  # no index at or past this will ever be committed
         self.num_issued = 0  # the next fresh index
         self.outstanding = 0  # mask: handed out, not answered
         self.lost = 0  # mask: to be issued again
@@ -113,7 +117,8 @@ class AdaptiveSampler:
             current one; a prompt that refills a dropped one joins at the next barrier). Same pools at equal `decide_every`.
         seed: run seed from which request seeds derive.
         window: stream only: a prompt may be issued up to committed + window requests; a window of at most `decide_every` never
-            reaches past the next decision. A function (`Window`) gives each prompt its own, from its counts. None adapts:
+            reaches past the next decision. A function (`Window`) bounds each prompt's unanswered requests from all of its answers,
+            and requests are aborted as soon as the answers settle that they are past the prompt's end. None adapts:
             ceil((free_slots + outstanding) / active prompts), at least round_size.
         num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
         memory: what earlier steps say of each prompt; required by a policy that looks at it.
@@ -221,7 +226,7 @@ class AdaptiveSampler:
         state = self._states.get(request_id.prompt_id)
         if state is None or state.exit is not None or request_id.step != self._step:
             return False
-        return state.committed <= request_id.index < state.num_issued and not state.has(request_id.index)
+        return state.committed <= request_id.index < min(state.num_issued, state.limit) and not state.has(request_id.index)
 
     def progress(self) -> Progress:
         t = self._tally
@@ -279,26 +284,24 @@ class AdaptiveSampler:
             state = self._by_order[heapq.heappop(self._ready) & ((1 << _ORDER_BITS) - 1)]
             state.queued = False
             needed = self._window_needed(state)
-            if state.exit is None and needed <= min(window, self._own_window(state)):
+            if state.exit is None and needed <= window:
                 return state, state.num_issued
             if state.exit is None and window < needed <= self._policy.cap and state.waits_for != needed:
                 state.waits_for = needed
                 self._waiting[needed].append(state.order)
         return None
 
-    def _own_window(self, state: _PromptState) -> int:
-        """The window of this prompt; it changes with its counts only, and every commit queues the prompt again."""
-        if self._window_of is None:
-            return self._policy.cap
-        return self._window_of(state.counts, state.history, state.cap)
-
     def _window_needed(self, state: _PromptState) -> int:
         """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
         never = self._policy.cap + 1
-        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.cap):
+        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.limit):
             return never
         if self._schedule == "rounds":
             return 0
+        if self._window_of is not None:  # it changes with the answers only, and every answer queues the prompt again
+            answered = state.answered
+            has_room = state.num_issued - answered.committed < self._window_of(answered, state.history, state.cap)
+            return 0 if has_room else never
         needed = state.num_issued - state.committed + 1
         every = self._policy.decide_every
         past_decision = state.num_issued >= (state.committed // every + 1) * every
@@ -371,7 +374,7 @@ class AdaptiveSampler:
 
     def _mark_issued(self, state: _PromptState, index: int) -> None:
         """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
-        for missing in range(state.num_issued, index):
+        for missing in range(state.num_issued, min(index, state.limit)):
             self._issue_again(state, missing)
         self._tally.num_issued += max(index + 1 - state.num_issued, 0)
         state.num_issued = max(index + 1, state.num_issued)
@@ -385,7 +388,7 @@ class AdaptiveSampler:
         if state.is_answered(index) or (state.lost >> index & 1 and isinstance(event, Aborted | Lost)):
             self._tally.num_duplicates += 1
             return []
-        if state.exit is not None:
+        if state.exit is not None or index >= state.limit:
             self._waste(state, index, event)
             return []
         if state.outstanding >> index & 1:
@@ -400,7 +403,7 @@ class AdaptiveSampler:
         return self._commit(state)
 
     def _waste(self, state: _PromptState, index: int, event: Event) -> None:
-        """An answer for a prompt that has exited."""
+        """An answer that will never be committed."""
         if not isinstance(event, Lost):  # a lost one may still answer
             state.discarded |= 1 << index
             self._tally.waste(event)
@@ -418,7 +421,26 @@ class AdaptiveSampler:
         self._queue(state)
         if state.behind and state.committed >= state.round_limit:
             self._catch_up(state)
-        return []
+        return self._settle(state) if self._window_of is not None and state.waiting else []
+
+    def _settle(self, state: _PromptState) -> list[CompletionId]:
+        """Give up the requests past the point where the prompt exits whatever its unanswered ones bring."""
+        if self._policy.decide(state.answered) is Verdict.CONTINUE:  # spares the search: nearly always
+            return []
+        later = [None if o is None else self._unit(o) for o in state.waiting]
+        state.limit = min(state.limit, certain_exit(self._policy, state.counts, later, state.cap))
+        to_abort = _indices(state.outstanding >> state.limit << state.limit)
+        state.outstanding &= (1 << state.limit) - 1
+        state.lost &= (1 << state.limit) - 1
+        self._num_outstanding -= len(to_abort)
+        for index, outcome in state.cut(state.limit):
+            self._waste(state, index, outcome)
+        return [self._id(state, index) for index in to_abort]
+
+    def _unit(self, outcome: Outcome) -> Counts:
+        if isinstance(outcome, Scored):
+            return CORRECT if outcome.reward > self._policy.positive_threshold else WRONG
+        return VOID
 
     def _exit(self, state: _PromptState, reason: ExitReason) -> list[CompletionId]:
         state.exit = reason
@@ -428,7 +450,7 @@ class AdaptiveSampler:
         to_abort = [self._id(state, index) for index in _indices(state.outstanding)]
         self._num_outstanding -= len(to_abort)
         state.outstanding = 0
-        for index, outcome in state.cut():
+        for index, outcome in state.cut(state.committed):
             self._waste(state, index, outcome)
         if reason == "dropped":
             self._admit()
@@ -526,6 +548,37 @@ def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | No
     if available is not None and num_prompts > available:
         raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most as many as there are is possible")
     return num_prompts
+
+
+def certain_exit(policy: Policy, counts: Counts, later: Sequence[Counts | None], cap: int) -> int:
+    """The first decision point where the rule ends a prompt however its unanswered completions turn out; the cap at the latest.
+
+    Args:
+        policy: its `verdict` is the rule.
+        counts: of the committed completions.
+        later: what is known past them, in request order: CORRECT, WRONG, VOID, or None for an unanswered one.
+        cap: the prompt's.
+    """
+    known, num_open, every = counts, 0, policy.decide_every
+    past_known = [None] * (-(counts.committed + len(later)) % every)  # up to the next decision point
+    for end, unit in enumerate([*later, *past_known], counts.committed + 1):
+        if unit is None:
+            num_open += 1
+        else:
+            known = Counts(known.correct + unit.correct, known.wrong + unit.wrong, known.void + unit.void)
+        if end < cap and end % every == 0 and _always_exits(policy, known, num_open, cap):
+            return end
+    return cap
+
+
+def _always_exits(policy: Policy, counts: Counts, num_open: int, cap: int) -> bool:
+    """Whether no way in which `num_open` more can turn out (correct, wrong or void) lets the rule go on."""
+    correct, wrong, void = counts
+    return all(
+        policy.verdict(Counts(correct + x, wrong + y, void + num_open - x - y), cap) is not Verdict.CONTINUE
+        for x in range(num_open + 1)
+        for y in range(num_open + 1 - x)
+    )
 
 
 def _indices(mask: int) -> list[int]:
