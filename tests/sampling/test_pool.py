@@ -44,7 +44,8 @@ def test_raw_rewards_and_strict_threshold() -> None:
     """The mean is of the raw rewards, never of the binarised ones; exactly the threshold is wrong."""
     pool = GrowingPool(0.7)
     for index, reward in enumerate((0.8, 0.7, 0.2, 0.9)):
-        pool.add(scored(CompletionId(0, "a", index), reward))
+        pool.put(index, scored(CompletionId(0, "a", index), reward))
+        assert pool.commit_next() is pool.answers[index]
     assert pool.counts == Counts(correct=2, wrong=2)
     record = pool.freeze(Prompt("a"), 4, "exhausted", 8)
     assert record.mean == pytest.approx(0.65, abs=1e-15)
@@ -54,12 +55,28 @@ def test_raw_rewards_and_strict_threshold() -> None:
 
 def test_voids_enter_no_statistic() -> None:
     pool = GrowingPool(0.7)
-    pool.add(scored(CompletionId(0, "a", 0), 1.0))
-    pool.add(Failed(CompletionId(0, "a", 1), 0, "void"))
-    pool.add(scored(CompletionId(0, "a", 2), 1.0))
+    pool.put(0, scored(CompletionId(0, "a", 0), 1.0))
+    pool.put(1, Failed(CompletionId(0, "a", 1), 0, "void"))
+    pool.put(2, scored(CompletionId(0, "a", 2), 1.0))
+    assert [pool.commit_next() for _ in range(4)] == [*pool.answers, None]
     assert pool.counts == Counts(2, 0, 1)
     assert (pool.counts.scored, pool.counts.committed) == (2, 3)
     record = pool.freeze(Prompt("a"), 5, "exhausted", 8)
     assert (record.count, record.num_void, record.mean, record.m2, record.has_signal) == (2, 1, 1.0, 0.0, False)
     assert [s.id.index for s in record.scored] == [0, 2]
     assert rewards_of(record.scored).tolist() == [1.0, 1.0]
+
+
+def test_answers_wait_for_an_earlier_one() -> None:
+    pool = GrowingPool(0.7)
+    late, early, gap = (scored(CompletionId(0, "a", index), 1.0) for index in (3, 1, 0))
+    pool.put(3, late)
+    pool.put(1, early)
+    assert pool.commit_next() is None
+    assert [pool.has(index) for index in range(5)] == [False, True, False, True, False]
+    pool.put(0, gap)
+    assert (pool.commit_next(), pool.commit_next(), pool.commit_next()) == (gap, early, None)
+    assert (pool.committed, pool.counts) == (2, Counts(2, 0, 0))
+    assert pool.cut(2) == [(3, late)]
+    assert pool.answers == [gap, early]
+    assert not pool.has_signal

@@ -12,44 +12,77 @@ from reinforce_ada.types import ExitReason, Outcome, Pool, Prompt, Scored
 
 
 class GrowingPool:
-    """Committed outcomes of one prompt, in request order."""
+    """Answers of one prompt by request index: those before `committed` are the pool, the others wait for an earlier one."""
 
-    __slots__ = ("_first", "_threshold", "correct", "has_signal", "outcomes", "void", "wrong")
+    __slots__ = ("_first", "_threshold", "answers", "committed", "correct", "has_signal", "wrong")
 
     def __init__(self, positive_threshold: float) -> None:
         self._threshold = positive_threshold
-        self.outcomes: list[Outcome] = []
-        self.correct = self.wrong = self.void = 0
+        self.answers: list[Outcome | None] = []
+        self.committed = self.correct = self.wrong = 0
         self.has_signal = False  # any two rewards differ
         self._first: float | None = None
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.correct, self.wrong, self.void)
+        return Counts(self.correct, self.wrong, self.committed - self.correct - self.wrong)
 
-    def add(self, outcome: Outcome) -> None:
-        """Commit the next outcome; a Failed one is a void and enters no statistic."""
-        self.outcomes.append(outcome)
-        if not isinstance(outcome, Scored):
-            self.void += 1
-            return
-        if self._first is None:
-            self._first = outcome.reward
-        self.has_signal |= outcome.reward != self._first
-        if outcome.reward > self._threshold:
-            self.correct += 1
-        else:
-            self.wrong += 1
+    def put(self, index: int, outcome: Outcome) -> None:
+        """Keep the answer at this index until it can be committed."""
+        self.answers.extend([None] * (index + 1 - len(self.answers)))
+        self.answers[index] = outcome
+
+    def has(self, index: int) -> bool:
+        return index < len(self.answers) and self.answers[index] is not None
+
+    def commit_next(self) -> Outcome | None:
+        """Commit the next answer in request order, where it is there; a Failed one is a void and enters no statistic."""
+        outcome = self.answers[self.committed] if self.committed < len(self.answers) else None
+        if outcome is None:
+            return None
+        self.committed += 1
+        if isinstance(outcome, Scored):
+            if self._first is None:
+                self._first = outcome.reward
+            self.has_signal |= outcome.reward != self._first
+            if outcome.reward > self._threshold:
+                self.correct += 1
+            else:
+                self.wrong += 1
+        return outcome
+
+    @property
+    def waiting(self) -> list[Outcome | None]:
+        """The answers past the committed prefix, by index from `committed` on."""
+        return self.answers[self.committed :]
+
+    @property
+    def answered(self) -> Counts:
+        """Counts of every answer, those included that wait for an earlier one."""
+        correct, wrong, void = self.counts
+        for outcome in self.waiting:
+            if isinstance(outcome, Scored):
+                correct, wrong = (correct + 1, wrong) if outcome.reward > self._threshold else (correct, wrong + 1)
+            elif outcome is not None:
+                void += 1
+        return Counts(correct, wrong, void)
+
+    def cut(self, first: int) -> list[tuple[int, Outcome]]:
+        """Remove the answers from this index on: (index, answer) of each."""
+        removed = [(index, answer) for index, answer in enumerate(self.answers[first:], first) if answer is not None]
+        del self.answers[first:]
+        return removed
 
     def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
         """The finished record, with the statistics of the raw rewards."""
-        mean, m2, low, high = reward_statistics([o.reward for o in self.outcomes if isinstance(o, Scored)])
+        outcomes = tuple(answer for answer in self.answers[: self.committed] if answer is not None)
+        mean, m2, low, high = reward_statistics([o.reward for o in outcomes if isinstance(o, Scored)])
         return Pool(
             prompt=prompt,
-            outcomes=tuple(self.outcomes),
+            outcomes=outcomes,
             num_correct=self.correct,
             num_wrong=self.wrong,
-            num_void=self.void,
+            num_void=self.committed - self.correct - self.wrong,
             mean=mean,
             m2=m2,
             min=low,

@@ -14,7 +14,7 @@ import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally, sampling_metrics
-from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies import Counts, History, Policy, Remembers, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import GrowingPool, rewards_of
 from reinforce_ada.types import (
     Aborted,
@@ -35,6 +35,9 @@ Schedule: TypeAlias = Literal["stream", "rounds"]
 
 _WHERE = "AdaptiveSampler"
 _EXIT_OF: dict[Verdict, ExitReason] = {Verdict.STOP: "satisfied", Verdict.DROP: "dropped"}
+_ORDER_BITS = 40  # of a heap key: num_issued above them, the prompt's order in them; a tuple would cost 100 bytes a prompt
+_UNKNOWN = History()
+CORRECT, WRONG, VOID = Counts(1, 0), Counts(0, 1), Counts(0, 0, 1)
 
 
 class Progress(NamedTuple):
@@ -57,45 +60,45 @@ def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-class _PromptState:
-    """What the sampler remembers of one prompt. `num_issued` is the next fresh index."""
+class _PromptState(GrowingPool):
+    """What the sampler remembers of one prompt beside its pool. Sets of indices are bit masks, a fifth the size of a set."""
 
     __slots__ = (
-        "arrived",
         "behind",
         "cap",
         "discarded",
         "exit",
         "history",
+        "limit",
         "lost",
         "num_issued",
         "order",
         "outstanding",
-        "pool",
         "prompt",
         "queued",
         "round_limit",
+        "waits_for",
     )
 
     def __init__(self, order: int, prompt: Prompt, history: History, cap: int, positive_threshold: float) -> None:
+        super().__init__(positive_threshold)
         self.order = order  # position in the source: breaks ties
         self.prompt = prompt
         self.history = history
         self.cap = cap
-        self.pool = GrowingPool(positive_threshold)
-        self.num_issued = 0
-        self.outstanding: set[int] = set()  # handed out, not answered
-        self.lost: set[int] = set()  # to be issued again
-        self.arrived: dict[int, Outcome] = {}  # answered, waiting for an earlier index
-        self.discarded: set[int] = set()  # answered, never to be committed
+        self.limit = cap  # no index at or past this will ever be committed
+        self.num_issued = 0  # the next fresh index
+        self.outstanding = 0  # mask: handed out, not answered
+        self.lost = 0  # mask: to be issued again
+        self.discarded = 0  # mask: answered, never to be committed
         self.exit: ExitReason | None = None
         self.queued = False  # has an entry in the ready heap
+        self.waits_for = 0  # the window needed, where it waits for one
         self.round_limit = 0  # rounds: no index at or past this before the next barrier
         self.behind = False  # rounds: holds the barrier back
 
-    @property
-    def committed(self) -> int:
-        return len(self.pool.outcomes)
+    def is_answered(self, index: int) -> bool:
+        return index < self.committed or self.has(index) or bool(self.discarded >> index & 1)
 
 
 class AdaptiveSampler:
@@ -114,7 +117,8 @@ class AdaptiveSampler:
             current one; a prompt that refills a dropped one joins at the next barrier). Same pools at equal `decide_every`.
         seed: run seed from which request seeds derive.
         window: stream only: a prompt may be issued up to committed + window requests; a window of at most `decide_every` never
-            reaches past the next decision. A function (`Window`) gives each prompt its own, from its counts. None adapts:
+            reaches past the next decision. A function (`Window`) bounds each prompt's unanswered requests from all of its answers,
+            and requests are aborted as soon as the answers settle that they are past the prompt's end. None adapts:
             ceil((free_slots + outstanding) / active prompts), at least round_size.
         num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
         memory: what earlier steps say of each prompt; required by a policy that looks at it.
@@ -163,8 +167,8 @@ class AdaptiveSampler:
         self._num_behind = 0
         self._num_candidates = 0
         self._tally = Tally()
-        self._ready: list[tuple[int, int]] = []  # heap of (num_issued, order): breadth first
-        self._waiting: dict[int, list[int]] = defaultdict(list)  # window needed -> orders that wait for it (stale ones included)
+        self._ready: list[int] = []  # heap of num_issued << _ORDER_BITS | order: breadth first
+        self._waiting: dict[int, list[int]] = defaultdict(list)  # window needed -> orders; stale unless the prompt waits for that one
         self._reissue: list[tuple[int, int]] = []  # heap of (order, index); stale unless index is in that prompt's `lost`
         self._admit()
         if not self._by_order:
@@ -207,7 +211,7 @@ class AdaptiveSampler:
     @property
     def outstanding(self) -> list[CompletionId]:
         """Requests handed out and not answered, of active prompts, in prompt and request order."""
-        return [self._id(state, index) for state in self._by_order for index in sorted(state.outstanding)]
+        return [self._id(state, index) for state in self._by_order for index in _indices(state.outstanding)]
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id. Raises KeyError when none such has entered this step."""
@@ -222,7 +226,7 @@ class AdaptiveSampler:
         state = self._states.get(request_id.prompt_id)
         if state is None or state.exit is not None or request_id.step != self._step:
             return False
-        return state.committed <= request_id.index < state.num_issued and request_id.index not in state.arrived
+        return state.committed <= request_id.index < min(state.num_issued, state.limit) and not state.has(request_id.index)
 
     def progress(self) -> Progress:
         t = self._tally
@@ -263,50 +267,51 @@ class AdaptiveSampler:
         while self._reissue:
             order, index = heapq.heappop(self._reissue)
             state = self._by_order[order]
-            if state.exit is None and index in state.lost:
+            if state.exit is None and state.lost >> index & 1:
                 return state, index
         return None
 
     def _release(self, window: int) -> None:
         """Queue the prompts that waited for a window this wide."""
         for needed in [n for n in self._waiting if n <= window]:
-            for order in self._waiting.pop(needed):
-                self._queue(self._by_order[order])
+            for state in (self._by_order[order] for order in self._waiting.pop(needed)):
+                if state.waits_for == needed:
+                    state.waits_for = 0
+                    self._queue(state)
 
     def _next_fresh(self, window: int) -> tuple[_PromptState, int] | None:
         while self._ready:
-            state = self._by_order[heapq.heappop(self._ready)[1]]
+            state = self._by_order[heapq.heappop(self._ready) & ((1 << _ORDER_BITS) - 1)]
             state.queued = False
             needed = self._window_needed(state)
-            if state.exit is None and needed <= min(window, self._own_window(state)):
+            if state.exit is None and needed <= window:
                 return state, state.num_issued
-            if state.exit is None and window < needed <= self._policy.cap:
+            if state.exit is None and window < needed <= self._policy.cap and state.waits_for != needed:
+                state.waits_for = needed
                 self._waiting[needed].append(state.order)
         return None
-
-    def _own_window(self, state: _PromptState) -> int:
-        """The window of this prompt; it changes with its counts only, and every commit queues the prompt again."""
-        if self._window_of is None:
-            return self._policy.cap
-        return self._window_of(state.pool.counts, state.history, state.cap)
 
     def _window_needed(self, state: _PromptState) -> int:
         """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
         never = self._policy.cap + 1
-        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.cap):
+        if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.limit):
             return never
         if self._schedule == "rounds":
             return 0
+        if self._window_of is not None:  # it changes with the answers only, and every answer queues the prompt again
+            answered = state.answered
+            has_room = state.num_issued - answered.committed < self._window_of(answered, state.history, state.cap)
+            return 0 if has_room else never
         needed = state.num_issued - state.committed + 1
         every = self._policy.decide_every
         past_decision = state.num_issued >= (state.committed // every + 1) * every
         return max(needed, every + 1) if past_decision else needed
 
     def _issue(self, state: _PromptState, index: int) -> Request:
-        state.outstanding.add(index)
+        state.outstanding |= 1 << index
         self._num_outstanding += 1
-        if index in state.lost:
-            state.lost.discard(index)
+        if state.lost >> index & 1:
+            state.lost ^= 1 << index
         else:
             state.num_issued += 1
             self._tally.num_issued += 1
@@ -318,7 +323,7 @@ class AdaptiveSampler:
     def _queue(self, state: _PromptState) -> None:
         if not state.queued and state.exit is None:
             state.queued = True
-            heapq.heappush(self._ready, (state.num_issued, state.order))
+            heapq.heappush(self._ready, state.num_issued << _ORDER_BITS | state.order)
 
     def _id(self, state: _PromptState, index: int) -> CompletionId:
         return CompletionId(self._step, state.prompt.prompt_id, index)
@@ -354,7 +359,7 @@ class AdaptiveSampler:
         self._ready = []
         self._waiting.clear()
         for state in self._by_order:
-            state.queued = False
+            state.queued, state.waits_for = False, 0
             self._queue(state)
 
     def _state_of(self, event: Event) -> _PromptState | None:
@@ -369,66 +374,84 @@ class AdaptiveSampler:
 
     def _mark_issued(self, state: _PromptState, index: int) -> None:
         """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
-        for missing in range(state.num_issued, index):
+        for missing in range(state.num_issued, min(index, state.limit)):
             self._issue_again(state, missing)
         self._tally.num_issued += max(index + 1 - state.num_issued, 0)
         state.num_issued = max(index + 1, state.num_issued)
 
     def _issue_again(self, state: _PromptState, index: int) -> None:
-        state.lost.add(index)
+        state.lost |= 1 << index
         heapq.heappush(self._reissue, (state.order, index))
 
     def _take(self, state: _PromptState, event: Event) -> list[CompletionId]:
-        index, again = event.id.index, isinstance(event, (Aborted, Lost))
-        if index < state.committed or index in state.arrived or index in state.discarded or (again and index in state.lost):
+        index = event.id.index
+        if state.is_answered(index) or (state.lost >> index & 1 and isinstance(event, Aborted | Lost)):
             self._tally.num_duplicates += 1
             return []
-        if state.exit is not None:
+        if state.exit is not None or index >= state.limit:
             self._waste(state, index, event)
             return []
-        if index in state.outstanding:
-            state.outstanding.discard(index)
+        if state.outstanding >> index & 1:
+            state.outstanding ^= 1 << index
             self._num_outstanding -= 1
         if isinstance(event, Aborted | Lost):
             self._tally.lose(event)
             self._issue_again(state, index)
             return []
-        state.lost.discard(index)
-        state.arrived[index] = event
+        state.lost &= ~(1 << index)
+        state.put(index, event)
         return self._commit(state)
 
     def _waste(self, state: _PromptState, index: int, event: Event) -> None:
-        """An answer for a prompt that has exited."""
+        """An answer that will never be committed."""
         if not isinstance(event, Lost):  # a lost one may still answer
-            state.discarded.add(index)
+            state.discarded |= 1 << index
             self._tally.waste(event)
 
     def _commit(self, state: _PromptState) -> list[CompletionId]:
         """Extend the committed prefix as far as it goes, asking the exit rule at every decision point."""
-        while (outcome := state.arrived.pop(state.committed, None)) is not None:
-            had_signal = state.pool.has_signal
-            state.pool.add(outcome)
-            self._tally.num_with_signal += state.pool.has_signal and not had_signal
+        had_signal = state.has_signal
+        while (outcome := state.commit_next()) is not None:
+            self._tally.num_with_signal += state.has_signal and not had_signal
+            had_signal = state.has_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
-            verdict = self._policy.verdict(state.pool.counts, state.cap)
+            verdict = self._policy.verdict(state.counts, state.cap)
             if verdict is not Verdict.CONTINUE or state.committed == state.cap:
                 return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))
         self._queue(state)
         if state.behind and state.committed >= state.round_limit:
             self._catch_up(state)
-        return []
+        return self._settle(state) if self._window_of is not None and state.waiting else []
+
+    def _settle(self, state: _PromptState) -> list[CompletionId]:
+        """Give up the requests past the point where the prompt exits whatever its unanswered ones bring."""
+        if self._policy.decide(state.answered) is Verdict.CONTINUE:  # spares the search: nearly always
+            return []
+        later = [None if o is None else self._unit(o) for o in state.waiting]
+        state.limit = min(state.limit, certain_exit(self._policy, state.counts, later, state.cap))
+        to_abort = _indices(state.outstanding >> state.limit << state.limit)
+        state.outstanding &= (1 << state.limit) - 1
+        state.lost &= (1 << state.limit) - 1
+        self._num_outstanding -= len(to_abort)
+        for index, outcome in state.cut(state.limit):
+            self._waste(state, index, outcome)
+        return [self._id(state, index) for index in to_abort]
+
+    def _unit(self, outcome: Outcome) -> Counts:
+        if isinstance(outcome, Scored):
+            return CORRECT if outcome.reward > self._policy.positive_threshold else WRONG
+        return VOID
 
     def _exit(self, state: _PromptState, reason: ExitReason) -> list[CompletionId]:
         state.exit = reason
         self._num_active -= 1
         self._tally.num_satisfied += reason == "satisfied"
         self._tally.num_dropped += reason == "dropped"
-        to_abort = [self._id(state, index) for index in sorted(state.outstanding)]
+        to_abort = [self._id(state, index) for index in _indices(state.outstanding)]
         self._num_outstanding -= len(to_abort)
-        state.outstanding.clear()
-        for index, outcome in state.arrived.items():
+        state.outstanding = 0
+        for index, outcome in state.cut(state.committed):
             self._waste(state, index, outcome)
-        state.arrived.clear()
         if reason == "dropped":
             self._admit()
         if state.behind:
@@ -456,14 +479,15 @@ class AdaptiveSampler:
         return [candidates[i] for i in chosen]
 
     def _history(self, prompt: Prompt) -> History:
-        return History() if self._memory is None else self._memory.history(prompt)
+        return _UNKNOWN if self._memory is None else self._memory.history(prompt)
 
     def _enter(self, prompts: Sequence[Prompt]) -> None:
         histories = [self._history(p) for p in prompts]
         for prompt, history, cap in zip(prompts, histories, self._policy.allocate.budgets(histories), strict=True):
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
-            state = _PromptState(len(self._by_order), prompt, history, cap, self._policy.positive_threshold)
+            seen = history if self._window_of is not None else _UNKNOWN  # nobody else asks again
+            state = _PromptState(len(self._by_order), prompt, seen, cap, self._policy.positive_threshold)
             self._states[prompt.prompt_id] = state
             self._by_order.append(state)
             self._num_active += 1
@@ -479,7 +503,7 @@ class AdaptiveSampler:
         """The barrier: every active prompt gets its next round."""
         for state in self._by_order:
             if state.exit is None:
-                state.round_limit = min(self._policy.allocate(state.pool.counts), state.cap)
+                state.round_limit = min(self._policy.allocate(state.counts), state.cap)
                 state.behind = True
                 self._num_behind += 1
                 self._queue(state)
@@ -494,7 +518,7 @@ class AdaptiveSampler:
         if not self.done:
             given = f"{self._num_active} of {self.num_admitted} prompts still active"
             raise InputError(f"{_WHERE}.result", given, "every prompt must have exited", "drive the sampler until .done")
-        pools = tuple(s.pool.freeze(s.prompt, s.num_issued, s.exit, s.cap) for s in self._by_order if s.exit is not None)
+        pools = tuple(s.freeze(s.prompt, s.num_issued, s.exit, s.cap) for s in self._by_order if s.exit is not None)
         groups = tuple(group for pool in pools if (group := self._group(pool)) is not None)
         return SamplingResult(pools, groups, sampling_metrics(pools, groups, self._policy, self._num_wanted, self._tally))
 
@@ -524,3 +548,43 @@ def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | No
     if available is not None and num_prompts > available:
         raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most as many as there are is possible")
     return num_prompts
+
+
+def certain_exit(policy: Policy, counts: Counts, later: Sequence[Counts | None], cap: int) -> int:
+    """The first decision point where the rule ends a prompt however its unanswered completions turn out; the cap at the latest.
+
+    Args:
+        policy: its `verdict` is the rule.
+        counts: of the committed completions.
+        later: what is known past them, in request order: CORRECT, WRONG, VOID, or None for an unanswered one.
+        cap: the prompt's.
+    """
+    known, num_open, every = counts, 0, policy.decide_every
+    past_known = [None] * (-(counts.committed + len(later)) % every)  # up to the next decision point
+    for end, unit in enumerate([*later, *past_known], counts.committed + 1):
+        if unit is None:
+            num_open += 1
+        else:
+            known = Counts(known.correct + unit.correct, known.wrong + unit.wrong, known.void + unit.void)
+        if end < cap and end % every == 0 and _always_exits(policy, known, num_open, cap):
+            return end
+    return cap
+
+
+def _always_exits(policy: Policy, counts: Counts, num_open: int, cap: int) -> bool:
+    """Whether no way in which `num_open` more can turn out (correct, wrong or void) lets the rule go on."""
+    correct, wrong, void = counts
+    return all(
+        policy.verdict(Counts(correct + x, wrong + y, void + num_open - x - y), cap) is not Verdict.CONTINUE
+        for x in range(num_open + 1)
+        for y in range(num_open + 1 - x)
+    )
+
+
+def _indices(mask: int) -> list[int]:
+    """The places of the bits that are set, increasing."""
+    found = []
+    while mask:
+        found.append((mask & -mask).bit_length() - 1)
+        mask &= mask - 1
+    return found

@@ -133,7 +133,11 @@ class Allocate(Protocol):
 
 
 class Window(Protocol):
-    """How many requests beyond the committed prefix a prompt may be issued, from its counts; at least 1. `cap` is the prompt's."""
+    """How many unanswered requests a prompt may have, from the counts of all its answers; at least 1. `cap` is the prompt's.
+
+    Answers count as soon as they are there, also those that wait for an earlier one to be committed: what is issued changes no outcome,
+    so the pools keep their law.
+    """
 
     def __call__(self, counts: Counts, history: History, cap: int, /) -> int: ...
 
