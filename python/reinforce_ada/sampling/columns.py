@@ -8,7 +8,7 @@ number of prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -19,7 +19,8 @@ from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally
 from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import reward_statistics
-from reinforce_ada.sampling.sampler import Schedule
+from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, certain_exit
+from reinforce_ada.sampling.statistics import stopping_table
 from reinforce_ada.types import ExitReason, PoolStats
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -28,6 +29,7 @@ Requests: TypeAlias = tuple[Ints, NDArray[np.int32]]  # prompt_of [K], index [K]
 _WHERE = "ColumnSampler"
 # The state of one completion. Those from _VOID on are answers.
 _FREE, _OUT, _LOST, _ABORTED, _VOID, _WRONG, _CORRECT = range(7)
+_UNITS = (None, None, None, None, VOID, WRONG, CORRECT)  # what a completion in that state counts as
 _ACTIVE, _SATISFIED, _EXHAUSTED, _DROPPED = range(4)
 EXITS: tuple[ExitReason | None, ...] = (None, "satisfied", "exhausted", "dropped")  # by exit code
 _VERDICTS = (Verdict.CONTINUE, Verdict.STOP, Verdict.DROP)
@@ -75,8 +77,8 @@ class ColumnSampler:
         num_prompts: prompts to draw from, 0..num_prompts-1 in this order.
         policy: any whose `propose` takes prompts in order; see `preset` and `Policy`.
         schedule: "stream" or "rounds".
-        window: stream only: requests a prompt may be issued beyond its committed prefix; a function gives each prompt its own,
-            None adapts to the slots.
+        window: stream only: requests a prompt may be issued beyond its committed prefix; a function bounds each prompt's unanswered
+            ones, and what the answers settle is aborted at the end of a batch; None adapts to the slots.
         num_wanted: groups wanted; all by default. Required with a policy that refills.
         histories: what earlier steps say of each prompt, [num_prompts]; required by a policy that looks at it.
     Raises: InputError for arguments that cannot go together, and for a policy that chooses among candidates.
@@ -116,7 +118,8 @@ class ColumnSampler:
         self._queued = np.zeros(num_prompts, np.bool_)
         self._round_limit = np.zeros(num_prompts if self._in_rounds else 0, np.int32)
         self._behind = np.zeros(num_prompts if self._in_rounds else 0, np.bool_)  # holds the barrier back
-        self._own_window = np.zeros(num_prompts if callable(window) else 0, np.int32)
+        self._own_limit = np.zeros(num_prompts if callable(window) else 0, np.int32)  # by its window: no index at or past this now
+        self._end = np.zeros(num_prompts if callable(window) else 0, np.int32)  # no index at or past this will ever be committed
         self._kind = np.zeros(num_prompts if callable(window) else 0, np.int32)  # position in _kinds
         self._kinds: list[tuple[History, int]] = []  # distinct (history, cap)
         self._kind_numbers: dict[tuple[History, int], int] = {}
@@ -132,6 +135,7 @@ class ColumnSampler:
         self._verdicts = _Memo(self._verdict)
         self._limits = _Memo(self._limit)
         self._windows = _Memo(self._window_at)
+        self._goes_on = _Memo(lambda code: policy.decide(self._decode(code, 1)[0]) is Verdict.CONTINUE)
         self._admit()
         if self._in_rounds:
             self._start_round()
@@ -245,13 +249,11 @@ class ColumnSampler:
         """No index at or past this may be issued now, [n]."""
         if self._in_rounds:
             return self._round_limit[prompts].astype(np.int64)
+        if self._window_of is not None:
+            return np.minimum(self._own_limit[prompts], self._end[prompts]).astype(np.int64)
         committed = self._committed[prompts].astype(np.int64)
         limit, every = np.minimum(self._cap[prompts], committed + self._window), self._policy.decide_every
-        if self._window_of is None:
-            return np.minimum(limit, (committed // every + 1) * every) if self._window <= every else limit
-        own = self._own_window[prompts]
-        limit = np.minimum(limit, committed + own)
-        return np.where(own <= every, np.minimum(limit, (committed // every + 1) * every), limit)
+        return np.minimum(limit, (committed // every + 1) * every) if self._window <= every else limit
 
     def _queue(self, prompts: Ints) -> None:
         """Queue those of these prompts that are active and not in the queue."""
@@ -301,7 +303,11 @@ class ColumnSampler:
         self._state_at[flat] = np.where(is_void, _VOID, np.where(values > self._policy.positive_threshold, _CORRECT, _WRONG))
         values[is_void] = np.nan
         self._reward_at[flat] = values
-        return self._commit(prompts[(indices == self._committed[prompts]) & (self._exit[prompts] == _ACTIVE)])
+        to_abort = self._commit(prompts[(indices == self._committed[prompts]) & (self._exit[prompts] == _ACTIVE)])
+        if self._window_of is None:
+            return to_abort
+        answered = np.unique(prompts[self._exit[prompts] == _ACTIVE])
+        return _in_order([to_abort, self._look_ahead(answered)]) if len(answered) else to_abort
 
     def lose(self, prompt_of: ArrayLike, index: ArrayLike) -> None:
         """Give up waiting for these requests: those of active prompts are issued again, before anything else."""
@@ -357,8 +363,6 @@ class ColumnSampler:
     def _settle(self, prompts: Ints, ended: Ints, reasons: NDArray[np.int8]) -> Requests:
         """Let those exit that ended, and queue the others."""
         to_abort = self._leave(prompts[ended], reasons)
-        if self._window_of is not None:
-            self._look_ahead(prompts[self._exit[prompts] == _ACTIVE])
         if self._in_rounds:
             is_through = (self._exit[prompts] != _ACTIVE) | (self._committed[prompts] >= self._round_limit[prompts])
             caught_up = prompts[self._behind[prompts] & is_through]
@@ -366,9 +370,47 @@ class ColumnSampler:
             self._num_behind -= len(caught_up)
             if len(caught_up) and self._num_behind == 0:
                 self._start_round()
-        else:
+        elif self._window_of is None:
             self._queue(prompts)
         return to_abort
+
+    def _look_ahead(self, prompts: Ints) -> Requests:
+        """Of active prompts with new answers: give up what lies past a settled end, ask for their windows, and queue them."""
+        correct, wrong, answered = self._answered(prompts)
+        goes_on = self._goes_on.of(self._code(correct, wrong, answered, 0, 1))  # spares the search: nearly always
+        settled = prompts[goes_on == 0]
+        to_abort = self._settle_ends(settled)
+        if len(settled):
+            correct, wrong, answered = self._answered(prompts)
+        window = self._windows.of(self._code(correct, wrong, answered, self._kind[prompts], self._num_prompts))
+        self._own_limit[prompts] = answered + window
+        self._queue(prompts)
+        return to_abort
+
+    def _answered(self, prompts: Ints) -> tuple[Ints, Ints, Ints]:
+        """Correct, wrong and all answers that are committed or may still be, [n] each."""
+        states = self._state[prompts]
+        states[np.arange(self._policy.cap) >= self._end[prompts, None]] = _FREE
+        return (states == _CORRECT).sum(axis=1), (states == _WRONG).sum(axis=1), (states >= _VOID).sum(axis=1)
+
+    def _settle_ends(self, prompts: Ints) -> Requests:
+        for prompt in prompts.tolist():
+            self._end[prompt] = self._settled_end(prompt)
+        is_past = np.arange(self._policy.cap) >= self._end[prompts, None]
+        states = self._state[prompts]
+        row, index = ((states == _OUT) & is_past).nonzero()
+        self._num_outstanding -= len(index)
+        states[((states == _OUT) | (states == _LOST)) & is_past] = _ABORTED
+        self._state[prompts] = states
+        return prompts[row], index.astype(np.int32)
+
+    def _settled_end(self, prompt: int) -> int:
+        correct, wrong, committed = int(self._correct[prompt]), int(self._wrong[prompt]), int(self._committed[prompt])
+        later = self._state[prompt, committed : self._end[prompt]]
+        known = later[: int((later >= _VOID).nonzero()[0].max(initial=-1)) + 1]
+        counts = Counts(correct, wrong, committed - correct - wrong)
+        end = certain_exit(self._policy, counts, [_UNITS[state] for state in known.tolist()], int(self._cap[prompt]))
+        return min(end, int(self._end[prompt]))
 
     def _leave(self, gone: Ints, reasons: NDArray[np.int8]) -> Requests:
         if not len(gone):
@@ -414,14 +456,11 @@ class ColumnSampler:
         return self._policy.allocate(self._decode(code, 1)[0])
 
     def _window_at(self, code: int) -> int:
+        """The user's window at these counts of answers."""
         counts, kind = self._decode(code, self._num_prompts)
         history, cap = self._kinds[kind]
         assert self._window_of is not None
         return self._window_of(counts, history, cap)
-
-    def _look_ahead(self, prompts: Ints) -> None:
-        """Ask the window function for these prompts, whose counts have changed."""
-        self._own_window[prompts] = self._windows.of(self._codes_of(prompts, self._kind[prompts], self._num_prompts))
 
     # -------------------- admission and barriers
 
@@ -441,8 +480,9 @@ class ColumnSampler:
         prompts = np.arange(first, first + num)
         if self._window_of is not None:
             self._kind[first : first + num] = [self._kind_number(*kind) for kind in zip(histories, caps, strict=True)]
+            self._end[first : first + num] = caps
             self._look_ahead(prompts)
-        if not self._in_rounds:
+        elif not self._in_rounds:
             self._queue(prompts)
 
     def _kind_number(self, history: History, cap: int) -> int:
@@ -614,6 +654,13 @@ def _breadth_first(prompts: Ints, issued: Ints, room: Ints, num: int) -> Ints:
     return given
 
 
+def _in_order(requests: Sequence[Requests]) -> Requests:
+    """All of them, by prompt and index."""
+    prompt_of, index = (np.concatenate(columns) for columns in zip(*requests, strict=True))
+    order = np.lexsort((index, prompt_of))
+    return prompt_of[order], index[order]
+
+
 def _ranges(first: NDArray[Any], length: NDArray[Any]) -> Ints:
     """first[0], first[0] + 1, ... of each length, one after another."""
     stop = length.cumsum()
@@ -660,6 +707,7 @@ def _metrics(result: ColumnResult, policy: Policy, num_wanted: int, tally: Tally
     metrics = {
         "first_round_reward": _mean(first[~np.isnan(first)]),
         "pool_reward": _mean(result.mean[result.count > 0]),
+        "pass_rate": _mean(np.array(list(_pass_rates(result, policy, num_wanted)))),
         "kept_reward": _mean(result.rewards[row, result.kept[row, column]]),
         "signal_fraction": np.count_nonzero(result.min < result.max) / num_prompts,
         "samples_per_prompt": tally.num_committed / num_prompts,
@@ -683,6 +731,21 @@ def _metrics(result: ColumnResult, policy: Policy, num_wanted: int, tally: Tally
         "num_rejected": tally.num_rejected,
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _pass_rates(result: ColumnResult, policy: Policy, num_prompts: int) -> Iterator[float]:
+    """The unbiased estimate of each of the first prompts' pass rates, as `terminals_of` has it; none without a score."""
+    known: dict[tuple[int, int, int], float] = {}  # without voids
+    columns = (result.num_correct, result.num_wrong, result.num_void, result.cap)
+    for row, (correct, wrong, void, cap) in enumerate(zip(*(c[:num_prompts].tolist() for c in columns), strict=True)):
+        counts = Counts(correct, wrong, void)
+        if void and counts.scored:
+            voids = np.isnan(result.rewards[row, : counts.committed]).nonzero()[0]
+            yield stopping_table(policy, cap, tuple(voids.tolist())).at(counts).pass_rate
+        elif counts.scored:
+            if (correct, wrong, cap) not in known:
+                known[correct, wrong, cap] = stopping_table(policy, cap).at(counts).pass_rate
+            yield known[correct, wrong, cap]
 
 
 def _mean(values: NDArray[np.float64]) -> float:

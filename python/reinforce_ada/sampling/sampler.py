@@ -421,7 +421,7 @@ class AdaptiveSampler:
         self._queue(state)
         if state.behind and state.committed >= state.round_limit:
             self._catch_up(state)
-        return self._settle(state) if self._window_of is not None and state.waiting else []
+        return [] if self._window_of is None else self._settle(state)
 
     def _settle(self, state: _PromptState) -> list[CompletionId]:
         """Give up the requests past the point where the prompt exits whatever its unanswered ones bring."""
