@@ -15,7 +15,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import preset
+from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.language_model import Head
@@ -122,8 +122,6 @@ def toy_config(out: Path, **overrides: Any) -> Config:
 def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
-    s = config.sampling
-    policy = preset(s.preset, group_size=s.group_size, round_size=s.round_size, max_rounds=s.max_rounds)
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
     source = Source(records.__getitem__, len(records), config.run.seed)
 
@@ -136,7 +134,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
         rewards=InlineRewards(is_multiple_of_four),
         train=lambda position: PromptStream(source, frozenset(), make, position),
         held_out=[make(f"held-out-{i}", {"question": "", "token": 20 + i}) for i in range(3)],
-        policy=policy,
+        policy=configured(config.sampling),
         store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)),
     )
     trainer = Trainer(parts, config, out, Display(stderr=True))
