@@ -272,6 +272,29 @@ def test_accumulated_gradients_are_those_of_one_pass(
             assert float((other[name] - g).abs().max()) < 1e-5 * scale, name
 
 
+def test_with_objective_mean_groups_without_signal_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its denominator is of the prompts that entered: kept or dropped, the gradient is the same. The published weights' is not."""
+    same_gradient = {}
+    for preset in ("reinforce-ada-exact", "reinforce-ada-balance"):
+        keep, drop = (
+            gradients_of_first_minibatch(
+                tmp_path / f"{preset}-{degenerate}", monkeypatch, preset=preset, degenerate=degenerate, dtype="float32", max_rounds=1,
+                loss_agg="seq-mean-token-sum", tokens_per_pass=100_000,
+            )
+            for degenerate in ("keep", "drop")
+        )  # fmt: skip
+        scale = max(float(g.abs().max()) for g in keep.values())
+        same_gradient[preset] = all(float((drop[name] - g).abs().max()) < 1e-6 * scale for name, g in keep.items())
+    assert same_gradient == {"reinforce-ada-exact": True, "reinforce-ada-balance": False}
+
+
+@pytest.mark.parametrize(("loss_agg", "said"), [("token-mean", True), ("seq-mean-token-sum", False)])
+def test_a_run_says_what_keeps_it_from_being_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str], loss_agg: str, said: bool) -> None:
+    config = toy_config(tmp_path / "run", steps=0, minibatches=1, preset="reinforce-ada-exact", loss_agg=loss_agg)
+    toy_trainer(config, tmp_path / "run", resume=False).run()
+    assert ("objective \"mean\" is only approximate here: loss_agg 'token-mean'" in capsys.readouterr().err) == said
+
+
 def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Path) -> None:
     config = toy_config(tmp_path / "run", steps=1, minibatches=3, dtype="float32")
     trainer = toy_trainer(config, tmp_path / "run", resume=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import NearestRate, preset
+from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.language_model import Head
-from reinforce_ada.training.tasks import PromptStream, Source, content_key
+from reinforce_ada.training.tasks import PromptStream, Source
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
@@ -123,15 +122,11 @@ def toy_config(out: Path, **overrides: Any) -> Config:
 def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
-    s = config.sampling
-    given = {key: getattr(s, key) for key in ("group_size", "round_size", "max_rounds", "mean_budget")}
-    policy = preset(s.preset, **{key: value for key, value in given.items() if value is not None})
-    policy = replace(policy, propose=NearestRate()) if s.propose else policy
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
     source = Source(records.__getitem__, len(records), config.run.seed)
 
     def make(name: str, record: Any) -> Prompt:
-        return Prompt(name, (3, record["token"]), text=record["question"], data=record, key=content_key(record))
+        return Prompt(name, (3, record["token"]), text=record["question"], data=record)
 
     parts = Parts(
         model=ToyModel(getattr(torch, config.model.dtype)),
@@ -139,7 +134,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
         rewards=InlineRewards(is_multiple_of_four),
         train=lambda position: PromptStream(source, frozenset(), make, position),
         held_out=[make(f"held-out-{i}", {"question": "", "token": 20 + i}) for i in range(3)],
-        policy=policy,
+        policy=configured(config.sampling),
         store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)),
     )
     trainer = Trainer(parts, config, out, Display(stderr=True))

@@ -16,7 +16,7 @@ from reinforce_ada.types import Completion, CompletionId, Group, Pool, Prompt, S
 
 Array = NDArray[np.float64]
 
-_NUM_PATHS = 256  # draw sequences per terminal state, where what is kept depends on their order
+_NUM_SEQUENCES = 16_384  # drawn for all terminal states together, where what is kept depends on the order
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
     terminals = [t for t in table.terminals if t.verdict is not Verdict.DROP]
     simulated = any(_depends_on_order(policy, t) for t in terminals)
     rng = np.random.default_rng(0)
-    sequences = [_sequences(table, t, rng) if simulated else [_canonical(t)] for t in terminals]
+    num = _NUM_SEQUENCES // len(terminals) + 1
+    sequences = [_sequences(table, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
     terms = _terms(where, policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
     plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
@@ -189,9 +190,9 @@ def _depends_on_order(policy: Policy, t: Terminal) -> bool:
     return len({(len(kept), sum(order[i] == "+" for i in kept)) for order in orders for kept in [_kept(policy, order)]}) > 1
 
 
-def _sequences(table: StoppingTable, t: Terminal, rng: np.random.Generator) -> list[str]:
+def _sequences(table: StoppingTable, t: Terminal, num: int, rng: np.random.Generator) -> list[str]:
     """Draw sequences that end in this terminal. Given it all are equally likely, whatever p: one sample serves every pass rate."""
-    return ["".join(_backwards(table, t, rng))[::-1] for _ in range(_NUM_PATHS)]
+    return ["".join(_backwards(table, t, rng))[::-1] for _ in range(num)]
 
 
 def _backwards(table: StoppingTable, t: Terminal, rng: np.random.Generator) -> Iterator[str]:
