@@ -76,11 +76,14 @@ def _window(text: str, policy: Policy) -> int | Window | None:
     try:
         if name == "posterior":
             return PosteriorWindow(policy, float(survival)) if survival else PosteriorWindow(policy)
-        return None if text == "adaptive" else int(text)
+        number = None if text == "adaptive" else int(text)
     except InputError:
         raise
     except ValueError as e:
         raise InputError(_WHERE, f"window {text!r}", "a number, adaptive, posterior or posterior:SURVIVAL is needed") from e
+    if number is not None and number < 1:
+        raise InputError(_WHERE, f"window {text}", "at least 1 is needed")
+    return number
 
 
 def published_settings() -> list[Setting]:
