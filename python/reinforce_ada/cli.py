@@ -322,6 +322,8 @@ def _add_simulate(commands: Any) -> None:
     parser.add_argument("--population", nargs="+", metavar="P", default=[], help=shown)
     parser.add_argument("--prompts", type=int, metavar="N", help="prompts (default: 64, or those of the file)")
     parser.add_argument("--seeds", type=int, default=8, metavar="K", help="repetitions (default: 8)")
+    shown = "completions of earlier steps that are known of each prompt (default: 0)"
+    parser.add_argument("--earlier", type=int, default=0, metavar="N", help=shown)
     shown = "ask the sampler only when this share of the slots has ended; for 100 000 prompts and more (default: 0, at every end)"
     parser.add_argument("--poll-fraction", type=float, default=0.0, metavar="X", help=shown)
     parser.add_argument("--fit", type=Path, metavar="RUN", help="take engine, lengths and pass rates from a run folder or its store")
@@ -347,6 +349,7 @@ def _simulate(given: argparse.Namespace) -> int:
         given.population,
         num_prompts=given.prompts,
         num_seeds=given.seeds,
+        num_earlier=given.earlier,
         poll_fraction=given.poll_fraction,
         engine=engine,
         lengths=lengths,

@@ -81,10 +81,12 @@ def test_a_policy_that_refills_wants_its_share_of_the_prompts() -> None:
 def test_both_samplers_give_the_same_run_and_a_coarser_poll_nearly_so() -> None:
     world = World(BetaRates().draw(48, 3), LengthModel(), 3)
     engine = EngineModel(slots=64)
-    for kwargs in ({"schedule": "rounds"}, {"window": 8}, {"window": 3}, {}):
+    for kwargs in ({"schedule": "rounds"}, {"window": 8}, {"window": 3}, {}, {"window": PosteriorWindow(EACH)}):
         schedule, window = kwargs.get("schedule", "stream"), kwargs.get("window")
         event = simulate(world, EACH, engine, schedule=schedule, window=window)
-        batch = simulate(world, EACH, engine, schedule=schedule, window=window, sampler=BatchSampler(48, EACH, schedule, window))
+        batch = simulate(
+            world, EACH, engine, schedule=schedule, window=window, sampler=BatchSampler(EACH, schedule, window, world.histories(0))
+        )
         assert (event.wall_s, event.tokens, event.tokens_committed) == (batch.wall_s, batch.tokens, batch.tokens_committed)
     exact = simulate(world, EACH, engine, window=8)
     coarse = simulate(world, EACH, engine, window=8, poll_fraction=0.05)

@@ -29,6 +29,7 @@ def run(
     *,
     num_prompts: int | None,
     num_seeds: int,
+    num_earlier: int,
     poll_fraction: float,
     engine: Mapping[str, float],
     lengths: Mapping[str, float],
@@ -43,7 +44,7 @@ def run(
         schedules, windows: what each policy is run with; windows apply to streams.
         populations: "beta:a,b", a file of pass rates, or a store; none is Beta(1, 2), or that of `fit`.
         num_prompts: None is 64, or as many as a file has.
-        num_seeds, poll_fraction: see `run_study`.
+        num_seeds, num_earlier, poll_fraction: see `run_study`.
         engine, lengths: fields of EngineModel and LengthModel that differ from the default, or from `fit`.
         fit: a run to take engine, lengths and pass rates from.
         json_to, figure_to: files to write.
@@ -63,16 +64,10 @@ def run(
             n = num_prompts if num_prompts is not None else len(p.rates) if not isinstance(p, BetaRates) else 64
             studies.append(
                 run_study(
-                    settings,
-                    p,
-                    engine_model,
-                    length_model,
-                    num_prompts=n,
-                    num_seeds=num_seeds,
-                    poll_fraction=poll_fraction,
-                    on_poll=progress.tell,
+                    settings, p, engine_model, length_model, num_prompts=n, num_seeds=num_seeds, num_earlier=num_earlier,
+                    poll_fraction=poll_fraction, on_poll=progress.tell,
                 )
-            )
+            )  # fmt: skip
     for study in studies:
         print(table(study))
     if json_to is not None:

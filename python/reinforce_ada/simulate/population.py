@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import History
 from reinforce_ada.simulate.engine_model import LengthModel, check_range
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
-_OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE = range(5)  # one stream of numbers each
+_OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # one stream of numbers each
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ class World:
     @property
     def num_prompts(self) -> int:
         return len(self._rates)
+
+    def histories(self, num_earlier: int) -> list[History]:
+        """What the outcomes of so many completions of earlier steps say of each prompt: Beta(1 + correct, 1 + wrong)."""
+        correct = np.zeros(self.num_prompts, np.int64)
+        for index in range(num_earlier):
+            correct += self._uniform(_EARLIER, np.arange(self.num_prompts), np.array([index])) < self._rates
+        known = {k: History(1.0 + k, 1.0 + num_earlier - k) for k in range(num_earlier + 1)}
+        return [known[k] for k in correct.tolist()]
 
     def draw(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """(correct, tokens) of completions, both [N]."""

@@ -91,8 +91,8 @@ def published_settings() -> list[Setting]:
     balance, each = "reinforce-ada-balance", "reinforce-ada-balance:decide_every=1"
     rounds = [setting(balance, "rounds"), setting(f"{balance}:round_size=4,max_rounds=8", "rounds")]
     fixed = [setting(f"grpo:group_size={n}", "rounds") for n in (8, 16, 32)]
-    stream = [setting(each, "stream", window) for window in ("4", "8", "16", "32", "posterior")]
-    return [*rounds, *fixed, *stream, *(setting(balance, "stream", window) for window in ("8", "9", "16", "posterior"))]
+    stream = [setting(each, "stream", window) for window in ("4", "8", "16", "32", "adaptive", "posterior")]
+    return [*rounds, *fixed, *stream, *(setting(balance, "stream", window) for window in ("8", "9", "16", "adaptive", "posterior"))]
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def run_study(
     *,
     num_prompts: int,
     num_seeds: int,
+    num_earlier: int = 0,
     poll_fraction: float = 0.0,
     on_poll: Callable[[Setting, int, int], None] | None = None,
 ) -> Study:
@@ -191,19 +192,24 @@ def run_study(
         population: pass rates of the prompts.
         engine, lengths: the engine and its completions.
         num_prompts, num_seeds: at least 1.
-        poll_fraction: see `simulate`.
+        num_earlier, poll_fraction: see `simulate`.
         on_poll: called after every poll with the setting, the seed and the number of completions that have ended.
-    Raises: InputError for numbers below 1.
+    Raises: InputError for numbers below these.
     """
-    for name, value in (("prompts", num_prompts), ("seeds", num_seeds)):
-        if value < 1:
-            raise InputError(_WHERE, f"{name} {value}", "at least 1 is needed")
+    for name, value, least in (("prompts", num_prompts, 1), ("seeds", num_seeds, 1), ("earlier", num_earlier, 0)):
+        if value < least:
+            raise InputError(_WHERE, f"{name} {value}", f"at least {least} is needed")
     outcomes: list[list[Outcome]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
         for s, found in zip(settings, outcomes, strict=True):
             told = None if on_poll is None else _teller(on_poll, s, seed)
-            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, poll_fraction=poll_fraction, on_poll=told))
+            found.append(
+                simulate(
+                    world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, poll_fraction=poll_fraction,
+                    on_poll=told,
+                )
+            )  # fmt: skip
     rows = tuple(Row(s, tuple(found)) for s, found in zip(settings, outcomes, strict=True))
     return Study(str(population), engine, lengths, num_prompts, num_seeds, rows)
 
