@@ -10,7 +10,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-sanitize lint format bench bench-docs doctor clean
+.PHONY: demo test test-slow simulate-scale test-sanitize lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -20,6 +20,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# A million prompts through the simulator; about two minutes on one core.
+simulate-scale: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/simulate $(PYTEST_FLAGS)
 
 # The preloaded libraries must come before everything else in the process; --capture=sys leaves the sanitizer's report on the terminal.
 # Leaks are not looked for: Python and torch keep what they allocate until the end.

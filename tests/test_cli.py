@@ -16,7 +16,7 @@ import reinforce_ada
 from reinforce_ada import cli, config
 
 ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
-COMMANDS = ("train", "eval", "report", "bench", "doctor")
+COMMANDS = ("train", "eval", "report", "simulate", "bench", "doctor")
 
 
 def say(capsys, *arguments) -> tuple[int, str]:

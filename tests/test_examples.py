@@ -83,7 +83,7 @@ def test_readme_has_the_two_blocks_for_use_as_a_library(here, capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_lines_are_accepted(line, monkeypatch):
     seen = []
-    for name in ("_train", "_eval", "_explain", "_report", "_bench", "_doctor"):
+    for name in ("_train", "_eval", "_explain", "_report", "_simulate", "_bench", "_doctor"):
         monkeypatch.setattr(cli, name, lambda given: seen.append(given) or 0)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert len(seen) == 1

@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "training": {*FOUNDATION, *STAGES, "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "driver", "training", "report"},
+    "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "_cpu"},
     "explain": {*FOUNDATION, "sampling", "config"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
-    "cli": {*FOUNDATION, "config", "explain", "report", "bench", "doctor", "training.launch"},
+    "cli": {*FOUNDATION, "config", "explain", "report", "simulate", "bench", "doctor", "training.launch"},
 }
 
 

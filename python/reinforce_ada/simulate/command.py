@@ -1,0 +1,155 @@
+"""`reinforce-ada simulate`: runs the settings, says how far it is, prints the table, writes JSON and figure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
+from reinforce_ada.simulate.fit import fit_run, fit_store
+from reinforce_ada.simulate.population import BetaRates, Population, read_rates
+from reinforce_ada.simulate.study import HEADINGS, Setting, Study, published_settings, run_study, setting
+
+_WHERE = "simulate"
+_EVERY_S = 0.2  # between two updates of the line that says how far it is
+
+
+def run(
+    policies: Sequence[str],
+    schedules: Sequence[Literal["rounds", "stream"]],
+    windows: Sequence[str],
+    populations: Sequence[str],
+    *,
+    num_prompts: int | None,
+    num_seeds: int,
+    num_earlier: int,
+    poll_fraction: float,
+    engine: Mapping[str, float],
+    lengths: Mapping[str, float],
+    fit: Path | None,
+    json_to: Path | None,
+    figure_to: Path | None,
+) -> None:
+    """Compare settings on populations and print a table for each.
+
+    Args:
+        policies: presets with overrides, see `setting`; none for the published comparison.
+        schedules, windows: what each policy is run with; windows apply to streams.
+        populations: "beta:a,b", a file of pass rates, or a store; none is Beta(1, 2), or that of `fit`.
+        num_prompts: None is 64, or as many as a file has.
+        num_seeds, num_earlier, poll_fraction: see `run_study`.
+        engine, lengths: fields of EngineModel and LengthModel that differ from the default, or from `fit`.
+        fit: a run to take engine, lengths and pass rates from.
+        json_to, figure_to: files to write.
+    Raises: InputError for anything that cannot be used.
+    """
+    settings = _settings(policies, schedules, windows)
+    fitted = None if fit is None else fit_run(fit)
+    if fitted is not None:
+        print(f"{fitted}\n")
+    chosen = [population(text) for text in populations] or [fitted.population if fitted else BetaRates()]
+    engine_model: EngineModel = replace(fitted.engine if fitted else EngineModel(), **engine)  # type: ignore[arg-type]
+    length_model: LengthModel = replace(fitted.lengths if fitted else LengthModel(), **lengths)  # type: ignore[arg-type]
+    _check_files(json_to, figure_to)
+    studies = []
+    with _Progress(len(chosen) * num_seeds * len(settings)) as progress:
+        for p in chosen:
+            n = num_prompts if num_prompts is not None else len(p.rates) if not isinstance(p, BetaRates) else 64
+            studies.append(
+                run_study(
+                    settings, p, engine_model, length_model, num_prompts=n, num_seeds=num_seeds, num_earlier=num_earlier,
+                    poll_fraction=poll_fraction, on_poll=progress.tell,
+                )
+            )  # fmt: skip
+    for study in studies:
+        print(table(study))
+    if json_to is not None:
+        json_to.write_text(json.dumps([study.record() for study in studies], indent=1) + "\n")
+    if figure_to is not None:
+        from reinforce_ada.simulate import figure
+
+        figure.draw(studies, figure_to)
+
+
+def population(text: str) -> Population:
+    """The pass rates that these words mean: "beta:a,b", a store, a run folder, or a file of rates.
+
+    Raises: InputError for none of these.
+    """
+    if text.startswith("beta:"):
+        try:
+            a, b = map(float, text.removeprefix("beta:").split(","))
+        except ValueError as e:
+            raise InputError(_WHERE, f"population {text!r}", "beta:A,B with two numbers is needed") from e
+        return BetaRates(a, b)
+    path = Path(text)
+    return fit_store(path) if path.is_dir() or path.suffix == ".sqlite" else read_rates(path)
+
+
+def table(study: Study) -> str:
+    """The study as text, its columns aligned."""
+    rows = [HEADINGS, *study.cells()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+    ]
+    about = f"{study.population}, {study.num_prompts} prompts on {study.engine.slots} slots, {study.num_seeds} seeds (± is their spread)"
+    return "\n".join([about, *(line.rstrip() for line in lines), ""])
+
+
+def _settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "stream"]], windows: Sequence[str]) -> list[Setting]:
+    if not policies:
+        if schedules or windows:
+            raise InputError(_WHERE, "--schedule or --window without a preset", "a preset is needed", "such as reinforce-ada-balance")
+        return published_settings()
+    found: list[Setting] = []
+    for policy in policies:
+        for schedule in schedules or ("rounds", "stream"):
+            found += (
+                [setting(policy, "stream", w) for w in windows or ("posterior",)] if schedule == "stream" else [setting(policy, "rounds")]
+            )
+    return found
+
+
+def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
+    """What cannot be written is better known before the work."""
+    for flag, path in (("--json", json_to), ("--figure", figure_to)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(_WHERE, f"{flag} {path}", "a file in a folder that exists is needed")
+    if figure_to is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError(_WHERE, "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
+
+
+class _Progress:
+    """One line on a terminal's standard error, written over and over; nothing elsewhere."""
+
+    def __init__(self, num_runs: int) -> None:
+        self._num_runs = num_runs
+        self._started = self._shown = time.monotonic()
+        self._seen: dict[Any, None] = {}
+        self._is_terminal = sys.stderr.isatty()
+
+    def tell(self, s: Setting, seed: int, num_ended: int) -> None:
+        """How far a run is."""
+        self._seen[id(s), seed] = None
+        now = time.monotonic()
+        if not self._is_terminal or now < self._shown + _EVERY_S:
+            return
+        self._shown = now
+        elapsed = int(now - self._started)
+        what = f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions"
+        print(f"\r\033[K[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""The engine as numbers: slots, the time of a decode step, and how long completions are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from reinforce_ada.errors import InputError
+
+
+def check_range(where: str, name: str, value: float, low: float, *, strict: bool = False) -> None:
+    """Raise InputError unless `value` is a finite number of at least `low` (above it, where strict)."""
+    if not math.isfinite(value) or value < low or (strict and value == low):
+        raise InputError(where, f"{name} {value:g}", f"a finite number {'above' if strict else 'of at least'} {low:g} is needed")
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """A continuous-batching engine.
+
+    A decode step with `busy` sequences takes step_ms + busy_ms * busy and gives each one token; a request of L tokens ends L steps
+    after it got its slot; a free slot is filled at once. A request that starts adds prefill_ms per prompt token to the step it joins.
+    `sync_ms` is paid once, before the first step.
+    """
+
+    slots: int = 256
+    step_ms: float = 8.0
+    busy_ms: float = 0.03
+    prefill_ms: float = 0.0  # per prompt token
+    prompt_tokens: int = 0
+    sync_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("EngineModel", "slots", self.slots, 1)
+        for f in fields(self)[1:]:
+            check_range("EngineModel", f.name, getattr(self, f.name), 0)
+        if self.step_ms == 0 == self.busy_ms:
+            raise InputError("EngineModel", "step_ms 0 and busy_ms 0", "a decode step that takes time is needed")
+
+    def decode_s(self, num_steps: float, num_tokens: float) -> float:
+        """Seconds of `num_steps` decode steps that gave `num_tokens` tokens together."""
+        return (self.step_ms * num_steps + self.busy_ms * num_tokens) / 1e3
+
+    def prefill_s(self, num_requests: int) -> float:
+        """Seconds that the prompts of so many requests take."""
+        return self.prefill_ms * self.prompt_tokens * num_requests / 1e3
+
+
+@dataclass(frozen=True)
+class LengthModel:
+    """Tokens of a completion: lognormal, longer where the answer is wrong, and longer or shorter for a prompt as a whole.
+
+        log L = log(median of its class) + sigma_prompt * u[prompt] + sigma * z[completion],  u, z ~ N(0, 1);  L <= max_tokens
+
+    The default medians are 600 e^(-1/3) and 600 e^(1/6): wrong answers e^0.5 times longer, and 600 the geometric mean at pass rate 1/3.
+    """
+
+    median_correct: float = 430.0
+    median_wrong: float = 709.0
+    sigma: float = 0.8
+    sigma_prompt: float = 0.55
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        check_range("LengthModel", "median_correct", self.median_correct, 0, strict=True)
+        check_range("LengthModel", "median_wrong", self.median_wrong, 0, strict=True)
+        check_range("LengthModel", "sigma", self.sigma, 0)
+        check_range("LengthModel", "sigma_prompt", self.sigma_prompt, 0)
+        check_range("LengthModel", "max_tokens", self.max_tokens, 1)

@@ -1,0 +1,96 @@
+"""The figure: wall-clock against waste for every study, and the busy slots over time. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reinforce_ada.simulate.study import Row, Study
+
+_INK, _GRID = "#2b2f36", "#e6e8eb"
+_COLORS = ("#9aa1ab", "#1f6cb0", "#d1661e", "#2e8b57", "#9a5fb4", "#b8860b", "#c2185b", "#00838f")
+_PANEL_IN, _HEIGHT_IN, _DPI = 4.6, 4.6, 130
+_NUM_TRACES = 4
+
+
+def draw(studies: Sequence[Study], path: Path) -> None:
+    """Writes the figure: a panel for each study, and one with the busy slots of the first study's first seed.
+
+    Raises: ImportError without matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_rows = 2 if len(studies) > 2 else 1
+    num_columns = -(-(len(studies) + 1) // num_rows)
+    size = (_PANEL_IN * num_columns, _HEIGHT_IN * num_rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for ax, study in zip(panels, studies, strict=False):
+        _frontier(ax, study)
+    _busy(panels[len(studies)], studies[0])
+    for ax in panels[len(studies) + 1 :]:
+        ax.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _families(study: Study) -> dict[str, list[Row]]:
+    """Rows that differ in their window only, the posterior window apart; in rounds, those of one preset."""
+    families: dict[str, list[Row]] = {}
+    for row in study.rows:
+        policy, window = row.setting.policy_text, row.setting.window_text
+        kind = "posterior window" if window.startswith("posterior") else "window"
+        name = f"{policy}, stream, {kind}" if window else f"{policy.partition(':')[0]}, rounds"
+        families.setdefault(name, []).append(row)
+    return families
+
+
+def _frontier(ax: Any, study: Study) -> None:
+    for color, (name, rows) in zip(_COLORS * len(study.rows), _families(study).items(), strict=False):
+        x, spread = zip(*(row.relative(study.rows[0]) for row in rows), strict=True)
+        y = [row.mean("waste") for row in rows]
+        marker, line = ("*" if "posterior" in name else "o"), ("-" if "stream" in name else "none")
+        ax.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.25, linewidth=1.2)
+        ax.plot(x, y, marker=marker, linestyle=line, color=color, label=name, linewidth=1, markersize=9 if marker == "*" else 5)
+        for row, at in zip(rows, zip(x, y, strict=True), strict=True):
+            ax.annotate(_mark(row), at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=color)
+    ax.set_xlabel(f"wall-clock, relative to the first row ({study.rows[0].setting.schedule_label})", fontsize=8)
+    ax.set_ylabel("wasted tokens", fontsize=8)
+    ax.set_ylim(bottom=-0.01)
+    ax.yaxis.set_major_formatter(_percent)
+    _finish(ax, f"{study.population}, {study.num_prompts} prompts, {study.engine.slots} slots")
+
+
+def _mark(row: Row) -> str:
+    """What tells a row from others of its family."""
+    window = row.setting.window_text
+    return window.removeprefix("posterior").removeprefix(":") if window else row.setting.policy_text.partition(":")[2]
+
+
+def _busy(ax: Any, study: Study) -> None:
+    rows = study.rows if len(study.rows) <= _NUM_TRACES else (study.rows[0], *study.rows[1 - _NUM_TRACES :])
+    for color, row in zip(_COLORS, rows, strict=False):
+        seconds, busy = row.outcomes[0].busy.T
+        label = f"{row.setting.policy_text.partition(':')[2]} {row.setting.schedule_label}".strip()
+        ax.step(seconds, busy, where="post", label=label, color=color, linewidth=1.1)
+    ax.set_xlabel("seconds", fontsize=8)
+    ax.set_ylabel("busy slots", fontsize=8)
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7, frameon=False)
+    _finish(ax, f"Busy slots, {study.population}, first seed")
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{value:.0%}"
+
+
+def _finish(ax: Any, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize=9, color=_INK)
+    ax.grid(color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8, labelcolor=_INK, length=0)

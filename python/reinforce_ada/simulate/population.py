@@ -1,0 +1,153 @@
+"""Who is asked: pass rates of the prompts, and the outcomes and lengths of their completions, each a function of its identity."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import History
+from reinforce_ada.simulate.engine_model import LengthModel, check_range
+
+_WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
+_OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # one stream of numbers each
+
+
+@dataclass(frozen=True)
+class BetaRates:
+    """Pass rates drawn from Beta(a, b)."""
+
+    a: float = 1.0
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_range("BetaRates", "a", self.a, 0, strict=True)
+        check_range("BetaRates", "b", self.b, 0, strict=True)
+
+    def __str__(self) -> str:
+        return f"Beta({self.a:.3g}, {self.b:.3g})"
+
+    def draw(self, num_prompts: int, seed: int) -> NDArray[np.float64]:
+        """Pass rates [num_prompts] float64."""
+        return np.random.default_rng([seed, num_prompts]).beta(self.a, self.b, num_prompts)
+
+
+@dataclass(frozen=True)
+class GivenRates:
+    """Pass rates as they are: all in order where as many prompts are wanted, drawn from them otherwise."""
+
+    rates: tuple[float, ...]
+    name: str = "given rates"
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            raise InputError(self.name, "no pass rates", "at least one is needed")
+        for rate in self.rates:
+            if not 0 <= rate <= 1:
+                raise InputError(self.name, f"pass rate {rate}", "a number from 0 to 1 is needed")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def draw(self, num_prompts: int, seed: int) -> NDArray[np.float64]:
+        """Pass rates [num_prompts] float64."""
+        rates = np.array(self.rates)
+        return rates if num_prompts == len(rates) else np.random.default_rng([seed, num_prompts]).choice(rates, num_prompts)
+
+
+Population = BetaRates | GivenRates
+
+
+def read_rates(path: Path) -> GivenRates:
+    """Pass rates of a file: a JSON list, or one number a line (the last column of a CSV; a heading is passed over).
+
+    Raises: InputError when the file cannot be read or holds something else.
+    """
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            return GivenRates(tuple(float(rate) for rate in json.loads(text)), path.name)
+        cells = [line.rpartition(",")[2].strip() for line in text.splitlines() if line.strip()]
+        if cells and not _is_number(cells[0]):
+            cells = cells[1:]
+        return GivenRates(tuple(map(float, cells)), path.name)
+    except OSError as e:
+        raise InputError("simulate", f"cannot read {path}: {e.strerror}", "a file of pass rates is needed") from e
+    except (TypeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError("simulate", f"{path}: {e}", "a JSON list of pass rates, or one a line, is needed") from e
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class World:
+    """Outcomes and lengths of all completions there could be, each a hash of (seed, prompt, index).
+
+    Every policy and schedule meets the same ones: differences between them are not chance.
+
+    Args:
+        rates: pass rate of each prompt, [P].
+        lengths: how long completions are.
+        seed: of the hash.
+    """
+
+    def __init__(self, rates: NDArray[np.float64], lengths: LengthModel, seed: int) -> None:
+        self._rates = rates
+        self._lengths = lengths
+        self._seed = seed
+        factor = lengths.sigma_prompt * self._normal(_PROMPT_RADIUS, _PROMPT_ANGLE, np.arange(len(rates)), np.zeros(1, np.int64))
+        self._log_median = (math.log(lengths.median_wrong) + factor, math.log(lengths.median_correct) + factor)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._rates)
+
+    def histories(self, num_earlier: int) -> list[History]:
+        """What the outcomes of so many completions of earlier steps say of each prompt: Beta(1 + correct, 1 + wrong)."""
+        correct = np.zeros(self.num_prompts, np.int64)
+        for index in range(num_earlier):
+            correct += self._uniform(_EARLIER, np.arange(self.num_prompts), np.array([index])) < self._rates
+        known = {k: History(1.0 + k, 1.0 + num_earlier - k) for k in range(num_earlier + 1)}
+        return [known[k] for k in correct.tolist()]
+
+    def draw(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """(correct, tokens) of completions, both [N]."""
+        correct = self._uniform(_OUTCOME, prompt_of, index) < self._rates[prompt_of]
+        wrong_median, right_median = self._log_median
+        median = np.where(correct, right_median[prompt_of], wrong_median[prompt_of])
+        tokens = np.rint(np.exp(median + self._lengths.sigma * self._normal(_RADIUS, _ANGLE, prompt_of, index)))
+        return correct, np.clip(tokens, 1, self._lengths.max_tokens).astype(np.int64)
+
+    def _normal(self, radius: int, angle: int, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Box and Muller: sqrt(-2 log u) cos(2 pi v)."""
+        u, v = self._uniform(radius, prompt_of, index), self._uniform(angle, prompt_of, index)
+        normal: NDArray[np.float64] = np.sqrt(-2 * np.log(u)) * np.cos(2 * math.pi * v)
+        return normal
+
+    def _uniform(self, stream: int, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Numbers in (0, 1) [N] float64, by SplitMix64 over (seed, stream), then the prompt, then the index.
+
+        Source: Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195.
+        """
+        key = np.full(1, (self._seed * 8 + stream) % 2**64, np.uint64)
+        for part in (prompt_of, index):
+            key = _mix(key + (part.astype(np.uint64) + np.uint64(1)) * _WEYL)
+        return ((key >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

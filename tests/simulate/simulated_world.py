@@ -1,0 +1,73 @@
+"""Helpers of the simulator's tests: worlds written down by hand, and the sampler that takes answers as they come."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.sampling import Counts, Policy, Verdict
+from reinforce_ada.simulate.engine_model import LengthModel
+from reinforce_ada.simulate.population import World
+from reinforce_ada.simulate.run import Pools
+
+
+class ScriptedWorld(World):
+    """Outcomes and lengths as given: a text of + and -, and the tokens of each completion, for every prompt."""
+
+    def __init__(self, outcomes: list[str], tokens: list[list[int]]) -> None:
+        super().__init__(np.zeros(len(outcomes)), LengthModel(), 0)
+        self._correct = np.array([[char == "+" for char in text] for text in outcomes])
+        self._tokens = np.array(tokens)
+
+    def draw(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        return self._correct[prompt_of, index], self._tokens[prompt_of, index]
+
+
+class CompletionOrder:
+    """The ablation: answers enter the pool as they finish, and short ones finish first. `window` requests of a prompt are out."""
+
+    def __init__(self, num_prompts: int, policy: Policy, window: int) -> None:
+        self._policy, self._window = policy, window
+        self._counts = [Counts(0, 0)] * num_prompts
+        self._issued = [0] * num_prompts
+        self._out: list[set[int]] = [set() for _ in range(num_prompts)]
+        self._open = set(range(num_prompts))
+        self.taken: list[tuple[int, int]] = []  # (prompt, index), in the order of the pools
+
+    @property
+    def done(self) -> bool:
+        return not self._open
+
+    def next_requests(self, free_slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        found: list[tuple[int, int]] = []
+        while len(found) < free_slots:
+            able = [p for p in self._open if len(self._out[p]) < self._window and self._issued[p] < self._policy.cap]
+            if not able:
+                break
+            prompt = min(able, key=lambda p: (self._issued[p], p))
+            found.append((prompt, self._issued[prompt]))
+            self._out[prompt].add(self._issued[prompt])
+            self._issued[prompt] += 1
+        return columns(found)
+
+    def receive(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64], rewards: NDArray[np.float64]) -> tuple:
+        aborted: list[tuple[int, int]] = []
+        for prompt, i, reward in zip(prompt_of.tolist(), index.tolist(), rewards.tolist(), strict=True):
+            if prompt not in self._open:
+                continue
+            correct, wrong, _ = self._counts[prompt]
+            self._counts[prompt] = counts = Counts(correct + (reward > 0), wrong + (reward == 0))
+            self._out[prompt].discard(i)
+            self.taken.append((prompt, i))
+            if self._policy.verdict(counts) is not Verdict.CONTINUE or counts.committed == self._policy.cap:
+                self._open.discard(prompt)
+                aborted += [(prompt, other) for other in sorted(self._out[prompt])]
+        return columns(aborted)
+
+    def pools(self) -> Pools:
+        return Pools(np.array([c.correct for c in self._counts]), np.array([c.wrong for c in self._counts]))
+
+
+def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    array = np.array(pairs, np.int64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
