@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from hypothesis import strategies as st
 
-from reinforce_ada.sampling import AdaptiveSampler, Counts, Policy, Verdict
+from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Counts, History, Never, Policy, Positive, Refill, Rounds, Verdict
+from reinforce_ada.sampling.policies import All, Balanced, DropOneClass, First
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, ExitReason, Failed, Lost, Pool, Prompt, Request, Scored
 
 REWARD_OF = {"+": 1.0, "-": 0.0}  # any other character is a void
@@ -153,3 +156,102 @@ class Chaos:
         while not self.sampler.done and (num_steps is None or num_steps > 0):
             self.step()
             num_steps = None if num_steps is None else num_steps - 1
+
+
+# -------------------- policies, rewards and windows of every kind
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnBudgets:
+    """Every prompt its own cap, multiples of nothing."""
+
+    round_size: int
+    cap: int
+
+    def __call__(self, counts: Counts) -> int:
+        return min((counts.committed // self.round_size + 1) * self.round_size, self.cap)
+
+    def budgets(self, histories: Sequence[History]) -> list[int]:
+        return [1 + round(7 * history.a + 3 * history.b) % self.cap for history in histories]
+
+
+@dataclasses.dataclass(frozen=True)
+class DropHopeless:
+    """A rule that stops, continues or drops, and looks at voids."""
+
+    def __call__(self, counts: Counts) -> Verdict:
+        if counts.wrong >= 5 and not counts.correct:
+            return Verdict.DROP
+        return Verdict.STOP if counts.correct >= 2 or counts.void >= 3 else Verdict.CONTINUE
+
+
+@dataclasses.dataclass(frozen=True)
+class Extremes:
+    """The highest and the lowest reward; a user's own selection."""
+
+    def __call__(self, rewards, correct, group_size):
+        return sorted({int(rewards.argmax()), int(rewards.argmin())})
+
+
+@dataclasses.dataclass(frozen=True)
+class Widening:
+    """A window that follows counts, history and cap."""
+
+    slope: int
+
+    def __call__(self, counts: Counts, history: History, cap: int) -> int:
+        return 1 + (self.slope * counts.wrong + round(history.a) + counts.void) % cap
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    group_size = draw(st.integers(1, 5) | st.sampled_from([7, 64]))
+    round_size = draw(st.integers(1, 6))
+    allocate = draw(
+        st.builds(Rounds, st.just(round_size), st.integers(-(-group_size // round_size), 3 - (-group_size // round_size)))
+        | st.builds(OwnBudgets, st.just(round_size), st.integers(group_size, group_size + 12))
+    )
+    rules = [Never(), Positive(1), Balance(group_size // 2, group_size - group_size // 2), DropOneClass(), DropHopeless()]
+    return Policy(
+        name="drawn",
+        group_size=group_size,
+        allocate=allocate,
+        decide=draw(st.sampled_from([rule for rule in rules if sum(getattr(rule, "needs", (0, 0))) <= allocate.cap])),
+        select=draw(st.sampled_from([Balanced(), First(), All(), Extremes()])),
+        weight=Centered(),
+        decide_every=draw(st.integers(1, allocate.cap + 1)),
+        min_pool=draw(st.integers(0, min(allocate.cap, 8))),
+        propose=draw(st.sampled_from([Refill(1.0), Refill(1.5), Refill(3.0)])),
+        degenerate=draw(st.sampled_from(["keep", "drop"])),
+    )
+
+
+VOID = None
+REWARDS = st.sampled_from([1.0, 0.0, 1.0, 0.0, 0.1, 0.7, -2.5, 0.8, VOID]) | st.floats(-1e9, 1e9)
+
+
+@st.composite
+def tables(draw: st.DrawFn, policy: Policy, most_prompts: int) -> list[list[float | None]]:
+    """The rewards of every completion there could be, a row for each prompt; VOID where there is none."""
+    common = draw(st.sampled_from([REWARDS, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0, VOID]), st.just(0.0), st.just(VOID)]))
+    return draw(st.lists(st.lists(common, min_size=policy.cap, max_size=policy.cap), min_size=1, max_size=most_prompts))
+
+
+def histories(num_prompts: int) -> st.SearchStrategy[list[History]]:
+    return st.lists(st.builds(History, st.integers(1, 5), st.integers(1, 5)), min_size=num_prompts, max_size=num_prompts)
+
+
+def windows(policy: Policy, *, own: bool) -> st.SearchStrategy[int | Widening | None]:
+    """None, a number, and functions where `own`."""
+    numbers = st.none() | st.integers(1, policy.cap + 2)
+    return numbers | st.builds(Widening, st.integers(0, 3)) if own else numbers
+
+
+class Remembered:
+    """A memory that knows the history of prompt "0", "1", .."""
+
+    def __init__(self, histories: Sequence[History]) -> None:
+        self.histories = histories
+
+    def history(self, prompt: Prompt) -> History:
+        return self.histories[int(prompt.prompt_id)]

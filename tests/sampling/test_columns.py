@@ -5,135 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sampling_world import prompts_of, scored
+from sampling_world import VOID, DropHopeless, Remembered, histories, policies, prompts_of, scored, tables, windows
 
-from reinforce_ada.sampling import (
-    AdaptiveSampler,
-    Balance,
-    Centered,
-    Counts,
-    History,
-    Never,
-    Policy,
-    Positive,
-    Refill,
-    Rounds,
-    Verdict,
-)
-from reinforce_ada.sampling.columns import EXITS, ColumnResult, ColumnSampler
-from reinforce_ada.sampling.policies import All, Balanced, DropOneClass, First
-from reinforce_ada.types import CompletionId, Failed, Lost, Prompt, SamplingResult
+from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import AdaptiveSampler, Centered, History, Never, Policy, Refill, Rounds, preset
+from reinforce_ada.sampling.columns import EXITS, ColumnResult, ColumnSampler, _Smallest
+from reinforce_ada.types import CompletionId, Failed, Lost, SamplingResult
 
 COMMON = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-VOID = None
-
-
-# -------------------- policies of every kind
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnBudgets:
-    """Every prompt its own cap, multiples of nothing."""
-
-    round_size: int
-    cap: int
-
-    def __call__(self, counts: Counts) -> int:
-        return min((counts.committed // self.round_size + 1) * self.round_size, self.cap)
-
-    def budgets(self, histories: Sequence[History]) -> list[int]:
-        return [1 + round(7 * history.a + 3 * history.b) % self.cap for history in histories]
-
-
-@dataclasses.dataclass(frozen=True)
-class DropHopeless:
-    """A rule that stops, continues or drops, and looks at voids."""
-
-    def __call__(self, counts: Counts) -> Verdict:
-        if counts.wrong >= 5 and not counts.correct:
-            return Verdict.DROP
-        return Verdict.STOP if counts.correct >= 2 or counts.void >= 3 else Verdict.CONTINUE
-
-
-@dataclasses.dataclass(frozen=True)
-class Extremes:
-    """The highest and the lowest reward; a user's own selection."""
-
-    def __call__(self, rewards, correct, group_size):
-        return sorted({int(rewards.argmax()), int(rewards.argmin())})
-
-
-@dataclasses.dataclass(frozen=True)
-class Widening:
-    """A window that follows counts, history and cap."""
-
-    slope: int
-
-    def __call__(self, counts: Counts, history: History, cap: int) -> int:
-        return 1 + (self.slope * counts.wrong + round(history.a) + counts.void) % cap
-
-
-@st.composite
-def policies(draw: st.DrawFn) -> Policy:
-    group_size = draw(st.integers(1, 5) | st.sampled_from([7, 64]))
-    round_size = draw(st.integers(1, 6))
-    allocate = draw(
-        st.builds(Rounds, st.just(round_size), st.integers(-(-group_size // round_size), 3 - (-group_size // round_size)))
-        | st.builds(OwnBudgets, st.just(round_size), st.integers(group_size, group_size + 12))
-    )
-    rules = [Never(), Positive(1), Balance(group_size // 2, group_size - group_size // 2), DropOneClass(), DropHopeless()]
-    return Policy(
-        name="drawn",
-        group_size=group_size,
-        allocate=allocate,
-        decide=draw(st.sampled_from([rule for rule in rules if sum(getattr(rule, "needs", (0, 0))) <= allocate.cap])),
-        select=draw(st.sampled_from([Balanced(), First(), All(), Extremes()])),
-        weight=Centered(),
-        decide_every=draw(st.integers(1, allocate.cap + 1)),
-        min_pool=draw(st.integers(0, min(allocate.cap, 8))),
-        propose=draw(st.sampled_from([Refill(1.0), Refill(1.5), Refill(3.0)])),
-        degenerate=draw(st.sampled_from(["keep", "drop"])),
-    )
-
-
-REWARDS = st.sampled_from([1.0, 0.0, 1.0, 0.0, 0.1, 0.7, -2.5, 0.8, VOID]) | st.floats(-1e9, 1e9)
-
-
-@st.composite
-def worlds(draw: st.DrawFn):
-    """A policy, the rewards of every prompt, its history, and how the sampler is set up."""
-    policy = draw(policies())
-    num_prompts = draw(st.integers(1, 6))
-    common = draw(st.sampled_from([REWARDS, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0, VOID]), st.just(0.0)]))
-    rows = draw(st.lists(st.lists(common, min_size=policy.cap, max_size=policy.cap), min_size=num_prompts, max_size=num_prompts))
-    histories = [History(*draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))) for _ in rows]
-    schedule = draw(st.sampled_from(["stream", "stream", "rounds"]))
-    windows = st.none() | st.integers(1, policy.cap + 2)
-    if not isinstance(policy.decide, DropHopeless):  # it may go on again, so what a batch settles depends on its order
-        windows |= st.builds(Widening, st.integers(0, 3))
-    options = {"schedule": schedule, "window": draw(windows) if schedule == "stream" else None}
-    return policy, rows, histories, options, draw(st.integers(1, num_prompts))
-
-
-class Remembered:
-    def __init__(self, histories: Sequence[History]) -> None:
-        self.histories = histories
-
-    def history(self, prompt: Prompt) -> History:
-        return self.histories[int(prompt.prompt_id)]
 
 
 class Pair:
     """Both samplers under the same events; their answers are compared at every step."""
 
     def __init__(self, policy, rows, histories, options, num_wanted) -> None:
-        self.rows = rows
+        self.policy, self.rows = policy, rows
         prompts = prompts_of([str(i) for i in range(len(rows))])
         memory = Remembered(histories)
         self.events = AdaptiveSampler(prompts, policy, num_prompts=num_wanted, memory=memory, **options)
@@ -195,6 +86,18 @@ class Pair:
             self.answer(batch)
 
 
+@st.composite
+def pairs(draw: st.DrawFn) -> Pair:
+    """Both samplers, for any policy, rewards, histories and set-up."""
+    policy = draw(policies())
+    rows = draw(tables(policy, 6))
+    schedule = draw(st.sampled_from(["stream", "stream", "rounds"]))
+    # A rule that may go on again after it would have ended: what it settles within a batch depends on the order.
+    window = draw(windows(policy, own=not isinstance(policy.decide, DropHopeless))) if schedule == "stream" else None
+    num_wanted = draw(st.integers(1, len(rows)))
+    return Pair(policy, rows, draw(histories(len(rows))), {"schedule": schedule, "window": window}, num_wanted)
+
+
 def same(result: ColumnResult, expected: SamplingResult, policy: Policy) -> None:
     """Equal to the bit."""
     pools = expected.pools
@@ -217,8 +120,98 @@ def same(result: ColumnResult, expected: SamplingResult, policy: Policy) -> None
 
 
 @COMMON
-@given(world=worlds(), slots=st.integers(1, 60), mess=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**32))
-def test_columns_do_what_events_do(world, slots: int, mess: float, seed: int) -> None:
-    pair = Pair(*world)
+@given(pair=pairs(), slots=st.integers(1, 60), mess=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**32))
+def test_columns_do_what_events_do(pair: Pair, slots: int, mess: float, seed: int) -> None:
     pair.run(random.Random(seed), slots, mess)
-    same(pair.columns.result(), pair.events.result(), world[0])
+    same(pair.columns.result(), pair.events.result(), pair.policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("reinforce-ada-balance", {}), ("reinforce-ada-balance", {"window": 3}), ("dapo", {}), ("reinforce-ada-pos", {"schedule": "rounds"})],
+)
+def test_columns_do_what_events_do_among_many_prompts(name: str, options: dict) -> None:
+    """Enough prompts that the queue has many runs at many levels."""
+    policy, rng = preset(name), np.random.default_rng(0)
+    rows = (rng.random((800, policy.cap)) < rng.beta(1, 2, (800, 1))).astype(float).tolist()
+    pair = Pair(policy, rows, [History()] * 800, options, 400 if name == "dapo" else 800)
+    pair.run(random.Random(0), 120, 0.1)
+    same(pair.columns.result(), pair.events.result(), policy)
+
+
+# -------------------- parts
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2**50), max_size=30), st.integers(1, 40)), max_size=30))
+def test_the_queue_gives_the_smallest_keys_first(turns) -> None:
+    queue, truth = _Smallest(), []
+    for keys, num in turns:
+        new = list(dict.fromkeys(key for key in keys if key not in truth))
+        queue.put(np.array(new, np.int64))
+        truth = sorted([*truth, *new])
+        assert queue.take(num).tolist() == truth[:num]
+        truth = truth[num:]
+
+
+def test_selection_is_asked_once_for_each_row_of_rewards() -> None:
+    asked = []
+
+    def select(rewards, correct, group_size):
+        asked.append(rewards.tolist())
+        return [len(rewards) - 1]
+
+    policy = Policy("own", 2, Rounds(2, 1), Never(), select, Centered(), decide_every=2, min_pool=0)
+    sampler = ColumnSampler(4, policy)
+    prompt_of, index = sampler.next_requests(8)
+    sampler.receive(prompt_of, index, [1.0, 1.0, 0.5, 0.5, 0.0, 0.0, 9.0, 9.0], void=[False] * 6 + [True] * 2)
+    assert asked == []
+    result = sampler.result()
+    assert sorted(asked) == [[0.5], [1.0, 0.0]]
+    assert result.kept.tolist() == [[1], [1], [0], [0]]
+    assert result.num_void.tolist() == [0, 0, 1, 1]
+
+
+# -------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "policy", "options", "message"),
+    [
+        (0, "grpo", {}, "ColumnSampler: num_prompts 0; an integer of at least 1"),
+        (2, "dapo", {}, "policy 'dapo', which refills dropped prompts, without num_wanted; num_wanted is needed"),
+        (2, "grpo", {"num_wanted": 3}, "num_wanted 3 of 2 prompts; at most as many as there are"),
+        (2, "grpo", {"num_wanted": 0}, "num_wanted 0; an integer of at least 1"),
+        (2, "grpo", {"window": 0}, "window 0; an integer of at least 1"),
+        (2, "grpo", {"window": 4, "schedule": "rounds"}, "window 4 with schedule 'rounds'; rounds have no window"),
+        (2, "grpo", {"schedule": "streem"}, "unknown schedule 'streem'; known: rounds, stream"),
+        (2, "grpo", {"histories": [History()]}, "1 histories of 2 prompts; one of each prompt is needed"),
+        (2, "reinforce-ada-est", {}, "policy 'reinforce-ada-est' without histories; what earlier steps say"),
+    ],
+)
+def test_constructor_errors(num_prompts: int, policy: str, options: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ColumnSampler(num_prompts, preset(policy), **options)
+    assert message in str(caught.value)
+
+
+def test_a_policy_that_chooses_among_candidates_is_refused() -> None:
+    class Two(Refill):
+        candidates_per_prompt = 2
+
+    policy = dataclasses.replace(preset("grpo"), propose=Two(1.0))
+    with pytest.raises(InputError, match="policy 'grpo', which chooses among candidates; a policy that takes prompts in order is needed"):
+        ColumnSampler(2, policy)
+
+
+def test_misuse() -> None:
+    sampler = ColumnSampler(2, preset("grpo", group_size=2))
+    prompt_of, index = sampler.next_requests(3)
+    with pytest.raises(InputError, match="reward nan for prompt 0, index 0; a finite reward is needed; mark it as void"):
+        sampler.receive(prompt_of, index, [math.nan, 0, 0])
+    with pytest.raises(InputError, match=r"columns of lengths \[3, 3, 1, 1\]; one row for each answer is needed"):
+        sampler.receive(prompt_of, index, [1.0])
+    with pytest.raises(InputError, match="2 of 2 prompts still active"):
+        sampler.result()
+    with pytest.raises(InputError, match="free_slots -1"):
+        sampler.next_requests(-1)
+    assert sampler.num_committed == 0

@@ -6,11 +6,23 @@ import random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sampling_world import Chaos, drawn, prompts_of, sequential
+from sampling_world import (
+    VOID,
+    Chaos,
+    Remembered,
+    drawn,
+    histories,
+    prompts_of,
+    scored,
+    sequential,
+    tables,
+    windows,
+)
+from sampling_world import policies as any_policy
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Never, Policy, Positive, Refill, Rounds, preset
 from reinforce_ada.sampling.policies import Balanced, DropOneClass
-from reinforce_ada.types import SamplingResult, Scored
+from reinforce_ada.types import Aborted, CompletionId, Event, Failed, Lost, SamplingResult, Scored
 
 COMMON = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -134,3 +146,85 @@ def test_dropped_prompts_are_replaced_in_rounds_too() -> None:
     chaos = world(policy, script, ("rounds", None, 8, 0.0, random.Random(0)), num_prompts=2)
     chaos.run()
     assert kept(chaos.sampler.result()) == [[(7, "b", 0), (7, "b", 1)], [(7, "d", 0), (7, "d", 1)]]
+
+
+# -------------------- nothing but the answers
+
+
+class Replicas:
+    """Engines that each answer their own requests at their own pace, some requests lost on the way, and the journal of all of it."""
+
+    def __init__(self, rows: list[list[float | None]], num: int, slots: int, rng: random.Random) -> None:
+        self.rows, self.slots, self.rng = rows, slots, rng
+        self.pace = [rng.random() for _ in range(num)]
+        self.queues: list[list[CompletionId]] = [[] for _ in range(num)]
+        self.journal: list[Event] = []
+
+    def answer(self, request_id: CompletionId) -> Event:
+        reward = self.rows[int(request_id.prompt_id)][request_id.index]
+        return Failed(request_id, 0, "void") if reward is VOID else scored(request_id, reward)
+
+    def drive(self, sampler: AdaptiveSampler, num_polls: int | None = None) -> AdaptiveSampler:
+        """To the end, or for so many polls."""
+        while not sampler.done and num_polls != 0:
+            for request in sampler.next_requests(self.slots - sum(map(len, self.queues))):
+                min(self.queues, key=len).append(request.id)
+            for number, pace in enumerate(self.pace):
+                queue = self.queues[number]
+                if queue and self.rng.random() < 0.1 + pace:
+                    request_id = queue.pop(self.rng.randrange(min(len(queue), 8)))
+                    lost = self.rng.random() < 0.1
+                    self.deliver(sampler, Lost(request_id, 0, "late") if lost else self.answer(request_id))
+            num_polls = None if num_polls is None else num_polls - 1
+        return sampler
+
+    def deliver(self, sampler: AdaptiveSampler, event: Event) -> None:
+        self.journal.append(event)
+        dropped = sampler.receive(event)
+        self.journal += [Aborted(request_id, 0) for request_id in dropped]
+        self.queues = [[request_id for request_id in queue if request_id not in dropped] for queue in self.queues]
+        for state in sampler._by_order:
+            assert state.outstanding >> state.limit == 0
+            assert max(state.committed, len(state.answers)) <= state.limit
+        assert sorted(sampler.outstanding) == sorted(request_id for queue in self.queues for request_id in queue)
+
+
+def record(result: SamplingResult) -> list[tuple]:
+    """Everything of the pools and groups that training could see."""
+    pools = [
+        (
+            (p.prompt.prompt_id, p.exit, p.cap, p.num_correct, p.num_wrong, p.num_void, p.mean, p.m2, p.min, p.max),
+            [(o.id, o.reward if isinstance(o, Scored) else VOID) for o in p.outcomes],
+        )
+        for p in result.pools
+    ]
+    return [*pools, *([s.id for s in group.kept] for group in result.groups)]
+
+
+@COMMON
+@given(data=st.data())
+def test_pools_depend_on_nothing_but_the_answers(data: st.DataObject) -> None:
+    """Any rewards, caps, windows, slots, replicas and order, and one crash: the pools of the one that asks one at a time."""
+    policy = data.draw(any_policy())
+    rows = data.draw(tables(policy, 5))
+    memory = Remembered(data.draw(histories(len(rows))))
+    num_wanted = data.draw(st.integers(1, len(rows)))
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+
+    def new(**options) -> AdaptiveSampler:
+        prompts = prompts_of([str(i) for i in range(len(rows))])
+        return AdaptiveSampler(prompts, policy, num_prompts=num_wanted, memory=memory, **options)
+
+    def engines() -> Replicas:
+        return Replicas(rows, data.draw(st.integers(1, 4)), data.draw(st.integers(1, 50)), rng)
+
+    expected = record(Replicas(rows, 1, 1, random.Random(0)).drive(new(window=1)).result())
+    for_streams = windows(policy, own=True).map(lambda window: {"window": window})
+    options = for_streams | st.just({"schedule": "rounds"})
+    assert record(engines().drive(new(**data.draw(options))).result()) == expected
+    cut = engines()
+    before = cut.drive(new(**data.draw(options)), data.draw(st.integers(0, 40)))
+    after = new(**data.draw(options))
+    after.restore(cut.journal)
+    assert (after.num_committed, after.num_active) == (before.num_committed, before.num_active)
+    assert record(engines().drive(after).result()) == expected

@@ -565,7 +565,7 @@ class _Smallest:
         self._runs.append(run)
 
     def take(self, num: int) -> Ints:
-        """Remove up to `num` of the smallest keys; increasing."""
+        """Remove up to `num` >= 1 of the smallest keys; increasing."""
         enough = [run[num - 1] for run in self._runs if len(run) >= num]
         first = [run[: run.searchsorted(min(enough), "right")] for run in self._runs] if enough else self._runs
         parts = [part for part in first if len(part)]
