@@ -19,7 +19,7 @@ from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally
 from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import reward_statistics
-from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, certain_exit
+from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, budgets_of, certain_exit
 from reinforce_ada.sampling.statistics import stopping_table
 from reinforce_ada.types import ExitReason, PoolStats
 
@@ -473,7 +473,7 @@ class ColumnSampler:
     def _enter(self, num: int) -> None:
         first = self._num_entered
         histories = [History()] * num if self._histories is None else self._histories[first : first + num]
-        caps = self._policy.allocate.budgets(histories)
+        caps = budgets_of(self._policy, histories)
         self._num_entered += num
         self._num_active += num
         self._cap[first : first + num] = caps
