@@ -12,6 +12,7 @@ from sampling_world import answer, drawn, finish, prompts_of, scored
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Policy, Rounds, preset, request_seed
+from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.sampling.policies import Balanced
 from reinforce_ada.types import Aborted, CompletionId, Failed, Group, Lost, Prompt, SamplingResult
 
@@ -377,6 +378,19 @@ def test_a_reward_must_be_finite(reward: float) -> None:
     sampler.next_requests(1)
     with pytest.raises(InputError, match=r"reward (nan|inf) for \(0, 'a', 0\); a finite reward is needed; send a Failed"):
         sampler.receive(scored(cid("a", 0), reward))
+
+
+@pytest.mark.parametrize(("budgets", "given"), [([4, 0], "a budget of 0 completions"), ([9, 4], "a budget of 9"), ([4], "1 budgets of 2")])
+def test_budgets_lie_between_one_and_the_cap(budgets: list[int], given: str) -> None:
+    class Own(Rounds):
+        def budgets(self, histories):
+            return budgets
+
+    policy = dataclasses.replace(preset("grpo"), allocate=Own(8, 1))
+    with pytest.raises(InputError, match=f"Policy 'grpo': {given}"):
+        AdaptiveSampler(prompts_of(["a", "b"]), policy)
+    with pytest.raises(InputError, match=f"Policy 'grpo': {given}"):
+        ColumnSampler(2, policy)
 
 
 def test_misuse() -> None:

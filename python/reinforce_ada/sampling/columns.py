@@ -19,7 +19,7 @@ from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally
 from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import reward_statistics
-from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, certain_exit
+from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, budgets_of, certain_exit
 from reinforce_ada.sampling.statistics import stopping_table
 from reinforce_ada.types import ExitReason, PoolStats
 
@@ -116,6 +116,7 @@ class ColumnSampler:
         self._cap = np.zeros(num_prompts, np.int32)
         self._exit = np.zeros(num_prompts, np.int8)
         self._queued = np.zeros(num_prompts, np.bool_)
+        self._waits_for = np.zeros(num_prompts if self._adapts else 0, np.int32)  # the window needed
         self._round_limit = np.zeros(num_prompts if self._in_rounds else 0, np.int32)
         self._behind = np.zeros(num_prompts if self._in_rounds else 0, np.bool_)  # holds the barrier back
         self._own_limit = np.zeros(num_prompts if callable(window) else 0, np.int32)  # by its window: no index at or past this now
@@ -131,7 +132,7 @@ class ColumnSampler:
         self._tally = Tally()
         self._ready = _Smallest()  # num_issued << _LEVEL | prompt: breadth first
         self._reissue = _Smallest()  # prompt * width + index; stale unless that completion is lost and its prompt active
-        self._waiting: dict[int, list[Ints]] = {}  # window needed -> prompts that wait for it (stale ones included)
+        self._waiting: dict[int, list[int]] = {}  # window needed -> prompts; stale unless the prompt waits for that one
         self._verdicts = _Memo(self._verdict)
         self._limits = _Memo(self._limit)
         self._windows = _Memo(self._window_at)
@@ -195,9 +196,11 @@ class ColumnSampler:
         capacity = free_slots + self._num_outstanding
         window = math.ceil(capacity / max(self._num_active, 1))
         self._window = min(max(window, self._policy.allocate.round_size), self._policy.cap)
-        released = [prompts for needed in [n for n in self._waiting if n <= self._window] for prompts in self._waiting.pop(needed)]
-        if released:
-            self._queue(np.unique(np.concatenate(released)))
+        for needed in [n for n in self._waiting if n <= self._window]:
+            prompts = np.array(self._waiting.pop(needed), np.int64)
+            prompts = np.unique(prompts[self._waits_for[prompts] == needed])
+            self._waits_for[prompts] = 0
+            self._queue(prompts)
 
     def _next_lost(self, num: int) -> Ints:
         """Up to `num` lost completions in order of prompt and index, as positions in the table."""
@@ -277,8 +280,10 @@ class ColumnSampler:
         issued, committed, every = self._num_issued[prompts], self._committed[prompts], self._policy.decide_every
         needed = issued - committed + 1
         needed = np.where(issued >= (committed // every + 1) * every, np.maximum(needed, every + 1), needed)
-        for window in set(needed[needed <= self._policy.cap].tolist()):
-            self._waiting.setdefault(window, []).append(prompts[needed == window])
+        is_new = (needed <= self._policy.cap) & (needed != self._waits_for[prompts])
+        self._waits_for[prompts[is_new]] = needed[is_new]
+        for prompt, window in zip(prompts[is_new].tolist(), needed[is_new].tolist(), strict=True):
+            self._waiting.setdefault(window, []).append(prompt)
 
     # -------------------- answers
 
@@ -473,7 +478,7 @@ class ColumnSampler:
     def _enter(self, num: int) -> None:
         first = self._num_entered
         histories = [History()] * num if self._histories is None else self._histories[first : first + num]
-        caps = self._policy.allocate.budgets(histories)
+        caps = budgets_of(self._policy, histories)
         self._num_entered += num
         self._num_active += num
         self._cap[first : first + num] = caps

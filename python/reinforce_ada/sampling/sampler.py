@@ -483,7 +483,7 @@ class AdaptiveSampler:
 
     def _enter(self, prompts: Sequence[Prompt]) -> None:
         histories = [self._history(p) for p in prompts]
-        for prompt, history, cap in zip(prompts, histories, self._policy.allocate.budgets(histories), strict=True):
+        for prompt, history, cap in zip(prompts, histories, budgets_of(self._policy, histories), strict=True):
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
             seen = history if self._window_of is not None else _UNKNOWN  # nobody else asks again
@@ -548,6 +548,17 @@ def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | No
     if available is not None and num_prompts > available:
         raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most as many as there are is possible")
     return num_prompts
+
+
+def budgets_of(policy: Policy, histories: Sequence[History]) -> Sequence[int]:
+    """Most completions of each prompt, for prompts that enter together. Raises InputError for one outside [1, policy.cap]."""
+    budgets = policy.allocate.budgets(histories)
+    if len(budgets) != len(histories):
+        raise InputError(f"Policy {policy.name!r}", f"{len(budgets)} budgets of {len(histories)} prompts", "one of each is needed")
+    if len(budgets) and not 1 <= min(budgets) <= max(budgets) <= policy.cap:
+        given = f"a budget of {min(budgets) if min(budgets) < 1 else max(budgets)} completions"
+        raise InputError(f"Policy {policy.name!r}", given, f"at least 1 and at most the cap of {policy.cap} is needed")
+    return budgets
 
 
 def certain_exit(policy: Policy, counts: Counts, later: Sequence[Counts | None], cap: int) -> int:
