@@ -19,7 +19,7 @@ from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.language_model import Head
-from reinforce_ada.training.tasks import PromptStream, Source
+from reinforce_ada.training.tasks import PromptStream, Source, content_key
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
@@ -126,7 +126,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
     source = Source(records.__getitem__, len(records), config.run.seed)
 
     def make(name: str, record: Any) -> Prompt:
-        return Prompt(name, (3, record["token"]), text=record["question"], data=record)
+        return Prompt(name, (3, record["token"]), text=record["question"], data=record, key=content_key(record))
 
     parts = Parts(
         model=ToyModel(getattr(torch, config.model.dtype)),
