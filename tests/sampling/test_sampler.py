@@ -161,12 +161,28 @@ def test_the_window_grows_as_prompts_exit() -> None:
 
 def test_a_prompt_waits_again_for_a_window_it_waited_for_before() -> None:
     sampler = AdaptiveSampler(prompts_of(["a", "b"]), preset(BALANCE, round_size=2, max_rounds=8, decide_every=1, min_pool=0))
-    assert len(sampler.next_requests(4)) == 4  # window 2
-    assert indices(sampler, 2) == [("a", 2), ("b", 2)]  # 6 slots for 2: window 3, for which both waited
-    for prompt_id, index in [("a", 0), ("b", 0), ("b", 1), ("b", 2)]:
-        sampler.receive(scored(cid(prompt_id, index), 1.0))
-    assert indices(sampler, 1) == [("b", 3)]  # 3 slots: window 2 again, and a has 2 out
-    assert indices(sampler, 3) == [("a", 3), ("b", 4), ("b", 5)]  # window 3
+    columns = ColumnSampler(2, sampler.policy)
+
+    def both(free_slots: int) -> list[tuple[str, int]]:
+        found = indices(sampler, free_slots)
+        prompt_of, index = columns.next_requests(free_slots)
+        assert [("ab"[p], i) for p, i in zip(prompt_of.tolist(), index.tolist(), strict=True)] == found
+        return found
+
+    def take(*answers: tuple[str, int]) -> None:
+        for prompt_id, index in answers:
+            sampler.receive(scored(cid(prompt_id, index), 1.0))
+            columns.receive(["ab".index(prompt_id)], [index], [1.0])
+
+    assert len(both(4)) == 4
+    take(("a", 1))  # it waits for a0, in a's window
+    assert both(1) == []  # 4 slots for 2: window 2, and both need 3
+    assert both(2) == [("a", 2), ("b", 2)]  # 5 slots: window 3
+    take(("a", 0), ("b", 0))
+    assert both(1) == [("a", 3)]
+    take(("a", 2))
+    assert both(1) == [("a", 4)]  # window 2 again, and b needs 3 again
+    assert both(1) == [("b", 3)]  # window 3
 
 
 def everything(counts, history, cap) -> int:
