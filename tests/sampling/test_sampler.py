@@ -159,6 +159,63 @@ def test_the_window_grows_as_prompts_exit() -> None:
     assert indices(sampler, 10) == [("b", index) for index in range(10, 20)]  # 20 slots for 1
 
 
+def test_a_prompt_waits_again_for_a_window_it_waited_for_before() -> None:
+    sampler = AdaptiveSampler(prompts_of(["a", "b"]), preset(BALANCE, round_size=2, max_rounds=8, decide_every=1, min_pool=0))
+    columns = ColumnSampler(2, sampler.policy)
+
+    def both(free_slots: int) -> list[tuple[str, int]]:
+        found = indices(sampler, free_slots)
+        prompt_of, index = columns.next_requests(free_slots)
+        assert [("ab"[p], i) for p, i in zip(prompt_of.tolist(), index.tolist(), strict=True)] == found
+        return found
+
+    def take(*answers: tuple[str, int]) -> None:
+        for prompt_id, index in answers:
+            sampler.receive(scored(cid(prompt_id, index), 1.0))
+            columns.receive(["ab".index(prompt_id)], [index], [1.0])
+
+    assert len(both(4)) == 4
+    take(("a", 1))  # it waits for a0, in a's window
+    assert both(1) == []  # 4 slots for 2: window 2, and both need 3
+    assert both(2) == [("a", 2), ("b", 2)]  # 5 slots: window 3
+    take(("a", 0), ("b", 0))
+    assert both(1) == [("a", 3)]
+    take(("a", 2))
+    assert both(1) == [("a", 4)]  # window 2 again, and b needs 3 again
+    assert both(1) == [("b", 3)]  # window 3
+
+
+def everything(counts, history, cap) -> int:
+    return cap
+
+
+def test_what_the_answers_settle_is_given_up() -> None:
+    """A window of one's own: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
+    policy = preset(POS, group_size=2, round_size=8, max_rounds=1, decide_every=2, min_pool=0)
+    sampler, columns = AdaptiveSampler(prompts_of(["a"]), policy, window=everything), ColumnSampler(1, policy, window=everything)
+    assert len(sampler.next_requests(9)) == len(columns.next_requests(9)[0]) == 8
+    sampler.receive(Lost(cid("a", 5), 0, "late"))
+    columns.lose([0], [5])
+    assert sampler.receive(scored(cid("a", 1), 1.0)) == [cid("a", index) for index in (2, 3, 4, 6, 7)]
+    assert columns.receive([0], [1], [1.0])[1].tolist() == [2, 3, 4, 6, 7]
+    assert sampler.next_requests(9) == []  # nor is the lost one issued again
+    assert columns.next_requests(9)[0].tolist() == []
+    assert [index for index in range(8) if sampler.is_open(cid("a", index))] == [0]
+    for event in (scored(cid("a", 3), 1.0), Lost(cid("a", 4), 0, "late"), Lost(cid("a", 5), 0, "late")):  # late, and of no use
+        assert sampler.receive(event) == []
+    columns.receive([0], [3], [1.0])
+    columns.lose([0, 0], [4, 5])
+    assert (sampler.next_requests(9), columns.next_requests(9)[0].tolist()) == ([], [])
+    resumed = AdaptiveSampler(prompts_of(["a"]), policy, window=everything)
+    resumed.restore([scored(cid("a", 1), 1.0), scored(cid("a", 5), 1.0)])
+    assert indices(resumed, 9) == [("a", 0)]
+    assert (sampler.num_outstanding, columns.num_outstanding) == (1, 1)
+    assert sampler.receive(scored(cid("a", 0), 0.0)) == columns.receive([0], [0], [0.0])[1].tolist() == []
+    (pool,) = sampler.result().pools
+    assert (drawn(pool), pool.num_issued) == (("-+", "satisfied"), 8)
+    assert (columns.result().committed.tolist(), columns.result().num_issued.tolist()) == ([2], [8])
+
+
 def test_rounds_hold_everybody_at_the_barrier() -> None:
     policy = preset(BALANCE, round_size=2, max_rounds=3, group_size=2)
     sampler = AdaptiveSampler(prompts_of(["a", "b"]), policy, schedule="rounds")
