@@ -10,7 +10,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow simulate-scale test-sanitize lint format bench bench-docs doctor clean
+.PHONY: demo test test-slow simulate-scale simulate-docs test-sanitize lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -24,6 +24,10 @@ test-slow: $(VENV)/.dev
 # A million prompts through the simulator; about two minutes on one core.
 simulate-scale: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/simulate $(PYTEST_FLAGS)
+
+# Every study of docs/simulator.md, its tables and its figure; about five minutes on one core.
+simulate-docs: $(VENV)/.dev
+	$(BIN)/python benchmarks/write_simulator.py
 
 # The preloaded libraries must come before everything else in the process; --capture=sys leaves the sanitizer's report on the terminal.
 # Leaks are not looked for: Python and torch keep what they allocate until the end.

@@ -11,7 +11,6 @@ from reinforce_ada.simulate.study import Row, Study
 _INK, _GRID = "#2b2f36", "#e6e8eb"
 _COLORS = ("#9aa1ab", "#1f6cb0", "#d1661e", "#2e8b57", "#9a5fb4", "#b8860b", "#c2185b", "#00838f")
 _PANEL_IN, _HEIGHT_IN, _DPI = 4.6, 4.6, 130
-_NUM_TRACES = 4
 
 
 def draw(studies: Sequence[Study], path: Path) -> None:
@@ -39,12 +38,12 @@ def draw(studies: Sequence[Study], path: Path) -> None:
 
 
 def _families(study: Study) -> dict[str, list[Row]]:
-    """Rows that differ in their window only, the posterior window apart; in rounds, those of one preset."""
+    """Rows that differ in the width of their window only; in rounds, those of one preset."""
     families: dict[str, list[Row]] = {}
     for row in study.rows:
         policy, window = row.setting.policy_text, row.setting.window_text
-        kind = "posterior window" if window.startswith("posterior") else "window"
-        name = f"{policy}, stream, {kind}" if window else f"{policy.partition(':')[0]}, rounds"
+        kind = next((kind for kind in ("posterior", "adaptive") if window.startswith(kind)), "fixed")
+        name = f"{policy}, stream, {kind} window" if window else f"{policy.partition(':')[0]}, rounds"
         families.setdefault(name, []).append(row)
     return families
 
@@ -53,7 +52,7 @@ def _frontier(ax: Any, study: Study) -> None:
     for color, (name, rows) in zip(_COLORS * len(study.rows), _families(study).items(), strict=False):
         x, spread = zip(*(row.relative(study.rows[0]) for row in rows), strict=True)
         y = [row.mean("waste") for row in rows]
-        marker, line = ("*" if "posterior" in name else "o"), ("-" if "stream" in name else "none")
+        marker, line = ("*" if "posterior" in name else "s" if "adaptive" in name else "o"), ("-" if "stream" in name else "none")
         ax.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.25, linewidth=1.2)
         ax.plot(x, y, marker=marker, linestyle=line, color=color, label=name, linewidth=1, markersize=9 if marker == "*" else 5)
         for row, at in zip(rows, zip(x, y, strict=True), strict=True):
@@ -67,20 +66,25 @@ def _frontier(ax: Any, study: Study) -> None:
 
 def _mark(row: Row) -> str:
     """What tells a row from others of its family."""
-    window = row.setting.window_text
-    return window.removeprefix("posterior").removeprefix(":") if window else row.setting.policy_text.partition(":")[2]
+    window, overrides = row.setting.window_text, row.setting.policy_text.partition(":")[2]
+    if window:
+        return window if window.isdigit() else window.partition(":")[2]
+    return ", ".join(item.rpartition("=")[2] for item in overrides.split(","))
 
 
 def _busy(ax: Any, study: Study) -> None:
-    rows = study.rows if len(study.rows) <= _NUM_TRACES else (study.rows[0], *study.rows[1 - _NUM_TRACES :])
-    for color, row in zip(_COLORS, rows, strict=False):
+    """The first row, and of every family of streams the one in its middle."""
+    for color, (name, rows) in zip(_COLORS * len(study.rows), _families(study).items(), strict=False):
+        if "stream" not in name and rows[0] is not study.rows[0]:
+            continue
+        row = rows[len(rows) // 2] if "stream" in name else rows[0]
         seconds, busy = row.outcomes[0].busy.T
         label = f"{row.setting.policy_text.partition(':')[2]} {row.setting.schedule_label}".strip()
         ax.step(seconds, busy, where="post", label=label, color=color, linewidth=1.1)
     ax.set_xlabel("seconds", fontsize=8)
     ax.set_ylabel("busy slots", fontsize=8)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="upper right")
     _finish(ax, f"Busy slots, {study.population}, first seed")
 
 
