@@ -24,6 +24,11 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert c.sampling.group_size == 6
 
 
+@pytest.mark.parametrize(("given", "window"), [("4", 4), ("posterior", "posterior")])
+def test_a_window_is_a_number_or_posterior(given, window):
+    assert config.load(None, {"window": given}).sampling.window == window
+
+
 def test_dump_and_load_give_the_same_configuration(tmp_path):
     c = config.load(None, {"task_options": '{"max_terms": 3, "name": "a\\"b"}', "system_prompt": "line\none", "window": 3, "reward": "m:f"})
     file = tmp_path / "c.toml"

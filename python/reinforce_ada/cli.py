@@ -165,10 +165,13 @@ def _metavar(cls: type, name: str) -> str:
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] if typing.get_origin(hint) is not dict else []
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, kinds))
-    if kinds and typing.get_origin(kinds[0]) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kinds[0])))
-    kind = kinds[0] if kinds else hint
-    return {int: "N", float: "X", str: "NAME"}.get(kind, "JSON")
+    return "|".join(_kind(kind) for kind in kinds or [hint])
+
+
+def _kind(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    return {int: "N", float: "X", str: "NAME"}.get(hint, "JSON")
 
 
 def _escape(text: str) -> str:

@@ -71,7 +71,10 @@ class SamplingConfig:
     propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by what is remembered of them (default: all)")
     memory_decay: float = option(0.99, "of what is remembered of a prompt's pools, per step; 1 forgets nothing")
     memory_from: str = option("", "run folder whose pools are remembered at the start; prompts are known by question and answer")
-    window: int | None = option(None, "stream: requests a prompt may hold; default round_size on a CPU, adaptive on a GPU")
+    window: int | Literal["posterior"] | None = option(
+        None,
+        "stream: requests a prompt may have ahead, or as many as it will probably need (default: posterior on a GPU, round_size on a CPU)",
+    )
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
     max_tokens: int = option(12, "tokens per completion at most")
 
@@ -243,8 +246,8 @@ def _check(config: Config) -> None:
     sampling = config.sampling
     if not 0 < sampling.memory_decay <= 1:
         raise InputError("config", f"memory_decay = {sampling.memory_decay}", "a number in (0, 1]")
-    if sampling.window is not None and sampling.window < 1:
-        raise InputError("config", f"window = {sampling.window}", "at least 1")
+    if isinstance(sampling.window, int) and sampling.window < 1:
+        raise InputError("config", f"window = {sampling.window}", 'at least 1, or "posterior"')
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
     if sampling.max_tokens >= config.engine.max_model_len:

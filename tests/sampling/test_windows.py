@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from sampling_world import Chaos, answer, drawn, prompts_of, scored, sequential
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Counts, History, Policy, Verdict, preset
-from reinforce_ada.sampling.windows import PosteriorWindow, survival_table
+from reinforce_ada.sampling.windows import PosteriorWindow, survival_table, window_of
 from reinforce_ada.types import Aborted, CompletionId, Event
 
 BALANCE, POS = "reinforce-ada-balance", "reinforce-ada-pos"
@@ -222,3 +223,19 @@ def test_a_settled_request_that_the_engine_drops_is_not_issued_again() -> None:
     give(sampler, {0: "-"})
     assert sampler.done
     assert sampler.result().metrics["tokens_wasted"] == 7 + 1  # and index 4, answered but past the end
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "latency_bound", "window"),
+    [
+        ("rounds", None, True, None),
+        ("stream", 5, True, 5),
+        ("stream", 5, False, 5),
+        ("stream", None, False, 8),
+        ("stream", None, True, PosteriorWindow(preset("reinforce-ada-balance"))),
+        ("stream", "posterior", False, PosteriorWindow(preset("reinforce-ada-balance"))),
+    ],
+)
+def test_the_window_of_a_configuration(schedule: str, given: object, latency_bound: bool, window: object) -> None:
+    settings = SimpleNamespace(schedule=schedule, window=given)
+    assert window_of(settings, preset("reinforce-ada-balance"), latency_bound=latency_bound) == window

@@ -32,6 +32,7 @@ from reinforce_ada.sampling.policies import (
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
+from reinforce_ada.sampling.windows import PosteriorWindow
 
 __all__ = [
     "PRESETS",
@@ -57,6 +58,7 @@ __all__ = [
     "ObjectiveWeight",
     "Policy",
     "Positive",
+    "PosteriorWindow",
     "Progress",
     "Refill",
     "Rounds",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict
+from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ class PosteriorWindow:
             found = np.maximum((survival >= self.min_survival - 1e-12).sum(axis=2), 1).astype(np.int16)
             self._tables[key] = found
         return found
+
+
+def window_of(settings: Any, policy: Policy, *, latency_bound: bool) -> int | Window | None:
+    """The window that `settings.schedule` and `settings.window` ask for, as `config.sampling` has them.
+
+    None asks for what suits the engine. Where decode is bound by latency (a GPU whose batch has room) a longer batch is nearly free, and
+    requests follow the posterior; elsewhere (a CPU) every surplus request costs its full time, and a window of `round_size` wastes nothing.
+    """
+    given = settings.window
+    if settings.schedule == "rounds" or isinstance(given, int):
+        number: int | None = given
+        return number
+    return PosteriorWindow(policy) if given == "posterior" or latency_bound else policy.allocate.round_size
 
 
 def survival_table(policy: Policy, history: History, *, void: int = 0, cap: int | None = None) -> NDArray[np.float64]:

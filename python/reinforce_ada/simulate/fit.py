@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.sampling import Policy, preset
-from reinforce_ada.sampling.policies import Window
 from reinforce_ada.sampling.sampler import Schedule
+from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.population import BetaRates, World
 from reinforce_ada.simulate.run import simulate
@@ -134,9 +135,7 @@ def _replay(
     """(decode steps, tokens) of one step of the run."""
     sampling = header["config"]["sampling"]
     schedule: Schedule = sampling["schedule"]
-    window: int | Window | None = sampling["window"]
-    if schedule == "stream" and window is None and header["device"] == "cpu":
-        window = policy.allocate.round_size  # as the trainer has it
+    window = window_of(SimpleNamespace(**sampling), policy, latency_bound=header["device"] != "cpu")
     world = _RecordedWorld(answers, lengths, population, policy.cap, seed)
     done = simulate(world, policy, EngineModel(slots), schedule=schedule, window=window)
     return done.num_steps, done.tokens

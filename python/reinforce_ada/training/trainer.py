@@ -25,6 +25,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
+from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, rows_of, shuffled_minibatches
 from reinforce_ada.training.display import Display, step_line
@@ -171,7 +172,7 @@ class Trainer:
             policy_version=self.step,
             schedule=sampling.schedule,
             seed=self.config.run.seed,
-            window=self._window(),
+            window=window_of(sampling, parts.policy, latency_bound=self.device.type != "cpu"),
             num_prompts=sampling.prompts_per_step,
             memory=self.memory,
         )
@@ -188,13 +189,6 @@ class Trainer:
         self.memory.update(step, result.pools)
         self.position = stream.position
         return result
-
-    def _window(self) -> int | None:
-        sampling = self.config.sampling
-        if sampling.schedule == "rounds" or sampling.window is not None:
-            return sampling.window
-        # A longer batch is nearly free on a GPU; on a CPU every surplus request costs its full time.
-        return self.parts.policy.allocate.round_size if self.device.type == "cpu" else None
 
     def _sync(self) -> None:
         if self._engine_version != self.step:
