@@ -45,7 +45,7 @@ easy ones) count several times as much, so the pass rate is not what they climb.
 _BENCH_EXAMPLES = """\
 examples:
   reinforce-ada bench --quick                              a first look at small shapes, in a minute
-  reinforce-ada bench                                      everything, about half an hour on one core
+  reinforce-ada bench                                      everything, about 25 minutes on one core
   reinforce-ada bench policy_loss group_advantages --json mine.json
   reinforce-ada bench token_logprobs --case forward/bf16
   reinforce-ada bench --device cuda --json gpu.json        the same on a GPU
