@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from sampling_world import Chaos, answer, drawn, prompts_of, scored, sequential
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Counts, History, Policy, Verdict, preset
+from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.sampling.windows import PosteriorWindow, survival_table, window_of
 from reinforce_ada.types import Aborted, CompletionId, Event
 
@@ -239,3 +241,19 @@ def test_a_settled_request_that_the_engine_drops_is_not_issued_again() -> None:
 def test_the_window_of_a_configuration(schedule: str, given: object, latency_bound: bool, window: object) -> None:
     settings = SimpleNamespace(schedule=schedule, window=given)
     assert window_of(settings, preset("reinforce-ada-balance"), latency_bound=latency_bound) == window
+
+
+def test_a_window_of_nothing_is_a_window_of_one() -> None:
+    script = {"a": "-" * 5 + "+" * 27, "b": "+-" * 16}
+    sampler = AdaptiveSampler(prompts_of(list(script)), EACH, window=lambda counts, history, cap: 0)
+    columns = ColumnSampler(2, EACH, window=lambda counts, history, cap: 0)
+    while not sampler.done:
+        requests = sampler.next_requests(8)
+        assert len(requests) == sampler.num_active
+        for request in requests:
+            sampler.receive(answer(script)(request.id))
+        prompt_of, index = columns.next_requests(8)
+        assert [("ab"[p], i) for p, i in zip(prompt_of.tolist(), index.tolist(), strict=True)] == [r.id[1:] for r in requests]
+        columns.receive(prompt_of, index, np.array([script["ab"[p]][i] == "+" for p, i in zip(prompt_of, index, strict=True)], float))
+    assert columns.done
+    assert [len(pool.outcomes) for pool in sampler.result().pools] == [7, 4]

@@ -37,6 +37,9 @@ def draw(explanations: Sequence[Explanation], path: Path) -> None:
             weight.plot(_RATES, found["w"], **style)
             objective.plot(_RATES, found["f"] / e.weight.objective(np.ones(1)), **style)
     weight.set_yscale("log")
+    low, high = weight.dataLim.intervaly
+    if high < 2 * low:  # a weight of 1 everywhere is that to 12 digits; the others would fill the panel
+        weight.set_ylim(low / 2, high * 2)
     weight.yaxis.set_major_formatter("{x:g}")
     weight.yaxis.set_minor_formatter("{x:g}")
     _panel(weight, "Weight of a prompt: w(p)")

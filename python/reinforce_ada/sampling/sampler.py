@@ -300,7 +300,8 @@ class AdaptiveSampler:
             return 0
         if self._window_of is not None:  # it changes with the answers only, and every answer queues the prompt again
             answered = state.answered
-            has_room = state.num_issued - answered.committed < self._window_of(answered, state.history, state.cap)
+            window = max(self._window_of(answered, state.history, state.cap), 1)  # with nothing out, nothing would ever change
+            has_room = state.num_issued - answered.committed < window
             return 0 if has_room else never
         needed = state.num_issued - state.committed + 1
         every = self._policy.decide_every
