@@ -16,6 +16,7 @@ from reinforce_ada.driver import run
 from reinforce_ada.engines.function import FunctionEngine
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.sampling import AdaptiveSampler, preset
+from reinforce_ada.simulate.command import settings
 from reinforce_ada.training.models import tiny_tokenizer
 from reinforce_ada.training.tasks import load_task
 from reinforce_ada.types import Prompt
@@ -89,9 +90,17 @@ def test_command_lines_are_accepted(line, monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.values[0].split()[1] == "simulate"])
+def test_simulations_have_settings(line, monkeypatch):
+    found = []
+    monkeypatch.setattr(cli, "_simulate", lambda given: found.extend(settings(given.policies, given.schedule, given.window)) or 0)
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0
+    assert found
+
+
 def test_readme_shows_every_command():
-    shown = {line.values[0].split()[1] for line in COMMANDS}
-    assert {"train", "eval", "report", "bench", "doctor"} <= shown
+    shown = {line.values[0].split()[1] for line in COMMANDS if line.id.startswith("README")}
+    assert shown == {"train", "eval", "explain", "simulate", "report", "bench", "doctor"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

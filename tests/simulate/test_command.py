@@ -12,7 +12,9 @@ from test_fit import write_run
 
 from reinforce_ada import cli
 from reinforce_ada.simulate import command
-from reinforce_ada.simulate.study import published_settings
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
+from reinforce_ada.simulate.population import BetaRates
+from reinforce_ada.simulate.study import published_settings, run_study
 
 SMALL = ["--prompts", "6", "--seeds", "2", "--slots", "12", "--max-tokens", "200"]
 
@@ -65,6 +67,30 @@ def test_the_figure_is_drawn(capsys, tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_in_the_figure_no_two_families_look_alike_and_no_legend_hides_the_panel() -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    from reinforce_ada.simulate.figure import _busy, _frontier
+
+    presets = ("grpo", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact")
+    for count in (1, 2, 4):
+        settings = command.settings(presets[:count], (), ("4", "adaptive", "posterior"))
+        study = run_study(settings, BetaRates(), EngineModel(slots=8), LengthModel(max_tokens=20), num_prompts=2, num_seeds=1)
+        frontier, busy = figure.Figure().subplots(1, 2)
+        _frontier(frontier, study)
+        _busy(busy, study)
+        looks = {
+            (x.get_color(), x.get_marker(), x.get_markerfacecolor(), x.get_linestyle())
+            for x in frontier.get_lines()
+            if x.get_label()[0] != "_"
+        }
+        assert len(looks) == 4 * count
+        assert (busy.get_legend() is not None) == (count <= 2)
+        if count == 2:
+            labels = [text.get_text() for text in busy.get_legend().get_texts()]
+            assert len(set(labels)) == len(labels) == 7
+            assert all(label.split()[0] in presets for label in labels)
+
+
 def test_a_run_gives_the_models_and_flags_override_them(capsys, tmp_path: Path) -> None:
     write_run(tmp_path, schedule="rounds", window=None, num_steps=3)
     to = tmp_path / "study.json"
@@ -88,6 +114,9 @@ def test_a_run_gives_the_models_and_flags_override_them(capsys, tmp_path: Path) 
         ("grpo --slots 0", "EngineModel: slots 0; a finite number of at least 1 is needed"),
         ("grpo --poll-fraction 1", "simulate: poll_fraction 1.0; a number from 0 to below 1 is needed"),
         ("grpo --json no/where.json", "simulate: --json no/where.json; a file in a folder that exists is needed"),
+        ("grpo --json .", "simulate: --json .; a file in a folder that exists is needed"),
+        ("grpo --figure study.pdf", "simulate: --figure study.pdf; a file name that ends with .png is needed"),
+        ("grpo --schedule rounds --window 8", "simulate: --window with --schedule rounds; rounds have no window; leave one of them out"),
         ("grpo --fit nowhere", "simulate --fit: nowhere holds no run with two finished steps"),
     ],
 )

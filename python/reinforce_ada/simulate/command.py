@@ -50,7 +50,7 @@ def run(
         json_to, figure_to: files to write.
     Raises: InputError for anything that cannot be used.
     """
-    settings = _settings(policies, schedules, windows)
+    compared = settings(policies, schedules, windows)
     fitted = None if fit is None else fit_run(fit)
     if fitted is not None:
         print(f"{fitted}\n")
@@ -59,12 +59,12 @@ def run(
     length_model: LengthModel = replace(fitted.lengths if fitted else LengthModel(), **lengths)  # type: ignore[arg-type]
     _check_files(json_to, figure_to)
     studies = []
-    with _Progress(len(chosen) * num_seeds * len(settings)) as progress:
+    with _Progress(len(chosen) * num_seeds * len(compared)) as progress:
         for p in chosen:
             n = num_prompts if num_prompts is not None else len(p.rates) if not isinstance(p, BetaRates) else 64
             studies.append(
                 run_study(
-                    settings, p, engine_model, length_model, num_prompts=n, num_seeds=num_seeds, num_earlier=num_earlier,
+                    compared, p, engine_model, length_model, num_prompts=n, num_seeds=num_seeds, num_earlier=num_earlier,
                     poll_fraction=poll_fraction, on_poll=progress.tell,
                 )
             )  # fmt: skip
@@ -100,15 +100,22 @@ def table(study: Study) -> str:
     lines = [
         "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
-    about = f"{study.population}, {study.num_prompts} prompts on {study.engine.slots} slots, {study.num_seeds} seeds (± is their spread)"
+    seeds = "1 seed" if study.num_seeds == 1 else f"{study.num_seeds} seeds (± is their spread)"
+    about = f"{study.population}, {study.num_prompts} prompts on {study.engine.slots} slots, {seeds}"
     return "\n".join([about, *(line.rstrip() for line in lines), ""])
 
 
-def _settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "stream"]], windows: Sequence[str]) -> list[Setting]:
+def settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "stream"]], windows: Sequence[str]) -> list[Setting]:
+    """Every policy with every schedule, streams with every window; the published comparison where nothing is given.
+
+    Raises: InputError for schedules or windows of no policy, for windows of rounds, and for words that mean nothing.
+    """
     if not policies:
         if schedules or windows:
             raise InputError(_WHERE, "--schedule or --window without a preset", "a preset is needed", "such as reinforce-ada-balance")
         return published_settings()
+    if windows and set(schedules) == {"rounds"}:
+        raise InputError(_WHERE, "--window with --schedule rounds", "rounds have no window", "leave one of them out")
     found: list[Setting] = []
     for policy in policies:
         for schedule in schedules or ("rounds", "stream"):
@@ -121,8 +128,10 @@ def _settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "st
 def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
     """What cannot be written is better known before the work."""
     for flag, path in (("--json", json_to), ("--figure", figure_to)):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(_WHERE, f"{flag} {path}", "a file in a folder that exists is needed")
+    if figure_to is not None and figure_to.suffix != ".png":
+        raise InputError(_WHERE, f"--figure {figure_to}", "a file name that ends with .png is needed")
     if figure_to is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(_WHERE, "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
 

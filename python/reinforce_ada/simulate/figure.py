@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,20 @@ def _families(study: Study) -> dict[str, list[Row]]:
     return families
 
 
+def _styled(study: Study) -> Iterator[tuple[str, list[Row], str, bool]]:
+    """Each family with its name, its colour, and whether that colour comes again: then lines are dashed and markers hollow."""
+    for i, (name, rows) in enumerate(_families(study).items()):
+        yield name, rows, _COLORS[i % len(_COLORS)], i >= len(_COLORS)
+
+
 def _frontier(ax: Any, study: Study) -> None:
-    for color, (name, rows) in zip(_COLORS * len(study.rows), _families(study).items(), strict=False):
+    for name, rows, color, again in _styled(study):
         x, spread = zip(*(row.relative(study.rows[0]) for row in rows), strict=True)
         y = [row.mean("waste") for row in rows]
-        marker, line = ("*" if "posterior" in name else "s" if "adaptive" in name else "o"), ("-" if "stream" in name else "none")
+        marker, size = ("*", 9) if "posterior" in name else ("s", 5) if "adaptive" in name else ("o", 5)
+        look = {"linestyle": "none" if "stream" not in name else "--" if again else "-", "markerfacecolor": "white" if again else color}
         ax.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.25, linewidth=1.2)
-        ax.plot(x, y, marker=marker, linestyle=line, color=color, label=name, linewidth=1, markersize=9 if marker == "*" else 5)
+        ax.plot(x, y, marker=marker, color=color, label=name, linewidth=1, markersize=size, **look)
         for row, at in zip(rows, zip(x, y, strict=True), strict=True):
             ax.annotate(_mark(row), at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=color)
     ax.set_xlabel(f"wall-clock, relative to the first row ({study.rows[0].setting.schedule_label})", fontsize=8)
@@ -73,18 +80,21 @@ def _mark(row: Row) -> str:
 
 
 def _busy(ax: Any, study: Study) -> None:
-    """The first row, and of every family of streams the one in its middle."""
-    for color, (name, rows) in zip(_COLORS * len(study.rows), _families(study).items(), strict=False):
+    """The first row, and of every family of streams the one in its middle. Where a legend would fill the panel, the figure's does."""
+    presets = {row.setting.policy_text.partition(":")[0] for row in study.rows}
+    for name, rows, color, again in _styled(study):
         if "stream" not in name and rows[0] is not study.rows[0]:
             continue
         row = rows[len(rows) // 2] if "stream" in name else rows[0]
         seconds, busy = row.outcomes[0].busy.T
-        label = f"{row.setting.policy_text.partition(':')[2]} {row.setting.schedule_label}".strip()
-        ax.step(seconds, busy, where="post", label=label, color=color, linewidth=1.1)
+        policy = row.setting.policy_text if len(presets) > 1 else row.setting.policy_text.partition(":")[2]
+        label = f"{policy} {row.setting.schedule_label}".strip()
+        ax.step(seconds, busy, where="post", label=label, color=color, linestyle="--" if again else "-", linewidth=1.1)
     ax.set_xlabel("seconds", fontsize=8)
     ax.set_ylabel("busy slots", fontsize=8)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7, frameon=False, loc="upper right")
+    if len(ax.get_lines()) <= len(_COLORS):
+        ax.legend(fontsize=7, loc="upper right", edgecolor="none", framealpha=0.8)
     _finish(ax, f"Busy slots, {study.population}, first seed")
 
 
