@@ -223,8 +223,15 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
             # Text comes from the command line, where "10" is the integer; a TOML file has types of its own.
             out[key] = msgspec.convert(value, type=hints[key], strict=not is_text)
         except (msgspec.ValidationError, json.JSONDecodeError) as e:
-            raise InputError(f"config [{section}]", f"{key} = {value!r}", str(e)) from None
+            raise InputError(f"config [{section}]", f"{key} = {value!r}", _needed(hints[key]) or str(e)) from None
     return cls(**out)
+
+
+def _needed(hint: Any) -> str:
+    """What a key with words of its own takes, "" for any other."""
+    kinds = [hint] if typing.get_origin(hint) is Literal else typing.get_args(hint)
+    words = [value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)]
+    return f"{'an integer or ' if int in kinds else ''}one of {', '.join(words)}" if words else ""
 
 
 _AT_LEAST = {
