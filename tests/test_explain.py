@@ -123,6 +123,30 @@ def test_populations(printed: dict, policy: str, row: str) -> None:
         assert all(close(float(value), y) for value, y in zip(cell.split(", "), x.split(","), strict=False))
 
 
+def table_of(page: str, title: str) -> dict[str, list[str]]:
+    """Of docs/: first cell -> other cells of the table whose first line starts so."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    lines = text[text.index(f"| {title} |") :].split("\n\n")[0].splitlines()[2:]
+    return {label: cells for label, *cells in ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)}
+
+
+def test_the_page_on_statistics_has_the_printed_weights(printed: dict) -> None:
+    rows = table_of("statistics.md", "w(p)")
+    of = {
+        "GRPO, 4 completions, mean baseline": "grpo, group_size 4, scale none",
+        "`grpo` (8 completions, ÷ std)": "grpo",
+        "the same ÷ pool std": f"{BALANCE}, scale pool",
+        **{f"`{name}`": name for name in (POS, BALANCE, EXACT)},
+    }
+    assert rows.keys() == of.keys()
+    for label, cells in rows.items():
+        assert [float(cell) for cell in cells] == [float(cell) for cell in printed["w(p)"][of[label]]]
+
+
+def test_the_page_on_policies_has_every_preset() -> None:
+    assert {f"`{name}`" for name in PRESETS} == set(table_of("policies.md", "name | propose"))
+
+
 def test_every_preset_has_its_row(printed: dict) -> None:
     assert set(PRESETS) <= set(printed["w(p)"])
     assert [len(row) for row in printed["E[N]"].values()] == [len(RATES)] * len(printed["w(p)"])
@@ -294,7 +318,7 @@ def test_flags_are_the_keys_of_a_policy(capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0
     assert all(f"--{key.replace('_', '-')}" in out for key in CONFIGURED)
     assert "w(p) says which prompts a policy learns from" in out
-    assert "--schedule" not in out
+    assert not any(flag in out for flag in ("--schedule", "--memory-decay", "--memory-from"))  # what the numbers do not depend on
 
 
 def test_the_printout_of_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,6 +330,12 @@ def test_the_printout_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.split() == ["0.10", "10.2", "0.966", "+0.065", "2.20", "0.40"] for line in lines)
     assert any(line.split() == ["Beta(1,", "2)", "0.875", "7.6"] for line in lines)
     assert any(line.startswith("  Beta(3, 0.5)") for line in lines)
+
+
+def test_a_policy_that_asks_nothing_and_keeps_all_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = say(capsys, "knapsack")
+    assert "  keeps     every scored completion; one is correct when its reward exceeds 0.7" in out.splitlines()
+    assert "  asked  " not in out
 
 
 def test_json_has_everything_unrounded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +359,14 @@ def test_a_configuration_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
     np.testing.assert_allclose(record["w"], 1, rtol=1e-12)
 
 
+def test_the_folder_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.toml").write_text(f'[sampling]\npreset = "{POS}"\nmemory_decay = 0.9\n')
+    assert say(capsys, f"{tmp_path}")[1].startswith(f"{POS}\n")
+    (tmp_path / "grpo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert say(capsys, "grpo")[1].startswith("grpo\n")  # a preset is one, whatever folders there are
+
+
 def test_class_weights_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     _, plain, _ = say(capsys, f"{BALANCE} --json")
     _, doubled, _ = say(capsys, f"{BALANCE} --class-weights 2,2 --json")
@@ -348,6 +386,7 @@ def test_the_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path, what: st
     [
         ("reinforce-ada-bal", "preset: unknown name 'reinforce-ada-bal'"),
         ("nothing.toml", "config: cannot read nothing.toml"),
+        ("tests", "config: cannot read tests/config.toml"),
         ("--decide-every 1", "--decide-every without a policy; a preset or a configuration file is needed"),
         ("grpo --round-size 3", "unknown override 'round_size'"),
         ("grpo --group-size 1001", "a cap of 1001 completions per prompt; at most 1000"),

@@ -35,7 +35,7 @@ examples:
   reinforce-ada explain reinforce-ada-balance              one of them: its parts in words, its numbers over the pass rate
   reinforce-ada explain reinforce-ada-pos --decide-every 1 --min-pool 4
   reinforce-ada explain reinforce-ada-balance --objective mean --population 1,2 2.5,0.6
-  reinforce-ada explain runs/mine/config.toml --figure curves.png
+  reinforce-ada explain runs/mine --figure curves.png
 
 The numbers are exact, for rewards of 0 and 1: a sum over all states the stopping rule can end in. Their use:
 w(p) says which prompts a policy learns from. Mean baseline and fixed size: the same for all. Adaptive rules: hard ones (and with balance
@@ -251,14 +251,14 @@ def _eval(given: argparse.Namespace) -> int:
 
 # -------------------- explain
 
-_NOT_OF_THE_POLICY = {"preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens"}
+_NOT_OF_THE_POLICY = {"preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens", "memory_decay", "memory_from"}
 
 
 def _add_explain(commands: Any) -> None:
     about = "What a sampling policy does: its parts in words, what it costs, and the objective it climbs, in exact numbers."
     parser = _add_command(commands, "explain", about, _EXPLAIN_EXAMPLES)
     parser.add_argument(
-        "what", nargs="?", metavar="PRESET|CONFIG.toml", help="a preset, or the configuration of a run (default: every preset)"
+        "what", nargs="?", metavar="PRESET|CONFIG.toml|RUN", help="a preset, a configuration file or a run folder (default: every preset)"
     )
     parser.add_argument("--population", nargs="+", default=[], metavar="A,B", help="prompts with Beta(A, B) pass rates (default: three)")
     parser.add_argument("--class-weights", metavar="W,C", help="factors of the advantages of wrong and of correct completions")

@@ -12,7 +12,7 @@ from pathlib import Path
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
-from reinforce_ada.sampling import Centered, Policy, configured
+from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     as_json: bool = False,
     figure: Path | None = None,
 ) -> int:
-    """Explain a preset, the policy of a configuration file, or (None) every preset.
+    """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset.
 
     Raises: InputError for whatever cannot be read, combined or drawn.
     """
@@ -49,9 +49,10 @@ def _explanations(what: str | None, overrides: Mapping[str, str], class_weights:
 
 
 def _policy(what: str, overrides: Mapping[str, str]) -> Policy:
-    is_file = what.endswith(".toml") or Path(what).is_file()
+    path = Path(what) / "config.toml" if Path(what).is_dir() and what not in PRESETS else Path(what)
+    is_file = path.suffix == ".toml" or path.is_file()
     chosen = {} if is_file else {"preset": what}
-    return configured(configuration.load(Path(what) if is_file else None, {**chosen, **overrides}).sampling)
+    return configured(configuration.load(path if is_file else None, {**chosen, **overrides}).sampling)
 
 
 def _weighted(policy: Policy, class_weights: str | None) -> Policy:

@@ -11,7 +11,7 @@ import numpy as np
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.effective import Array, EffectiveWeight, effective_weight
-from reinforce_ada.sampling import PRESETS, Balanced, Centered, History, ObjectiveWeight, Policy, preset, stopping_table
+from reinforce_ada.sampling import PRESETS, All, Balanced, Centered, History, Never, ObjectiveWeight, Policy, preset, stopping_table
 from reinforce_ada.sampling.statistics import pool_mean, samples, signal
 
 WEIGHT_RATES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
@@ -136,10 +136,12 @@ def words(policy: Policy) -> Iterator[tuple[str, str]]:
         part = getattr(policy, hook)
         about = inspect.getdoc(part) or ""
         yield hook, f"{_name(part)}: {about.splitlines()[0]}" if about else _name(part)
-    each = "every completion" if policy.decide_every == 1 else f"every {policy.decide_every} completions"
-    floor = f", once {policy.min_pool} have a score" if policy.min_pool else ""
-    yield "asked", f"decide is asked after {each} and at the cap of {policy.cap}{floor}"
-    yield "keeps", f"{policy.group_size} completions per prompt; one is correct when its reward exceeds {policy.positive_threshold:g}"
+    if not isinstance(policy.decide, Never):
+        each = "every completion" if policy.decide_every == 1 else f"every {policy.decide_every} completions"
+        floor = f", once {policy.min_pool} have a score" if policy.min_pool else ""
+        yield "asked", f"decide is asked after {each} and at the cap of {policy.cap}{floor}"
+    kept = "every scored completion" if isinstance(policy.select, All) else f"{policy.group_size} completions per prompt"
+    yield "keeps", f"{kept}; one is correct when its reward exceeds {policy.positive_threshold:g}"
 
 
 def _name(part: Any) -> str:
@@ -170,7 +172,8 @@ def page(e: Explanation, populations: Sequence[tuple[float, float]]) -> str:
 def comparison_page(rows: Sequence[Explanation], populations: Sequence[tuple[float, float]]) -> str:
     """The printout of all presets side by side."""
     width = max(len(e.label) for e in rows) + 2
-    lines = ["Every preset, exactly, for rewards of 0 and 1. `reinforce-ada explain PRESET` says more of one.", *_LEGEND]
+    # No f(p): a constant apart, the shape of w(p) says the same.
+    lines = ["Every preset, exactly, for rewards of 0 and 1. `reinforce-ada explain PRESET` says more of one.", *_LEGEND[:-1]]
     for name, rates in (("w", WEIGHT_RATES), ("samples", RATES), ("signal", RATES), ("bias", RATES)):
         lines += ["", f"{_TITLE[name]:<{width}}" + "".join(f"{f'p={p:g}':>8}" for p in rates)]
         for e in rows:
