@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from toy_training import toy_config, toy_trainer
+from toy_training import ToyModel, toy_config, toy_trainer
 
 from reinforce_ada import cli
 from reinforce_ada import config as configuration
@@ -23,9 +24,12 @@ from reinforce_ada.rewards.worker import resolve
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks, configured
 from reinforce_ada.training import launch, models
+from reinforce_ada.training.batching import Sample, collate
 from reinforce_ada.training.language_model import HuggingFaceModel, token_logprobs
 from reinforce_ada.training.log import read_log
+from reinforce_ada.training.objectives import Objective
 from reinforce_ada.training.optimizer import MasterAdamW
+from reinforce_ada.types import Completion, CompletionId, Prompt
 
 QUESTIONS = [f"{a} + {b} =" for a in range(4) for b in range(4)]
 
@@ -286,6 +290,15 @@ def test_with_objective_mean_groups_without_signal_change_nothing(tmp_path: Path
         scale = max(float(g.abs().max()) for g in keep.values())
         same_gradient[preset] = all(float((drop[name] - g).abs().max()) < 1e-6 * scale for name, g in keep.items())
     assert same_gradient == {"reinforce-ada-exact": True, "reinforce-ada-balance": False}
+
+
+def test_a_denominator_below_one_divides(tmp_path: Path) -> None:
+    """As of 8 minibatches of one prompt with two completions kept: 2 * 1 / 8."""
+    objective = Objective.from_config(toy_config(tmp_path, loss_agg="seq-mean-token-sum"))
+    completion = Completion(CompletionId(0, "a", 0), np.array([4, 5], np.int32), np.zeros(2, np.float32), "", "stop", 0)
+    batch = collate([[Sample(Prompt("a", (3,)), completion, 1.0)]], 0)
+    whole, eighth = (objective(ToyModel(torch.float32), batch, None, 2, n)[0].detach().item() for n in (2.0, 0.25))
+    assert eighth == pytest.approx(8 * whole)
 
 
 @pytest.mark.parametrize(("loss_agg", "said"), [("token-mean", True), ("seq-mean-token-sum", False)])

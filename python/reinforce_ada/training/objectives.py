@@ -41,8 +41,8 @@ def num_seqs_of(minibatch: Sequence[Batch], result: SamplingResult, policy: Poli
     """The number of completions a minibatch's loss is divided by, where it averages over them.
 
     Its own count; under an `ObjectiveWeight` group_size * prompts that entered / minibatches, whatever was kept: with a denominator
-    that depends on the outcomes the mean of the quotient is not the quotient of the means. Groups fall into minibatches at random, so
-    each has the expected gradient of the step.
+    that depends on the outcomes the mean of the quotient is not the quotient of the means. The gradients of a step's minibatches add up
+    to `num_minibatches` times that of the whole, however many groups there are and wherever each falls.
     """
     if isinstance(policy.weight, ObjectiveWeight):
         return policy.group_size * len(result.pools) / num_minibatches
@@ -113,7 +113,7 @@ class Objective:
             "clip_high": self.clip_high,
             "rollout_correction": self.rollout_correction,
             "num_tokens_global": max(num_tokens, 1),
-            "num_seqs_global": max(num_seqs, 1),
+            "num_seqs_global": num_seqs,
             "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,
         }
         mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
