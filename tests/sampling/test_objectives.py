@@ -554,9 +554,10 @@ def test_published_weights_keep_their_own_count() -> None:
         ({"loss_agg": "seq-mean-token-sum-norm"}, []),
         (
             {"loss_agg": "seq-mean-token-sum", "minibatches": 4},
-            ["the second of 4 minibatches", "loss 'ppo'"],
+            ["the second of 4 minibatches", "no longer those that sampled"],
         ),
-        ({"loss_agg": "seq-mean-token-sum", "minibatches": 4, "loss": "reinforce"}, []),
+        ({"loss_agg": "seq-mean-token-sum", "minibatches": 4, "loss": "reinforce"}, ["the second of 4 minibatches"]),
+        ({"loss_agg": "seq-mean-token-sum", "entropy_coef": 0.01}, ["entropy_coef 0.01 adds an objective of its own"]),
         ({"minibatches": 2}, ["token-mean", "of 2 minibatches"]),
         ({"objective": "log"}, []),
         ({"preset": BALANCE}, []),

@@ -57,8 +57,10 @@ def inexact(config: Config, policy: Policy) -> str:
     causes = []
     if not t.loss_agg.startswith("seq-mean-token-sum"):
         causes.append(f"loss_agg {t.loss_agg!r} has a denominator that depends on the outcomes (seq-mean-token-sum and -norm do not)")
-    if t.minibatches > 1 and t.loss != "reinforce":
-        causes.append(f"from the second of {t.minibatches} minibatches on the ratios of loss {t.loss!r} are clipped (minibatches 1)")
+    if t.minibatches > 1:
+        causes.append(f"from the second of {t.minibatches} minibatches on the weights are no longer those that sampled (minibatches 1)")
+    if t.entropy_coef:
+        causes.append(f"entropy_coef {t.entropy_coef} adds an objective of its own (entropy_coef 0)")
     return f'objective "mean" is only approximate here: {"; ".join(causes)}' if causes else ""
 
 
