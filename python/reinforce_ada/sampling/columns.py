@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.errors import InputError
 from reinforce_ada.sampling.metrics import Tally
 from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window, at_least
 from reinforce_ada.sampling.pool import reward_statistics
-from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, budgets_of, certain_exit
+from reinforce_ada.sampling.sampler import CORRECT, VOID, WRONG, Schedule, budgets_of, certain_exit, check_schedule
 from reinforce_ada.sampling.statistics import stopping_table
 from reinforce_ada.types import ExitReason, PoolStats
 
@@ -767,13 +767,7 @@ def _check(
 ) -> None:
     """Raise InputError for arguments that cannot go together."""
     at_least(_WHERE, "num_prompts", num_prompts, 1)
-    if schedule not in ("stream", "rounds"):
-        raise unknown_name(_WHERE, "schedule", schedule, ("stream", "rounds"))
-    if window is not None:
-        if not callable(window):
-            at_least(_WHERE, "window", window, 1)
-        if schedule == "rounds":
-            raise InputError(_WHERE, f"window {window} with schedule 'rounds'", "rounds have no window", "leave it out")
+    check_schedule(_WHERE, schedule, window)
     if policy.needs_memory and histories is None:
         raise InputError(_WHERE, f"policy {policy.name!r} without histories", "what earlier steps say of a prompt is needed")
     if histories is not None and len(histories) != num_prompts:

@@ -138,13 +138,7 @@ class AdaptiveSampler:
         num_prompts: int | None = None,
         memory: Remembers | None = None,
     ) -> None:
-        if schedule not in ("stream", "rounds"):
-            raise unknown_name(_WHERE, "schedule", schedule, ("stream", "rounds"))
-        if window is not None:
-            if not callable(window):
-                at_least(_WHERE, "window", window, 1)
-            if schedule == "rounds":
-                raise InputError(_WHERE, f"window {window} with schedule 'rounds'", "rounds have no window", "leave it out")
+        check_schedule(_WHERE, schedule, window)
         if policy.needs_memory and memory is None:
             raise InputError(
                 _WHERE, f"policy {policy.name!r} without memory", "what earlier steps say of a prompt is needed", "memory=Memory()"
@@ -531,6 +525,17 @@ class AdaptiveSampler:
         rewards = rewards_of(scored)
         kept = self._policy.select(rewards, rewards > self._policy.positive_threshold, self._policy.group_size)
         return Group(pool, tuple(scored[i] for i in kept))
+
+
+def check_schedule(where: str, schedule: str, window: int | Window | None) -> None:
+    """Raise InputError for an unknown schedule, a window below 1, and a window in rounds."""
+    if schedule not in ("stream", "rounds"):
+        raise unknown_name(where, "schedule", schedule, ("stream", "rounds"))
+    if window is not None and not callable(window):
+        at_least(where, "window", window, 1)
+    if window is not None and schedule == "rounds":
+        given = "a window function" if callable(window) else f"window {window}"
+        raise InputError(where, f"{given} with schedule 'rounds'", "rounds have no window", "leave it out")
 
 
 def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | None) -> int:
