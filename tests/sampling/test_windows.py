@@ -243,6 +243,11 @@ def test_the_window_of_a_configuration(schedule: str, given: object, latency_bou
     assert window_of(settings, preset("reinforce-ada-balance"), latency_bound=latency_bound) == window
 
 
+def test_a_window_past_the_cap_is_the_cap() -> None:
+    columns = ColumnSampler(1, EACH, window=lambda counts, history, cap: 10**12)
+    assert columns.next_requests(99)[1].tolist() == list(range(32))
+
+
 def test_a_window_of_nothing_is_a_window_of_one() -> None:
     script = {"a": "-" * 5 + "+" * 27, "b": "+-" * 16}
     sampler = AdaptiveSampler(prompts_of(list(script)), EACH, window=lambda counts, history, cap: 0)

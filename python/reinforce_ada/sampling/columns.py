@@ -465,7 +465,7 @@ class ColumnSampler:
         counts, kind = self._decode(code, self._num_prompts)
         history, cap = self._kinds[kind]
         assert self._window_of is not None
-        return max(self._window_of(counts, history, cap), 1)
+        return min(max(self._window_of(counts, history, cap), 1), cap)  # limits are int32
 
     # -------------------- admission and barriers
 
