@@ -239,6 +239,7 @@ def test_seeds() -> None:
     assert len(seeds) == 81
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(0, 0, "a", 0) == 6438759198449605333
+    assert request_seed(0, 0, "\ud800", 0) != request_seed(0, 0, "\ud801", 0)  # no UTF-8, as ids from broken files are
     (request,) = AdaptiveSampler(prompts_of(["a"]), preset(BALANCE), step=5, seed=2, policy_version=9).next_requests(1)
     assert (request.id, request.policy_version, request.seed) == (cid("a", 0, 5), 9, request_seed(2, 5, "a", 0))
 

@@ -56,7 +56,7 @@ class Progress(NamedTuple):
 
 def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
     """The seed of a request, in [0, 2**63): the same whenever, wherever and however often it is issued."""
-    key = f"{run_seed},{step},{index},{prompt_id}".encode()  # prompt_id last: it may hold commas
+    key = f"{run_seed},{step},{index},{prompt_id}".encode("utf-8", "surrogatepass")  # prompt_id last: it may hold commas
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
