@@ -277,6 +277,9 @@ def test_knapsack_budgets_have_the_largest_value(counts: list[tuple[int, int]], 
         ([seen(1, 7), seen(7, 1), seen(0, 8)], [18, 4, 2]),
         ([seen(0.2, 0.3), seen(8, 0)], [8, 8]),  # less than one completion is remembered
     ],
+        # faded to a rate of 2e-17, or to 1: it could use all there is, and it is worth nothing
+        ([seen(2.3e-16, 10), seen(0, 8)], [14, 2]),
+        ([seen(10, 2.3e-16), seen(0, 8)], [14, 2]),
 )
 def test_knapsack_where_the_value_says_nothing(histories: list[History], budgets: list[int]) -> None:
     assert bag().budgets(histories) == budgets

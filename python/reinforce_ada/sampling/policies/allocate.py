@@ -168,7 +168,8 @@ class Knapsack(BatchBudget):
 
     def _enough(self, rates: Floats) -> int:
         """Completions beyond the floor after which each of these has had its chance of both classes."""
-        needed = np.log(1 - self.confidence) / np.log(np.maximum(rates, 1 - rates))
+        rarer = np.maximum(np.minimum(rates, 1 - rates), 1e-9)  # a class that has faded to below one in 1e16 leaves a rate of 0 or 1
+        needed = np.log(1 - self.confidence) / np.log1p(-rarer)
         return int(np.maximum(np.minimum(needed, self.cap).astype(np.int64) - self.floor, 0).sum())
 
     def _give(self, budgets: Integers, prompts: Integers, amount: int, gain: Callable[[Integers, Integers], Floats]) -> int:
