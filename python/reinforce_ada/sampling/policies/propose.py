@@ -38,8 +38,10 @@ class Refill(AllPrompts):
     max_prompts_factor: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.max_prompts_factor >= 1:
-            raise InputError(type(self).__name__, f"max_prompts_factor {self.max_prompts_factor}", "at least 1 is needed")
+        if not 1 <= self.max_prompts_factor < math.inf:
+            raise InputError(
+                type(self).__name__, f"max_prompts_factor {self.max_prompts_factor}", "a finite number of at least 1 is needed"
+            )
 
     def __call__(self, num_prompts: int, num_dropped: int, /) -> int:
         return min(num_prompts + num_dropped, math.floor(self.max_prompts_factor * num_prompts))
