@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,10 +277,10 @@ def test_knapsack_budgets_have_the_largest_value(counts: list[tuple[int, int]], 
         # at 1/8 it needs 17: both could use all there is, and a solution of the hard one is worth seven times more
         ([seen(1, 7), seen(7, 1), seen(0, 8)], [18, 4, 2]),
         ([seen(0.2, 0.3), seen(8, 0)], [8, 8]),  # less than one completion is remembered
-    ],
         # faded to a rate of 2e-17, or to 1: it could use all there is, and it is worth nothing
         ([seen(2.3e-16, 10), seen(0, 8)], [14, 2]),
         ([seen(10, 2.3e-16), seen(0, 8)], [14, 2]),
+    ],
 )
 def test_knapsack_where_the_value_says_nothing(histories: list[History], budgets: list[int]) -> None:
     assert bag().budgets(histories) == budgets
@@ -442,8 +443,8 @@ def test_preset_overrides() -> None:
         (lambda: preset("grpo", scale="grup"), "Centered: unknown scale 'grup'; .*did you mean 'group'?"),
         (lambda: Refill(0.5), "Refill: max_prompts_factor 0.5; a finite number of at least 1"),
         (lambda: Refill(float("nan")), "Refill: max_prompts_factor nan"),
-        (lambda: Balance(-1, 2), "Balance: num_correct -1"),
         (lambda: Refill(math.inf), "Refill: max_prompts_factor inf; a finite number of at least 1"),
+        (lambda: Balance(-1, 2), "Balance: num_correct -1"),
         (lambda: Band(0.5, 0.5), "Band: low 0.5 and high 0.5; 0 <= low < high <= 1 is needed"),
         (lambda: Band(pilot=0), "Band: pilot 0; an integer of at least 1"),
         (lambda: NearestRate(target=1.5), "NearestRate: target 1.5; a number from 0 to 1"),
@@ -502,6 +503,18 @@ def changed(name: str, **parts) -> Policy:
         (
             lambda: changed("grpo", propose=lambda num, dropped: num),
             r"propose <function .*; an object with .choose\(\) is needed; see AllPrompts",
+        ),
+        (
+            lambda: changed("grpo", allocate=SimpleNamespace(budgets=len, cap=8, __call__=len)),
+            r"allocate namespace.*; an object with .round_size is needed; Budgeted wraps",
+        ),
+        (
+            lambda: changed("grpo", propose=SimpleNamespace(choose=len, __call__=len)),
+            "propose namespace.*; an object with .candidates_per_prompt is needed; see AllPrompts",
+        ),
+        (
+            lambda: changed("grpo", weight=Centered(class_weights=[1, 2])),
+            r"weight Centered\(.*; a hashable one is needed: tables are kept by policy; @dataclass\(frozen=True\), and tuples for lists",
         ),
         (lambda: changed("grpo", decide=Band(pilot=8, then=Balance(5, 5))), "an exit rule that needs 10 completions; a cap of 8"),
     ],

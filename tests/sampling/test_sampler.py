@@ -420,8 +420,8 @@ def test_progress() -> None:
         (["a"], POS, {"num_prompts": 0}, "num_prompts 0; an integer of at least 1"),
         (["a"], POS, {"window": 0}, "window 0; an integer of at least 1"),
         (["a"], POS, {"window": 4, "schedule": "rounds"}, "window 4 with schedule 'rounds'; rounds have no window; leave it out"),
-        (["a"], POS, {"schedule": "streem"}, "unknown schedule 'streem'; known: rounds, stream; did you mean 'stream'?"),
         (["a"], POS, {"window": lambda *_: 4, "schedule": "rounds"}, "Sampler: a window function with schedule 'rounds'; rounds have"),
+        (["a"], POS, {"schedule": "streem"}, "unknown schedule 'streem'; known: rounds, stream; did you mean 'stream'?"),
     ],
 )
 def test_constructor_errors(prompts, policy: str, options: dict, message: str) -> None:

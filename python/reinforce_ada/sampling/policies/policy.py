@@ -39,7 +39,7 @@ class Policy:
         min_pool: scored completions before the first decision.
         positive_threshold: a completion is correct when its reward is strictly greater.
         degenerate: "drop" leaves pools with max == min out of the groups; "keep" leaves them in, with zero advantage.
-    Raises: InputError when the numbers cannot go together.
+    Raises: InputError when the parts or numbers cannot go together, and for a part that is not hashable.
     """
 
     name: str
@@ -79,10 +79,19 @@ class Policy:
 
     def _check_forms(self, where: str) -> None:
         """Decide, select and weight may be plain functions; allocate and propose answer more than one question."""
-        for hook, wanted, wrapper in (("allocate", "budgets", "Budgeted wraps a function"), ("propose", "choose", "see AllPrompts")):
+        for hook, names, wrapper in (
+            ("allocate", ("budgets()", "cap", "round_size", "__call__()"), "Budgeted wraps a function"),
+            ("propose", ("choose()", "candidates_per_prompt", "__call__()"), "see AllPrompts"),
+        ):
             part = getattr(self, hook)
-            if not callable(part) or not hasattr(part, wanted):
-                raise InputError(where, f"{hook} {part!r}", f"an object with .{wanted}() is needed", wrapper)
+            if missing := [name for name in names if not hasattr(part, name.removesuffix("()"))]:
+                raise InputError(where, f"{hook} {part!r}", f"an object with .{missing[0]} is needed", wrapper)
+        for hook in ("propose", "allocate", "decide", "select", "weight"):
+            try:
+                hash(part := getattr(self, hook))
+            except TypeError:
+                needed = "a hashable one is needed: tables are kept by policy"
+                raise InputError(where, f"{hook} {part!r}", needed, "@dataclass(frozen=True), and tuples for lists") from None
 
     def _check_together(self, where: str) -> None:
         """Parts that are sound alone and make no sense together."""
