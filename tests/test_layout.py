@@ -36,13 +36,13 @@ MAY_IMPORT = {
     "rewards": FOUNDATION,
     "rollouts": FOUNDATION,
     "engines": FOUNDATION,
-    "ops": {*FOUNDATION, "_cpu"},
+    "ops": {*FOUNDATION, "_cpu", "_cuda"},
     "driver": {*FOUNDATION, "sampling", "rewards", "engines"},
     "training": {*FOUNDATION, *STAGES, "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "driver", "training", "report"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
-    "doctor": {*FOUNDATION, "ops", "_cpu"},
+    "doctor": {*FOUNDATION, "ops", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
     "cli": {*FOUNDATION, "config", "explain", "report", "simulate", "bench", "doctor", "training.launch"},
@@ -60,7 +60,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def part_of(module: str) -> str:
-    found = [part for part in (*MAY_IMPORT, "_cpu") if f"{module}.".startswith(f"{part}.")]
+    found = [part for part in (*MAY_IMPORT, "_cpu", "_cuda") if f"{module}.".startswith(f"{part}.")]
     assert found, f"{module} belongs to no part: say in MAY_IMPORT what it may import"
     return max(found, key=len)
 
@@ -74,7 +74,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             for alias in node.names:
                 below = f"{node.module}.{alias.name}"
-                yield below if below.removeprefix("reinforce_ada.") in (*MODULES, "_cpu") else str(node.module)
+                yield below if below.removeprefix("reinforce_ada.") in (*MODULES, "_cpu", "_cuda") else str(node.module)
 
 
 # -------------------- operators
@@ -158,7 +158,7 @@ def test_imports_go_one_way(module):
 
 def test_the_parts_have_an_order():
     """The table above has no cycle: going down it always ends."""
-    left = {part: set(below) - {"_cpu"} for part, below in MAY_IMPORT.items()}
+    left = {part: set(below) - {"_cpu", "_cuda"} for part, below in MAY_IMPORT.items()}
     while left:
         lowest = {part for part, below in left.items() if not below & left.keys()}
         assert lowest, f"a cycle among {sorted(left)}"

@@ -45,7 +45,7 @@ class NativeOp:
         setup_context: `(ctx, inputs, output)`, as for torch.autograd.Function; saves what `backward` needs.
         backward: `(ctx, *grads)`; it runs under tracing too, so it must call torch functions and other `NativeOp`s only.
         mutates: names of the arguments that `forward` writes to.
-        device_type: of the tensors it takes.
+        device_type: of the tensors it takes; None for any.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class NativeOp:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
-        device_type: str = "cpu",
+        device_type: str | None = "cpu",
     ) -> None:
         self.op = torch.library.custom_op(
             f"{NAMESPACE}::{name}", forward, mutates_args=tuple(mutates), device_types=device_type, schema=schema
