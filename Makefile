@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := constraints-cpu.txt
-NATIVE := CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := CMakeLists.txt $(shell find csrc cmake -type f)
+CXX_SOURCES := $(shell find csrc tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
+REINFORCE_ADA_CUDA ?= OFF
 
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow simulate-scale simulate-docs test-sanitize lint format bench bench-docs doctor clean
+.PHONY: demo test test-slow simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs gpu-ptx lint format \
+  bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -38,6 +41,22 @@ test-sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/ops$${PYTHONPATH:+:$$PYTHONPATH} \
 	  $(BIN)/python -m pytest -p sanitized tests/ops --capture=sys $(PYTEST_FLAGS)
+
+# Everything about the GPU forms that needs no GPU: their kernels interpreted, run on the CPU, and compiled for every target.
+test-gpu-static: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu" tests/gpu $(PYTEST_FLAGS)
+
+# Does removing any barrier, mask or bound from a kernel make a check fail? Only what changed since the last run is tried.
+test-gpu-mutations: $(VENV)/.dev
+	$(BIN)/python tests/gpu/mutate.py
+
+# Compiles every kernel for every target, and writes what it found to benchmarks/gpu_static.json and the tables of docs/gpu.md.
+gpu-docs: $(VENV)/.dev
+	$(BIN)/python benchmarks/write_gpu.py
+
+# The PTX of every kernel with a manifest of how to launch it, in build/ptx.
+gpu-ptx: $(VENV)/.dev
+	$(BIN)/python tests/gpu/write_ptx.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -74,13 +93,13 @@ $(VENV)/.base: $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml $(NATIVE)
-	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report]"
+	REINFORCE_ADA_CUDA=$(REINFORCE_ADA_CUDA) $(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml $(NATIVE)
-	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev]"
+	REINFORCE_ADA_CUDA=$(REINFORCE_ADA_CUDA) $(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev]"
 	touch $(VENV)/.demo $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev,bench]"
+	REINFORCE_ADA_CUDA=$(REINFORCE_ADA_CUDA) $(PIP) install --quiet --no-compile -c $(CONSTRAINTS) -e ".[train,report,dev,bench]"
 	touch $@

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from reinforce_ada import cli
 from reinforce_ada.bench import baselines, command, figure, linear, logits, machine, measure, memory, page, policy, tables
@@ -20,7 +21,7 @@ from reinforce_ada.bench.checks import close, close_in_norm
 from reinforce_ada.bench.measure import Session, WrongResultError, settings
 from reinforce_ada.bench.record import Record, Results, Timing, goal_text, number, slower, verdicts
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _dispatch
+from reinforce_ada.ops import _dispatch, _gpu
 
 ROOT = Path(__file__).parent.parent
 MB = 1_000_000
@@ -371,6 +372,90 @@ def test_the_gpu_clock_flushes_the_cache_outside_of_what_it_times(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *_, **__: Buffer())
     assert measure.CudaClock().seconds(lambda: said.append("run"), 2) == pytest.approx(4e-3)
     assert said == ["flush", "record", "run", "record", "wait"] * 2
+
+
+class Imagined(TorchFunctionMode):
+    """The CPU under the name of a GPU: whatever is made on "cuda" is made here, and counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+            self.made += 1
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def imagined_gpu(monkeypatch):
+    """All that a benchmark asks of a GPU; an event lies as many milliseconds after another as events came between them."""
+    _gpu.triton_missing(), _gpu.cuda_missing()  # remembered as they really are, before there seems to be a device
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append(self)
+
+        def synchronize(self):
+            assert self in said
+
+        def elapsed_time(self, stop):
+            return float(said.index(stop) - said.index(self))
+
+    answers = {"is_available": True, "get_device_name": "Imagined", "memory_allocated": 5 * MB, "max_memory_allocated": 8 * MB}
+    answers |= {"synchronize": None, "reset_peak_memory_stats": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with Imagined() as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("case", {(c.op, c.name, c.dtype): c for c in all_cases()}.values(), ids=str)
+def test_every_case_is_ready_for_a_gpu(case, imagined_gpu, monkeypatch):
+    """It is built there and nowhere else, ours is right, and so is every form of plain PyTorch; other packages are tried."""
+    torch.manual_seed(0)
+    for module in (linear, logits, policy):
+        monkeypatch.setattr(module, "compiled", lambda form: form)
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: object())  # all are installed
+    setup = case.build(dataclasses.replace(case, shape={letter: TINY[letter] for letter in case.shape}), "cuda")
+    assert imagined_gpu.made > 0
+    setup.check(setup.subject(), False)
+    others = {c.name: c for c in setup.others}
+    packages = {"liger", "cut-cross-entropy", "flash-attn"}
+    for name in others.keys() - packages:
+        if setup.reset is not None:
+            setup.reset()
+        results = others[name].run()
+        if not others[name].floor:
+            setup.check(results, True)
+    assert packages.isdisjoint(setup.absent)
+    if case.op == "linear_policy_loss" or (case.op == "linear_token_logprobs" and "backward" in case.name):
+        assert {"liger", "cut-cross-entropy"} <= set(others)
+    if "gradient over the logits" in case.name and "entropy" not in case.name:
+        assert {"liger", "flash-attn"} <= set(others)
+
+
+def test_a_run_on_a_gpu(imagined_gpu, capsys, tmp_path):
+    """From the command to the page: times of events, the allocator's peak, no goal of the CPU, and the device by its name."""
+    file = tmp_path / "gpu.json"
+    assert cli.main(["bench", "group_advantages", "--case", "pool given", "--quick", "--device", "cuda", "--json", str(file)]) == 0
+    results = Results.load(file)
+    assert results.about["device"] == "Imagined"
+    for r in results.records:
+        assert (r.ours.ms, r.others["eager"].ms) == (1.0, 1.0)
+        assert 2 <= r.ours.extra_mb <= 3  # what was allocated at the peak, less what was there before and the result
+        assert r.goals == ()
+    out = capsys.readouterr().out
+    assert "goal" not in out.replace("the goals are meant for the full shapes", "")
+    assert "device: Imagined" in page.machine(results.about)
+    assert "one thread" not in page.machine(results.about)
 
 
 def test_settings_are_one_thread_and_end():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reinforce_ada import cli, doctor, ops
-from reinforce_ada.ops import _dispatch, _native
+from reinforce_ada.ops import _dispatch, _gpu, _native
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +127,38 @@ def test_absent_packages_are_not_broken(monkeypatch, capsys):
     assert "vllm vllm is not installed" in lines
     assert "transformers transformers is not installed" in lines
     assert lines[-1] == "nothing that is built is broken"
+
+
+class Module:
+    """reinforce_ada._cuda as it is built with nvcc."""
+
+    @staticmethod
+    def build_info():
+        return {"compiler": "nvcc 13.0", "architectures": ["sm_80", "compute_80"], "emulated": False}
+
+
+def test_a_cuda_module_that_cannot_run_here_is_shown_with_the_reason_and_is_not_broken(monkeypatch, capsys):
+    monkeypatch.setattr(_gpu, "cuda", Module)
+    monkeypatch.setattr(_gpu, "cuda_missing", lambda: "torch finds no GPU")
+    assert cli.main(["doctor"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("cuda module")
+    assert lines[at + 1 : at + 5] == [
+        "compiler nvcc 13.0",
+        "architectures sm_80, compute_80",
+        "emulated False",
+        "runs no: torch finds no GPU",
+    ]
+
+
+def test_a_cuda_module_that_does_not_import_is_broken_and_one_that_was_not_built_is_not(monkeypatch):
+    find_spec, built = importlib.util.find_spec, [True]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: built[0] if name == "reinforce_ada._cuda" else find_spec(name, *a))
+    monkeypatch.setattr(_gpu, "cuda", None)
+    monkeypatch.setattr(_gpu, "cuda_missing", lambda: "reinforce_ada._cuda does not import: undefined symbol")
+    assert doctor.examine(check=False)["broken"] == ["cuda_module: reinforce_ada._cuda does not import: undefined symbol"]
+    built[0] = None
+    assert doctor.examine(check=False)["broken"] == []
 
 
 @pytest.mark.parametrize("probe", ["_cuda", "_native", "_ops"])

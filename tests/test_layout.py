@@ -98,12 +98,19 @@ def test_declared_forms_are_the_files_that_exist(op):
 COMPOSED = {"linear_policy_loss": {"linear_token_logprobs", "policy_loss"}}
 
 
+def native_files(op: str) -> set[str]:
+    """What csrc/ops/<op> holds for the forms that are declared."""
+    cpu, cuda = (backend in DECLARED[op] and op not in COMPOSED for backend in ("cpu", "cuda"))
+    return {name for name, there in ((f"{op}.h", cpu or cuda), (f"{op}_cpu.cpp", cpu)) if there} | {
+        f"{op}_cuda.{kind}" for kind in ("h", "cuh", "cu") if cuda
+    }
+
+
 def test_native_code_exists_for_exactly_the_native_forms():
-    declared = {op for op, forms in DECLARED.items() if "cpu" in forms}
-    assert declared >= {op for parts in (COMPOSED, *COMPOSED.values()) for op in parts}
-    assert {path.name for path in (CSRC / "ops").iterdir()} == declared - set(COMPOSED)
-    for op in declared - set(COMPOSED):
-        assert {path.name for path in (CSRC / "ops" / op).iterdir()} == {f"{op}.h", f"{op}_cpu.cpp"}
+    assert set(DECLARED) >= {op for parts in (COMPOSED, *COMPOSED.values()) for op in parts}
+    assert all("cpu" in DECLARED[part] for op, parts in COMPOSED.items() if "cpu" in DECLARED[op] for part in parts)
+    present = {path.name: {file.name for file in path.iterdir()} for path in (CSRC / "ops").iterdir()}
+    assert present == {op: files for op in DECLARED if (files := native_files(op))}
 
 
 def test_the_doctor_shows_every_declared_form():
@@ -134,16 +141,29 @@ def test_native_code_includes_no_torch():
     assert [path.name for path in sources if re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", path.read_text())] == []
 
 
-def test_bindings_hold_only_definitions():
-    module = (CSRC / "bindings_cpu.cpp").read_text().partition("PYBIND11_MODULE(_cpu, m) {")[2]
-    statements = [s.strip() for s in re.sub(r"//.*", "", module.rpartition("}")[0]).split(";")]
+@pytest.mark.parametrize("module", ["cpu", "cuda"])
+def test_bindings_hold_only_definitions(module):
+    body = (CSRC / f"bindings_{module}.cpp").read_text().partition(f"PYBIND11_MODULE(_{module}, m) {{")[2]
+    statements = [s.strip() for s in re.sub(r"//.*", "", body.rpartition("}")[0]).split(";")]
     assert [s for s in statements if s and not s.startswith(("m.def(", "using "))] == []
 
 
-def test_the_stub_has_exactly_the_bound_functions():
-    bound = set(re.findall(r'm\.def\("(\w+)"', (CSRC / "bindings_cpu.cpp").read_text()))
-    stub = ast.parse((PACKAGE / "_cpu.pyi").read_text())
-    assert {node.name for node in stub.body if isinstance(node, ast.FunctionDef)} == bound
+@pytest.mark.parametrize("module", ["cpu", "cuda"])
+def test_the_stub_has_exactly_the_bound_functions(module):
+    bound = dict(re.findall(r'm\.def\("(\w+)",(.*?)\);', (CSRC / f"bindings_{module}.cpp").read_text(), re.DOTALL))
+    stub = ast.parse((PACKAGE / f"_{module}.pyi").read_text())
+    stubbed = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert stubbed == {name: re.findall(r'"(\w+)"_a', definition) for name, definition in bound.items()}
+
+
+def test_every_kernel_is_in_the_header():
+    """Who launches one without this library finds its parameters, grid and block there."""
+    for path in CSRC.glob("ops/*/*_cuda.cuh"):
+        op = path.parent.name
+        # What a macro ends with a type or a size is there without it.
+        kernels = set(re.findall(rf"\b({op}_\w+?)_?(?:##\w+)?\(", path.read_text()))
+        assert kernels, path
+        assert {name for name in kernels if name not in path.with_suffix(".h").read_text()} == set()
 
 
 # -------------------- imports

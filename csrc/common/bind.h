@@ -21,6 +21,11 @@ T to_kernel(FromPython<T> value) {
         return value;
 }
 
+template <class R, class... Args>
+auto of_addresses(R (*function)(Args...)) {
+    return [function](FromPython<Args>... args) -> R { return function(to_kernel<Args>(args)...); };
+}
+
 template <class R, class... Args, std::size_t N>
 auto dispatched(std::array<R (*)(Args...), N> builds) {
     return [builds](FromPython<Args>... args) -> R { return builds[static_cast<std::size_t>(selected_isa())](to_kernel<Args>(args)...); };

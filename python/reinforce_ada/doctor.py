@@ -30,7 +30,7 @@ def main(*, check: bool, as_json: bool) -> int:
 
 
 def examine(*, check: bool) -> dict[str, Any]:
-    """Everything the doctor knows: machine, package versions, the op x backend table, the native build, engines.
+    """Everything the doctor knows: machine, package versions, the op x backend table, the native builds, engines.
 
     `broken` lists what is there but does not work; what is merely absent is not broken.
     """
@@ -41,10 +41,12 @@ def examine(*, check: bool) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": _guarded(_cuda),
         "native": _guarded(_native),
+        "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
         "engines": {name: _engine(name) for name in ("vllm", "transformers")},
     }
-    broken += [f"{part}: {found[part]}" for part in ("native", "ops") if isinstance(found[part], str)]
+    expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
+    broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]
     if check and isinstance(found["ops"], dict):
         found["checks"] = dict(_checks())
         broken += [f"{form}: {verdict}" for form, verdict in found["checks"].items() if not verdict.startswith("ok")]
@@ -93,6 +95,15 @@ def _native() -> dict[str, Any] | str:
     return _native.missing() or dict(_native.cpu.build_info())
 
 
+def _cuda_module() -> dict[str, Any] | str:
+    """What the CUDA forms are built with and for, and why they cannot run here; or why there are none."""
+    from reinforce_ada.ops import _gpu
+
+    module: Any = _gpu.cuda
+    missing = _gpu.cuda_missing()
+    return str(missing) if module is None else {**module.build_info(), "runs": "yes" if missing is None else f"no: {missing}"}
+
+
 def _ops() -> dict[str, dict[str, str]]:
     import reinforce_ada.ops  # importing it declares the forms
     from reinforce_ada.ops import _dispatch
@@ -122,7 +133,9 @@ _TOLERANCE = 2e-5  # fp32 against float64 on inputs of order 1, T=64, V=1000
 def _compare(op: str, backend: str) -> str:
     import torch
 
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    from reinforce_ada.ops import _dispatch
+
+    (device,) = _dispatch.forms(op)[backend].devices or ("cpu",)
     truth = _run(op, "reference", "cpu", torch.float64)
     got = _run(op, backend, device, torch.float32)
     # torch's max, unlike Python's, gives nan for nan.
@@ -181,6 +194,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield from _pairs(found["cuda"])
     yield "\nnative module"
     yield from _pairs(found["native"])
+    yield "\ncuda module"
+    yield from _pairs(found["cuda_module"])
     yield "\noperators"
     if isinstance(found["ops"], str):
         yield f"  {found['ops']}"

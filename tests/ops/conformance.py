@@ -29,13 +29,14 @@ class Build(NamedTuple):
 
 
 def builds(op: str, *, reference: bool = True, every_isa: bool = True) -> list[Any]:
-    """The builds of the declared forms of `op` as pytest parameters; one that cannot run here is a skip with its reason.
+    """The builds of the declared forms of `op` that take tensors on the CPU, as pytest parameters; one that cannot run is a skip.
 
-    `every_isa=False` takes the native form once, for what does not depend on the instruction set.
+    `every_isa=False` takes the native form once, for what does not depend on the instruction set. Forms for other devices have their own
+    tests (tests/gpu): here the header of the report says once why each is left out, see `elsewhere`.
     """
     params: list[Any] = []
     for backend, form in _dispatch.forms(op).items():
-        if backend == "reference" and not reference:
+        if (backend == "reference" and not reference) or not on_cpu(form):
             continue
         reason = form.missing()
         isas: list[str | None] = [None]
@@ -47,6 +48,21 @@ def builds(op: str, *, reference: bool = True, every_isa: bool = True) -> list[A
             marks = () if reason is None else pytest.mark.skip(reason=reason)
             params.append(pytest.param(Build(backend, isa), id=str(Build(backend, isa)), marks=marks))
     return params
+
+
+def on_cpu(form: _dispatch.Form) -> bool:
+    """Whether a form takes tensors on the CPU."""
+    return form.devices is None or "cpu" in form.devices
+
+
+def elsewhere() -> list[str]:
+    """The forms that `builds` leaves out, with the devices they are for and the reason they could not run here either."""
+    return [
+        f"{op}: {name} takes tensors on {' or '.join(form.devices or ())} ({form.missing() or 'tests/gpu runs it'})"
+        for op in _dispatch.table()
+        for name, form in _dispatch.forms(op).items()
+        if not on_cpu(form)
+    ]
 
 
 @contextmanager

@@ -4,7 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conformance import threads, using
+from conformance import elsewhere, threads, using
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("forms that these tests leave out", sep="-")
+    terminalreporter.line("\n".join(elsewhere()))
 
 
 @pytest.fixture

@@ -798,7 +798,7 @@ PACKED = {"logprobs": torch.zeros(4), "advantages": torch.zeros(2), "mask": torc
         ({"dual_clip": 3.0, "loss": "gspo"}, "dual_clip=3.0 with loss='gspo'"),
         ({"num_tokens_global": 0}, "num_tokens_global=0; num_tokens_global > 0"),
         ({"norm_length": 5}, "norm_length=5 with loss_agg='token-mean'"),
-        ({"backend": "cuda"}, 'backend "cuda" cannot run here: this version has no such form'),
+        ({"backend": "cuda"}, 'backend "cuda" cannot run here: '),
     ],
 )
 def test_errors_are_one_line(backend: str, arguments: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -285,15 +285,22 @@ def _losses(x: _Inputs, b: Batch, device: str) -> tuple[dict[str, Callable[[], T
 
 def _liger_grpo(x: _Inputs, b: Batch) -> Callable[[], Tensor]:
     """Its chunked GRPO loss, sequence by sequence; of the metrics it has the clip fraction."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo")
+    @cache
+    def loss() -> Callable[..., Any]:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # where it fails, the baseline is left out and not the case
+
+        made: Callable[..., Any] = LigerFusedLinearGRPOLoss(
+            beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo"
+        )
+        return made
+
     shape = (_SEQUENCES, -1)
     ids, mask, old = (t.view(shape) for t in (x.ids, b["mask"], b["old"]))
 
     def run() -> Tensor:
         hidden = x.hidden.view(_SEQUENCES, len(x.hidden) // _SEQUENCES, -1)
-        value: Tensor = loss(hidden, x.weight, ids, mask, b["advantages"], old_per_token_logps=old)[0]
+        value: Tensor = loss()(hidden, x.weight, ids, mask, b["advantages"], old_per_token_logps=old)[0]
         return value
 
     return run

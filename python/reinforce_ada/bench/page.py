@@ -39,7 +39,8 @@ def machine(about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"device: {about['device']}" + (", one thread" if about["device"] == "cpu" else ""),
-        f"processor: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB, kernels for {about['isa']}",
+        f"processor: {about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB"
+        + (f", kernels for {about['isa']}" if about["device"] == "cpu" else ""),
         f"{about['system']}, huge pages: {about['huge_pages']}, Python {about['python']}, {versions}",
         f"commit `{about['commit'] or 'unknown'}`, {about['started']}, {about['seconds'] / 60:.0f} min in all",
     ]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._torch import run_when_traced
+
 if TYPE_CHECKING:
     from reinforce_ada import _cuda as cuda
 
@@ -42,9 +44,14 @@ def cuda_devices() -> tuple[str, ...]:
     return ("cpu",) if cuda is not None and cuda.build_info()["emulated"] else ("cuda",)
 
 
-@cache
+@run_when_traced
 def cuda_missing() -> str | None:
     """Why the CUDA forms cannot run, None when they can."""
+    return _cuda_missing()
+
+
+@cache
+def _cuda_missing() -> str | None:
     if _cuda_reason is not None or cuda_devices() == ("cpu",):
         return _cuda_reason
     if torch.version.hip is not None:
@@ -57,9 +64,14 @@ def triton_devices() -> tuple[str, ...]:
     return ("cpu",) if _interpreted() else ("cuda",)
 
 
-@cache
+@run_when_traced
 def triton_missing() -> str | None:
     """Why the Triton forms cannot run, None when they can."""
+    return _triton_missing()
+
+
+@cache
+def _triton_missing() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if not _interpreted() and (reason := _no_device()):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops import _native
+from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.group_advantages import cpu, reference
+from reinforce_ada.ops.group_advantages import cpu, gpu, reference
 from reinforce_ada.ops.group_advantages.checks import (
     BASELINES,
     SCALES,
@@ -25,9 +25,13 @@ from reinforce_ada.types import PoolStats
 
 __all__ = ["BASELINES", "CONVENTIONS", "SCALES", "SINGLETONS", "group_advantages"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 declare(
     WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
     Form("reference"),
 )
 
@@ -57,6 +61,9 @@ def group_advantages(
     for "leave-one-out" where the pool has no other completion. A tensor baseline is taken as it is. No spread gives no division:
     where the statistics the scale comes from have `ddof` rewards or fewer, or min == max, the advantage is not divided.
 
+    A group number out of range and wrong offsets raise where the host sees them. The cuda and triton forms never wait for the device: there
+    a row whose group is out of range is NaN, and so are all rows where cu_seqlens does not go from 0 to N without decreasing.
+
     What a trainer does is in `CONVENTIONS`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
 
     Args:
@@ -74,7 +81,7 @@ def group_advantages(
         eps: added to the std; 1e-6 in verl and Reinforce-Ada, 1e-4 in TRL.
         singleton: the advantage where the statistics of the baseline are of one completion: "zero", or "reward" as it is (before the
             scale), which is what a mean of 0 gives in verl's GRPO and RLOO. Not for a tensor baseline.
-        backend: "auto", "cpu" (all but float64) or "reference".
+        backend: "auto", "cuda", "triton", "cpu" (these three all but float64) or "reference".
 
     Returns:
         [N], dtype of the rewards, without gradient.
@@ -92,8 +99,10 @@ def group_advantages(
     check_choices(baseline, scale, ddof, eps, singleton)
     per_group = cu_seqlens is not None or pool is not None or class_weights is not None or isinstance(baseline, Tensor)
     num_groups = count_groups(cu_seqlens, pool, baseline, class_weights) if per_group else None
-    if resolve(WHERE, backend, rewards.device, rewards.dtype) == "cpu":
-        return cpu.group_advantages(rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
+    form = resolve(WHERE, backend, rewards.device, rewards.dtype)
+    if form != "reference":
+        given = (rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
+        return cpu.group_advantages(*given) if form == "cpu" else gpu.group_advantages(form, *given)
     rewards = rewards.detach()
     group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
     stats = None if pool is None else PoolStats(*(_float64(x, rewards) for x in pool))

@@ -64,31 +64,45 @@ def group_advantages(
     singleton: str,
 ) -> Tensor:
     """[N] of the dtype of the rewards; see the public function."""
-    stats = _NO_POOL if pool is None else _pool(pool, baseline, scale, singleton)
-    values = _float64(baseline) if isinstance(baseline, Tensor) else None
-    weights = None if class_weights is None else _float64(class_weights)
-    offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    args = (
-        rewards.detach().contiguous(),
-        None if group_of is None else group_of.contiguous(),
-        offsets,
-        num_groups,
-        *stats,
-        values,
-        weights,
-        BASELINES.index(baseline) if isinstance(baseline, str) else _VALUES,
-        SCALES.index(scale),
-        ddof,
-        eps,
-        singleton == "reward",
-    )
+    args = arguments(rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
     # There is no gradient to arrange, so an eager call needs no autograd.Function either.
     run: Any = _forward if is_eager(args) else _op
     result: Tensor = run(*args)
     return result
 
 
-def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str) -> tuple[Tensor | None, ...]:
+def arguments(
+    rewards: Tensor,
+    group_of: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_groups: int | None,
+    pool: PoolStats | None,
+    baseline: str | Tensor,
+    scale: str,
+    class_weights: Tensor | None,
+    ddof: int,
+    eps: float,
+    singleton: str,
+) -> tuple[Any, ...]:
+    """What an operator of `SCHEMA` takes for those of the public function, on the device of the rewards."""
+    device = rewards.device
+    return (
+        rewards.detach().contiguous(),
+        None if group_of is None else group_of.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+        num_groups,
+        *(_NO_POOL if pool is None else _pool(pool, baseline, scale, singleton, device)),
+        _float64(baseline, device) if isinstance(baseline, Tensor) else None,
+        None if class_weights is None else _float64(class_weights, device),
+        BASELINES.index(baseline) if isinstance(baseline, str) else _VALUES,
+        SCALES.index(scale),
+        ddof,
+        eps,
+        singleton == "reward",
+    )
+
+
+def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str, device: torch.device) -> tuple[Tensor | None, ...]:
     """The statistics that are read, in the order of PoolStats: converting an array takes 1 us."""
     by_baseline = isinstance(baseline, str) and baseline != "group"
     by_scale = scale == "pool"
@@ -96,19 +110,19 @@ def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str) -
         return _NO_POOL
     by_count = by_scale or singleton == "reward" or (isinstance(baseline, str) and baseline == "leave-one-out")
     return (
-        _float64(pool.count) if by_count else None,
-        _float64(pool.mean) if by_baseline else None,
-        _float64(pool.m2) if by_scale else None,
-        _float64(pool.min),
-        _float64(pool.max),
+        _float64(pool.count, device) if by_count else None,
+        _float64(pool.mean, device) if by_baseline else None,
+        _float64(pool.m2, device) if by_scale else None,
+        _float64(pool.min, device),
+        _float64(pool.max, device),
     )
 
 
-def _float64(x: Any) -> Tensor:
-    """A contiguous float64 tensor on the CPU, without gradient."""
+def _float64(x: Any, device: torch.device) -> Tensor:
+    """A contiguous float64 tensor on the device, without gradient."""
     tensor = x if isinstance(x, Tensor) else torch.as_tensor(x)
-    if tensor.dtype is not torch.float64 or not tensor.is_cpu:
-        tensor = tensor.to("cpu", torch.float64)
+    if tensor.dtype is not torch.float64 or tensor.device != device:
+        tensor = tensor.to(device, torch.float64)
     tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.contiguous()
 
@@ -163,11 +177,15 @@ def _forward(
     return out
 
 
-_op = NativeOp(
-    "group_advantages",
+SCHEMA = (
     "(Tensor rewards, Tensor? group_of, Tensor? cu_seqlens, SymInt? num_groups, Tensor? pool_count, Tensor? pool_mean, Tensor? pool_m2, "
     "Tensor? pool_min, Tensor? pool_max, Tensor? baseline_values, Tensor? class_weights, int baseline, int scale, int ddof, float eps, "
-    "bool keep_single) -> Tensor",
+    "bool keep_single) -> Tensor"
+)
+
+_op = NativeOp(
+    "group_advantages",
+    SCHEMA,
     _forward,
     lambda rewards, *_: torch.empty_like(rewards),
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _native
+from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_policy_loss import cpu, reference
+from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
@@ -21,9 +21,12 @@ __all__ = ["linear_policy_loss"]
 
 _WHERE = "linear_policy_loss"
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 declare(
     _WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
     Form("reference"),
 )
 
@@ -70,6 +73,9 @@ def linear_policy_loss(
 
     with the aggregation and denominators of `policy_loss`. Differentiable in hidden, weight and bias.
 
+    Wrong values raise where the host sees them. The triton form never waits for the device: there an id outside [0, V), a temperature that
+    is not positive and finite, or a cu_seqlens that does not go from 0 to T without decreasing makes what depends on it NaN.
+
     Args:
         hidden: [T, D] with `cu_seqlens`, or [N, L, D] without; float32, bfloat16 or float16 (float64 for checks). hidden[t] scores
             token_ids[t]: the shift by one is the caller's. Hidden states and ids where the mask is 0 never matter.
@@ -81,12 +87,12 @@ def linear_policy_loss(
         entropy_coef: factor of the entropy bonus.
         loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
             rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
-        max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. The cpu form takes 62 MB where
-            it is None; the reference keeps all logits whatever it says.
+        max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. Where it is None the cpu form
+            takes 62 MB, the triton form 256 MB; the reference keeps all logits whatever it says.
         weight_grad: [V, D] of the weight's dtype, for micro-batches: the weight's gradient is added to it and autograd gets none for the
             weight, so that no second [V, D] exists. The cpu form adds it in the forward; `loss.backward()` must then follow on the loss
-            as it is, not scaled.
-        backend: "auto", "cpu" or "reference".
+            as it is, not scaled. The triton form adds it in the backward, of whatever the loss was multiplied by.
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs), and the metrics of `policy_loss`, with a non-zero entropy_coef
@@ -124,16 +130,20 @@ def linear_policy_loss(
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:
         raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     _check_weight_grad(weight, weight_grad)
-    check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
     head = (bias, logit_scale, soft_cap, temperature)
     inputs = (hidden, weight, token_ids, adv, mask, *head, old, rollout, ref, cu_seqlens, settings)
-    if resolve(_WHERE, backend, hidden.device, hidden.dtype) == "cpu":
+    form = resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    if form == "triton":
+        value, metrics = triton.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
+    elif form == "cpu":
+        check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
         value, metrics = cpu.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
     else:
+        check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
             flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
             check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _native
+from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_token_logprobs import cpu, reference
+from reinforce_ada.ops.linear_token_logprobs import cpu, gpu, reference
 from reinforce_ada.ops.token_logprobs import TokenLogprobs
 from reinforce_ada.ops.token_logprobs.checks import (
     check_bias,
@@ -26,9 +26,12 @@ __all__ = ["linear_token_logprobs"]
 
 _WHERE = "linear_token_logprobs"
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 declare(
     _WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
     Form("reference"),
 )
 
@@ -93,9 +96,14 @@ def linear_token_logprobs(
     tokens at a time as fit, in the cpu form also for a piece of the vocabulary at a time, and once more in the backward. The weight's
     gradient is then the sum over chunks in the dtype of the weight. Without it the cpu form takes 8 MB; the reference lets autograd keep
     the logits of all tokens. Several micro-batches accumulate into `weight.grad` as usual.
+    The triton form never stores logits; its backward keeps their gradient for all tokens and a piece of the vocabulary, as large as
+    `max_extra_bytes` (256 MB where it is None) allows, and for fewer tokens at a time only where a piece of 128 does not fit.
+
+    An id or temperature out of its range raises where the host sees it. The triton form never waits for the device: there an id outside
+    [0, V) makes its logprob NaN and every gradient it takes part in, a wrong temperature all results of its row too.
 
     Args:
-        hidden: [T, D], float32, bfloat16 or float16 (float64 for checks); finite, also where the token is ignored.
+        hidden: [T, D], float32, bfloat16 or float16 (float64 for checks); in the reference finite also where the token is ignored.
         weight: [V, D], of the same dtype.
         token_ids: [T] int64 or int32, in [0, V), or -100: such a row has results and gradient 0.
         bias: [V], of the same dtype.
@@ -104,7 +112,7 @@ def linear_token_logprobs(
         temperature: a positive number, or [T] for one temperature a token.
         entropy, sum_p2: also return them, see `token_logprobs`.
         max_extra_bytes: at least that of one token's logits, 40 V (80 V for float64).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         logprobs [T] float32 (float64 for float64 inputs), or `TokenLogprobs` when `entropy` or `sum_p2` is asked for.
@@ -121,7 +129,10 @@ def linear_token_logprobs(
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:
         raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
-    if resolve(_WHERE, backend, hidden.device, hidden.dtype) == "cpu":
+    form = resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    if form == "triton":
+        results = gpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
+    elif form == "cpu":
         results = cpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check

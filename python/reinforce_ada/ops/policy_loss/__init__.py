@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _native
+from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.policy_loss import cpu, reference
+from reinforce_ada.ops.policy_loss import cpu, gpu, reference
 from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
@@ -25,13 +25,15 @@ from reinforce_ada.ops.token_logprobs.checks import describe
 
 __all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "RolloutCorrection", "policy_loss"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 declare(
     WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
     Form("reference"),
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def policy_loss(
@@ -91,6 +93,9 @@ def policy_loss(
     KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, kl_bound); "k1+" and so on have that value and the
     gradient of k2.
 
+    Wrong offsets raise where the host sees them. The cuda and triton forms never wait for the device: there loss, gradients and metrics are
+    NaN where cu_seqlens does not go from 0 to T without decreasing.
+
     Args:
         logprobs: l, packed [T] with `cu_seqlens`, or padded [N, L] without; float32, bfloat16, float16 or float64. The loss is
             differentiable in it.
@@ -117,7 +122,7 @@ def policy_loss(
         kl_weighting: "none", or "ratio": KL r with the gradient of both, which is unbiased off-policy.
         kl_bound: largest k3, > 0 (its x is then kept within +-20); None for none.
         entropy_coef: factor of the entropy bonus; needs entropy.
-        backend: "auto", "cpu" (all but float64) or "reference".
+        backend: "auto", "cuda", "triton", "cpu" (these three all but float64) or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logprobs), and the metrics, 0-d float64 without gradient, means over the
@@ -134,7 +139,7 @@ def policy_loss(
     (gspo), 2511.20347 (sapo), 2503.20783 (norm_length), 2512.02556 (kl_weighting), 1602.01783 (entropy). docs/operators.md says which
     arguments make up the losses of other trainers.
     """
-    if logprobs.dtype not in _DTYPES:
+    if logprobs.dtype not in (*_DTYPES, torch.float64):
         raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32, bfloat16, float16 or float64")
     num_seqs = check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
@@ -160,10 +165,10 @@ def policy_loss(
     check_settings(WHERE, settings, others)
     if entropy_coef != 0 and entropy is None:
         raise InputError(WHERE, f"entropy_coef={entropy_coef} without entropy", "entropy, one value a token")
-    if resolve(WHERE, backend, logprobs.device, logprobs.dtype) == "cpu":
-        value, metrics = cpu.policy_loss(
-            logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings
-        )
+    form = resolve(WHERE, backend, logprobs.device, logprobs.dtype)
+    if form != "reference":
+        given = (logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
+        value, metrics = cpu.policy_loss(*given) if form == "cpu" else gpu.policy_loss(form, *given)
     else:
         check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
         dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32

@@ -37,6 +37,24 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of `METRICS`), float32 and float64; see the public function."""
     value, metrics, _, _ = _op(
+        *arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
+    )
+    return value, metrics
+
+
+def arguments(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+) -> tuple[Any, ...]:
+    """What an operator of `SCHEMA` takes for those of the public function."""
+    return (
         logprobs.contiguous(),
         advantages.float().contiguous(),
         mask.contiguous() if mask.dtype in (torch.bool, torch.float32) else mask != 0,
@@ -49,7 +67,6 @@ def policy_loss(
         entropy is not None and entropy.requires_grad and settings.entropy_coef != 0,
         numbers(settings),
     )
-    return value, metrics
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
@@ -110,7 +127,7 @@ def evaluate(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, derivative in logprobs, derivative in entropy or empty); contiguous tensors, settings as `numbers` lists them."""
-    value, metrics, grad, grad_entropy = out = _empty(logprobs, entropy, entropy_grad)
+    value, metrics, grad, grad_entropy = out = empty_results(logprobs, entropy, entropy_grad)
     wrong = cpu.policy_loss(
         address(logprobs),
         DTYPE_CODES[logprobs.dtype],
@@ -142,7 +159,8 @@ def _stream(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
-def _empty(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, derivative in logprobs, derivative in entropy or empty), to be written to."""
     return (
         logprobs.new_empty((), dtype=torch.float32),
         logprobs.new_empty(len(METRICS), dtype=torch.float64),
@@ -151,11 +169,13 @@ def _empty(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> tupl
     )
 
 
-def _fake(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(logprobs, args[5], args[8])
+def fake(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of an operator of `SCHEMA`, without their values."""
+    return empty_results(logprobs, args[5], args[8])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Saves the derivatives that the forward has computed."""
     _, metrics, grad, grad_entropy = output
     ctx.mark_non_differentiable(metrics, grad, grad_entropy)
     ctx.save_for_backward(grad, grad_entropy)
@@ -173,13 +193,17 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
     return (grad, None, None, None, None, None, grad_entropy if ctx.wants_entropy else None, None, None, None, None)
 
 
-_op = NativeOp(
-    "policy_loss",
+SCHEMA = (
     "(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
     "Tensor? entropy, Tensor? cu_seqlens, bool advantages_per_token, bool entropy_grad, float[] numbers) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+_op = NativeOp(
+    "policy_loss",
+    SCHEMA,
     evaluate,
-    _fake,
-    setup_context=_setup_context,
+    fake,
+    setup_context=setup_context,
     backward=_backward,
 )

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _native
+from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.token_logprobs import cpu, reference
+from reinforce_ada.ops.token_logprobs import cpu, gpu, reference
 from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values, describe
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 
 _WHERE = "token_logprobs"
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 declare(
     _WHERE,
-    Form("cpu", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16), missing=_native.missing),
+    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
     Form("reference"),
 )
 
@@ -88,6 +92,9 @@ def token_logprobs(
     read: its results and its gradient are 0, whatever it holds.
     A row whose incoming gradients are 0 gets the gradient 0, whatever it holds.
 
+    An id or temperature out of its range raises where the host sees it. The cuda and triton forms never wait for the device: there an id
+    outside [0, V) makes its logprob and its row of the gradient NaN, a wrong temperature everything of its row.
+
     Args:
         logits: [T, V], float32, bfloat16 or float16 (float64: reference form). Rows may lie any distance apart (a slice of a
             larger tensor is not copied); within a row the logits must be contiguous.
@@ -102,7 +109,7 @@ def token_logprobs(
         grad_out: [T, V] of the logits' dtype, for logits that need a gradient: its memory becomes the gradient (of a leaf too, where its
             strides are the leaf's), so that none is allocated. Whoever writes to it before the backward makes that raise, a second
             backward included. Not together with `inplace_backward`.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         logprobs [T] float32 (float64 for float64 logits), or `TokenLogprobs` when `entropy` or `sum_p2` is asked for.
@@ -117,14 +124,17 @@ def token_logprobs(
     if grad_out is not None:
         _check_grad_out(grad_out, logits, inplace_backward)
     check_head(_WHERE, logit_scale, soft_cap)
-    if resolve(_WHERE, backend, logits.device, logits.dtype) == "cpu":
-        results = cpu.token_logprobs(logits, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, inplace_backward, grad_out)
+    form = resolve(_WHERE, backend, logits.device, logits.dtype)
+    scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
+    if form != "reference":
+        given = (logits, token_ids, *scoring, inplace_backward, grad_out)
+        results = cpu.token_logprobs(*given) if form == "cpu" else gpu.token_logprobs(form, *given)
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
             check_values(_WHERE, token_ids, logits.shape[1], temperature)
         if grad_out is not None:
             logits = reference.with_gradient_in(grad_out, logits)
-        results = reference.token_logprobs(logits, token_ids.long(), temperature, logit_scale, soft_cap, entropy, sum_p2)
+        results = reference.token_logprobs(logits, token_ids.long(), *scoring)
     return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
 
 

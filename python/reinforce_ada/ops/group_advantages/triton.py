@@ -1,0 +1,235 @@
+"""group_advantages in Triton: a program for each segment of rows, moments in float64.
+
+Entry points, with parts float64 [P, 3], P <= SURVEYS, and settled float64 [2]; the first two only for the scale "batch" and without order:
+
+    survey_kernel, grid (P,)    a look at all rewards and offsets: sum and sum of squares of r - rewards[0], how many offsets are wrong
+    settle_kernel, grid (1,)    of all parts: the divisor of the batch, how many offsets are wrong
+    rows_kernel, grid (S,)      the advantages of one segment
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reinforce_ada.ops._gpu import guard
+from reinforce_ada.ops._triton import launch
+from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES
+
+THREADS, BLOCK = 32, 32  # of a segment: groups are mostly of 4 to 32 rows
+LONG_THREADS, LONG_BLOCK = 256, 1024  # where they are longer
+LONG = 1024  # than this on average
+SURVEYS, SURVEY_THREADS, SURVEY_BLOCK = 256, 256, 1024
+
+LEAVE_ONE_OUT, VALUES = tl.constexpr(BASELINES.index("leave-one-out")), tl.constexpr(len(BASELINES))
+GROUP = tl.constexpr(BASELINES.index("group"))
+SCALE_NONE, SCALE_POOL, SCALE_GROUP, SCALE_BATCH = (tl.constexpr(i) for i in range(len(SCALES)))
+
+workspace_size = 3 * SURVEYS + 2
+
+
+def advantages(
+    rewards: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    pool_count: Tensor | None,
+    pool_mean: Tensor | None,
+    pool_m2: Tensor | None,
+    pool_min: Tensor | None,
+    pool_max: Tensor | None,
+    baseline_values: Tensor | None,
+    class_weights: Tensor | None,
+    baseline: int,
+    scale: int,
+    ddof: int,
+    eps: float,
+    keep_single: bool,
+    workspace: Tensor,
+    out: Tensor,
+) -> None:
+    """See gpu.Kernels."""
+    num_rows, num_segments = rewards.shape[0], offsets.shape[0] - 1
+    if num_rows == 0 or num_segments == 0:
+        return
+    parts, settled = workspace.split([3 * SURVEYS, 2])
+    by_batch = scale == SCALE_BATCH.value
+    surveyed = by_batch or order is None
+    given = (pool_count, pool_mean, pool_m2, pool_min, pool_max, baseline_values, class_weights)
+    long = num_rows > LONG * num_segments
+    with guard(rewards):
+        if surveyed:
+            num_parts = min(SURVEYS, int(triton.cdiv(max(num_rows, num_segments), SURVEY_BLOCK)))
+            chosen: dict[str, Any] = {"ORDERED": order is not None, "BY_BATCH": by_batch}
+            survey_kernel[(num_parts,)](
+                *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch(SURVEY_THREADS)
+            )
+            settle_kernel[(1,)](
+                *(parts, num_parts, num_rows, ddof, eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch(SURVEY_THREADS)
+            )
+        rows_kernel[(num_segments,)](
+            *(rewards, offsets if order is None else order, offsets, *(settled if x is None else x for x in given)),
+            *(ddof, eps, settled, out),
+            ORDERED=order is not None,
+            SURVEYED=surveyed,
+            HAS_POOL=pool_min is not None,
+            HAS_WEIGHTS=class_weights is not None,
+            BASELINE=baseline,
+            SCALE=scale,
+            KEEP_SINGLE=keep_single,
+            BLOCK=LONG_BLOCK if long else BLOCK,
+            **launch(LONG_THREADS if long else THREADS),
+        )
+
+
+@triton.jit
+def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.constexpr, BY_BATCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Every SURVEYS-th block of rewards and of offsets."""
+    part = tl.program_id(0)
+    stride = tl.num_programs(0) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    wrong = tl.zeros([BLOCK], tl.float64)
+    if BY_BATCH:
+        # Relative to some reward, so that a large mean does not drown the spread; one that all share leaves exactly 0.
+        origin = tl.load(rewards).to(tl.float64)
+        for start in range(part.to(tl.int64) * BLOCK, num_rows, stride):
+            inside = start + lanes < num_rows
+            r = tl.load(rewards + start + lanes, mask=inside, other=0.0).to(tl.float64)
+            r = tl.where(inside, r - origin, 0.0)
+            sums += r
+            squares += r * r
+    if not ORDERED:
+        for start in range(part.to(tl.int64) * BLOCK, num_segments, stride):
+            i = start + lanes
+            inside = i < num_segments
+            begin = tl.load(offsets + i, mask=inside, other=0)
+            end = tl.load(offsets + i + 1, mask=inside, other=0)
+            bad = (begin > end) | ((i == 0) & (begin != 0)) | ((i == num_segments - 1) & (end != num_rows))
+            wrong += (bad & inside).to(tl.float64)
+    tl.store(parts + 3 * part, tl.sum(sums, axis=0))
+    tl.store(parts + 3 * part + 1, tl.sum(squares, axis=0))
+    tl.store(parts + 3 * part + 2, tl.sum(wrong, axis=0))
+
+
+@triton.jit
+def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.constexpr, BY_BATCH: tl.constexpr):
+    """What the parts make together."""
+    lanes = tl.arange(0, SURVEYS)
+    part = parts + 3 * lanes
+    inside = lanes < num_parts
+    divisor = tl.full([], 1.0, tl.float64)
+    if BY_BATCH:
+        total = tl.sum(tl.load(part, mask=inside, other=0.0), axis=0)
+        squares = tl.sum(tl.load(part + 1, mask=inside, other=0.0), axis=0)
+        divisor = _divisor(squares - total * total / num_rows, num_rows + tl.zeros([], tl.float64), ddof, eps, squares != 0.0)
+    tl.store(settled, divisor)
+    tl.store(settled + 1, tl.sum(tl.load(part + 2, mask=inside, other=0.0), axis=0))
+
+
+@triton.jit
+def _divisor(m2, count, ddof, eps, spread):
+    """std + eps; 1 where there is no spread to divide by."""
+    degrees = count - ddof
+    std = tl.sqrt(tl.where(m2 < 0.0, 0.0, m2) / tl.maximum(degrees, 1.0))
+    return tl.where((degrees > 0.0) & spread, std + eps, 1.0)
+
+
+@triton.jit
+def _rows(rewards, order, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """(where the rows of a block lie, whether they are in the segment, their rewards)."""
+    at = start + tl.arange(0, BLOCK)
+    inside = at < end
+    row = tl.load(order + at, mask=inside, other=0) if ORDERED else at
+    return row, inside, tl.load(rewards + row, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def rows_kernel(
+    rewards,
+    order,
+    offsets,
+    pool_count,
+    pool_mean,
+    pool_m2,
+    pool_min,
+    pool_max,
+    baseline_values,
+    class_weights,
+    ddof,
+    eps,
+    settled,
+    out,
+    ORDERED: tl.constexpr,
+    SURVEYED: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    KEEP_SINGLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One segment: rewards and out [N], order and offsets int64, pool_*, baseline_values [S] and class_weights [S, 2] float64."""
+    g = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + g)
+    end = tl.load(offsets + g + 1)
+    divisor = tl.full([], 1.0, tl.float64)
+    wrong = tl.full([], 0.0, tl.float64)
+    if SURVEYED:
+        divisor = tl.load(settled)
+        wrong = tl.load(settled + 1)
+    if wrong == 0.0:
+        total = tl.zeros([BLOCK], tl.float64)
+        smallest = tl.full([BLOCK], float("inf"), tl.float64)
+        largest = tl.full([BLOCK], float("-inf"), tl.float64)
+        for start in range(begin, end, BLOCK):
+            _, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
+            total += r
+            smallest = tl.minimum(smallest, tl.where(inside, r, float("inf")))
+            largest = tl.maximum(largest, tl.where(inside, r, float("-inf")))
+        own_count = (end - begin).to(tl.float64)
+        own_mean = tl.sum(total, axis=0) / tl.maximum(own_count, 1.0)
+        own_spread = (tl.min(smallest, axis=0) != tl.max(largest, axis=0)) | (own_mean != own_mean)
+
+        count = own_count
+        mean = own_mean
+        spread = own_spread
+        if HAS_POOL:
+            pool_spread = tl.load(pool_min + g) != tl.load(pool_max + g)
+            if BASELINE != GROUP and BASELINE != VALUES:
+                mean = tl.load(pool_mean + g)
+                spread = pool_spread
+                if BASELINE == LEAVE_ONE_OUT or KEEP_SINGLE:
+                    count = tl.load(pool_count + g)
+
+        if SCALE == SCALE_POOL and HAS_POOL:
+            divisor = _divisor(tl.load(pool_m2 + g), tl.load(pool_count + g), ddof, eps, pool_spread)
+        elif SCALE == SCALE_POOL or SCALE == SCALE_GROUP:  # noqa: SIM109  a compile-time choice
+            squares = tl.zeros([BLOCK], tl.float64)
+            for start in range(begin, end, BLOCK):
+                _, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
+                r = tl.where(inside, r - own_mean, 0.0)
+                squares += r * r
+            divisor = _divisor(tl.sum(squares, axis=0), own_count, ddof, eps, own_spread)
+
+        for start in range(begin, end, BLOCK):
+            row, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
+            if BASELINE == VALUES:
+                a = r - tl.load(baseline_values + g)
+            elif BASELINE == LEAVE_ONE_OUT:
+                # Nobody else to compare with: advantage 0.
+                a = tl.where(count > 1.0, r - (count * mean - r) / tl.where(count > 1.0, count - 1.0, 1.0), 0.0)
+            else:
+                a = r - mean
+            if BASELINE != VALUES and KEEP_SINGLE:
+                a = tl.where(count <= 1.0, r, a)
+            a = a / divisor
+            if HAS_WEIGHTS:
+                a = a * tl.where(a >= 0.0, tl.load(class_weights + 2 * g + 1), tl.load(class_weights + 2 * g))
+            if BASELINE != VALUES:
+                signal = (spread | (count <= 1.0)) if KEEP_SINGLE else spread
+                a = tl.where(signal, a, 0.0)
+            tl.store(out + row, a.to(tl.float32).to(out.dtype.element_ty), mask=inside)

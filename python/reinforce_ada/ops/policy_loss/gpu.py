@@ -1,0 +1,107 @@
+"""policy_loss on a GPU: what its CUDA and its Triton form share, behind torch's registration."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops._torch import NativeOp, run_when_traced
+from reinforce_ada.ops.policy_loss.cpu import SCHEMA, arguments, empty_results, fake, setup_context
+from reinforce_ada.ops.policy_loss.settings import Settings
+
+
+class Kernels(Protocol):
+    """What the module of a form provides. It writes into the tensors it is given, allocates nothing and never waits for the device."""
+
+    def workspace_size(self, num_tokens: int, num_sequences: int, /) -> int:
+        """How many float64 numbers `evaluate` works in."""
+
+    def evaluate(
+        self,
+        logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        old_logprobs: Tensor | None,
+        rollout_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+        entropy: Tensor | None,
+        cu_seqlens: Tensor | None,
+        advantages_per_token: bool,
+        entropy_grad: bool,
+        numbers: list[float],
+        value: Tensor,
+        metrics: Tensor,
+        grad: Tensor,
+        grad_entropy: Tensor,
+        workspace: Tensor,
+        /,
+    ) -> None:
+        """Writes value [] float32, metrics float64 as METRICS lists them, grad as logprobs, with entropy_grad also grad_entropy as entropy.
+
+        Contiguous tensors: logprobs, old, rollout, ref, entropy each float32, bfloat16 or float16, packed [T] with cu_seqlens int64
+        [N + 1] or padded [N, L] without; advantages float32, one a sequence or one a token; mask bool or float32; numbers as
+        csrc/ops/policy_loss/policy_loss.h lists them. A cu_seqlens that does not go from 0 to T without decreasing makes everything NaN;
+        nothing outside of the tensors is read.
+        """
+
+
+def policy_loss(
+    backend: str,
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`), float32 and float64, by the form `backend`; see the public function."""
+    inputs = arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
+    value, metrics, _, _ = form(backend).evaluate(*inputs)
+    return value, metrics
+
+
+class Form:
+    """The kernels of one backend as a torch operator, reinforce_ada::policy_loss_<backend>."""
+
+    def __init__(self, backend: str) -> None:
+        self._kernels = cast("Kernels", import_module(f"reinforce_ada.ops.policy_loss.{backend}"))
+        self.evaluate = NativeOp(
+            f"policy_loss_{backend}", SCHEMA, self._evaluate, fake, setup_context=setup_context, backward=_backward, device_type=None
+        )
+
+    def _evaluate(self, logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *_, entropy, cu_seqlens, _, entropy_grad, _ = rest
+        results = empty_results(logprobs, entropy, entropy_grad)
+        num_sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        workspace = logprobs.new_empty(self._kernels.workspace_size(logprobs.numel(), num_sequences), dtype=torch.float64)
+        self._kernels.evaluate(*(logprobs, *rest, *results, workspace))
+        return results
+
+
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_value is None:
+        return (None,) * 11
+    # Always multiplied: to see that the factor is 1 would be to wait for the device.
+    grad, grad_entropy = (x * grad_value for x in ctx.saved_tensors)
+    return (grad, None, None, None, None, None, grad_entropy if ctx.wants_entropy else None, None, None, None, None)
+
+
+_forms: dict[str, Form] = {}
+
+
+def form(backend: str) -> Form:
+    """The operator of "cuda" or "triton", made when it is first asked for."""
+    _make(backend)
+    return _forms[backend]
+
+
+@run_when_traced  # it could not trace the making of an operator
+def _make(backend: str) -> None:
+    if backend not in _forms:
+        _forms[backend] = Form(backend)
