@@ -1,0 +1,25 @@
+"""Every case of the operators that have CUDA kernels, on the CPU. Not collected by default: it takes a process of its own, as in
+
+CUDA_ON_CPU_MODULE=<what emulated_build.build_module returned> python -m pytest -p emulated tests/gpu/on_cpu.py
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import cases
+import pytest
+from emulated import OPERATORS
+
+FILES = sorted(path.stem for op in OPERATORS for path in Path(__file__).parent.glob(f"cases*_{op}.py") if "linear" not in path.stem)
+CASES = [
+    pytest.param(case, id=f"{file}-{case.name}", marks=[pytest.mark.slow] if case.large else [])
+    for file in FILES
+    for case in import_module(file).CASES
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: cases.Case) -> None:
+    cases.run(case, "cuda", "cpu")
