@@ -397,7 +397,7 @@ def test_progress() -> None:
     sampler.next_requests(4)
     sampler.receive(scored(cid("a", 0), 1.0))
     num_tokens = len(scored(cid("a", 0), 1.0).completion.token_ids)
-    assert sampler.progress() == (2, 1, 1, 0, 4, 1, 1, 0, num_tokens)
+    assert sampler.progress() == (2, 1, 1, 0, 4, 1, 1, 0, num_tokens, 0)
     assert (sampler.num_admitted, sampler.num_outstanding, sampler.num_committed) == (2, 2, 1)
     for index, reward in enumerate([0.0, 0.0, 0.5, 0.0, 1.0]):
         sampler.next_requests(1)

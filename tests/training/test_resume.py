@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,42 +11,17 @@ from typing import Any
 import pytest
 import torch
 from toy_process import POINTS
+from toy_runs import Runner, evaluations, pools, scored, submitted, trained
 from toy_training import saved_weights, toy_config, toy_trainer
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import History, Memory
-from reinforce_ada.training.log import read_log
 from reinforce_ada.training.tasks import content_key
 from reinforce_ada.training.trainer import fingerprint
-from reinforce_ada.types import Prompt, Scored
+from reinforce_ada.types import Prompt
 
 STEPS = 5
-
-
-class Runner:
-    """The process that forks toy runs."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("toy_process.py"))]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, out: Path, *, kill: tuple[str, int] | None = None, resume: bool = False, **overrides: Any) -> int:
-        """The run's exit status: 0, or -9 where it was killed."""
-        line = json.dumps({"out": str(out), "kill": kill, "resume": resume, "overrides": overrides})
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(line, file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -67,41 +38,9 @@ def undisturbed(toy_run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def scored(out: Path) -> list[tuple[Any, ...]]:
-    """Every scored completion of the journal, in its order."""
-    if not (out / "rollouts.sqlite").exists():
-        return []
-    with RolloutStore(out / "rollouts.sqlite", read_only=True) as store:
-        events = [e for step in range(1, (store.last_step() or 0) + 1) for e in store.events(step)]
-    return [(e.id, e.policy_version, tuple(e.completion.token_ids), e.reward) for e in events if isinstance(e, Scored)]
-
-
-def submitted(out: Path) -> list[str]:
-    return (out / "submitted.txt").read_text().splitlines() if (out / "submitted.txt").exists() else []
-
-
-def pools(out: Path) -> list[tuple[Any, ...]]:
-    """Correct, wrong and void completions of every pool; how many were issued beyond them is a matter of timing."""
-    with RolloutStore(out / "rollouts.sqlite", read_only=True) as store:
-        return [tuple(row[:5]) for row in store.pool_counts()]
-
-
 def same_weights(a: Path, b: Path) -> bool:
     left, right = saved_weights(a), saved_weights(b)
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-TRAINED = ("step", "loss", "grad_norm", "learning_rate", "first_round_reward", "pool_reward", "kept_reward", "signal_fraction")
-
-
-def trained(out: Path) -> list[tuple[Any, ...]]:
-    return [tuple(r[k] for k in TRAINED) for r in read_log(out / "log.jsonl") if r["kind"] == "step"]
-
-
-def evaluations(out: Path) -> dict[int, list[float]]:
-    found = [(r["step"], r["per_prompt"]) for r in read_log(out / "log.jsonl") if r["kind"] == "eval"]
-    assert len(dict(found)) == len(found)  # once each
-    return dict(found)
 
 
 def check_like(out: Path, undisturbed: Path) -> None:

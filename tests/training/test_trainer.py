@@ -29,7 +29,7 @@ from reinforce_ada.training.language_model import HuggingFaceModel, token_logpro
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.objectives import Objective
 from reinforce_ada.training.optimizer import MasterAdamW
-from reinforce_ada.types import Completion, CompletionId, Prompt
+from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
 
 QUESTIONS = [f"{a} + {b} =" for a in range(4) for b in range(4)]
 
@@ -188,6 +188,28 @@ def test_a_step_without_signal_leaves_the_weights(base: Path, tmp_path: Path, dt
 
 
 @pytest.mark.usefixtures("light")
+def test_a_profile_has_every_request_and_every_phase(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = tmp_path / "profile.json"
+    steps = train(base, tmp_path / "run", profile=str(profile), eval_prompts=0)
+    assert f"profile {profile}" in capsys.readouterr().out
+    trace = json.loads(profile.read_text())
+    lasted = {e["name"]: e for e in trace if e["ph"] == "X" and e["pid"] == 0}
+    phases = ["step 1 sampling", "sync weights", "step 1 training", "step 2 sampling", "step 2 training", "checkpoint"]
+    assert lasted.keys() == {*phases, "wake", "sleep"}
+    assert [lasted[f"step {s} {what}"]["ts"] for s in (1, 2) for what in ("sampling", "training")] == sorted(
+        lasted[f"step {s} {what}"]["ts"] for s in (1, 2) for what in ("sampling", "training")
+    )
+    requests = [e for e in trace if e["ph"] == "X" and e["pid"] > 0]
+    assert sum(e["args"]["end"] != "aborted" for e in requests) >= sum(r["num_completions_committed"] for r in steps)
+    second = lasted["step 2 sampling"]
+    assert all(second["ts"] <= e["ts"] <= second["ts"] + second["dur"] for e in requests if e["args"]["step"] == 2)
+    with RolloutStore(tmp_path / "run" / "rollouts.sqlite", read_only=True) as store:
+        scored = {(e.id.step, e.id.prompt_id, e.id.index) for step in (1, 2) for e in store.events(step) if isinstance(e, Scored)}
+    assert scored <= {(e["args"]["step"], e["args"]["prompt"], e["args"]["index"]) for e in requests}
+    assert read_log(tmp_path / "run" / "log.jsonl")[0]["engine"] == "TransformersEngine"
+
+
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_any_folder_is_a_model(base: Path, tmp_path: Path, model_type: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -312,13 +334,13 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
     config = toy_config(tmp_path / "run", steps=1, minibatches=3, dtype="float32")
     trainer = toy_trainer(config, tmp_path / "run", resume=False)
     start = [p.detach().clone() for p in trainer.parts.model.module.parameters()]
-    objective, seen = trainer.objective, []
+    objective, seen = trainer.learner.objective, []
 
     def spy(model: Any, batch: Any, old: Any, num_tokens: int, num_seqs: int) -> Any:
         seen.append((batch, old, num_tokens, num_seqs))
         return objective(model, batch, old, num_tokens, num_seqs)
 
-    trainer.objective = spy  # type: ignore[assignment]
+    trainer.learner.objective = spy  # type: ignore[assignment]
     spy.temperature, spy.entropy_coef = objective.temperature, 0.0  # type: ignore[attr-defined]
     trainer.run()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Runs toy trainers in forked processes that kill themselves at a chosen point: `python toy_process.py`, one JSON command per line.
 
-A command is {"out": folder, "resume": bool, "kill": [point, n] or null, "overrides": {...}}; the answer is the exit status (-9: killed).
+A command is {"out": folder, "resume": bool, "ranks": number of processes, "kill": [point, n] or null, "on_ranks": whom that concerns,
+"overrides": {...}}; the answer is the exit status of each rank (-9: killed), and errors go to `out`/error-<rank>.txt.
 Forked from a process that has imported everything: a run then takes a fraction of a second, not three.
 """
 
@@ -11,15 +12,20 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from toy_training import ToyModel, toy_config, toy_trainer
 
 from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.training import distributed
+from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.training.trainer import Trainer
@@ -76,6 +82,20 @@ def at_removal(n: int) -> None:
     shutil.rmtree = wrapped
 
 
+def fail(*_: Any) -> None:
+    raise ValueError("as asked")
+
+
+def stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def save_gradients(optimizer: MasterAdamW, *_: Any) -> None:
+    """What the optimizer is about to use, of this rank."""
+    found = {name: master.grad for name, master in optimizer._masters.items() if master.grad is not None}
+    save_file(found, os.environ["GRADIENTS"] + f"-{os.environ.get('RANK', '0')}.safetensors")
+
+
 # Points that count calls; every one of them is reached in a run of five steps that checkpoints after 2, 4 and 5.
 POINTS: dict[str, Callable[[int], None]] = {
     "before a journal transaction": lambda n: at_call(n, RolloutStore, "append", before=die),
@@ -95,29 +115,76 @@ POINTS: dict[str, Callable[[int], None]] = {
 }
 
 
-def play(command: dict[str, Any]) -> None:
+# And those of a run of several ranks.
+RANK_POINTS: dict[str, Callable[[int], None]] = {
+    "before the shares": lambda n: at_call(n, Learner, "_train", before=die),
+    "inside the backward": lambda n: at_call(n, MasterAdamW, "accumulate", before=die),
+    "raises in the backward": lambda n: at_call(n, MasterAdamW, "accumulate", before=fail),
+    "raises before its logprobs": lambda n: at_call(n, Learner, "_prepare", before=fail),
+    "raises in the optimizer": lambda n: at_call(n, MasterAdamW, "step", before=fail),
+    "hangs in the backward": lambda n: at_call(n, MasterAdamW, "accumulate", before=stop),
+    "hangs between two sums": lambda n: at_call(n, distributed.Ranks, "add_up", before=stop),
+    "between two sums": lambda n: at_call(n, distributed.Ranks, "add_up", after=die),
+    "between two minibatches": lambda n: at_call(n, MasterAdamW, "step", after=die),
+    "saves the gradients": lambda n: at_call(n, MasterAdamW, "step", before=save_gradients),
+}
+
+
+def play(command: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     if command["kill"]:
         point, n = command["kill"]
-        POINTS[point](n)
+        if point.startswith("hangs"):  # the other ranks notice when they have waited this long
+            distributed._LONGEST_SHARE = timedelta(seconds=8)
+        if rank in command["on_ranks"]:
+            (POINTS | RANK_POINTS)[point](n)
     out = Path(command["out"])
-    toy_trainer(toy_config(out, **command["overrides"]), out, resume=command["resume"]).run()
+    config = toy_config(out, **command["overrides"])
+    with distributed.join() as ranks:
+        if rank == 0:
+            toy_trainer(config, out, resume=command["resume"], ranks=ranks).run()
+        else:
+            Learner(ToyModel(getattr(torch, config.model.dtype)), config, ranks).follow()
+
+
+def start(command: dict[str, Any], rank: int, port: int) -> int:
+    """The process of a rank, as torchrun would start it."""
+    child = os.fork()
+    if child:
+        return child
+    if command["ranks"] > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": command["ranks"], "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["GRADIENTS"] = command["out"] + "/gradients"
+    try:
+        play(command, rank)
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}"
+        Path(command["out"], f"error-{rank}.txt").write_text(text)
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def main() -> None:
     for name in ("msgspec", "rich.progress", "torch._dynamo"):  # imported on first use: once here instead of in every child
         importlib.import_module(name)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            try:
-                play(json.loads(line))
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        command = json.loads(line)
+        port = free_port()
+        children = [start(command, rank, port) for rank in range(command["ranks"])]
+        statuses = []
+        for rank, child in enumerate(children):  # rank 0 notices whatever happens to the others
+            if rank:
+                os.kill(child, signal.SIGCONT)  # one that was stopped finds itself alone
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(*statuses, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
+from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import Head
 from reinforce_ada.training.tasks import PromptStream, Source, content_key
 from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
@@ -119,7 +120,7 @@ def toy_config(out: Path, **overrides: Any) -> Config:
     return configuration.load(None, {**base, "out": str(out), **overrides})
 
 
-def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
+def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None = None) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
@@ -137,7 +138,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool) -> Trainer:
         policy=configured(config.sampling),
         store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)),
     )
-    trainer = Trainer(parts, config, out, Display(stderr=True))
+    trainer = Trainer(parts, config, out, Display(stderr=True), ranks)
     if resume:
         trainer.resume()
     return trainer

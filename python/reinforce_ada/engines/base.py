@@ -7,8 +7,9 @@ finish_reason "abort" or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -50,6 +51,34 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release what it holds; further calls are errors."""
         ...
+
+
+def metrics_of(engine: Engine) -> dict[str, float]:
+    """What the engine says of itself: the numbers of its `metrics()`, where it has that; none of one that has not.
+
+    Their names begin with `engine_`. `engine_busy_slots` (requests being computed) and `engine_queue` (requests that wait in it) are of the
+    moment, names that end in `_rate` are fractions since its start, all others are counts or seconds since its start (`engine_tokens`,
+    `engine_sync_s`, `engine_restarts`, ..). The trainer logs the differences of the counts, and means over time of the first two.
+    `metrics()` must be cheap: it is asked many times a second.
+    """
+    metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
+    return metrics()
+
+
+class Placement(NamedTuple):
+    """A request was given to a replica."""
+
+    id: CompletionId
+    replica: str
+    at: float  # seconds of time.monotonic
+
+
+def placements_of(engine: Engine) -> deque[Placement] | None:
+    """Where requests have gone, oldest first: the `placements` of an engine of several replicas, which the reader empties.
+
+    It is bounded, so that it needs no reader. None of an engine that starts a request wherever it is submitted.
+    """
+    return getattr(engine, "placements", None)
 
 
 def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:

@@ -52,6 +52,7 @@ class Progress(NamedTuple):
     num_correct: int  # among the committed
     num_with_signal: int  # prompts whose committed rewards differ so far
     num_tokens: int  # of the committed completions
+    num_tokens_wasted: int  # of answers that are never committed
 
 
 def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
@@ -234,6 +235,7 @@ class AdaptiveSampler:
             num_correct=t.num_correct,
             num_with_signal=t.num_with_signal,
             num_tokens=t.tokens_committed,
+            num_tokens_wasted=t.tokens_wasted,
         )
 
     # -------------------- requests

@@ -81,6 +81,23 @@ def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: S
     return [[s for g in part for s in groups[g]] for part in parts if len(part)]
 
 
+def shares_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """`count` lists with about as many tokens to compute each; the completions of a prompt stay together. Some may be empty.
+
+    The largest group first, each to the list that has least: no list is above the mean by more than the largest group.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for s in samples:
+        groups.setdefault(s.prompt.prompt_id, []).append(s)
+    shares: list[list[Sample]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for group in sorted(groups.values(), key=_row_length, reverse=True):
+        least = loads.index(min(loads))
+        shares[least] += group
+        loads[least] += _row_length(group)
+    return shares
+
+
 def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prompts: bool, pad_id: int) -> Iterator[Batch]:
     """The samples as batches of at most `tokens_per_pass` padded tokens (one row at least), longest rows first."""
     rows = sorted(rows_of(samples, tokens_per_pass if share_prompts else 0), key=_row_length, reverse=True)

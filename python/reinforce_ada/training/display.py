@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,18 @@ class Display:
         self._console.print(table)
 
     @contextmanager
-    def sampling(self, what: str) -> Iterator[Callable[[Progress], None]]:
-        """A bar over eliminated prompts; yields what the driver calls after every poll."""
+    def sampling(self, what: str, engine: Callable[[], Mapping[str, float]] = dict) -> Iterator[Callable[[Progress], None]]:
+        """A bar over eliminated prompts, with what `engine` says of itself; yields what the driver calls after every poll."""
         started = time.monotonic()
         with self._bar(what, "{task.fields[text]}") as (bar, task):
 
             def update(p: Progress) -> None:
                 done = p.num_prompts - p.num_active
-                speed = p.num_tokens / max(time.monotonic() - started, 1e-3)
+                num_tokens = p.num_tokens + p.num_tokens_wasted
                 text = (
                     f"{p.num_active} active, {done} eliminated · {p.num_committed} of {p.num_issued} committed · "
-                    f"signal {p.num_with_signal / max(p.num_prompts, 1):.2f} · {speed:.0f} tok/s"
+                    f"signal {p.num_with_signal / max(p.num_prompts, 1):.2f} · waste {p.num_tokens_wasted / max(num_tokens, 1):.2f} · "
+                    f"{load_text(engine())}{num_tokens / max(time.monotonic() - started, 1e-3):.0f} tok/s"
                 )
                 bar.update(task, total=p.num_prompts, completed=done, text=text)
 
@@ -72,12 +73,24 @@ class Display:
             yield bar, bar.add_task(what, total=None, text="")
 
 
+def load_text(metrics: Mapping[str, float]) -> str:
+    """Busy slots, queue, prefix hits and restarts of an engine that has them."""
+    texts = {
+        "engine_busy_slots": "{:.0f} busy · ",
+        "engine_queue": "{:.0f} queued · ",
+        "engine_prefix_hit_rate": "{:.2f} prefix hits · ",
+        "engine_restarts": "{:.0f} restarts · ",
+    }
+    shown = [name for name in texts if metrics.get(name) or (name == "engine_busy_slots" and name in metrics)]
+    return "".join(texts[name].format(metrics[name]) for name in shown)
+
+
 def step_line(record: dict[str, Any], steps: int) -> str:
     """The line of one finished step."""
     trouble = "".join(f"{record[f'num_{what}']:.0f} {what} · " for what in ("voids", "lost") if record[f"num_{what}"])
     return (
         f"step {record['step']:>3}/{steps} · reward {record['first_round_reward']:.3f} · signal {record['signal_fraction']:.2f} · "
         f"samples/prompt {record['samples_per_prompt']:.1f} · waste {record['waste_fraction']:.2f} · {trouble}"
-        f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · grad {record['grad_norm']:.2f} · "
+        f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · grad {record['grad_norm']:.2f} · {load_text(record)}"
         f"sampling {record['sampling_s']:.1f} s ({record['sampling_tokens_per_s']:.0f} tok/s) · training {record['training_s']:.1f} s"
     )

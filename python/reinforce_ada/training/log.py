@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.training.track import Trackers
 
 
 class RunLog:
-    """Appends records to `log.jsonl` and remembers them."""
+    """Appends records to `log.jsonl`, remembers them, and gives those of steps and evaluations to `trackers`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
+        self._path, self._trackers = path, trackers
         self.records: list[dict[str, Any]] = read_log(path)
         if path.exists() and not path.read_text().endswith("\n"):
             self._rewrite()  # a record cut short by a killed process would swallow the next one
@@ -30,11 +31,15 @@ class RunLog:
                 f.write(json.dumps(clean) + "\n")
         except OSError as e:
             raise InputError("log", f"cannot write {self._path}: {e.strerror}", "a writable folder with space", "then resume") from e
+        if self._trackers is not None and "step" in clean:
+            self._trackers.log(clean)
 
     def cut_after(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are trained again, and will be logged again."""
         self.records = [r for r in self.records if r.get("step", 0) <= step]
         self._rewrite()
+        if self._trackers is not None:
+            self._trackers.cut_after(step)
 
     def _rewrite(self) -> None:
         aside = self._path.with_suffix(".aside")

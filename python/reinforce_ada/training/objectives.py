@@ -37,7 +37,7 @@ def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
 
 
-def num_seqs_of(minibatch: Sequence[Batch], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
+def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
     """The number of completions a minibatch's loss is divided by, where it averages over them.
 
     Its own count; under an `ObjectiveWeight` group_size * prompts that entered / minibatches, whatever was kept: with a denominator
@@ -46,7 +46,7 @@ def num_seqs_of(minibatch: Sequence[Batch], result: SamplingResult, policy: Poli
     """
     if isinstance(policy.weight, ObjectiveWeight):
         return policy.group_size * len(result.pools) / num_minibatches
-    return sum(batch.num_seqs for batch in minibatch)
+    return len(minibatch)
 
 
 def inexact(config: Config, policy: Policy) -> str:
@@ -132,12 +132,12 @@ class Objective:
         return ops.policy_loss(out, batch.advantages, mask, **settings)
 
 
-def combine_metrics(parts: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, float]:
+def combine_metrics(parts: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
     """Metrics of several micro-batches as one: counts add, extremes stay extreme, the rest averages by tokens."""
     values: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
     for metrics, num_tokens in parts:
         for name, value in metrics.items():
-            values[name].append((float(value), num_tokens))
+            values[name].append((value, num_tokens))
     return {name: _combined(name, pairs) for name, pairs in values.items()}
 
 

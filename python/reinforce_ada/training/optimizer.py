@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ class MasterAdamW:
             grad = p.grad.float()
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             p.grad = None
+
+    def touched(self) -> set[str]:
+        """The parameters that have a gradient."""
+        return {name for name, master in self._masters.items() if master.grad is not None}
+
+    def add_up(self, add_up: Callable[[Tensor], None], names: Collection[str]) -> None:
+        """Replace the gradients of these parameters by their sums over all ranks; one that is absent here counts as zero."""
+        for name, master in self._masters.items():  # in the same order on every rank
+            if name in names:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                add_up(master.grad)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, round into the parameters, forget the gradients.

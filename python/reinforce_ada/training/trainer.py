@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,25 +17,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from reinforce_ada.config import Config, SamplingConfig
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
+from reinforce_ada.engines.traced import no_span
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
-from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches, rows_of, shuffled_minibatches
+from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.display import Display, step_line
+from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.evaluate import evaluate
-from reinforce_ada.training.language_model import LanguageModel, check_forms, token_logprobs
+from reinforce_ada.training.language_model import LanguageModel, check_forms
+from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
-from reinforce_ada.training.objectives import Objective, combine_metrics, inexact, num_seqs_of, samples_with_advantages
-from reinforce_ada.training.optimizer import MasterAdamW, warmed_up
+from reinforce_ada.training.meter import EngineMeter
+from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with_advantages
+from reinforce_ada.training.optimizer import warmed_up
 from reinforce_ada.training.tasks import PromptStream
+from reinforce_ada.training.track import Trackers
 from reinforce_ada.types import Completion, CompletionId, Prompt, SamplingResult
 
 _CHECK_TOKENS = 6  # of each made-up completion in the check of the linear operators
@@ -54,27 +59,28 @@ class Parts:
 
 
 class Trainer:
-    """Trains `parts.model` in place, writing log, journal and checkpoints under `out`."""
+    """Trains `parts.model` in place, writing log, journal and checkpoints under `out`; on rank 0, where there are several."""
 
-    def __init__(self, parts: Parts, config: Config, out: Path, display: Display) -> None:
-        self.parts, self.config, self.out, self.display = parts, config, out, display
-        self.log = RunLog(out / "log.jsonl")
-        self.objective = Objective.from_config(config)
-        self.optimizer = MasterAdamW(
-            parts.model.module.named_parameters(),
-            weight_decay=config.training.weight_decay,
-            max_grad_norm=config.training.max_grad_norm,
-        )
-        self.device = next(parts.model.module.parameters()).device
+    def __init__(
+        self, parts: Parts, config: Config, out: Path, display: Display, ranks: Ranks | None = None, trackers: Trackers | None = None,
+        span: Callable[[str], AbstractContextManager[None]] = no_span,
+    ) -> None:  # fmt: skip
+        self.parts, self.config, self.out, self.display, self._span = parts, config, out, display, span
+        self.log = RunLog(out / "log.jsonl", trackers)
+        self.learner = Learner(parts.model, config, ranks or Ranks())
+        self.device = self.learner.device
         self.step = 0  # finished steps; also the policy version
         self.position = 0
         self.memory = self._remembered()
+        self.meter = EngineMeter(parts.engine)
         self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
+        self._sync_s = 0.0  # of this step
 
     # -------------------- the run
 
     def run(self) -> None:
         """From where it stands to `steps`, with an evaluation before and after."""
+        self.learner.align()
         self.check_model()
         if warning := inexact(self.config, self.parts.policy):
             self.display.line(warning)
@@ -102,7 +108,7 @@ class Trainer:
         if found is not None:
             tensors = found.tensors()
             torch.set_rng_state(tensors.pop("rng/torch"))
-            self.optimizer.load(tensors)
+            self.learner.optimizer.load(tensors)
             self.step, self.position = found.step, found.position
             self.memory = self._remembered()
         self.log.cut_after(self.step)
@@ -121,8 +127,9 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Weights, master copy, moments, random state and data position."""
-        tensors = {**self.optimizer.tensors(), "rng/torch": torch.get_rng_state()}
-        checkpoint.save(self.out / "checkpoints", self.step, self.position, self.parts.model.save, tensors)
+        tensors = {**self.learner.optimizer.tensors(), "rng/torch": torch.get_rng_state()}
+        with self._span("checkpoint"):
+            checkpoint.save(self.out / "checkpoints", self.step, self.position, self.parts.model.save, tensors)
 
     def check_model(self) -> None:
         """Compare the linear operators and rows that share a prompt with the model's own logits, and say what is used."""
@@ -131,10 +138,10 @@ class Trainer:
         pad = self.parts.model.pad_id
         plain = collate(rows_of(samples, 0), pad).to(self.device)
         shared = collate(rows_of(samples, sum(len(s.prompt.token_ids) + _CHECK_TOKENS for s in samples)), pad).to(self.device)
-        head, sharing = check_forms(self.parts.model, plain, shared, self.objective.temperature)
+        head, sharing = check_forms(self.parts.model, plain, shared, self.learner.objective.temperature)
         self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
         self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
-        if not head.ok and self.objective.entropy_coef:
+        if not head.ok and self.learner.objective.entropy_coef:
             raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
 
     def _say_form(self, what: str, ok: bool, max_diff: float, otherwise: str) -> None:
@@ -146,15 +153,21 @@ class Trainer:
     def train_step(self) -> None:
         """Sample, update, log."""
         step, started = self.step + 1, time.monotonic()
-        result = self._sample(step)
+        self.meter.start()
+        with self._span(f"step {step} sampling"):
+            result = self._sample(step)
+        engine = self.meter.step()
         sampled = time.monotonic()
-        trained = self._update(step, result)
+        with self._span(f"step {step} training"):
+            trained = self._update(step, result)
         self.step = step
         record = {
             "kind": "step",
             "step": step,
             **result.metrics,
+            **engine,
             **trained,
+            "sync_s": self._sync_s,
             "sampling_s": sampled - started,
             "sampling_tokens_per_s": (result.metrics["tokens_committed"] + result.metrics["tokens_wasted"]) / (sampled - started),
             "training_s": time.monotonic() - sampled,
@@ -177,9 +190,10 @@ class Trainer:
             memory=self.memory,
         )
         sampler.restore(parts.store.events(step))
+        self._sync_s = 0.0
         if not sampler.done:
             self._sync()
-        with self.display.sampling(f"step {step} sampling") as on_progress:
+        with self.display.sampling(f"step {step} sampling", self.meter.look) as on_progress:
             result = run(
                 sampler, parts.engine, parts.rewards, parts.store, request_timeout_s=self.config.engine.request_timeout_s or None,
                 on_progress=on_progress,
@@ -191,53 +205,26 @@ class Trainer:
         return result
 
     def _sync(self) -> None:
+        started = time.monotonic()
         if self._engine_version != self.step:
             self.parts.engine.sync_weights(self.parts.model.named_tensors(), self.step)
             self._engine_version = self.step
         self.parts.engine.wake()
+        self._sync_s = time.monotonic() - started
 
     def _update(self, step: int, result: SamplingResult) -> dict[str, float]:
         t = self.config.training
         groups = samples_with_advantages(result, self.parts.policy)
-        minibatches = [self._passes(m) for m in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))]
-        old = self._old_logprobs(minibatches)
-        learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
-        parts: list[tuple[dict[str, Tensor], int]] = []
-        norms: list[float] = []
-        losses: list[float] = []
-        with self.display.training(f"step {step} training", sum(b.num_tokens for m in minibatches for b in m)) as advance:
-            for passes, old_logprobs in zip(minibatches, old, strict=True):
-                num_tokens, num_seqs = sum(b.num_tokens for b in passes), num_seqs_of(passes, result, self.parts.policy, t.minibatches)
-                loss = 0.0
-                for batch, old_of_batch in zip(passes, old_logprobs, strict=True):
-                    value, metrics = self.objective(self.parts.model, batch, old_of_batch, num_tokens, num_seqs)
-                    torch.autograd.backward(value)
-                    self.optimizer.accumulate()
-                    loss += float(value.detach())
-                    parts.append((dict(metrics), batch.num_tokens))
-                    advance(batch.num_tokens)
-                norms.append(self.optimizer.step(learning_rate))
-                losses.append(loss)
-        return {
-            **combine_metrics(parts),
-            "loss": sum(losses) / max(len(losses), 1),
-            "grad_norm": max(norms, default=0.0),
-            "learning_rate": learning_rate,
-        }
-
-    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
-        t, model = self.config.training, self.parts.model
-        batches = micro_batches(samples, t.tokens_per_pass, share_prompts=model.share_prompts, pad_id=model.pad_id)
-        return [b.to(self.device) for b in batches]
-
-    @torch.no_grad()
-    def _old_logprobs(self, minibatches: Sequence[Sequence[Batch]]) -> list[list[Tensor | None]]:
-        """Logprobs before the step's first update. The first minibatch sees those very weights: its ratio is 1 by definition."""
-        temperature = self.objective.temperature
-        return [
-            [None if m == 0 else token_logprobs(self.parts.model, batch, temperature) for batch in passes]
-            for m, passes in enumerate(minibatches)
+        minibatches = [
+            Minibatch(
+                samples, sum(s.completion.token_ids.size for s in samples), num_seqs_of(samples, result, self.parts.policy, t.minibatches)
+            )
+            for samples in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))
         ]
+        learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
+        with self.display.training(f"step {step} training", sum(m.num_tokens for m in minibatches)) as advance:
+            trained = self.learner.update(minibatches, learning_rate, advance)
+        return {**trained, "learning_rate": learning_rate}
 
     # -------------------- evaluation
 
@@ -245,9 +232,13 @@ class Trainer:
         """Avg@k on the held-out prompts at the present weights, unless the log has it already."""
         if not self.parts.held_out or self.log.evaluation(self.step) is not None:
             return
+        with self._span(f"step {self.step} held-out"):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         started = time.monotonic()
         self._sync()
-        with self.display.sampling(f"step {self.step} held-out") as on_progress:
+        with self.display.sampling(f"step {self.step} held-out", self.meter.look) as on_progress:
             e = evaluate(
                 self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
                 policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
@@ -276,8 +267,9 @@ def earlier_store(run_dir: str) -> RolloutStore:
 def fingerprint(config: Config) -> dict[str, Any]:
     """What must not change when a run resumes: everything but its length, its place, its limits and how fast it goes."""
     free = {
-        "steps", "out", "checkpoint_every", "eval_every", "reward_workers", "reward_timeout_s", "request_timeout_s",
+        "steps", "out", "checkpoint_every", "track", "profile", "eval_every", "reward_workers", "reward_timeout_s", "request_timeout_s",
         "max_num_seqs", "max_model_len", "memory_fraction", "tokens_per_pass",  # what one lowers, or raises, after running out
+        "servers", "weights_dir", "replicas", "ray_address", "cpus_per_replica", "tensor_parallel", "hung_after_s", "give_up_s",
     }  # fmt: skip
     # Keys that stores of earlier versions do not have; at their defaults a run is what it was.
     later = {"memory_decay", "memory_from", "mean_budget", "propose", "objective", "alpha"}

@@ -1,0 +1,162 @@
+"""What every rank does: forward and backward over its share of each minibatch, then the same optimizer step as all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.config import Config
+from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
+from reinforce_ada.training.distributed import Ranks
+from reinforce_ada.training.language_model import LanguageModel, token_logprobs
+from reinforce_ada.training.objectives import Objective, combine_metrics
+from reinforce_ada.training.optimizer import MasterAdamW
+from reinforce_ada.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Minibatch:
+    """Samples of one optimizer step, or a rank's share of them; the counts are those of all ranks, so that losses and gradients add up."""
+
+    samples: Sequence[Sample]
+    num_tokens: int  # of the completions
+    num_seqs: float  # see `num_seqs_of`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A rank's part of one training step."""
+
+    minibatches: Sequence[Minibatch]
+    learning_rate: float
+    share_prompts: bool  # what rank 0 found out about the model
+    use_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Align:
+    """Take the optimizer state of rank 0: name -> shape and dtype of what follows."""
+
+    layout: Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Report:
+    """What a rank made of its share of a minibatch."""
+
+    parts: list[tuple[dict[str, float], int]]  # metrics of a pass, its tokens
+    loss: float
+    touched: set[str]  # parameters with a gradient
+
+
+class Learner:
+    """Model, objective and optimizer, on this rank."""
+
+    def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self.objective = Objective.from_config(config)
+        self.optimizer = MasterAdamW(
+            model.module.named_parameters(),
+            weight_decay=config.training.weight_decay,
+            max_grad_norm=config.training.max_grad_norm,
+        )
+        self.device = next(model.module.parameters()).device
+        self._tokens_per_pass = config.training.tokens_per_pass
+
+    # -------------------- on rank 0
+
+    def align(self) -> None:
+        """Give every rank this one's weights and moments."""
+        if self.ranks.size == 1:
+            return
+        tensors = {name: tensor.cpu() for name, tensor in self.optimizer.tensors().items()}
+        self.ranks.send([Align({name: (t.shape, t.dtype) for name, t in tensors.items()})] * self.ranks.size)
+        for tensor in tensors.values():
+            self.ranks.copy_from_first(tensor)
+
+    def update(self, minibatches: Sequence[Minibatch], learning_rate: float, advance: Callable[[int], None]) -> dict[str, float]:
+        """One optimizer step for each minibatch, whose samples are spread over the ranks by their tokens.
+
+        Args:
+            advance: told how many completion tokens more this rank has trained on.
+        Returns: the metrics of the objective over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
+        """
+        per_rank = zip(*(self._shares(m) for m in minibatches), strict=True) if minibatches else [()] * self.ranks.size
+        work = [Work(m, learning_rate, self.model.share_prompts, self.model.use_head) for m in per_rank]
+        self.ranks.send(work)
+        return self._train(work[0], advance)
+
+    def _shares(self, minibatch: Minibatch) -> list[Minibatch]:
+        if self.ranks.size == 1:
+            return [minibatch]
+        return [replace(minibatch, samples=[_bare(s) for s in share]) for share in shares_of(minibatch.samples, self.ranks.size)]
+
+    # -------------------- on the others
+
+    def follow(self) -> None:
+        """Do what rank 0 says until it lets go. Raises: RankError when it is gone."""
+        while (order := self.ranks.receive()) is not None:
+            match order:
+                case Align(layout):
+                    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+                    for tensor in tensors.values():
+                        self.ranks.copy_from_first(tensor)
+                    self.optimizer.load(tensors)
+                case Work():
+                    self.model.share_prompts, self.model.use_head = order.share_prompts, order.use_head
+                    self._train(order, lambda count: None)
+
+    # -------------------- on all
+
+    def _train(self, work: Work, advance: Callable[[int], None]) -> dict[str, float]:
+        ranks = self.ranks
+        prepared = ranks.together(lambda: self._prepare(work.minibatches))
+        parts: list[tuple[dict[str, float], int]] = []
+        losses: list[float] = []
+        norms: list[float] = []
+        for minibatch, (passes, old) in zip(work.minibatches, prepared, strict=True):
+            report = ranks.together(partial(self._gradient, minibatch, passes, old, advance))
+            reports = ranks.exchange(report)
+            self.optimizer.add_up(ranks.add_up, set().union(*(r.touched for r in reports)))
+            norms.append(self.optimizer.step(work.learning_rate))
+            losses.append(sum(r.loss for r in reports))
+            parts += [part for r in reports for part in r.parts]
+        return {**combine_metrics(parts), "loss": sum(losses) / max(len(losses), 1), "grad_norm": max(norms, default=0.0)}
+
+    @torch.no_grad()
+    def _prepare(self, minibatches: Sequence[Minibatch]) -> list[tuple[list[Batch], list[Tensor | None]]]:
+        """Passes, and their logprobs before the step's first update. The first minibatch sees those very weights: its ratio is 1."""
+        prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
+        for m, minibatch in enumerate(minibatches):
+            passes = self._passes(minibatch.samples)
+            prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.objective.temperature) for b in passes]))
+        return prepared
+
+    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
+        batches = micro_batches(samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id)
+        return [b.to(self.device) for b in batches]
+
+    def _gradient(
+        self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]
+    ) -> _Report:
+        """Backward over every pass, into the optimizer's accumulators."""
+        parts: list[tuple[Mapping[str, Tensor], int]] = []
+        losses: list[Tensor] = []
+        for batch, old_logprobs in zip(passes, old, strict=True):
+            loss, metrics = self.objective(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
+            torch.autograd.backward(loss)
+            self.optimizer.accumulate()
+            losses.append(loss.detach())
+            parts.append((metrics, batch.num_tokens))
+            advance(batch.num_tokens)
+        as_numbers = [({name: float(value) for name, value in metrics.items()}, count) for metrics, count in parts]
+        return _Report(as_numbers, sum(map(float, losses), 0.0), self.optimizer.touched())
+
+
+def _bare(sample: Sample) -> Sample:
+    """Only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
+    return Sample(Prompt(sample.prompt.prompt_id, sample.prompt.token_ids), replace(sample.completion, text=""), sample.advantage)

@@ -1,0 +1,170 @@
+"""The run's numbers where people look at them: TensorBoard always; Weights & Biases, MLflow and trackio where they are asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.training.event_file import EventFile
+
+PROJECT = "reinforce-ada"
+
+
+class Tracker(Protocol):
+    """Takes numbers by name and step."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """The numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """The run ends."""
+        ...
+
+
+class Trackers:
+    """Gives every record of the log to all trackers. One that fails during the run is said to, and left out from then on.
+
+    Args:
+        names: of trackers beside TensorBoard, separated by commas.
+        out: run folder.
+        config: nested; what trackers show as the run's settings.
+        say: takes a line.
+    Raises: InputError for a name that is not known, not installed, or cannot be used.
+    """
+
+    def __init__(self, names: str, out: Path, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        self._say = say
+        wanted = check_names(names)
+        self._trackers: dict[str, Tracker] = {name: _begin(name, out, config) for name in wanted}
+        self._events = EventFile(out / "tensorboard")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """The numbers of a record of the log."""
+        values, step = dict(numbers_of(record)), int(record["step"])
+        self._events.scalars(values, step)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(values, step)
+            except Exception as e:  # a network that is gone, say: hours of sampling must not go with it
+                del self._trackers[name]
+                self._say(f"track: {name} is left out from now on: {_one_line(e)}")
+
+    def cut_after(self, step: int) -> None:
+        """The steps after `step` come again."""
+        self._events.restart(step + 1)
+
+    def close(self) -> None:
+        """The run ends, or the process does."""
+        self._events.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as e:
+                self._say(f"track: {name} did not end well: {_one_line(e)}")
+
+
+def check_names(names: str) -> list[str]:
+    """The trackers of a list with commas. Raises: InputError for one that is not known or not installed."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in _BEGIN:
+            raise unknown_name("track", "tracker", name, _BEGIN)
+        if importlib.util.find_spec(name) is None:
+            raise InputError("track", f"{name} is not installed", f"pip install {name}", "TensorBoard's files need nothing")
+    return wanted
+
+
+def numbers_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of every finite number in a record: train/loss, engine/queue, eval/avg_at_k, eval/pass_at_k/4."""
+    kind = {"step": "train"}.get(record["kind"], record["kind"])
+    for name, value in record.items():
+        place = f"engine/{name.removeprefix('engine_')}" if name.startswith("engine_") else f"{kind}/{name}"
+        parts = {f"{place}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {place: value}
+        for tag, number in parts.items():
+            if name != "step" and isinstance(number, (int, float)) and math.isfinite(number):
+                yield tag, float(number)
+
+
+def _begin(name: str, out: Path, config: Mapping[str, Any]) -> Tracker:
+    try:
+        return _BEGIN[name](out, config)
+    except Exception as e:
+        raise InputError("track", f"{name} cannot be used: {_one_line(e)}", "a tracker that is set up", "or leave it out of --track") from e
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _identity(out: Path, name: str, make: Callable[[], str]) -> str:
+    """What the run is called at this tracker, the same when it is resumed."""
+    path = out / "track.json"
+    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+        known[name] = make()
+        path.write_text(json.dumps(known))
+    return known[name]
+
+
+class _Wandb:
+    """Steps that come again after a crash are further points at the same place: the run's own step is the axis."""
+
+    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        identity = _identity(out, "wandb", lambda: uuid.uuid4().hex)
+        self._run = wandb.init(project=PROJECT, name=out.name, id=identity, resume="allow", dir=str(out), config=dict(config))
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._client = mlflow.MlflowClient()
+        experiment = self._client.get_experiment_by_name(PROJECT)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
+        is_new = not (out / "track.json").exists() or "mlflow" not in json.loads((out / "track.json").read_text())
+        self._run_id = _identity(out, "mlflow", lambda: str(self._client.create_run(number, run_name=out.name).info.run_id))
+        for section, values in config.items() if is_new else ():
+            for key, value in values.items():
+                self._client.log_param(self._run_id, f"{section}.{key}", value)
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class _Trackio:
+    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        name = _identity(out, "trackio", lambda: f"{out.name}-{uuid.uuid4().hex[:6]}")
+        self._run = trackio.init(project=PROJECT, name=name, config=dict(config), resume="allow")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_BEGIN: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}

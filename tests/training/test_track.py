@@ -1,0 +1,162 @@
+"""Event files to the byte, and trackers that are asked for, missing, or fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.training import track
+from reinforce_ada.training.event_file import EventFile, crc32c
+from reinforce_ada.training.log import RunLog, read_log
+from reinforce_ada.training.track import Trackers, check_names, numbers_of
+
+# Written by tensorboard 2.21 (RecordWriter, Event.SerializeToString): its version; train/loss = .25 and ü = -2 at step 300; a start at 2.
+WRITTEN = bytes.fromhex(
+    "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c2c00000000000000f4aecc4509000000000000f8"
+    "3f10ac022a1e0a110a0a747261696e2f6c6f7373150000803e0a090a02c3bc15000000c03efb2b900f000000000000006d532b0909000000000000f8"
+    "3f10023a0208010ed75a29"
+)
+
+
+def frames(data: bytes) -> Iterator[bytes]:
+    """The events of a file."""
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        assert len(data) >= size + 16
+        yield data[12 : 12 + size]
+        data = data[16 + size :]
+
+
+def test_the_checksum_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA
+
+
+def test_the_file_is_what_tensorboard_itself_writes(tmp_path: Path) -> None:
+    events = EventFile(tmp_path / "tensorboard", now=lambda: 1.5)
+    events.scalars({"train/loss": 0.25, "ü": -2.0}, 300)
+    events.restart(2)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert path.read_bytes() == WRITTEN  # before it is closed: a killed run has it all
+    assert path.name.startswith("events.out.tfevents.0000000001.")
+    events.close()
+
+
+def test_numbers_have_their_places() -> None:
+    step = {"kind": "step", "step": 3, "loss": 0.5, "num_lost": 2, "engine_queue": 1.0, "engine_restarts": 4, "bad": None, "nan": math.nan}
+    assert dict(numbers_of(step)) == {"train/loss": 0.5, "train/num_lost": 2.0, "engine/queue": 1.0, "engine/restarts": 4.0}
+    evaluation = {"kind": "eval", "step": 3, "avg_at_k": 0.25, "pass_at_k": {"1": 0.25, "4": 1.0}, "per_prompt": [1.0]}
+    assert dict(numbers_of(evaluation)) == {"eval/avg_at_k": 0.25, "eval/pass_at_k/1": 0.25, "eval/pass_at_k/4": 1.0}
+
+
+class Remembering:
+    """A tracker that fails at a chosen step."""
+
+    def __init__(self, fails_at: int) -> None:
+        self._fails_at = fails_at
+        self.seen: list[tuple[int, Mapping[str, float]]] = []
+        self.closed = 0
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if step == self._fails_at:
+            raise ConnectionError("the network\nis gone")
+        self.seen.append((step, values))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Trackers, Remembering, list[str]]]:
+    def make(fails_at: int = -1) -> tuple[Trackers, Remembering, list[str]]:
+        tracker, said = Remembering(fails_at), []
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(track, "_BEGIN", {"wandb": lambda out, config: tracker})
+        return Trackers("wandb", tmp_path, {}, said.append), tracker, said
+
+    return make
+
+
+def test_the_log_goes_everywhere(make: Callable[..., Any], tmp_path: Path) -> None:
+    trackers, tracker, said = make()
+    log = RunLog(tmp_path / "log.jsonl", trackers)
+    records = [{"kind": "run"}, {"kind": "eval", "step": 0, "avg_at_k": 0.5}, {"kind": "step", "step": 1, "loss": math.nan, "grad": 2.0}]
+    for record in records:
+        log.write(record)
+    log.cut_after(0)
+    trackers.close()
+    assert [r["kind"] for r in read_log(tmp_path / "log.jsonl")] == ["run", "eval"]
+    assert tracker.seen == [(0, {"eval/avg_at_k": 0.5}), (1, {"train/grad": 2.0})]
+    assert (tracker.closed, said) == (1, [])
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    version, zero, one, start = frames(path.read_bytes())
+    assert version.endswith(b"brain.Event:2")
+    assert zero.endswith(b"eval/avg_at_k\x15" + struct.pack("<f", 0.5))
+    assert one.endswith(b"train/grad\x15" + struct.pack("<f", 2.0))
+    assert start.endswith(b"\x10\x01:\x02\x08\x01")
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make: Callable[..., Any]) -> None:
+    trackers, tracker, said = make(fails_at=2)
+    for step in (1, 2, 3):
+        trackers.log({"kind": "step", "step": step, "loss": 0.5})
+    trackers.close()
+    assert [step for step, _ in tracker.seen] == [1]
+    assert said == ["track: wandb is left out from now on: ConnectionError: the network is gone"]
+
+
+def test_a_tracker_that_cannot_begin_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_key(out: Path, config: Mapping[str, Any]) -> Any:
+        raise RuntimeError("api_key not configured (no-tty)\ncall wandb.login")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(track, "_BEGIN", {"wandb": no_key})
+    message = (
+        r"^track: wandb cannot be used: RuntimeError: api_key not configured \(no-tty\) call wandb.login; a tracker that is set up; or"
+    )
+    with pytest.raises(InputError, match=message):
+        Trackers("wandb", tmp_path, {}, print)
+
+
+def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_names("") == []
+    with pytest.raises(InputError, match=r"^track: unknown tracker 'wanbd'; known: mlflow, trackio, wandb; did you mean 'wandb'\?$"):
+        check_names("wanbd")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^track: mlflow is not installed; pip install mlflow; TensorBoard's files need nothing$"):
+        check_names(" mlflow, ")
+
+
+@pytest.mark.parametrize("name", sorted(track._BEGIN))
+def test_the_real_ones_take_a_run_and_go_on_with_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    for variable, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "MLFLOW_TRACKING_URI": f"file:{tmp_path / 'mlruns'}",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }.items():
+        monkeypatch.setenv(variable, value)
+    said: list[str] = []
+    names = []
+    for _ in range(2):
+        trackers = Trackers(name, tmp_path, {"run": {"seed": 0}, "training": {"steps": 3}}, said.append)
+        trackers.log({"kind": "step", "step": 1, "loss": 0.5})
+        trackers.close()
+        names.append(json.loads((tmp_path / "track.json").read_text())[name])
+    assert said == []
+    assert names[0] == names[1]
+    if name == "mlflow":
+        import mlflow
+
+        assert [(m.step, m.value) for m in mlflow.MlflowClient().get_metric_history(names[0], "train/loss")] == [(1, 0.5), (1, 0.5)]
