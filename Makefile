@@ -12,8 +12,8 @@ REINFORCE_ADA_CUDA ?= OFF
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs gpu-ptx lint format \
-  bench bench-docs doctor clean
+.PHONY: demo test test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
+  gpu-ptx lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -24,6 +24,10 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
+# A real vLLM server is killed at 20 random moments of a step; about 15 minutes on two cores. Writes benchmarks/engine_kills.json.
+test-engine-kills: $(VENV)/.dev
+	PYTHONPATH=tests/engines$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/engines/engine_kills.py
+
 # A million prompts through the simulator; about two minutes on one core.
 simulate-scale: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/simulate $(PYTEST_FLAGS)
@@ -31,6 +35,10 @@ simulate-scale: $(VENV)/.dev
 # Every study of docs/simulator.md, its tables and its figure; about five minutes on one core.
 simulate-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/write_simulator.py
+
+# vLLM in this process beside LLM.generate, and schedules beside the simulator; about a quarter of an hour on two quiet cores.
+engines-docs: $(VENV)/.dev
+	$(BIN)/python benchmarks/write_engines.py
 
 # The preloaded libraries must come before everything else in the process; --capture=sys leaves the sanitizer's report on the terminal.
 # Leaks are not looked for: Python and torch keep what they allocate until the end.

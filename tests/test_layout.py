@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "rewards": FOUNDATION,
     "rollouts": FOUNDATION,
     "engines": FOUNDATION,
+    "engines.serve": {*FOUNDATION, "engines"},
     "ops": {*FOUNDATION, "_cpu", "_cuda"},
     "driver": {*FOUNDATION, "sampling", "rewards", "engines"},
     "training": {*FOUNDATION, *STAGES, "driver"},
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "doctor": {*FOUNDATION, "ops", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
-    "cli": {*FOUNDATION, "config", "explain", "report", "simulate", "bench", "doctor", "training.launch"},
+    "cli": {*FOUNDATION, "config", "explain", "report", "simulate", "bench", "doctor", "engines.serve", "training.launch"},
 }
 
 

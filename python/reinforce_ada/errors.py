@@ -13,6 +13,10 @@ class InputError(ValueError):
         super().__init__(f"{where}: {given}; {needed}" + (f"; {hint}" if hint else ""))
 
 
+class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
+    """No replica of an engine has been there for too long; what was scored is in the journal."""
+
+
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
     """An InputError for `name` not among `known`, naming the nearest valid one."""
     names = sorted(known)

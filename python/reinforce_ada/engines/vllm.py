@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class VllmEngine:
         temperature: of sampling; 0 is greedy.
         memory_fraction: cuda only, share of the GPU for weights and cache.
         kv_cache_bytes: cpu only, size of the key-value cache.
+        tensor_parallel: cuda only, GPUs of one engine.
     Raises: InputError when vLLM is not installed or the model does not fit.
     """
 
@@ -44,6 +46,7 @@ class VllmEngine:
         temperature: float = 1.0,
         memory_fraction: float = 0.45,
         kv_cache_bytes: int = 512 << 20,
+        tensor_parallel: int = 1,
     ) -> None:
         # In one process: no second copy of the interpreter, no pickling, and weights go over by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -59,7 +62,7 @@ class VllmEngine:
         self._max_num_seqs = max_num_seqs
         self._on_gpu = device == "cuda"
         memory: dict[str, Any] = (
-            {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
+            {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True, "tensor_parallel_size": tensor_parallel}
             if self._on_gpu
             # Only whole blocks of a prompt are cached. The default of 128 tokens on a CPU holds no short prompt at all, and every request
             # of a group would compute its prompt again.
@@ -91,11 +94,18 @@ class VllmEngine:
         self._num_submitted = 0
         self._policy_version = 0
         self._asleep = False
+        self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._sync_s = 0.0
 
     @property
     def free_slots(self) -> int:
         """How many more requests run at once."""
         return max(0, self._max_num_seqs - len(self._running))
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are not finished."""
+        return len(self._running)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Start these requests. Raises InputError for a prompt that leaves no room for max_tokens."""
@@ -127,6 +137,9 @@ class VllmEngine:
         request = self._running.pop(output.request_id)
         self._name_of.pop(request.id, None)
         sampled = output.outputs[0]
+        self._num_tokens += len(sampled.token_ids)
+        self._num_prompt_tokens += len(request.prompt.token_ids)
+        self._num_cached_tokens += output.num_cached_tokens or 0
         logprobs = [entry[token].logprob for token, entry in zip(sampled.token_ids, sampled.logprobs, strict=True)]
         return Completion(
             id=request.id,
@@ -147,13 +160,29 @@ class VllmEngine:
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         """Load new weights in place and forget cached prefixes, which the old ones computed."""
+        began = time.monotonic()
         if self._running:
             raise InputError("vllm", f"sync_weights with {len(self._running)} requests in flight", "none")
         self.wake()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
+        self.forget_prefixes()
+        self._policy_version = policy_version
+        self._sync_s += time.monotonic() - began
+
+    def metrics(self) -> dict[str, float]:
+        """See `metrics_of`. Prefix hits: prompt tokens of finished requests that came from the cache."""
+        return {
+            "engine_tokens": float(self._num_tokens),
+            "engine_busy_slots": float(min(len(self._running), self._max_num_seqs)),
+            "engine_queue": float(max(0, len(self._running) - self._max_num_seqs)),
+            "engine_prefix_hit_rate": self._num_cached_tokens / max(self._num_prompt_tokens, 1),
+            "engine_sync_s": self._sync_s,
+        }
+
+    def forget_prefixes(self) -> None:
+        """Drop what is cached of prompts."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
-        self._policy_version = policy_version
 
     def sleep(self) -> None:
         """Give the GPU's memory back between sampling phases (weights to host memory, cache dropped); nothing to do on a CPU."""

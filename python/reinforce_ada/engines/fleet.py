@@ -1,0 +1,390 @@
+"""Many replicas of an engine as one engine: least-loaded routing, and replicas that die, hang, answer garbage, leave and come back.
+
+A `Replica` is an engine elsewhere (a server, an actor). It tells what happens through a mailbox; `Fleet` owns the requests. Nothing that
+a replica does can lose one: what it had goes to others with the same seed, and it samples again only after it has loaded the weights that
+are current by then.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from reinforce_ada.engines.base import Placement
+from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.types import Completion, CompletionId, Request
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
+_NUM_PLACEMENTS = 65536  # kept for a profile that reads them at every poll
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """It answers, with weights nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """It has the weights of this policy version."""
+
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """It will not answer this request, and lives on."""
+
+    id: CompletionId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """It is gone, hangs or answers garbage; all that it was given is lost."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It is there, and cannot do what it is asked for; nor will it after a restart."""
+
+    reason: str
+
+
+News: TypeAlias = Up | Loaded | Dropped | Down | Refused | Completion
+
+
+class Replica(Protocol):
+    """One engine elsewhere. No call waits; what comes of it is told to the mailbox, from any thread."""
+
+    name: str
+    num_slots: int
+
+    def start(self, tell: Callable[[News], None]) -> None:
+        """Bring it up, or look for it again after a Down: `Up` or `Down` follows. `tell` of an earlier start is not called any more."""
+        ...
+
+    def load(self, weights: Any, policy_version: int) -> None:
+        """Take weights as the fleet's `publish` returned them: `Loaded` or `Down` follows. Nothing is in flight."""
+        ...
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Start these requests: for each a `Completion` or `Dropped` follows, unless a `Down` does."""
+        ...
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """Stop these requests; what still comes of them is ignored."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
+
+
+class State(Enum):
+    """Where a replica stands."""
+
+    starting = "starting"
+    up = "up"  # without the current weights
+    loading = "loading"
+    ready = "ready"
+    down = "down"
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """What the fleet knows of a replica."""
+
+    replica: Replica
+    state: State = State.down
+    running: dict[CompletionId, Request] = field(default_factory=dict)
+    num_starts: int = 0  # also the number of its mailbox: news of an earlier start is dropped
+    num_failures: int = 0  # since its last completion
+    next_start: float = 0.0
+    reason: str = ""
+
+    @property
+    def load(self) -> float:
+        return len(self.running) / self.replica.num_slots
+
+
+@dataclass(slots=True)
+class FleetCounts:
+    """What has happened since the fleet began."""
+
+    restarts: int = 0
+    moved: int = 0  # requests that went to another replica
+    late: int = 0  # completions nobody waited for any more
+    tokens: int = 0
+    sync_s: float = 0.0
+
+
+class Fleet:
+    """An `Engine` made of replicas.
+
+    Args:
+        replicas: they are started at once, and used as they come up.
+        publish: puts the weights where replicas find them, and returns what `Replica.load` takes.
+        max_tokens: no completion may be longer.
+        give_up_s: this long without any replica, since the last answer of one, raises EngineLost.
+        say: takes one line whenever a replica comes or goes.
+        clock, wait_s: monotonic seconds; how long `poll` waits for news at most.
+    """
+
+    def __init__(
+        self,
+        replicas: Iterable[Replica],
+        publish: Callable[[Iterable[tuple[str, Any]], int], Any],
+        *,
+        max_tokens: int,
+        give_up_s: float = 600.0,
+        say: Callable[[str], None] = lambda line: None,
+        clock: Callable[[], float] = time.monotonic,
+        wait_s: float = 0.05,
+    ) -> None:
+        self._publish, self._max_tokens, self._give_up_s = publish, max_tokens, give_up_s
+        self._say, self._clock, self._wait_s = say, clock, wait_s
+        self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._weights: Any = None
+        self._version: int | None = None
+        self._lost_s = 0.0  # without a replica, since the last answer
+        self._lost_at: float | None = None  # when that was last added to; None while one is there
+        self.counts = FleetCounts()
+        self.members: list[Member] = []
+        self.placements: deque[Placement] = deque(maxlen=_NUM_PLACEMENTS)
+        for replica in replicas:
+            self.add(replica)
+
+    # -------------------- who belongs to it
+
+    def add(self, replica: Replica) -> None:
+        """A replica joins; it is used once it is up and has the weights."""
+        member = Member(replica)
+        self.members.append(member)
+        self._start(member)
+
+    def remove(self, name: str) -> None:
+        """A replica leaves; its requests go to others."""
+        for member in [m for m in self.members if m.replica.name == name]:
+            self.members.remove(member)
+            self._take_back(member)
+            member.num_starts += 1  # whatever it still says is not heard
+            member.replica.close()
+
+    # -------------------- Engine
+
+    @property
+    def free_slots(self) -> int:
+        """Of the replicas that are ready; with none ready of all, so that requests wait here (one does where nobody belongs to it)."""
+        if not self.members:
+            return 0 if self._waiting else 1
+        there = [m for m in self.members if m.state is State.ready] or self.members
+        return max(0, sum(m.replica.num_slots - len(m.running) for m in there) - len(self._waiting))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue these requests, and give out what the replicas have room for."""
+        self._waiting.extend(requests)
+        self._give_out()
+
+    def poll(self) -> list[Completion]:
+        """What has finished; waits a little when nothing has. Raises EngineLost after `give_up_s` without a replica."""
+        finished = self._read(0.0)
+        self._restart()
+        self._give_out()
+        if not finished:
+            finished = self._read(self._wait_s)
+            self._give_out()
+        self._give_up()
+        return finished
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """Stop these requests; ids that are not running are ignored."""
+        unwanted = set(ids)
+        self._waiting = deque(r for r in self._waiting if r.id not in unwanted)
+        for member in self.members:
+            if gone := [i for i in ids if member.running.pop(i, None) is not None]:
+                member.replica.abort(gone)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
+        """Publish the weights and wait until every replica that is up has loaded them, at least one. Raises EngineLost as `poll` does."""
+        if in_flight := len(self._waiting) + sum(len(m.running) for m in self.members):
+            raise InputError("engine", f"sync_weights with {in_flight} requests in flight", "none")
+        began = self._clock()
+        self._lost_at = None  # nobody looked since the last step
+        self._weights, self._version = self._publish(named_tensors, policy_version), policy_version
+        for member in self.members:
+            if member.state in (State.up, State.ready):
+                self._load(member)
+        while any(m.state is State.loading for m in self.members) or not any(m.state is State.ready for m in self.members):
+            self._read(self._wait_s)
+            self._restart()
+            self._give_up()
+        self.counts.sync_s += self._clock() - began
+
+    def metrics(self) -> dict[str, float]:
+        """See `metrics_of`."""
+        c = self.counts
+        return {
+            "engine_tokens": float(c.tokens),
+            "engine_busy_slots": float(sum(len(m.running) for m in self.members)),
+            "engine_queue": float(len(self._waiting)),
+            "engine_restarts": float(c.restarts),
+            "engine_moved": float(c.moved),
+            "engine_late": float(c.late),
+            "engine_sync_s": c.sync_s,
+        }
+
+    def sleep(self) -> None:
+        """Replicas have memory of their own."""
+
+    def wake(self) -> None:
+        """See `sleep`."""
+
+    def close(self) -> None:
+        """Let go of every replica."""
+        for member in self.members:
+            member.num_starts += 1
+            member.replica.close()
+        self.members = []
+
+    # -------------------- news
+
+    def _read(self, wait_s: float) -> list[Completion]:
+        finished: list[Completion] = []
+        try:
+            while True:
+                member, start, news = self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait()
+                wait_s = 0.0
+                if start == member.num_starts and (completion := self._take(member, news)) is not None:
+                    finished.append(completion)
+        except queue.Empty:
+            return finished
+
+    def _take(self, member: Member, news: News) -> Completion | None:
+        match news:
+            case Up():
+                member.state = State.up
+                self._say(f"engine: {member.replica.name} is up")
+                if self._version is not None:
+                    self._load(member)
+            case Loaded(policy_version):
+                if policy_version == self._version:
+                    member.state = State.ready
+                else:  # newer weights came while it loaded
+                    self._load(member)
+            case Dropped(request_id, reason):
+                if (request := member.running.pop(request_id, None)) is not None:
+                    self._say(f"engine: {member.replica.name} dropped a request: {reason}")
+                    self._put_back([request])
+            case Down(reason):
+                self._fail(member, reason)
+            case Refused(reason):
+                raise InputError("engine", f"{member.replica.name}: {reason}", "one that fits")
+            case Completion():
+                return self._completed(member, news)
+        return None
+
+    def _completed(self, member: Member, completion: Completion) -> Completion | None:
+        if completion.id not in member.running:
+            self.counts.late += 1
+        elif wrong := _garbage(completion, self._version, self._max_tokens):
+            self._fail(member, f"answered garbage: {wrong}")
+        else:
+            del member.running[completion.id]
+            member.num_failures, self._lost_s = 0, 0.0  # only an answer shows that it works: one may come up, and fail at once, forever
+            self.counts.tokens += len(completion.token_ids)
+            return completion
+        return None
+
+    # -------------------- requests
+
+    def _give_out(self) -> None:
+        """Each request to the replica with the smallest share of its slots taken."""
+        given: dict[int, list[Request]] = {}
+        ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
+        while self._waiting and ready:
+            i = min(ready, key=lambda i: self.members[i].load)
+            member = self.members[i]
+            if len(member.running) >= member.replica.num_slots:
+                break
+            request = self._waiting.popleft()
+            member.running[request.id] = request
+            self.placements.append(Placement(request.id, member.replica.name, self._clock()))
+            given.setdefault(i, []).append(request)
+        for i, requests in given.items():
+            self.members[i].replica.submit(requests)
+
+    def _put_back(self, requests: Sequence[Request]) -> None:
+        self.counts.moved += len(requests)
+        self._waiting.extendleft(reversed(requests))
+
+    def _take_back(self, member: Member) -> None:
+        self._put_back(list(member.running.values()))
+        member.running.clear()
+
+    # -------------------- replicas
+
+    def _start(self, member: Member) -> None:
+        member.state = State.starting
+        member.num_starts += 1
+        start = member.num_starts
+        member.replica.start(lambda news: self._mailbox.put((member, start, news)))
+
+    def _load(self, member: Member) -> None:
+        assert self._version is not None
+        member.state = State.loading
+        member.replica.load(self._weights, self._version)
+
+    def _fail(self, member: Member, reason: str) -> None:
+        self._take_back(member)
+        pause = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**member.num_failures)
+        member.state, member.reason = State.down, reason
+        member.num_starts += 1  # what it says from now on is of no interest
+        member.num_failures += 1
+        member.next_start = self._clock() + pause
+        self._say(f"engine: {member.replica.name} is down: {reason}; again in {pause:.0f} s")
+
+    def _restart(self) -> None:
+        for member in self.members:
+            if member.state is State.down and self._clock() >= member.next_start:
+                self.counts.restarts += 1
+                self._start(member)
+
+    def _give_up(self) -> None:
+        if any(m.state in (State.ready, State.loading, State.up) for m in self.members):
+            self._lost_at = None
+            return
+        now = self._clock()
+        if self._lost_at is not None:
+            self._lost_s += now - self._lost_at
+        elif not all(m.state is State.starting for m in self.members):  # not at the very beginning
+            self._say(f"engine: no replica is there; waiting up to {self._give_up_s - self._lost_s:.0f} s")
+        self._lost_at = now
+        if self._lost_s > self._give_up_s:
+            reasons = "; ".join(f"{m.replica.name}: {m.reason or m.state.value}" for m in self.members) or "there are none"
+            raise EngineLost(f"engine: no replica for {self._give_up_s:.0f} s ({reasons}); the run can be resumed")
+
+
+def _garbage(completion: Completion, policy_version: int | None, max_tokens: int) -> str:
+    """What is wrong with a completion; empty when nothing is."""
+    tokens, logprobs = completion.token_ids, completion.rollout_logprobs
+    if completion.policy_version != policy_version:
+        return f"policy version {completion.policy_version} instead of {policy_version}"
+    if completion.finish_reason not in ("stop", "length"):
+        return f"finish_reason {completion.finish_reason!r}"
+    if tokens.ndim != 1 or tokens.shape != logprobs.shape:
+        return f"{tokens.shape} tokens with {logprobs.shape} logprobs"
+    if not 0 < len(tokens) <= max_tokens:
+        return f"{len(tokens)} tokens of at most {max_tokens}"
+    if not bool(np.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-3 or int(tokens.min()) < 0:
+        return "a logprob that is not one"
+    return ""

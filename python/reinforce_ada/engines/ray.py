@@ -1,0 +1,322 @@
+"""Ray actors as replicas of a `Fleet`, each with a vLLM of its own, on one node or many."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
+from reinforce_ada.errors import InputError
+from reinforce_ada.types import Completion, CompletionId, Request
+
+_TURN_S = 0.05  # an actor answers after so long, or with the first completion
+_BEAT_S = 1.0  # between two looks at an actor that has nothing to do
+_CONNECT_S = 5.0
+_AHEAD = 2  # calls in flight: the actor goes on with the next one while the answer of the last is on its way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What every actor gives its `VllmEngine`, and what it needs of a node."""
+
+    model: str
+    dtype: str
+    device: str
+    max_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    temperature: float
+    memory_fraction: float = 0.9  # nothing else is on its GPUs
+    kv_cache_bytes: int = 512 << 20
+    tensor_parallel: int = 1
+
+
+class Sampler:
+    """What runs in an actor: one call at a time, so that the engine is only ever used by one thread."""
+
+    def __init__(self, options: dict[str, Any], replica: int, num_cpus: int) -> None:
+        if options["device"] == "cpu":  # or each engine takes all cores of the node
+            cores = sorted(os.sched_getaffinity(0))
+            own = {cores[(replica * num_cpus + i) % len(cores)] for i in range(num_cpus)}
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(own)))
+        from reinforce_ada.engines.vllm import VllmEngine
+
+        self._engine = VllmEngine(**options)
+
+    def ready(self) -> int:
+        """The process id, when the model is there."""
+        return os.getpid()
+
+    def load(self, weights: dict[str, Any], policy_version: int) -> None:
+        """Take the weights of this version."""
+        self._engine.sync_weights(weights.items(), policy_version)
+
+    def turn(self, requests: Sequence[Request], aborted: Sequence[CompletionId]) -> list[Completion]:
+        """Take and abort requests, then go on until something finishes, or for `_TURN_S`."""
+        self._engine.abort(aborted)
+        if requests:
+            self._engine.submit(requests)
+        until = time.monotonic() + _TURN_S
+        done = self._engine.poll()
+        while not done and self._engine.num_running and time.monotonic() < until:
+            done = self._engine.poll()
+        return done
+
+
+class RayReplica:
+    """An actor as a replica. A thread here talks to it; one that does not answer for `hung_after_s` is killed."""
+
+    def __init__(self, number: int, options: Options, resources: dict[str, float], hung_after_s: float) -> None:
+        self.name, self.num_slots = f"replica {number}", options.max_num_seqs
+        self._number, self._options, self._resources, self._hung_after_s = number, options, resources, hung_after_s
+        self._place: Any = None
+        self._talk: _Talk | None = None
+
+    def start(self, tell: Callable[[News], None]) -> None:
+        """A new actor, where there is room for it; it waits for a node that has some."""
+        self._end()
+        self._talk = _Talk(self._new_actor, tell, self._hung_after_s)
+
+    def _new_actor(self) -> Any:
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        if self._place is None:  # kept over restarts, so that nobody else takes the room
+            self._place = placement_group([self._resources], strategy="STRICT_PACK")
+        actor = ray.remote(Sampler).options(
+            num_cpus=self._resources.get("CPU", 0),
+            num_gpus=self._resources.get("GPU", 0),
+            max_restarts=0,  # who replaces it must load the weights of now first
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._place),
+        )
+        return actor.remote(asdict(self._options), self._number, int(self._resources.get("CPU", 1)))
+
+    def load(self, weights: Any, policy_version: int) -> None:
+        """By reference: a node fetches them once."""
+        assert self._talk is not None
+        self._talk.put(load=(weights, policy_version))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """With the next turn."""
+        assert self._talk is not None
+        self._talk.put(requests=requests)
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        """With the next turn."""
+        assert self._talk is not None
+        self._talk.put(aborted=ids)
+
+    def close(self) -> None:
+        """Kill the actor and give back its room."""
+        self._end()
+        if self._place is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            with suppress(Exception):
+                remove_placement_group(self._place)
+
+    def _end(self) -> None:
+        if self._talk is not None:
+            self._talk.end()
+            self._talk = None
+
+
+class _Talk:
+    """The conversation with one actor, in a thread, until it ends or the actor does."""
+
+    def __init__(self, new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
+        self._new_actor, self._tell, self._hung_after_s = new_actor, tell, hung_after_s
+        self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._actor: Any = None
+        self._thread = threading.Thread(target=self._run, name="reinforce-ada-ray", daemon=True)
+        self._thread.start()
+
+    def put(self, **order: Any) -> None:
+        """An order for the actor; orders are followed one after another."""
+        self._orders.put(order)
+
+    def end(self) -> None:
+        """Kill the actor; nothing is told any more."""
+        self._ended.set()
+        self._orders.put({})
+        self._thread.join()
+
+    def _run(self) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+        try:
+            self._follow(ray)
+        except GetTimeoutError:
+            self._say(Down(f"has not answered for {self._hung_after_s:g} s"))
+        except RayTaskError as e:
+            cause = e.cause if isinstance(e.cause, Exception) else e
+            kind = Refused if isinstance(cause, InputError) else Down
+            self._say(kind(" ".join(str(cause).split())[-300:]))
+        except RayActorError as e:
+            init = _init_failure(e)
+            self._say(Refused(init) if init else Down("died"))
+        except RayError as e:
+            self._say(Down(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"))
+        finally:
+            if self._actor is not None:
+                with suppress(Exception):
+                    ray.kill(self._actor)
+
+    def _say(self, news: News) -> None:
+        if not self._ended.is_set():
+            self._tell(news)
+
+    def _follow(self, ray: Any) -> None:
+        self._actor = self._new_actor()
+        ready = self._actor.ready.remote()
+        while not ray.wait([ready], timeout=_BEAT_S)[0]:  # as long as it takes: a node with room may yet join
+            if self._ended.is_set():
+                return
+        ray.get(ready)
+        self._say(Up())
+        running: set[CompletionId] = set()
+        turns: list[Any] = []
+        while not self._ended.is_set():
+            load, requests, aborted = self._taken(wait=not running and not turns)
+            running.update(r.id for r in requests)
+            running.difference_update(aborted)
+            if load is not None:
+                ray.get([*turns, self._actor.load.remote(*load)], timeout=max(self._hung_after_s, 600.0))
+                turns = []
+                self._say(Loaded(load[1]))
+            turns.append(self._actor.turn.remote(list(requests), list(aborted)))
+            if len(turns) < _AHEAD and running:
+                continue
+            for completion in ray.get(turns.pop(0), timeout=self._hung_after_s):
+                running.discard(completion.id)
+                self._say(_own(completion))
+
+    def _taken(self, *, wait: bool) -> tuple[Any, list[Request], list[CompletionId]]:
+        """All orders there are, as one; a request that is aborted before it was sent is both, in that order."""
+        load, requests, aborted = None, [], []
+        with suppress(queue.Empty):
+            order = self._orders.get(timeout=_BEAT_S) if wait else self._orders.get_nowait()
+            while True:
+                load = order.get("load", load)
+                requests += order.get("requests", [])
+                for i in order.get("aborted", []):
+                    unsent = [r for r in requests if r.id == i]
+                    requests = [r for r in requests if r.id != i]
+                    aborted += [] if unsent else [i]
+                order = self._orders.get_nowait()
+        return load, requests, aborted
+
+
+def _own(completion: Completion) -> Completion:
+    """With arrays of its own: those of Ray's store cannot be written to, of which torch warns."""
+    return replace(completion, token_ids=completion.token_ids.copy(), rollout_logprobs=completion.rollout_logprobs.copy())
+
+
+def _init_failure(error: Exception) -> str:
+    """Why the constructor failed, where that is what killed the actor."""
+    text = str(error)
+    if "InputError" not in text:
+        return ""
+    return " ".join(text[text.rindex("InputError: ") + len("InputError: ") :].split())[:300]
+
+
+class RayEngine(Fleet):
+    """Actors on a Ray cluster as one engine.
+
+    Args:
+        options: of each actor's vLLM.
+        num_replicas: at most; those for which no node has room wait until one joins.
+        address: of a cluster ("auto": the one this node belongs to); "" starts Ray on this machine.
+        cpus: of each replica.
+        hung_after_s: an actor that does not answer for so long is killed and replaced.
+        give_up_s, say: as `Fleet` takes them.
+    Raises: InputError when Ray is not installed or the cluster does not answer.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        num_replicas: int,
+        address: str = "",
+        cpus: int = 1,
+        hung_after_s: float = 60.0,
+        give_up_s: float = 600.0,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if num_replicas < 1:
+            raise InputError("engine", f"{num_replicas} replicas", "at least 1")
+        self._limits = options
+        self._is_ours = _connect(address)
+        resources = {"CPU": float(cpus)} | ({"GPU": float(options.tensor_parallel)} if options.device == "cuda" else {})
+        replicas = [RayReplica(i, options, resources, hung_after_s) for i in range(num_replicas)]
+        super().__init__(replicas, publish, max_tokens=options.max_tokens, give_up_s=give_up_s, say=say)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """As `Fleet.submit`. Raises InputError for a prompt that leaves no room for max_tokens."""
+        for request in requests:
+            check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
+        super().submit(requests)
+
+    def close(self) -> None:
+        """Kill the actors; a Ray that was started here ends too."""
+        super().close()
+        if self._is_ours:
+            import ray
+
+            ray.shutdown()
+
+
+def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
+    """Weights in the object store, by reference."""
+    import ray
+
+    return ray.put({name: t.detach().cpu() for name, t in named_tensors})
+
+
+def _connect(address: str) -> bool:
+    """Whether Ray was started by this call."""
+    if importlib.util.find_spec("ray") is None:
+        raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it a warning about the next version at each start
+    import ray
+
+    if ray.is_initialized():
+        return False
+    _probe(address)
+    try:
+        ray.init(
+            address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
+        )
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        said = " ".join(str(e).split())[:200]
+        raise InputError(
+            "engine", f"no Ray cluster at {address!r}: {said}", "a cluster, or no address", "ray start --head starts one"
+        ) from e
+    return True
+
+
+def _probe(address: str) -> None:
+    """Raises: InputError where nobody listens; Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
+    except OSError as e:
+        raise InputError("engine", f"no Ray cluster at {address!r}: {e}", "a cluster, or no address", "ray start --head starts one") from e

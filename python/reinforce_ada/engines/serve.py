@@ -1,0 +1,228 @@
+"""`reinforce-ada serve`: vLLM servers on this machine as `--engine openai` wants them, each started again when it dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
+from reinforce_ada.errors import InputError
+
+_LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
+_END_S = 15.0  # for a server to end by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What is served, how often, and where.
+
+    Extra arguments go to vLLM's server as they are.
+    """
+
+    model: str
+    replicas: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "bfloat16"
+    max_model_len: int = 512
+    max_num_seqs: int = 128
+    device: str = "cpu"
+    tensor_parallel: int = 1
+    memory_fraction: float = 0.9
+    kv_cache_mb: int = 512
+    logs: Path = Path("serve-logs")
+    extra: Sequence[str] = ()
+
+    def url(self, i: int) -> str:
+        return f"http://{self.host}:{self.port + i}"
+
+
+def command_of(serving: Serving, i: int) -> list[str]:
+    """The command of replica `i`: logprobs of the sampling distribution, and the interface by which weights are loaded."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", serving.model),
+        *("--host", serving.host, "--port", str(serving.port + i), "--dtype", serving.dtype, "--seed", "0"),
+        *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
+        *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
+    ]
+    if serving.device == "cuda":
+        command += ["--gpu-memory-utilization", str(serving.memory_fraction), "--tensor-parallel-size", str(serving.tensor_parallel)]
+    else:  # why each: see VllmEngine
+        command += ["--kv-cache-memory-bytes", str(serving.kv_cache_mb << 20), "--block-size", "32", "--enforce-eager"]
+        command += ["--no-enable-chunked-prefill"]
+    return command + list(serving.extra)
+
+
+def environment_of(serving: Serving, i: int) -> dict[str, str]:
+    """Development mode has /collective_rpc and /reset_prefix_cache. Each replica has GPUs, or cores, of its own."""
+    changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if Path(serving.model).exists():
+        changes["HF_HUB_OFFLINE"] = "1"
+    if serving.device == "cuda":
+        first = i * serving.tensor_parallel
+        changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + serving.tensor_parallel)))
+    elif serving.replicas > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[i * len(cores) // serving.replicas : (i + 1) * len(cores) // serving.replicas] or [cores[i % len(cores)]]
+        changes["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
+    return {**os.environ, **changes}
+
+
+class Server:
+    """One server process, and when to start it again."""
+
+    def __init__(self, url: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.url, self._command, self._environment, self.log = url, command, environment, log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
+        self.was_ready = False
+        self.started = self.next_start = 0.0
+        self.num_failures = 0
+
+    def start(self) -> None:
+        """In a session of its own, so that its children can be ended with it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            output: IO[bytes] = log
+            self.process = subprocess.Popen(self._command, env=self._environment, stdout=output, stderr=output, start_new_session=True)
+        self.ready, self.started = False, time.monotonic()
+
+    def answers(self) -> bool:
+        """Whether /health does."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=_LOOK_S) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def complaint(self) -> str:
+        """The last line of its log that sounds like a reason."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        wrong = [line for line in lines if re.search(r"(Error|error:|Exception)\b", line)] or lines
+        return " ".join(wrong[-1].split())[-300:] if wrong else "it said nothing"
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the process and its children."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                return
+
+
+def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[int], Sequence[str]] | None = None) -> None:
+    """Start the servers, say when they are ready, start again what dies; until interrupted, when all are ended.
+
+    Args:
+        command: of replica i, instead of vLLM's.
+    Raises: InputError when a port is taken, vLLM is not installed, or a server ends before it was ever ready.
+    """
+    check(serving, needs_vllm=command is None)
+    servers = [
+        Server(
+            serving.url(i),
+            command(i) if command else command_of(serving, i),
+            environment_of(serving, i),
+            serving.logs / f"{serving.port + i}.log",
+        )
+        for i in range(serving.replicas)
+    ]
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
+        for server in servers:
+            server.start()
+        told = False
+        while True:
+            for server in servers:
+                _look_after(server, say)
+            if not told and all(s.ready for s in servers):
+                told = True
+                say(f"serve: all are ready: reinforce-ada train --engine openai --servers {','.join(s.url for s in servers)}")
+            time.sleep(_LOOK_EVERY_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _end_all(servers)
+
+
+def check(serving: Serving, *, needs_vllm: bool = True) -> None:
+    """Raises: InputError for what cannot be served here."""
+    if serving.replicas < 1:
+        raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
+    if needs_vllm and importlib.util.find_spec("vllm") is None:
+        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
+    for port in range(serving.port, serving.port + serving.replicas):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((serving.host, port))
+            except (OSError, OverflowError) as e:
+                raise InputError("serve", f"port {port} on {serving.host}: {e}", "a free one", "--port names the first of them") from e
+
+
+def _look_after(server: Server, say: Callable[[str], None]) -> None:
+    now = time.monotonic()
+    if server.process is None:
+        if now >= server.next_start:
+            server.start()
+            say(f"serve: {server.url} starts again")
+        return
+    code = server.process.poll()
+    if code is None:
+        if not server.ready and server.answers():
+            server.ready = server.was_ready = True
+            server.num_failures = 0
+            say(f"serve: {server.url} is ready after {now - server.started:.0f} s")
+        return
+    reason = f"signal {-code}" if code < 0 else f"{server.complaint()} (exit {code})"
+    server.end(signal.SIGKILL)  # what it has left
+    if not server.was_ready:
+        raise InputError(
+            "serve", f"{server.url} ended before it was ready: {reason}", "a model and settings it can serve", f"see {server.log}"
+        )
+    pause = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**server.num_failures)
+    server.process, server.ready = None, False
+    server.num_failures += 1
+    server.next_start = now + pause
+    say(f"serve: {server.url} died: {reason}; again in {pause:.0f} s")
+
+
+def _end_all(servers: Sequence[Server]) -> None:
+    for how, wait_s in ((signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
+        running = [s for s in servers if s.process is not None and s.process.poll() is None]
+        for server in running:
+            server.end(how)
+        deadline = time.monotonic() + wait_s
+        for server in running:
+            assert server.process is not None
+            try:
+                server.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+    for server in servers:
+        server.end(signal.SIGKILL)  # children that outlived their parent
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def split_arguments(text: str) -> list[str]:
+    """Of --vllm-args, as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise InputError("serve", f"--vllm-args {text!r}: {e}", "arguments as a shell takes them") from e

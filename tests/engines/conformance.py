@@ -1,0 +1,78 @@
+"""What every engine must do with a model it samples from: played by whoever has one, judged against the model and another engine."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from engine_scenes import (
+    abort_and_reissue,
+    bad_requests,
+    largest_logprob_difference,
+    make_prompts,
+    make_requests,
+    perturb,
+    refusal,
+    sample,
+    spread,
+    tokens,
+    weights,
+)
+
+
+def play(engine: Any, module: Any, *, num_syncs: int = 3) -> dict[str, Any]:
+    """Facts about an engine that has not seen weights yet; the model is float32, and changed on the way."""
+    spread(module)
+    engine.sync_weights(weights(module), 0)
+    requests = make_requests(make_prompts())
+    facts: dict[str, Any] = {"refusals": {name: refusal(lambda r=r: engine.submit([r])) for name, r in bad_requests().items()}}
+    first = sample(engine, requests)
+    facts["tokens"], facts["reversed"] = tokens(first), tokens(sample(engine, requests[::-1]))
+    facts["diff"] = largest_logprob_difference(module, requests, first, 1.0)
+
+    slots = [engine.free_slots]
+    engine.submit(requests[:3])
+    slots.append(engine.free_slots)
+    facts["sync_in_flight"] = refusal(lambda: engine.sync_weights(weights(module), 9))
+    engine.abort([r.id for r in requests])  # most of them not running
+    facts["slots"] = [*slots, engine.free_slots]
+    kept, again = abort_and_reissue(engine, requests)
+    facts["kept"], facts["again"] = tokens(kept), tokens(again)
+
+    facts["syncs"] = []
+    for version in range(1, num_syncs + 1):
+        perturb(module, seed=version)
+        engine.sync_weights(weights(module), version)
+        done = sample(engine, requests[::4])
+        frozen = copy.deepcopy(module)
+        perturb(module, seed=100 + version)  # the trainer goes on; the engine must not see it before the next sync
+        facts["syncs"].append(
+            {
+                "diff": largest_logprob_difference(frozen, requests[::4], done, 1.0),
+                "tokens": tokens(done),
+                "unchanged": tokens(sample(engine, requests[::4])) == tokens(done),
+                "versions": sorted({c.policy_version for c in done.values()}),
+            }
+        )
+    return facts
+
+
+def check(facts: dict[str, Any], other: dict[str, Any]) -> None:
+    """Holds the facts to the contract, and the tokens to those of another engine."""
+    assert "is empty" in facts["refusals"]["empty"]
+    assert "raise --max-model-len" in facts["refusals"]["long"]
+    assert "3 requests in flight" in facts["sync_in_flight"]
+    assert len({tuple(t) for t in facts["tokens"].values()}) > 12  # of 24
+    assert facts["reversed"] == facts["tokens"]
+    assert facts["diff"] < 1e-4
+    free, busy, freed = facts["slots"]
+    assert (free - busy, freed) == (3, free)
+    assert {**facts["kept"], **facts["again"]} == facts["tokens"]
+    assert facts["again"]
+    for version, sync in enumerate(facts["syncs"], 1):
+        assert sync["diff"] < 1e-4
+        assert sync["unchanged"]
+        assert sync["versions"] == [version]
+    assert len({str(sync["tokens"]) for sync in facts["syncs"]}) == len(facts["syncs"])
+    assert facts["tokens"] == other["tokens"]
+    assert [sync["tokens"] for sync in facts["syncs"]] == [sync["tokens"] for sync in other["syncs"]]

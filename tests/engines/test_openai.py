@@ -1,0 +1,235 @@
+"""The HTTP engine with real processes as servers: what it asks, what it refuses, and what is lost when they die, hang or answer garbage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_scenes import refusal
+from scripted_server import completion
+from scripted_servers import Process, ask, servers, until
+
+from reinforce_ada.driver import run
+from reinforce_ada.engines.openai import HttpEngine
+from reinforce_ada.errors import EngineLost
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.sampling import AdaptiveSampler, preset
+from reinforce_ada.types import CompletionId, Prompt, Request, SamplingResult
+
+MAX_TOKENS = 12
+PROMPTS = [Prompt(f"p{i}", (5, 6, 7 + i)) for i in range(12)]
+VERSION = 7
+
+
+def reward(prompt: Prompt, text: str) -> float:
+    """Of the last token, so that prompts end at different rounds."""
+    return float(int(text.split()[-1]) % (2 + int(prompt.prompt_id[1:])) == 0)
+
+
+@contextmanager
+def engine_of(processes: Sequence[Process], folder: Path, **options: Any) -> Iterator[HttpEngine]:
+    said: list[str] = options.pop("said", [])
+    limits = {"max_tokens": MAX_TOKENS, "max_model_len": 64, "max_num_seqs": 8, "hung_after_s": 5.0, "give_up_s": 20.0}
+    with closing(HttpEngine([p.url for p in processes], folder / "weights", say=said.append, **{**limits, **options})) as engine:
+        engine.sync_weights([("number", torch.tensor([float(VERSION)]))], VERSION)
+        yield engine
+
+
+def fresh() -> AdaptiveSampler:
+    return AdaptiveSampler(PROMPTS, preset("reinforce-ada-balance"), step=1, policy_version=VERSION)
+
+
+def pools(result: SamplingResult) -> dict[str, list[tuple[int, list[int], float]]]:
+    return {
+        pool.prompt.prompt_id: [(s.completion.id.index, s.completion.token_ids.tolist(), s.reward) for s in pool.scored]
+        for pool in result.pools
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> SamplingResult:
+    with servers({"token_s": 0.0}) as one, engine_of(one, tmp_path_factory.mktemp("undisturbed")) as engine:
+        return run(fresh(), engine, reward)
+
+
+def disturbed(
+    folder: Path, processes: Sequence[Process], at: Sequence[int], do: Callable[[int], None], **options: Any
+) -> tuple[SamplingResult, HttpEngine]:
+    """A run in which `do(k)` happens when the k-th of these numbers of completions is committed; store and metrics agree in the end."""
+    left = list(at)
+
+    def on_progress(progress: Any) -> None:
+        if left and progress.num_committed >= left[0]:
+            left.pop(0)
+            do(len(at) - len(left) - 1)
+
+    with engine_of(processes, folder, **options) as engine, RolloutStore(folder / "rollouts.sqlite", run={}) as store:
+        result = run(fresh(), engine, reward, store, on_progress=on_progress)
+        store.finish_step(1, result)
+        assert not left, f"{len(left)} disturbances did not happen"
+        replayed = fresh()
+        replayed.restore(store.events(1))
+        assert replayed.done
+        assert pools(replayed.result()) == pools(result)
+        assert result.metrics["samples_per_prompt"] * len(PROMPTS) == sum(len(pool.scored) for pool in result.pools)
+        return result, engine
+
+
+# -------------------- what is asked, and comes back
+
+
+def test_completions_are_those_of_the_seeds(tmp_path: Path) -> None:
+    requests = [Request(CompletionId(1, p.prompt_id, k), p, 1000 * i + k, VERSION) for i, p in enumerate(PROMPTS) for k in range(4)]
+    with servers({}, {}) as two, engine_of(two, tmp_path) as engine:
+        assert engine.free_slots == 16
+        engine.submit(requests)
+        done = []
+        while len(done) < len(requests):
+            done += engine.poll()
+        for c in done:
+            seed = next(r.seed for r in requests if r.id == c.id)
+            tokens, logprobs, text, finish = completion(seed, VERSION, MAX_TOKENS)
+            assert (c.token_ids.tolist(), c.text, c.finish_reason, c.policy_version) == (tokens, text, finish, VERSION)
+            np.testing.assert_allclose(c.rollout_logprobs, logprobs, rtol=1e-6)
+
+
+def test_abort_closes_the_stream(tmp_path: Path) -> None:
+    with servers({"token_s": 0.5}) as (one,), engine_of([one], tmp_path) as engine:
+        requests = [Request(CompletionId(1, "p", k), PROMPTS[0], k + 10, VERSION) for k in range(8)]
+        engine.submit(requests)
+        assert engine.free_slots == 0
+        until(lambda: ask(f"{one.url}/active")["active"] == 8)
+        engine.abort([r.id for r in requests])
+        assert engine.free_slots == 8
+        until(lambda: ask(f"{one.url}/active")["active"] == 0)
+        assert engine.poll() == []
+
+
+def test_two_servers_give_the_pools_of_one(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    with servers({}, {}) as two:
+        result, engine = disturbed(tmp_path, two, [], lambda _: None)
+    assert pools(result) == pools(undisturbed)
+    assert engine.counts.restarts == engine.counts.moved == 0
+
+
+# -------------------- faults
+
+
+def test_killed_servers_lose_nothing(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    """Six kills in one step; each server is started again at once, without weights."""
+    with servers({}, {}) as two:
+
+        def kill(k: int) -> None:
+            two[k % 2].kill()
+            threading.Timer(0.2, two[k % 2].start).start()
+
+        result, engine = disturbed(tmp_path, two, [1, 20, 40, 60, 80, 100], kill)
+        for process in two:
+            process.ready()  # the last timer has run
+    assert pools(result) == pools(undisturbed)
+    assert engine.counts.restarts > 0
+    assert engine.counts.moved > 0
+
+
+def test_a_stopped_server_is_noticed(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    said: list[str] = []
+    with servers({}, {}) as two:
+        result, _ = disturbed(tmp_path, two, [10], lambda _: two[0].stop(), hung_after_s=0.5, said=said)
+        two[0].go_on()
+    assert pools(result) == pools(undisturbed)
+    assert any(two[0].url in line and ("no token for 0.5 s" in line or "has not answered for 0.5 s" in line) for line in said)
+
+
+def test_garbage_is_not_committed(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    said: list[str] = []
+    with servers({"garbage": 10}, {}) as two:
+        result, _ = disturbed(tmp_path, two, [], lambda _: None, said=said)
+    assert pools(result) == pools(undisturbed)
+    assert any("answered garbage" in line for line in said)
+
+
+def test_without_any_server_the_run_stops_and_can_be_resumed(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    said: list[str] = []
+    with servers({}, {}) as two, RolloutStore(tmp_path / "rollouts.sqlite", run={}) as store:
+
+        def kill_all(progress: Any) -> None:
+            if progress.num_committed >= 30:
+                for process in two:
+                    process.kill()
+
+        with engine_of(two, tmp_path, give_up_s=1.5, said=said) as engine, pytest.raises(EngineLost, match="can be resumed"):
+            run(fresh(), engine, reward, store, on_progress=kill_all)
+        assert sum("no replica is there" in line for line in said) == 1
+        resumed = fresh()
+        resumed.restore(store.events(1))
+        assert resumed.progress().num_committed >= 30
+        for process in two:
+            process.start()
+            process.ready()
+        with engine_of(two, tmp_path) as engine:
+            assert pools(run(resumed, engine, reward, store)) == pools(undisturbed)
+
+
+# -------------------- refusals
+
+
+REFUSALS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "key": ([{"key": "secret"}], {}, "refuses the key (401); set VLLM_API_KEY"),
+    "models": ([{}, {"model": "other"}], {}, "serves scripted; http"),
+    "context": ([{"max_model_len": 32}], {}, "a context of 32 tokens; 64 are needed"),
+    "old": ([{"version": "0.21.1"}], {}, "vLLM 0.21.1; at least 0.22 is needed"),
+    "development mode": ([{"dev": False}], {}, "VLLM_SERVER_DEV_MODE=1 is needed"),
+    "weights": ([{"takes_weights": False}], {}, "does not take the weights (500: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, options, message = REFUSALS[name]
+    for variable in ("VLLM_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def attempt(processes: Sequence[Process]) -> None:
+        with engine_of(processes, tmp_path, **options):
+            pass
+
+    with servers(*settings) as processes:
+        said = refusal(lambda: attempt(processes))
+        assert message in said
+        assert "\n" not in said
+        if name == "key":
+            monkeypatch.setenv("VLLM_API_KEY", "secret")
+            attempt(processes)
+
+
+def test_servers_that_are_not_there(tmp_path: Path) -> None:
+    options = {"max_tokens": 4, "max_model_len": 64}
+    assert "reinforce-ada serve starts some" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **options))
+    assert "a URL such as http://host:8000" in refusal(lambda: HttpEngine(["localhost"], tmp_path, **options))
+    assert "no servers" in refusal(lambda: HttpEngine([], tmp_path, **options))
+
+
+def test_without_httpx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64))
+    assert said == 'engine: httpx is not installed; pip install "reinforce-ada[train]"'
+
+
+def test_over_long_prompts_are_refused(tmp_path: Path) -> None:
+    with servers({}) as one, engine_of(one, tmp_path) as engine:
+        long = Request(CompletionId(1, "long", 0), Prompt("long", (1,) * 60), 0, VERSION)
+        assert "has 60 tokens" in refusal(lambda: engine.submit([long]))
+
+
+def test_old_weights_are_deleted(tmp_path: Path) -> None:
+    with servers({}) as one, engine_of(one, tmp_path) as engine:
+        for version in range(VERSION + 1, VERSION + 4):
+            engine.sync_weights([("number", torch.tensor([float(version)]))], version)
+        assert ask(f"{one[0].url}/active")["weights"] == VERSION + 3
+    assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == ["version-10", "version-9"]

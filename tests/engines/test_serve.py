@@ -1,0 +1,120 @@
+"""`reinforce-ada serve` with scripted servers: ready, killed and started again, ended with it; and the commands for the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from engine_scenes import refusal
+from scripted_servers import answers, free_port, until
+
+from reinforce_ada.cli import main
+from reinforce_ada.engines import serve
+from reinforce_ada.engines.serve import Serving
+
+RUNNER = """
+import sys
+from pathlib import Path
+from scripted_servers import command
+from reinforce_ada.engines.serve import Serving, serve
+port, logs, failing = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "fails"
+serving = Serving(model="scripted", replicas=2, port=port, logs=logs)
+wrong = [sys.executable, "-c", "raise SystemExit('ValueError: no such model')"]
+serve(serving, lambda line: print(line, flush=True), command=lambda i: wrong if failing and i else command(port + i))
+"""
+
+
+def two_free_ports() -> int:
+    """The first of two that follow each other."""
+    while True:
+        port = free_port()
+        with socket.socket() as probe:
+            if port < 65535 and probe.connect_ex(("127.0.0.1", port + 1)) != 0:
+                return port
+
+
+def started(port: int, logs: Path, how: str = "") -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, str(port), str(logs), how], env={**os.environ, "PYTHONPATH": path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def pid_at(port: int) -> int:
+    """Of the scripted server there, by its command line."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (folder / "cmdline").exists():
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"scripted_server.py" in b" ".join(words) and str(port).encode() in words:
+                return int(folder.name)
+    return 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_killed_servers_come_back_and_all_end_with_it(how: signal.Signals, tmp_path: Path) -> None:
+    port = two_free_ports()
+    urls = [f"http://127.0.0.1:{p}" for p in (port, port + 1)]
+    process = started(port, tmp_path)
+    said: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda out: said.extend(out), args=(process.stdout,))
+    reader.start()
+    try:
+        until(lambda: any("all are ready" in line for line in said), "never ready")
+        assert f"--servers {','.join(urls)}" in next(line for line in said if "all are ready" in line)
+        first = pid_at(port + 1)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: pid_at(port + 1) not in (0, first) and answers(urls[1]), "not started again")
+        assert answers(urls[0])
+    finally:
+        process.send_signal(how)
+        process.wait(20)
+        reader.join()
+        process.stdout.close()
+    assert any(f"{urls[1]} died: signal 9; again in 1 s" in line for line in said)
+    assert not any(answers(url) for url in urls)
+
+
+def test_a_server_that_never_was_ready_ends_it(tmp_path: Path) -> None:
+    port = two_free_ports()
+    process = started(port, tmp_path, "fails")
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "ended before it was ready: ValueError: no such model (exit 1)" in out
+    assert not answers(f"http://127.0.0.1:{port}")
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = refusal(lambda: serve.check(Serving(model="m", port=taken.getsockname()[1], logs=tmp_path), needs_vllm=False))
+    assert "--port names the first of them" in said
+    assert "at least 1" in refusal(lambda: serve.check(Serving(model="m", replicas=0)))
+
+
+def test_commands_and_cores() -> None:
+    serving = Serving(model="folder", replicas=2, port=9000, extra=["--quantization", "fp8"])
+    line = " ".join(serve.command_of(serving, 1))
+    assert "--model folder" in line
+    assert "--port 9001" in line
+    assert "--logprobs-mode processed_logprobs" in line
+    assert line.endswith("--quantization fp8")
+    bound = [serve.environment_of(serving, i)["VLLM_CPU_OMP_THREADS_BIND"] for i in range(2)]
+    cores = sorted(os.sched_getaffinity(0))
+    assert set(",".join(bound).split(",")) == set(map(str, cores))
+    on_gpus = Serving(model="folder", replicas=2, device="cuda", tensor_parallel=2)
+    assert serve.environment_of(on_gpus, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "--tensor-parallel-size 2" in " ".join(serve.command_of(on_gpus, 0))
+
+
+def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "smollm2", "--vllm-args", "'"]) == 2
+    assert "arguments as a shell takes them" in capsys.readouterr().err
