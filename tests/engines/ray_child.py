@@ -1,4 +1,4 @@
-"""Plays on a Ray cluster of two nodes, each with room for one vLLM, and writes what happened as JSON: `python ray_child.py FOLDER`.
+"""Plays on a Ray cluster of two nodes, each with room for one vLLM, and writes what happened as JSON: `python ray_child.py MODEL FILE`.
 
 The second node joins when the first replica has sampled; then a replica is killed, one is stopped, and a node leaves, each in a step.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import torch
-from conformance import play
+from engine_conformance import play
 from engine_scenes import MAX_MODEL_LEN, MAX_TOKENS, make_prompts, weights
 from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
@@ -71,15 +71,15 @@ def step(engine: RayEngine, version: int, disturb: Callable[[], None] | None = N
     return {"pools": pools, "moved": engine.counts.moved - moved}
 
 
-def main(folder: Path) -> None:
+def main(model: str, file: Path) -> None:
     torch.set_num_threads(1)
     said: list[str] = []
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     options = Options(
-        model=str(folder / "base"), dtype="float32", device="cpu", max_tokens=MAX_TOKENS, max_model_len=MAX_MODEL_LEN, max_num_seqs=32,
+        model=model, dtype="float32", device="cpu", max_tokens=MAX_TOKENS, max_model_len=MAX_MODEL_LEN, max_num_seqs=32,
         temperature=1.0, kv_cache_bytes=64 << 20,
     )  # fmt: skip
-    module = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     engine = RayEngine(options, num_replicas=2, address=cluster.address, hung_after_s=5.0, say=said.append)
     engine.sync_weights(weights(module), 0)
     facts: dict[str, Any] = {"ready_on_one_node": num_ready(engine)}
@@ -101,8 +101,8 @@ def main(folder: Path) -> None:
     engine.close()
     ray.shutdown()
     cluster.shutdown()
-    (folder / "facts.json").write_text(json.dumps(facts))
+    file.write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

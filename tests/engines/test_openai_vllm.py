@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engine_conformance
 import pytest
 import torch
 from engine_scenes import (
+    MAX_MODEL_LEN,
     MAX_TOKENS,
-    bad_requests,
     largest_logprob_difference,
     make_prompts,
     make_requests,
@@ -24,7 +25,7 @@ from engine_scenes import (
     tokens,
     weights,
 )
-from real_servers import Serving, build_model, engine_of, killed_step, serving, step, wait_until_ready
+from real_servers import Serving, engine_of, killed_step, serving, step, wait_until_ready
 
 from reinforce_ada.training import models
 
@@ -41,16 +42,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def module(folder: Path) -> Any:
+def module(tiny_model: Path) -> Any:
     """Not what the servers start with: a weight sync that does nothing would show everywhere."""
-    module = models.load(build_model(folder / "model"), "float32", torch.device("cpu")).module
+    module = models.load(str(tiny_model), "float32", torch.device("cpu")).module
     spread(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, module: Any) -> Iterator[Serving]:
-    with serving(str(folder / "model"), folder) as two:
+def two(folder: Path, tiny_model: Path) -> Iterator[Serving]:
+    with serving(str(tiny_model), folder) as two:
         yield two
 
 
@@ -58,26 +59,16 @@ def scenes(two: Serving, folder: Path, **options: Any) -> Any:
     return engine_of(two, folder / "weights", **{"max_tokens": MAX_TOKENS, **options})
 
 
-def test_tokens_follow_from_the_seeds_and_logprobs_are_the_models(two: Serving, folder: Path, module: Any) -> None:
-    requests = make_requests(make_prompts())
-    with scenes(two, folder) as engine:
+def test_two_servers_conform(two: Serving, folder: Path, tiny_model: Path, in_process: dict[str, Any]) -> None:
+    module = models.load(str(tiny_model), "float32", torch.device("cpu")).module
+    with scenes(two, folder, max_model_len=MAX_MODEL_LEN) as engine:
         engine.sync_weights(weights(module), 0)
         wait_until_ready(engine)
-        first = sample(engine, requests)
-        assert len({tuple(t) for t in tokens(first).values()}) > 12  # of 24
-        assert {c.finish_reason for c in first.values()} == {"stop", "length"}
-        assert largest_logprob_difference(module, requests, first, 1.0) < 1e-4
-        assert tokens(sample(engine, requests[::-1])) == tokens(first)
-        # aborts free the slots, leave the others alone, and the ids may come again
-        engine.submit(requests)
-        assert engine.free_slots == 32 - len(requests)
-        engine.abort([r.id for r in requests[1::2]])
-        assert engine.free_slots == 32 - len(requests) // 2
-        done = {}
-        while len(done) < len(requests) // 2:
-            done.update({c.id: c for c in engine.poll()})
-        assert tokens({**done, **sample(engine, requests[1::2])}) == tokens(first)
-        assert engine.free_slots == 32
+        engine_conformance.check(engine_conformance.play(engine, module), in_process)
+
+
+def test_logprobs_at_another_temperature(two: Serving, folder: Path, module: Any) -> None:
+    requests = make_requests(make_prompts())
     with scenes(two, folder, max_num_seqs=3, temperature=0.7) as engine:
         engine.sync_weights(weights(module), 0)
         assert largest_logprob_difference(module, requests, sample(engine, requests), 0.7) < 1e-4
@@ -102,13 +93,8 @@ def replaced(request: Any, version: int) -> Any:
     return type(request)(request.id, request.prompt, request.seed, version)
 
 
-def test_refusals_are_one_line(two: Serving, folder: Path, module: Any) -> None:
+def test_a_short_context_is_refused(two: Serving, folder: Path) -> None:
     assert "a context of 128 tokens; 4096 are needed" in refusal(lambda: scenes(two, folder, max_model_len=4096).__enter__())
-    with scenes(two, folder, max_model_len=64) as engine:
-        engine.sync_weights(weights(module), 0)
-        for request in bad_requests().values():
-            assert "\n" not in refusal(lambda request=request: engine.submit([request]))
-            assert refusal(lambda request=request: engine.submit([request]))
 
 
 def test_two_kills_lose_nothing(two: Serving, folder: Path, module: Any) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import conformance
+import engine_conformance
 import pytest
 from engine_scenes import refusal
 
 from reinforce_ada.engines.ray import Options, RayEngine
-from reinforce_ada.training import models
 
-HERE = Path(__file__)
 OPTIONS = Options(
     model="m", dtype="float32", device="cpu", max_tokens=4, max_model_len=32, max_num_seqs=4, temperature=1.0
 )  # fmt: skip
@@ -30,58 +26,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray")
-    models.build_tiny(folder / "base", models.tiny_tokenizer(["1 + 2 ="]), [("1 + 2 =", "3")], seed=0, num_updates=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def facts(folder: Path) -> dict[str, Any]:
+def facts(tiny_model: Path, play_apart: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child saw."""
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, str(HERE.with_name("ray_child.py")), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
-    return json.loads((folder / "facts.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def in_process(folder: Path) -> dict[str, Any]:
-    """The same scenes with vLLM in a process of its own, without Ray."""
-    script = """
-import json, sys, torch
-from pathlib import Path
-from conformance import play
-from engine_scenes import MAX_MODEL_LEN, MAX_TOKENS
-from transformers import AutoModelForCausalLM
-from reinforce_ada.engines.vllm import VllmEngine
-folder = Path(sys.argv[1])
-torch.set_num_threads(1)
-module = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-engine = VllmEngine(str(folder / "base"), dtype="float32", max_tokens=MAX_TOKENS, max_model_len=MAX_MODEL_LEN, max_num_seqs=64,
-                    kv_cache_bytes=64 << 20)
-(folder / "in_process.json").write_text(json.dumps(play(engine, module)))
-engine.close()
-"""
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
-    return json.loads((folder / "in_process.json").read_text())
+    file = tmp_path_factory.mktemp("ray") / "facts.json"
+    play_apart("ray_child.py", tiny_model, file, timeout_s=400)
+    return dict(json.loads(file.read_text()))
 
 
 def test_vllm_in_process_conforms(in_process: dict[str, Any]) -> None:
-    conformance.check(in_process, in_process)
+    engine_conformance.check(in_process, in_process)
 
 
 def test_two_nodes_conform(facts: dict[str, Any], in_process: dict[str, Any]) -> None:
-    conformance.check(facts, in_process)
+    engine_conformance.check(facts, in_process)
 
 
 def test_a_replica_joins_with_its_node(facts: dict[str, Any]) -> None:

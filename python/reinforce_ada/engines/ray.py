@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import queue
 import re
@@ -23,6 +24,7 @@ from reinforce_ada.types import Completion, CompletionId, Request
 _TURN_S = 0.05  # an actor answers after so long, or with the first completion
 _BEAT_S = 1.0  # between two looks at an actor that has nothing to do
 _CONNECT_S = 5.0
+_START_S = 600.0  # of vLLM with a large model from a slow disk
 _AHEAD = 2  # calls in flight: the actor goes on with the next one while the answer of the last is on its way
 
 
@@ -86,15 +88,20 @@ class RayReplica:
     def start(self, tell: Callable[[News], None]) -> None:
         """A new actor, where there is room for it; it waits for a node that has some."""
         self._end()
-        self._talk = _Talk(self._new_actor, tell, self._hung_after_s)
+        self._talk = _Talk(self._room, self._new_actor, tell, self._hung_after_s)
+
+    def _room(self) -> Any:
+        """A reference that is there when a node has room; kept over restarts, so that nobody else takes it."""
+        from ray.util.placement_group import placement_group
+
+        if self._place is None:
+            self._place = placement_group([self._resources], strategy="STRICT_PACK")
+        return self._place.ready()
 
     def _new_actor(self) -> Any:
         import ray
-        from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        if self._place is None:  # kept over restarts, so that nobody else takes the room
-            self._place = placement_group([self._resources], strategy="STRICT_PACK")
         actor = ray.remote(Sampler).options(
             num_cpus=self._resources.get("CPU", 0),
             num_gpus=self._resources.get("GPU", 0),
@@ -136,8 +143,8 @@ class RayReplica:
 class _Talk:
     """The conversation with one actor, in a thread, until it ends or the actor does."""
 
-    def __init__(self, new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
-        self._new_actor, self._tell, self._hung_after_s = new_actor, tell, hung_after_s
+    def __init__(self, room: Callable[[], Any], new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
+        self._room, self._new_actor, self._tell, self._hung_after_s = room, new_actor, tell, hung_after_s
         self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._actor: Any = None
@@ -181,12 +188,12 @@ class _Talk:
             self._tell(news)
 
     def _follow(self, ray: Any) -> None:
+        if not self._comes(ray, self._room(), math.inf):  # a node with room may yet join
+            return
         self._actor = self._new_actor()
-        ready = self._actor.ready.remote()
-        while not ray.wait([ready], timeout=_BEAT_S)[0]:  # as long as it takes: a node with room may yet join
-            if self._ended.is_set():
-                return
-        ray.get(ready)
+        if not self._comes(ray, self._actor.ready.remote(), _START_S):
+            self._say(Down(f"has not started in {_START_S:g} s"))
+            return
         self._say(Up())
         running: set[CompletionId] = set()
         turns: list[Any] = []
@@ -195,7 +202,7 @@ class _Talk:
             running.update(r.id for r in requests)
             running.difference_update(aborted)
             if load is not None:
-                ray.get([*turns, self._actor.load.remote(*load)], timeout=max(self._hung_after_s, 600.0))
+                ray.get([*turns, self._actor.load.remote(*load)], timeout=max(self._hung_after_s, _START_S))
                 turns = []
                 self._say(Loaded(load[1]))
             turns.append(self._actor.turn.remote(list(requests), list(aborted)))
@@ -204,6 +211,15 @@ class _Talk:
             for completion in ray.get(turns.pop(0), timeout=self._hung_after_s):
                 running.discard(completion.id)
                 self._say(_own(completion))
+
+    def _comes(self, ray: Any, reference: Any, limit_s: float) -> bool:
+        """Waits for it, in pieces, so that it can be ended. Raises what it is, where that is an error."""
+        until = time.monotonic() + limit_s
+        while not ray.wait([reference], timeout=_BEAT_S)[0]:
+            if self._ended.is_set() or time.monotonic() > until:
+                return False
+        ray.get(reference)
+        return True
 
     def _taken(self, *, wait: bool) -> tuple[Any, list[Request], list[CompletionId]]:
         """All orders there are, as one; a request that is aborted before it was sent is both, in that order."""

@@ -1,0 +1,50 @@
+"""What the tests with real vLLM share: a model, and what vLLM in a process of its own makes of the conformance suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce_ada.training import models
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 100 000 weights that nobody has trained."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    texts = [f"{a} + {b} =" for a in range(5) for b in range(5)]
+    models.build_tiny(folder, models.tiny_tokenizer(texts), [(t, "3") for t in texts], seed=0, num_updates=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def play_apart() -> Callable[..., None]:
+    """Runs a script of this folder: vLLM and Ray change the process that they are in."""
+
+    def play_apart(script: str, *arguments: Path, timeout_s: float) -> None:
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        child = subprocess.run(
+            [sys.executable, str(HERE / script), *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0"},
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+        assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
+
+    return play_apart
+
+
+@pytest.fixture(scope="session")
+def in_process(tiny_model: Path, play_apart: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The facts that every other engine is compared with."""
+    file = tmp_path_factory.mktemp("in_process") / "facts.json"
+    play_apart("in_process_child.py", tiny_model, file, timeout_s=240)
+    return dict(json.loads(file.read_text()))
