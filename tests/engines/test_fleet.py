@@ -228,8 +228,30 @@ def test_what_is_dropped_goes_on_elsewhere() -> None:
     a.running.clear()
     a.tell(Dropped(request, "no memory"))
     fleet.poll()
-    assert [*a.running, *b.running] == [request]
+    assert list(b.running) == [request]  # although a comes first and has as much room
+    assert not a.running
     assert states(fleet) == ["ready", "ready"]
+
+
+def test_what_everyone_drops_ends_it() -> None:
+    a, b = Scripted("a", 1), Scripted("b", 1)
+    fleet, _ = ready(a, b)
+    fleet.submit(requests(1))
+    held = []
+
+    def drop() -> None:
+        (replica,) = (r for r in (a, b) if r.running)
+        held.append(replica.name)
+        (request,) = replica.running
+        replica.running.clear()
+        replica.tell(Dropped(request, "too long a prompt"))
+        fleet.poll()
+
+    for _ in range(19):
+        drop()
+    with pytest.raises(EngineLost, match=r"a request was dropped 20 times \(at last: too long a prompt\); the run can be resumed"):
+        drop()
+    assert held == ["a", "b"] * 10
 
 
 def test_late_answers_and_old_news_are_not_heard() -> None:
@@ -356,6 +378,85 @@ def test_weights_wait_for_those_that_load_and_not_for_those_that_start() -> None
     assert "1 requests in flight" in refusal(lambda: fleet.sync_weights([], 3))
 
 
+@pytest.mark.parametrize("call", ["submit", "load", "abort", "start"])
+def test_a_call_that_raises_is_a_replica_down(call: str) -> None:
+    def broken(*_: Any) -> None:
+        raise ConnectionError("pipe closed")
+
+    a, b, said = Scripted("a", 2), Scripted("b", 4), []
+    fleet, clock = ready(a, b, said=said)
+    wanted = requests(3)
+    if call == "submit":
+        a.submit = broken  # type: ignore[method-assign]
+        fleet.submit(wanted)
+    elif call == "load":
+        a.load = broken  # type: ignore[method-assign]
+        fleet.sync_weights([], 2)
+        fleet.submit(wanted)
+    elif call == "abort":
+        fleet.submit(wanted)
+        a.abort = broken  # type: ignore[method-assign]
+        fleet.abort([wanted[0].id])
+        fleet.poll()
+        wanted = wanted[1:]
+    else:
+        a.start = broken  # type: ignore[method-assign]
+        a.tell(Down("killed"))
+        fleet.poll()
+        clock.now = 1.0
+        fleet.submit(wanted)
+        fleet.poll()
+    assert states(fleet) == ["down", "ready"]
+    assert set(b.running) == {r.id for r in wanted}
+    assert any("a is down: ConnectionError: pipe closed; again in" in line for line in said)
+
+
+def test_one_that_begins_anew_by_itself_has_lost_its_requests() -> None:
+    a, b = Scripted("a", 1), Scripted("b", 1)
+    fleet, _ = ready(a, b)
+    fleet.submit(requests(2))
+    b.finish()
+    a.tell(Up())
+    fleet.poll()
+    assert states(fleet) == ["down", "ready"]
+    assert [r.index for r in b.running] == [0]
+
+
+@pytest.mark.parametrize("version", [1, 2, 7])
+def test_weights_that_nobody_asked_for_are_not_trusted(version: int) -> None:
+    a, b = Scripted("a", 1), Scripted("b", 1)
+    fleet, _ = ready(a, b)
+    a.tell(Loaded(version))
+    fleet.poll()
+    assert states(fleet) == ["down", "ready"]
+    assert len(a.loaded) == 1  # nor is it asked again and again
+
+
+def test_who_is_taken_for_dead_is_told_to_stop() -> None:
+    a, b = Scripted("a", 2), Scripted("b", 2)
+    fleet, _ = ready(a, b)
+    fleet.submit(requests(4))
+    first = next(iter(a.running.values()))
+    a.tell(answer(first, 0))
+    fleet.poll()
+    assert not a.running
+    assert states(fleet) == ["down", "ready"]
+
+
+def test_close_reaches_the_others_when_one_raises() -> None:
+    def broken() -> None:
+        raise OSError("no such process")
+
+    a, b, said = Scripted("a"), Scripted("b"), []
+    fleet, _ = ready(a, b, said=said)
+    a.close = broken  # type: ignore[method-assign]
+    fleet.submit(requests(5))
+    fleet.close()
+    assert b.closed
+    assert said[-1] == "engine: a did not close: no such process"
+    assert fleet.metrics()["engine_queue"] == 0
+
+
 def test_close_lets_go_of_all() -> None:
     a, b = Scripted("a"), Scripted("b")
     fleet, _ = ready(a, b)
@@ -375,7 +476,7 @@ def test_metrics() -> None:
     b.tell(Down("killed"))
     fleet.poll()
     numbers = fleet.metrics()
-    assert {k: numbers[k] for k in ("engine_busy_slots", "engine_queue", "engine_moved")} == {
-        "engine_busy_slots": 2, "engine_queue": 1, "engine_moved": 1,
+    assert {k: numbers[k] for k in ("engine_replicas", "engine_slots", "engine_busy_slots", "engine_queue", "engine_moved")} == {
+        "engine_replicas": 1, "engine_slots": 2, "engine_busy_slots": 2, "engine_queue": 1, "engine_moved": 1,
     }  # fmt: skip
     assert numbers["engine_tokens"] == len(done[0].token_ids)

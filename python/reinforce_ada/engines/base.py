@@ -56,9 +56,10 @@ class Engine(Protocol):
 def metrics_of(engine: Engine) -> dict[str, float]:
     """What the engine says of itself: the numbers of its `metrics()`, where it has that; none of one that has not.
 
-    Their names begin with `engine_`. `engine_busy_slots` (requests being computed) and `engine_queue` (requests that wait in it) are of the
-    moment, names that end in `_rate` are fractions since its start, all others are counts or seconds since its start (`engine_tokens`,
-    `engine_sync_s`, `engine_restarts`, ..). The trainer logs the differences of the counts, and means over time of the first two.
+    Their names begin with `engine_`. `engine_busy_slots` (requests being computed), `engine_queue` (requests that wait in it),
+    `engine_slots` and `engine_replicas` (that can be used) are of the moment, names that end in `_rate` are fractions since its start, all
+    others are counts or seconds since its start (`engine_tokens`, `engine_sync_s`, `engine_restarts`, ..). The trainer logs the differences
+    of the counts, and means over time of the first four.
     `metrics()` must be cheap: it is asked many times a second.
     """
     metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)

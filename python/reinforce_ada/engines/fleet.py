@@ -11,8 +11,10 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -22,6 +24,7 @@ from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
+MOST_DROPS = 20  # of one request in a row: what every replica refuses would otherwise go round for ever
 _NUM_PLACEMENTS = 65536  # kept for a profile that reads them at every poll
 
 
@@ -109,6 +112,7 @@ class Member:
     num_starts: int = 0  # also the number of its mailbox: news of an earlier start is dropped
     num_failures: int = 0  # since its last completion
     next_start: float = 0.0
+    asked_version: int | None = None  # of the weights it loads
     reason: str = ""
 
     @property
@@ -154,6 +158,7 @@ class Fleet:
         self._say, self._clock, self._wait_s = say, clock, wait_s
         self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
+        self._droppers: dict[CompletionId, list[Member]] = {}  # of requests that have not been answered since
         self._weights: Any = None
         self._version: int | None = None
         self._lost_s = 0.0  # without a replica, since the last answer
@@ -177,8 +182,7 @@ class Fleet:
         for member in [m for m in self.members if m.replica.name == name]:
             self.members.remove(member)
             self._take_back(member)
-            member.num_starts += 1  # whatever it still says is not heard
-            member.replica.close()
+            self._close(member)
 
     # -------------------- Engine
 
@@ -210,9 +214,11 @@ class Fleet:
         """Stop these requests; ids that are not running are ignored."""
         unwanted = set(ids)
         self._waiting = deque(r for r in self._waiting if r.id not in unwanted)
+        for request_id in unwanted:
+            self._droppers.pop(request_id, None)
         for member in self.members:
             if gone := [i for i in ids if member.running.pop(i, None) is not None]:
-                member.replica.abort(gone)
+                self._call(member, partial(member.replica.abort, gone))
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         """Publish the weights and wait until every replica that is up has loaded them, at least one. Raises EngineLost as `poll` does."""
@@ -232,8 +238,10 @@ class Fleet:
 
     def metrics(self) -> dict[str, float]:
         """See `metrics_of`."""
-        c = self.counts
+        c, ready = self.counts, [m for m in self.members if m.state is State.ready]
         return {
+            "engine_replicas": float(len(ready)),
+            "engine_slots": float(sum(m.replica.num_slots for m in ready)),
             "engine_tokens": float(c.tokens),
             "engine_busy_slots": float(sum(len(m.running) for m in self.members)),
             "engine_queue": float(len(self._waiting)),
@@ -252,9 +260,9 @@ class Fleet:
     def close(self) -> None:
         """Let go of every replica."""
         for member in self.members:
-            member.num_starts += 1
-            member.replica.close()
+            self._close(member)
         self.members = []
+        self._waiting.clear()
 
     # -------------------- news
 
@@ -271,11 +279,15 @@ class Fleet:
 
     def _take(self, member: Member, news: News) -> Completion | None:
         match news:
-            case Up():
+            case Up() if member.state is State.starting:
                 member.state = State.up
                 self._say(f"engine: {member.replica.name} is up")
                 if self._version is not None:
                     self._load(member)
+            case Up():  # it has begun anew by itself: neither its weights nor its requests are there
+                self._fail(member, "came up a second time")
+            case Loaded(policy_version) if member.state is not State.loading or policy_version != member.asked_version:
+                self._reject(member, f"loaded policy version {policy_version} unasked")
             case Loaded(policy_version):
                 if policy_version == self._version:
                     member.state = State.ready
@@ -284,7 +296,7 @@ class Fleet:
             case Dropped(request_id, reason):
                 if (request := member.running.pop(request_id, None)) is not None:
                     self._say(f"engine: {member.replica.name} dropped a request: {reason}")
-                    self._put_back([request])
+                    self._dropped(member, request, reason)
             case Down(reason):
                 self._fail(member, reason)
             case Refused(reason):
@@ -297,9 +309,10 @@ class Fleet:
         if completion.id not in member.running:
             self.counts.late += 1
         elif wrong := _garbage(completion, self._version, self._max_tokens):
-            self._fail(member, f"answered garbage: {wrong}")
+            self._reject(member, f"answered garbage: {wrong}")
         else:
             del member.running[completion.id]
+            self._droppers.pop(completion.id, None)
             member.num_failures, self._lost_s = 0, 0.0  # only an answer shows that it works: one may come up, and fail at once, forever
             self.counts.tokens += len(completion.token_ids)
             return completion
@@ -308,20 +321,31 @@ class Fleet:
     # -------------------- requests
 
     def _give_out(self) -> None:
-        """Each request to the replica with the smallest share of its slots taken."""
+        """Each request to the replica with the smallest share of its slots taken; a dropped one to who dropped it least."""
+        while given := self._assign():  # again when one of them did not take its requests
+            for member, requests in given:
+                self._call(member, partial(member.replica.submit, requests))
+
+    def _assign(self) -> list[tuple[Member, list[Request]]]:
         given: dict[int, list[Request]] = {}
-        ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
-        while self._waiting and ready:
-            i = min(ready, key=lambda i: self.members[i].load)
-            member = self.members[i]
-            if len(member.running) >= member.replica.num_slots:
+        while self._waiting:
+            free = [i for i, m in enumerate(self.members) if m.state is State.ready and len(m.running) < m.replica.num_slots]
+            if not free:
                 break
             request = self._waiting.popleft()
-            member.running[request.id] = request
-            self.placements.append(Placement(request.id, member.replica.name, self._clock()))
+            droppers = self._droppers.get(request.id, [])
+            i = min(free, key=lambda i: (droppers.count(self.members[i]), self.members[i].load))
+            self.members[i].running[request.id] = request
+            self.placements.append(Placement(request.id, self.members[i].replica.name, self._clock()))
             given.setdefault(i, []).append(request)
-        for i, requests in given.items():
-            self.members[i].replica.submit(requests)
+        return [(self.members[i], requests) for i, requests in given.items()]
+
+    def _dropped(self, member: Member, request: Request, reason: str) -> None:
+        self._put_back([request])
+        droppers = self._droppers.setdefault(request.id, [])
+        droppers.append(member)
+        if len(droppers) >= MOST_DROPS:
+            raise EngineLost(f"engine: a request was dropped {MOST_DROPS} times (at last: {reason}); the run can be resumed")
 
     def _put_back(self, requests: Sequence[Request]) -> None:
         self.counts.moved += len(requests)
@@ -337,12 +361,36 @@ class Fleet:
         member.state = State.starting
         member.num_starts += 1
         start = member.num_starts
-        member.replica.start(lambda news: self._mailbox.put((member, start, news)))
+        self._call(member, partial(member.replica.start, lambda news: self._mailbox.put((member, start, news))))
 
     def _load(self, member: Member) -> None:
         assert self._version is not None
-        member.state = State.loading
-        member.replica.load(self._weights, self._version)
+        member.state, member.asked_version = State.loading, self._version
+        self._call(member, partial(member.replica.load, self._weights, self._version))
+
+    def _call(self, member: Member, call: Callable[[], None]) -> None:
+        """A replica that raises is down; a refusal of what it is asked for is the user's to know."""
+        try:
+            call()
+        except InputError:
+            raise
+        except Exception as error:
+            self._fail(member, f"{type(error).__name__}: {error}")
+
+    def _close(self, member: Member) -> None:
+        member.num_starts += 1  # whatever it still says is not heard
+        try:
+            member.replica.close()
+        except Exception as error:  # the others are closed all the same
+            self._say(f"engine: {member.replica.name} did not close: {error}")
+
+    def _reject(self, member: Member, reason: str) -> None:
+        """Down by the fleet's verdict: the replica does not know, and must not go on with what others are given now."""
+        ids = list(member.running)
+        self._fail(member, reason)
+        if ids:
+            with suppress(Exception):  # it is down already
+                member.replica.abort(ids)
 
     def _fail(self, member: Member, reason: str) -> None:
         self._take_back(member)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from reinforce_ada.engines.base import Engine, metrics_of
 
 # Of the moment: a step has their mean over its time. Rates are shown as they stand at its end; everything else counts up.
-LOADS = ("engine_busy_slots", "engine_queue")
+LOADS = ("engine_busy_slots", "engine_queue", "engine_slots", "engine_replicas")
 # An engine in this process takes a step in milliseconds; looking at each would cost more than it tells.
 _LOOK_EVERY_S = 0.05
 
