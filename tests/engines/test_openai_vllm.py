@@ -108,8 +108,12 @@ def test_two_kills_lose_nothing(two: Serving, folder: Path, module: Any) -> None
         usual_s = time.monotonic() - began
         assert agrees
         for replica, part in enumerate(("server", "whole group")):
-            kill = killed_step(two, engine, 5, folder, expected, replica, part, 0.3 * usual_s)
-            assert kill is not None, "the step was over before the kill"
+            # A step takes less when more is cached and nothing else runs: until one is hit in its middle.
+            attempts = (
+                killed_step(two, engine, 5, folder, expected, replica, part, share * usual_s) for share in (0.3, 0.2, 0.1, 0.05, 0.02)
+            )
+            kill = next((k for k in attempts if k is not None), None)
+            assert kill is not None, "every step was over before the kill"
             assert kill.same_pools
             assert kill.store_agrees
         assert engine.counts.moved > 0

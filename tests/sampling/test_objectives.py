@@ -511,7 +511,7 @@ def loss_gradient(policy: Policy, script: dict[str, str], num_minibatches: int =
         logprobs = torch.full((batch.num_tokens,), -1.0, requires_grad=True)
         loss, _ = ops.policy_loss(
             logprobs, batch.advantages, torch.ones(batch.num_tokens, dtype=torch.bool), cu_seqlens=batch.cu_seqlens,
-            loss_agg="seq-mean-token-sum", num_seqs_global=num_seqs_of([batch], result, policy, num_minibatches),
+            loss_agg="seq-mean-token-sum", num_seqs_global=num_seqs_of([s for row in rows for s in row], result, policy, num_minibatches),
         )  # fmt: skip
         loss.backward()
         assert logprobs.grad is not None

@@ -159,7 +159,15 @@ class _Talk:
         """Kill the actor; nothing is told any more."""
         self._ended.set()
         self._orders.put({})
+        self._kill()  # or the thread would wait for its answer
         self._thread.join()
+
+    def _kill(self) -> None:
+        import ray
+
+        if self._actor is not None:
+            with suppress(Exception):
+                ray.kill(self._actor)
 
     def _run(self) -> None:
         import ray
@@ -179,9 +187,7 @@ class _Talk:
         except RayError as e:
             self._say(Down(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"))
         finally:
-            if self._actor is not None:
-                with suppress(Exception):
-                    ray.kill(self._actor)
+            self._kill()
 
     def _say(self, news: News) -> None:
         if not self._ended.is_set():
@@ -199,8 +205,8 @@ class _Talk:
         turns: list[Any] = []
         while not self._ended.is_set():
             load, requests, aborted = self._taken(wait=not running and not turns)
-            running.update(r.id for r in requests)
             running.difference_update(aborted)
+            running.update(r.id for r in requests)
             if load is not None:
                 ray.get([*turns, self._actor.load.remote(*load)], timeout=max(self._hung_after_s, _START_S))
                 turns = []

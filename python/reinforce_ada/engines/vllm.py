@@ -164,7 +164,11 @@ class VllmEngine:
         if self._running:
             raise InputError("vllm", f"sync_weights with {len(self._running)} requests in flight", "none")
         self.wake()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
+        except (ValueError, RuntimeError, KeyError, AssertionError) as e:
+            said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            raise InputError("vllm", f"it does not take the weights: {said}", "those of the model it was started with") from e
         self.forget_prefixes()
         self._policy_version = policy_version
         self._sync_s += time.monotonic() - began

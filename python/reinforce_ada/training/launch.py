@@ -196,7 +196,8 @@ def make_engine(
         from reinforce_ada.engines.ray import Options, RayEngine
 
         e = config.engine
-        options = Options(model=path, dtype=config.model.dtype, device=device.type, tensor_parallel=e.tensor_parallel, **limits)
+        where = str(Path(path).resolve()) if Path(path).exists() else path  # a worker is in a folder of its own
+        options = Options(model=where, dtype=config.model.dtype, device=device.type, tensor_parallel=e.tensor_parallel, **limits)
         engine = RayEngine(
             options, num_replicas=e.replicas, address=e.ray_address, cpus=e.cpus_per_replica, hung_after_s=e.hung_after_s,
             give_up_s=e.give_up_s, say=display.line,
