@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 
+cluster = pytest.mark.slow  # 80 s on two quiet cores
+
 
 @pytest.fixture(scope="module")
 def facts(tiny_model: Path, play_apart: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -37,15 +39,18 @@ def test_vllm_in_process_conforms(in_process: dict[str, Any]) -> None:
     engine_conformance.check(in_process, in_process)
 
 
+@cluster
 def test_two_nodes_conform(facts: dict[str, Any], in_process: dict[str, Any]) -> None:
     engine_conformance.check(facts, in_process)
 
 
+@cluster
 def test_a_replica_joins_with_its_node(facts: dict[str, Any]) -> None:
     assert facts["ready_on_one_node"] == 1
     assert facts["joined_after_s"] > 0
 
 
+@cluster
 @pytest.mark.parametrize("what", ["killed", "stopped", "node_gone"])
 def test_nothing_is_lost(what: str, facts: dict[str, Any]) -> None:
     assert facts[what]["pools"] == facts["undisturbed"]["pools"]
@@ -53,6 +58,7 @@ def test_nothing_is_lost(what: str, facts: dict[str, Any]) -> None:
     assert facts["undisturbed"]["moved"] == 0
 
 
+@cluster
 def test_what_was_said(facts: dict[str, Any]) -> None:
     assert facts["after_all"]["pools"] == facts["undisturbed"]["pools"]
     said = "\n".join(facts["said"])
