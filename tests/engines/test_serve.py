@@ -65,7 +65,7 @@ def test_killed_servers_come_back_and_all_end_with_it(how: signal.Signals, tmp_p
     process = started(port, tmp_path)
     said: list[str] = []
     assert process.stdout is not None
-    reader = threading.Thread(target=lambda out: said.extend(out), args=(process.stdout,))
+    reader = threading.Thread(target=lambda out: said.extend(out), args=(process.stdout,), daemon=True)
     reader.start()
     try:
         until(lambda: any("all are ready" in line for line in said), "never ready")
