@@ -76,7 +76,7 @@ def tiny(folder: Path) -> Setting:
     module = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         # The same embedding for every token gives the same hidden state everywhere: the end comes at one rate, the rest is uniform.
-        module.get_input_embeddings().weight.copy_(module.get_input_embeddings().weight[:1].clone())
+        module.get_input_embeddings().weight.copy_(module.get_input_embeddings().weight[-1].clone())  # not the first: padding is 0
         hidden = module.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, -1]
         head = module.get_output_embeddings().weight
         head.zero_()
@@ -118,6 +118,11 @@ class Steps:
     busy: list[int] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
 
+    def extend(self, other: Steps) -> None:
+        self.seconds += other.seconds
+        self.busy += other.busy
+        self.prompt_tokens += other.prompt_tokens
+
 
 class Watched:
     """A VllmEngine whose calls are timed."""
@@ -142,8 +147,9 @@ class Watched:
         busy, before = len(self._running), self.seconds
         done: list[Completion] = self._timed(self._engine.poll)
         self._running.difference_update(c.id for c in done)
-        for values, value in zip(asdict(self.steps), (self.seconds - before, busy, self._begun), strict=True):
-            getattr(self.steps, values).append(value)
+        self.steps.seconds.append(self.seconds - before)
+        self.steps.busy.append(busy)
+        self.steps.prompt_tokens.append(self._begun)
         self._begun = 0
         return done
 
@@ -277,8 +283,7 @@ def schedules(engine: VllmEngine, setting: Setting, turns: int) -> dict[str, Any
             sampler = AdaptiveSampler(setting.prompts, m.policy, step=1, schedule=m.schedule, window=m.window)
             result = run(sampler, watched, setting.reward)
             _note(measured[k], time.perf_counter() - began, watched.steps, result.metrics)
-            for name, values in asdict(watched.steps).items():
-                getattr(steps, name).extend(values)
+            steps.extend(watched.steps)
             world = world or _recorded(result, setting)
     assert world is not None
     model, r2 = _fitted(steps, setting)

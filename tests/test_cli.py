@@ -93,7 +93,7 @@ def test_every_flag_gives_its_key():
     [
         ("train --stepz 3", "reinforce-ada train: unknown flag '--stepz'; did you mean '--steps'?; see reinforce-ada train --help"),
         ("train --stepz=3", "reinforce-ada train: unknown flag '--stepz'; did you mean '--steps'?; see reinforce-ada train --help"),
-        ("eval m --steps 3", "reinforce-ada eval: unknown flag '--steps'; see reinforce-ada eval --help"),
+        ("eval m --minibatches 3", "reinforce-ada eval: unknown flag '--minibatches'; see reinforce-ada eval --help"),
         ("doctor --chek", "reinforce-ada doctor: unknown flag '--chek'; did you mean '--check'?; see reinforce-ada doctor --help"),
         (
             "train --learning 1",

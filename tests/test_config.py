@@ -29,6 +29,25 @@ def test_a_window_is_a_number_or_posterior(given, window):
     assert config.load(None, {"window": given}).sampling.window == window
 
 
+@pytest.mark.parametrize(
+    ("given", "stop"),
+    [("</answer>", ["</answer>"]), ('["a", "[b]"]', ["a", "[b]"]), ("[]", []), ("\n\n", ["\n\n"])],
+)
+def test_stop_strings_are_one_text_or_a_list(given, stop):
+    assert config.load(None, {"stop": given}).sampling.stop == stop
+
+
+@pytest.mark.parametrize("given", ["[end]", "[1, 2]", '["a"'])
+def test_what_is_no_list_of_stop_strings_is_said(given):
+    with pytest.raises(InputError, match=r'text, or a list of texts such as \["</answer>", "\[end\]"\]'):
+        config.load(None, {"stop": given})
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(InputError, match=r"stop = \[''\]; strings that are not empty"):
+        config.load(None, {"stop": ""})
+
+
 def test_dump_and_load_give_the_same_configuration(tmp_path):
     c = config.load(None, {"task_options": '{"max_terms": 3, "name": "a\\"b"}', "system_prompt": "line\none", "window": 3, "reward": "m:f"})
     file = tmp_path / "c.toml"
@@ -42,6 +61,7 @@ def test_dump_and_load_give_the_same_configuration(tmp_path):
         {"system_prompt": 'Réponds 🎯 with "one"\tnumber\x7f'},
         {"task_options": '{"nested": {"a b": [1, 2.5, true]}, "": "empty key"}'},
         {"learning_rate": "1e-300"},
+        {"stop": '["\\n\\n", "]", "\\""]'},
     ],
 )
 def test_whatever_a_run_starts_with_it_can_resume_with(tmp_path, overrides):

@@ -170,14 +170,16 @@ def _add_key_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None)
         fields = [f for f in dataclasses.fields(cls) if names is None or f.name in names]
         group = parser.add_argument_group(f"[{section}]") if fields else parser
         for f in fields:
-            default = f.default if f.default is not dataclasses.MISSING else "{}"
-            shown = "" if default in (None, "") else f" (default: {default})"
+            default = getattr(cls(), f.name)
+            shown = "" if default in (None, "", []) else f" (default: {default})"
             flag = f"--{f.name.replace('_', '-')}"
             group.add_argument(flag, dest=f"key_{f.name}", metavar=_metavar(cls, f.name), help=_escape(f.metadata["about"] + shown))
 
 
 def _metavar(cls: type, name: str) -> str:
     hint = typing.get_type_hints(cls)[name]
+    if typing.get_origin(hint) is list:
+        return "TEXT"
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] if typing.get_origin(hint) is not dict else []
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, kinds))
@@ -241,7 +243,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     skipped = ("model", "eval_every", "prompts_per_step", "out")
     names = [k for k, s in configuration.section_of().items() if s in ("model", "task", "engine") and k not in skipped]
-    _add_config_flags(parser, [*names, "temperature", "max_tokens", "positive_threshold", "preset", "seed"])
+    _add_config_flags(parser, [*names, "temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed"])
     parser.set_defaults(run=_eval)
 
 
@@ -267,7 +269,17 @@ def _eval(given: argparse.Namespace) -> int:
 
 # -------------------- explain
 
-_NOT_OF_THE_POLICY = {"preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens", "memory_decay", "memory_from"}
+_NOT_OF_THE_POLICY = {
+    "preset",
+    "schedule",
+    "prompts_per_step",
+    "window",
+    "temperature",
+    "max_tokens",
+    "stop",
+    "memory_decay",
+    "memory_from",
+}
 
 
 def _add_explain(commands: Any) -> None:

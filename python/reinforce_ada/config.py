@@ -77,6 +77,10 @@ class SamplingConfig:
     )
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
     max_tokens: int = option(12, "tokens per completion at most")
+    stop: list[str] = field(
+        default_factory=list,
+        metadata={"about": 'a completion ends where it says this; a list in TOML or JSON for several: ["</answer>", "\\n\\n"]'},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +238,8 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
         try:
             if is_text and typing.get_origin(hints[key]) is dict:
                 value = json.loads(value)
+            elif is_text and typing.get_origin(hints[key]) is list:
+                value = json.loads(value) if value.startswith("[") else [value]
             # Text comes from the command line, where "10" is the integer; a TOML file has types of its own.
             out[key] = msgspec.convert(value, type=hints[key], strict=not is_text)
         except (msgspec.ValidationError, json.JSONDecodeError) as e:
@@ -242,7 +248,9 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
 
 
 def _needed(hint: Any) -> str:
-    """What a key with words of its own takes, "" for any other."""
+    """What a key with words or a form of its own takes, "" for any other."""
+    if typing.get_origin(hint) is list:
+        return 'text, or a list of texts such as ["</answer>", "[end]"]'
     kinds = [hint] if typing.get_origin(hint) is Literal else typing.get_args(hint)
     words = [value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)]
     return f"{'an integer or ' if int in kinds else ''}one of {', '.join(words)}" if words else ""
@@ -274,6 +282,8 @@ def _check(config: Config) -> None:
     if sampling.max_tokens >= config.engine.max_model_len:
         given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
         raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    if "" in sampling.stop:
+        raise InputError("config", f"stop = {sampling.stop}", "strings that are not empty")
     for key in _POSITIVE:
         if not values[key] > 0:
             raise InputError("config", f"{key} = {values[key]}", "a positive number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,28 @@ def abort_and_reissue(engine: Any, requests: Sequence[Request]) -> tuple[dict[Co
         if left <= {c.id for c in done}:
             break
     return {c.id: c for c in done}, sample(engine, aborted)
+
+
+def common_texts(done: dict[CompletionId, Completion], how_many: int = 10) -> list[str]:
+    """The characters that most completions say after their first."""
+    counts = Counter(character for c in done.values() for character in sorted(set(c.text[1:]) - {"\ufffd"}))
+    return [character for character, _ in counts.most_common(how_many)]
+
+
+def cut_at(stop: Sequence[str], done: dict[CompletionId, Completion], stopped: dict[CompletionId, Completion]) -> int:
+    """How many completions a stop string ended; each is a beginning of what was sampled without it."""
+    count = 0
+    for i, full in done.items():
+        c = stopped[i]
+        assert c.text == min((full.text.split(s)[0] for s in stop), key=len)
+        if any(s in full.text for s in stop):
+            assert c.finish_reason == "stop"
+            count += 1
+        else:
+            assert (c.token_ids.tolist(), c.finish_reason) == (full.token_ids.tolist(), full.finish_reason)
+        assert full.token_ids[: len(c.token_ids)].tolist() == c.token_ids.tolist()
+        assert len(c.rollout_logprobs) == len(c.token_ids)
+    return count
 
 
 def refusal(call: Any) -> str:

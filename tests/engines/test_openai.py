@@ -213,6 +213,8 @@ def test_servers_that_are_not_there(tmp_path: Path) -> None:
     assert "reinforce-ada serve starts some" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **options))
     assert "a URL such as http://host:8000" in refusal(lambda: HttpEngine(["localhost"], tmp_path, **options))
     assert "no servers" in refusal(lambda: HttpEngine([], tmp_path, **options))
+    five = {**options, "stop": list("abcde")}
+    assert "5 stop strings; at most 4" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **five))
 
 
 def test_without_httpx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import torch
 from engine_scenes import (
     MAX_MODEL_LEN,
     MAX_TOKENS,
+    common_texts,
+    cut_at,
     largest_logprob_difference,
     make_prompts,
     make_requests,
@@ -91,6 +93,17 @@ def test_greedy_output_is_the_trained_models_after_every_sync(two: Serving, fold
 
 def replaced(request: Any, version: int) -> Any:
     return type(request)(request.id, request.prompt, request.seed, version)
+
+
+def test_stop_strings(two: Serving, folder: Path, module: Any) -> None:
+    requests = make_requests(make_prompts())
+    with scenes(two, folder) as engine:
+        engine.sync_weights(weights(module), 0)
+        done = sample(engine, requests)
+    stop = common_texts(done, 4)
+    with scenes(two, folder, stop=stop) as engine:
+        engine.sync_weights(weights(module), 0)
+        assert cut_at(stop, done, sample(engine, requests)) > 2
 
 
 def test_a_short_context_is_refused(two: Serving, folder: Path) -> None:

@@ -12,6 +12,8 @@ from engine_scenes import (
     MAX_TOKENS,
     abort_and_reissue,
     bad_requests,
+    common_texts,
+    cut_at,
     largest_logprob_difference,
     make_prompts,
     make_requests,
@@ -25,6 +27,7 @@ from engine_scenes import (
 )
 
 from reinforce_ada.engines.base import Engine
+from reinforce_ada.engines.text import decode_after
 from reinforce_ada.engines.transformers import TransformersEngine
 from reinforce_ada.training.models import tiny_config, tiny_tokenizer
 from reinforce_ada.types import CompletionId, Prompt, Request
@@ -103,8 +106,18 @@ def test_finish_reasons_and_text(llama: Any, tokenizer: Any) -> None:
         assert tokenizer.eos_token_id not in ids[:-1]
         assert len(ids) == MAX_TOKENS or c.finish_reason == "stop"
         assert "<end>" not in c.text
-        assert c.text == tokenizer.decode(ids, skip_special_tokens=True)
+        prompt = next(r.prompt.token_ids for r in REQUESTS if r.id == c.id)
+        assert c.text == decode_after(tokenizer, prompt, ids)
     assert {c.finish_reason for c in done.values()} == {"stop", "length"}
+
+
+def test_stop_strings_end_completions_and_are_not_in_their_text(llama: Any, tokenizer: Any) -> None:
+    done = sample(make_engine(llama, tokenizer), REQUESTS)
+    stop = ["never said", *common_texts(done)]
+    assert cut_at(stop, done, sample(make_engine(llama, tokenizer, stop=stop), REQUESTS)) > 4  # of 24
+    pairs = [c.text[k : k + 2] for c in done.values() for k in range(1, len(c.text) - 1)]
+    two = next(pair for pair in pairs if "\ufffd" not in pair)  # over two tokens
+    assert cut_at([two], done, sample(make_engine(llama, tokenizer, stop=(two,)), REQUESTS)) > 0
 
 
 def test_aborts_leave_the_others_alone_and_the_id_may_come_again(llama: Any, tokenizer: Any) -> None:

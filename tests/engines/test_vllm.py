@@ -65,6 +65,10 @@ def test_finish_reasons(facts: dict[str, Any]) -> None:
     assert set(facts["finish_reasons"].values()) == {"stop", "length"}
 
 
+def test_stop_strings_end_completions_and_are_not_in_their_text(facts: dict[str, Any]) -> None:
+    assert facts["num_stopped"] > 4  # of 24; the scene compares each with what was sampled without them
+
+
 def test_aborts_leave_the_others_alone_and_the_id_may_come_again(facts: dict[str, Any]) -> None:
     assert len(facts["again"]) > 4
     assert {**facts["kept"], **facts["again"]} == facts["tokens"]

@@ -17,6 +17,8 @@ from engine_scenes import (
     MAX_TOKENS,
     abort_and_reissue,
     bad_requests,
+    common_texts,
+    cut_at,
     largest_logprob_difference,
     make_prompts,
     make_requests,
@@ -34,10 +36,10 @@ from reinforce_ada.engines.vllm import VllmEngine
 from reinforce_ada.training import launch
 
 
-def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None) -> Any:
-    """The same vLLM at another temperature and slot count: a second engine would cost another start."""
+def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None, stop: list[str] | None = None) -> Any:
+    """The same vLLM with other settings: a second engine would cost another start."""
     other = copy.copy(engine)
-    other._temperature = temperature
+    other._temperature, other._stop = temperature, stop or []
     other._max_num_seqs = max_num_seqs or other._max_num_seqs
     return other
 
@@ -57,6 +59,10 @@ def scenes(engine: VllmEngine, module: Any) -> dict[str, Any]:
     facts["finish_reasons"] = {k: c.finish_reason for k, c in zip(tokens(first), (first[i] for i in sorted(first)), strict=True)}
     facts["diff_1"] = largest_logprob_difference(module, requests, first, 1.0)
     facts["diff_07"] = largest_logprob_difference(module, requests, sample(at(engine, 0.7), requests), 0.7)
+
+    # stop strings
+    stop = ["never said", *common_texts(first)]
+    facts["num_stopped"] = cut_at(stop, first, sample(at(engine, 1.0, stop=stop), requests))
 
     # slots, aborts
     slots = [engine.free_slots]

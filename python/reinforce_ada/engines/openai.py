@@ -26,6 +26,7 @@ from reinforce_ada.types import Completion, CompletionId, Request
 
 OLDEST_VLLM = (0, 22)
 _CONNECT_S = 5.0
+_MOST_STOPS = 4  # the interface takes no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
 
@@ -46,6 +47,7 @@ class Limits:
     max_model_len: int
     max_num_seqs: int
     temperature: float
+    stop: tuple[str, ...]
     hung_after_s: float
 
 
@@ -225,6 +227,7 @@ class HttpReplica:
             "max_tokens": self._limits.max_tokens,
             "temperature": self._limits.temperature,
             "seed": request.seed,
+            "stop": self._limits.stop,
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
             "stream": True,
@@ -347,7 +350,7 @@ class HttpEngine(Fleet):
         weights: a folder that this process writes and every server reads.
         max_num_seqs: requests at once, of each server.
         hung_after_s: a server with requests that brings nothing for so long is taken for dead.
-        max_tokens, max_model_len, temperature: of sampling.
+        max_tokens, max_model_len, temperature, stop: of sampling; four stop strings at most.
         give_up_s, say: as `Fleet` takes them.
     TLS is httpx's: SSL_CERT_FILE names other authorities. The key is VLLM_API_KEY or OPENAI_API_KEY.
     Raises: InputError when httpx is not installed, no server answers, or one that does cannot be used.
@@ -362,13 +365,16 @@ class HttpEngine(Fleet):
         max_model_len: int,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
+        stop: Sequence[str] = (),
         hung_after_s: float = 60.0,
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         if importlib.util.find_spec("httpx") is None:
             raise InputError("engine", "httpx is not installed", 'pip install "reinforce-ada[train]"')
-        limits = Limits(max_tokens, max_model_len, max_num_seqs, temperature, hung_after_s)
+        if len(stop) > _MOST_STOPS:
+            raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
+        limits = Limits(max_tokens, max_model_len, max_num_seqs, temperature, tuple(stop), hung_after_s)
         key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._limits = limits

@@ -39,6 +39,7 @@ class Options:
     max_model_len: int
     max_num_seqs: int
     temperature: float
+    stop: tuple[str, ...] = ()
     memory_fraction: float = 0.9  # nothing else is on its GPUs
     kv_cache_bytes: int = 512 << 20
     tensor_parallel: int = 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
@@ -37,6 +38,7 @@ class TransformersEngine:
         max_model_len: longest prompt + completion.
         max_num_seqs: requests per batch.
         temperature: of sampling; 0 is greedy.
+        stop: a completion ends with the token that completes one of these strings; its text ends before it.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class TransformersEngine:
         max_model_len: int = 512,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
+        stop: Sequence[str] = (),
     ) -> None:
         self._module, self._tokenizer = module, tokenizer
         self._max_tokens, self._max_model_len, self._max_num_seqs = max_tokens, max_model_len, max_num_seqs
-        self._temperature = temperature
+        self._temperature, self._stop = temperature, stop
         self._stop_ids = _stop_ids(module, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._device = next(module.parameters()).device
@@ -123,10 +126,16 @@ class TransformersEngine:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
 
     def _retire(self) -> list[Completion]:
-        done = [i for i, row in enumerate(self._rows) if row.token_ids[-1] in self._stop_ids or len(row.token_ids) == self._max_tokens]
+        done = [i for i, row in enumerate(self._rows) if self._has_stopped(row) or len(row.token_ids) == self._max_tokens]
         finished = [self._completion(self._rows[i]) for i in done]
         self._keep([i for i in range(len(self._rows)) if i not in set(done)])
         return finished
+
+    def _has_stopped(self, row: _Row) -> bool:
+        if row.token_ids[-1] in self._stop_ids or not self._stop:
+            return row.token_ids[-1] in self._stop_ids
+        tail = row.token_ids[-tail_for_stop(self._stop) :]
+        return find_stop(decode_after(self._tokenizer, row.request.prompt.token_ids, tail), self._stop) >= 0
 
     def _keep(self, kept: list[int]) -> None:
         if len(kept) == len(self._rows):
@@ -140,13 +149,15 @@ class TransformersEngine:
         self._cache.batch_select_indices(index)
 
     def _completion(self, row: _Row) -> Completion:
-        stopped = row.token_ids[-1] in self._stop_ids
+        ids = row.token_ids[:-1] if row.token_ids[-1] in self._stop_ids else row.token_ids
+        text = decode_after(self._tokenizer, row.request.prompt.token_ids, ids)
+        end = find_stop(text, self._stop)
         return Completion(
             id=row.request.id,
             token_ids=np.asarray(row.token_ids, dtype=np.int32),
             rollout_logprobs=np.asarray(row.logprobs, dtype=np.float32),
-            text=self._tokenizer.decode(row.token_ids[:-1] if stopped else row.token_ids, skip_special_tokens=True),
-            finish_reason="stop" if stopped else "length",
+            text=text if end < 0 else text[:end],
+            finish_reason="stop" if self._has_stopped(row) else "length",
             policy_version=self._policy_version,
         )
 

@@ -176,6 +176,7 @@ def make_engine(
         "max_model_len": config.engine.max_model_len,
         "max_num_seqs": config.engine.max_num_seqs,
         "temperature": config.sampling.temperature,
+        "stop": tuple(config.sampling.stop),
     }
     engine: Engine
     if name == "vllm":
