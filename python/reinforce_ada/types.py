@@ -56,6 +56,7 @@ class Completion:
     text: str
     finish_reason: str  # "stop" | "length" | "abort"
     policy_version: int
+    num_cached_tokens: int | None = None  # of its prompt, those the engine had computed before; None: it does not say
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))

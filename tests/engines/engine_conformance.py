@@ -19,6 +19,8 @@ from engine_scenes import (
     weights,
 )
 
+from reinforce_ada.types import CompletionId, Prompt, Request
+
 
 def play(engine: Any, module: Any, *, num_syncs: int = 3) -> dict[str, Any]:
     """Facts about an engine that has not seen weights yet; the model is float32, and changed on the way."""
@@ -39,6 +41,7 @@ def play(engine: Any, module: Any, *, num_syncs: int = 3) -> dict[str, Any]:
     kept, again = abort_and_reissue(engine, requests)
     facts["kept"], facts["again"] = tokens(kept), tokens(again)
 
+    facts["num_computed"] = computed_prompt_tokens(engine)
     facts["syncs"] = []
     for version in range(1, num_syncs + 1):
         perturb(module, seed=version)
@@ -57,7 +60,17 @@ def play(engine: Any, module: Any, *, num_syncs: int = 3) -> dict[str, Any]:
     return facts
 
 
-def check(facts: dict[str, Any], other: dict[str, Any]) -> None:
+PROMPT_TOKENS, BLOCK, TOGETHER = 40, 32, 8  # only whole blocks of a prompt are cached
+
+
+def computed_prompt_tokens(engine: Any) -> int:
+    """Over the completions of one prompt, asked for at once."""
+    prompt = Prompt("new", tuple(range(5, 5 + PROMPT_TOKENS)))
+    done = sample(engine, [Request(CompletionId(1, "new", k), prompt, seed=k, policy_version=0) for k in range(TOGETHER)])
+    return sum(PROMPT_TOKENS - c.num_cached_tokens for c in done.values())
+
+
+def check(facts: dict[str, Any], other: dict[str, Any], num_replicas: int = 1) -> None:
     """Holds the facts to the contract, and the tokens to those of another engine."""
     assert "is empty" in facts["refusals"]["empty"]
     assert "raise --max-model-len" in facts["refusals"]["long"]
@@ -69,6 +82,7 @@ def check(facts: dict[str, Any], other: dict[str, Any]) -> None:
     assert (free - busy, freed) == (3, free)
     assert {**facts["kept"], **facts["again"]} == facts["tokens"]
     assert facts["again"]
+    assert facts["num_computed"] <= num_replicas * BLOCK + TOGETHER * (PROMPT_TOKENS - BLOCK)  # the prefix once, or once a replica
     for version, sync in enumerate(facts["syncs"], 1):
         assert sync["diff"] < 1e-4
         assert sync["unchanged"]

@@ -2,7 +2,7 @@
 
 The first token of a completion is the number its weights hold (the tensor "number" of the file it last loaded, -1 as a new server), the
 rest come from the seed. JSON changes what it says: model, max_model_len, version, key, dev (false: no development mode), token_s (seconds
-between tokens), takes_weights, garbage (every so manieth completion is none).
+between tokens), takes_weights, garbage (every so manieth completion is none), tells_cached (all of a prompt but one token).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 SETTINGS: dict[str, Any] = {
     "model": "scripted", "max_model_len": 4096, "version": "0.32.0", "key": "", "dev": True, "token_s": 0.002, "takes_weights": True,
-    "garbage": 0,
+    "garbage": 0, "tells_cached": True,
 }  # fmt: skip
 COUNTER = count(1)
 STATE = {"weights": -1, "active": 0}
@@ -97,6 +97,9 @@ class Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
             self._event("garbage" if garbage and last else json.dumps({"choices": [choice]}))
             time.sleep(SETTINGS["token_s"])
+        if asked["stream_options"]["include_usage"]:
+            details = {"cached_tokens": len(asked["prompt"]) - 1}
+            self._event(json.dumps({"choices": [], "usage": {"prompt_tokens_details": details if SETTINGS["tells_cached"] else None}}))
         self._event("[DONE]")
         self._chunk(b"")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -480,3 +481,17 @@ def test_metrics() -> None:
         "engine_replicas": 1, "engine_slots": 2, "engine_busy_slots": 2, "engine_queue": 1, "engine_moved": 1,
     }  # fmt: skip
     assert numbers["engine_tokens"] == len(done[0].token_ids)
+    assert "engine_prefix_hit_rate" not in numbers  # nobody said
+
+
+def test_prefix_hits_are_those_of_the_replicas_that_say() -> None:
+    a, b = Scripted("a"), Scripted("b")
+    fleet, _ = ready(a, b)
+    given = requests(3)
+    fleet.submit(given)
+    size = len(given[0].prompt.token_ids)
+    for replica, num_cached in ((a, 0), (b, None), (a, size)):
+        _, request = replica.running.popitem()
+        replica.tell(replace(answer(request, request.policy_version), num_cached_tokens=num_cached))
+    assert len(fleet.poll()) == 3
+    assert fleet.metrics()["engine_prefix_hit_rate"] == 0.5

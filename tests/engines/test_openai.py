@@ -97,6 +97,15 @@ def test_completions_are_those_of_the_seeds(tmp_path: Path) -> None:
             tokens, logprobs, text, finish = completion(seed, VERSION, MAX_TOKENS)
             assert (c.token_ids.tolist(), c.text, c.finish_reason, c.policy_version) == (tokens, text, finish, VERSION)
             np.testing.assert_allclose(c.rollout_logprobs, logprobs, rtol=1e-6)
+        sizes = [len(r.prompt.token_ids) for r in requests]
+        assert engine.metrics()["engine_prefix_hit_rate"] == (sum(sizes) - len(sizes)) / sum(sizes)
+
+
+def test_a_server_that_does_not_say_what_it_cached(tmp_path: Path) -> None:
+    with servers({"tells_cached": False}) as one, engine_of(one, tmp_path) as engine:
+        engine.submit([Request(CompletionId(1, "p", 0), PROMPTS[0], 1, VERSION)])
+        until(lambda: engine.poll())
+        assert "engine_prefix_hit_rate" not in engine.metrics()
 
 
 def test_abort_closes_the_stream(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_two_servers_conform(two: Serving, folder: Path, tiny_model: Path, in_pr
     with scenes(two, folder, max_model_len=MAX_MODEL_LEN) as engine:
         engine.sync_weights(weights(module), 0)
         wait_until_ready(engine)
-        engine_conformance.check(engine_conformance.play(engine, module), in_process)
+        engine_conformance.check(engine_conformance.play(engine, module), in_process, num_replicas=2)
 
 
 def test_logprobs_at_another_temperature(two: Serving, folder: Path, module: Any) -> None:

@@ -41,7 +41,7 @@ def test_vllm_in_process_conforms(in_process: dict[str, Any]) -> None:
 
 @cluster
 def test_two_nodes_conform(facts: dict[str, Any], in_process: dict[str, Any]) -> None:
-    engine_conformance.check(facts, in_process)
+    engine_conformance.check(facts, in_process, num_replicas=2)
 
 
 @cluster

@@ -82,6 +82,23 @@ def placements_of(engine: Engine) -> deque[Placement] | None:
     return getattr(engine, "placements", None)
 
 
+class PrefixHits:
+    """The share of prompt tokens that came from the cache, over the completions whose engine says so."""
+
+    def __init__(self) -> None:
+        self._num_tokens = self._num_cached = 0
+
+    def add(self, request: Request, completion: Completion) -> None:
+        """Count this completion's prompt."""
+        if completion.num_cached_tokens is not None:
+            self._num_tokens += len(request.prompt.token_ids)
+            self._num_cached += completion.num_cached_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """`engine_prefix_hit_rate`; nothing where nobody says."""
+        return {"engine_prefix_hit_rate": self._num_cached / self._num_tokens} if self._num_tokens else {}
+
+
 def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:
     """Raises InputError when prompt and completion do not fit into max_model_len, or the prompt is empty."""
     size = len(request.prompt.token_ids)

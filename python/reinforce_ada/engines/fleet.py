@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from reinforce_ada.engines.base import Placement
+from reinforce_ada.engines.base import Placement, PrefixHits
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
@@ -163,7 +163,7 @@ class Fleet:
         self._version: int | None = None
         self._lost_s = 0.0  # without a replica, since the last answer
         self._lost_at: float | None = None  # when that was last added to; None while one is there
-        self.counts = FleetCounts()
+        self.counts, self.hits = FleetCounts(), PrefixHits()
         self.members: list[Member] = []
         self.placements: deque[Placement] = deque(maxlen=_NUM_PLACEMENTS)
         for replica in replicas:
@@ -249,6 +249,7 @@ class Fleet:
             "engine_moved": float(c.moved),
             "engine_late": float(c.late),
             "engine_sync_s": c.sync_s,
+            **self.hits.metrics(),
         }
 
     def sleep(self) -> None:
@@ -311,7 +312,7 @@ class Fleet:
         elif wrong := _garbage(completion, self._version, self._max_tokens):
             self._reject(member, f"answered garbage: {wrong}")
         else:
-            del member.running[completion.id]
+            self.hits.add(member.running.pop(completion.id), completion)
             self._droppers.pop(completion.id, None)
             member.num_failures, self._lost_s = 0, 0.0  # only an answer shows that it works: one may come up, and fail at once, forever
             self.counts.tokens += len(completion.token_ids)

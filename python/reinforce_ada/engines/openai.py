@@ -231,6 +231,7 @@ class HttpReplica:
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         answer = _Answer()
         async with self._client.stream("POST", "/v1/completions", json=payload) as response:
@@ -263,6 +264,7 @@ class _Answer:
         self.logprobs: list[float] = []
         self.text = ""
         self.finish_reason = ""
+        self.num_cached_tokens: int | None = None
 
     def add(self, chunk: Mapping[str, Any]) -> None:
         if "error" in chunk:
@@ -272,6 +274,8 @@ class _Answer:
             self.tokens += choice.get("token_ids") or []
             self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        if details := (chunk.get("usage") or {}).get("prompt_tokens_details"):  # in the last one, of servers that were told to
+            self.num_cached_tokens = details.get("cached_tokens")
 
     def completion(self, request: Request, policy_version: int) -> Completion:
         return Completion(
@@ -281,6 +285,7 @@ class _Answer:
             text=self.text,
             finish_reason=self.finish_reason,
             policy_version=policy_version,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 

@@ -57,6 +57,7 @@ def command_of(serving: Serving, i: int) -> list[str]:
         *("--host", serving.host, "--port", str(serving.port + i), "--dtype", serving.dtype, "--seed", "0"),
         *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
+        "--enable-prompt-tokens-details",  # which say what came from the prefix cache
     ]
     if serving.device == "cuda":
         command += ["--gpu-memory-utilization", str(serving.memory_fraction), "--tensor-parallel-size", str(serving.tensor_parallel)]

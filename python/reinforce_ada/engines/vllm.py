@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.base import PrefixHits, check_prompt_length
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -98,7 +98,7 @@ class VllmEngine:
         self._num_submitted = 0
         self._policy_version = 0
         self._asleep = False
-        self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._num_tokens, self._hits = 0, PrefixHits()
         self._sync_s = 0.0
 
     @property
@@ -146,17 +146,18 @@ class VllmEngine:
         self._name_of.pop(request.id, None)
         sampled = output.outputs[0]
         self._num_tokens += len(sampled.token_ids)
-        self._num_prompt_tokens += len(request.prompt.token_ids)
-        self._num_cached_tokens += output.num_cached_tokens or 0
         logprobs = [entry[token].logprob for token, entry in zip(sampled.token_ids, sampled.logprobs, strict=True)]
-        return Completion(
+        completion = Completion(
             id=request.id,
             token_ids=np.asarray(sampled.token_ids, dtype=np.int32),
             rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
             text=sampled.text if self._stop else self._text(request, sampled),
             finish_reason=sampled.finish_reason,
             policy_version=self._policy_version,
+            num_cached_tokens=output.num_cached_tokens or 0,
         )
+        self._hits.add(request, completion)
+        return completion
 
     def _text(self, request: Request, sampled: Any) -> str:
         ended = sampled.finish_reason == "stop"  # by a token of its own, which may have a text
@@ -186,13 +187,13 @@ class VllmEngine:
         self._sync_s += time.monotonic() - began
 
     def metrics(self) -> dict[str, float]:
-        """See `metrics_of`. Prefix hits: prompt tokens of finished requests that came from the cache."""
+        """See `metrics_of`."""
         return {
             "engine_tokens": float(self._num_tokens),
             "engine_busy_slots": float(min(len(self._running), self._max_num_seqs)),
             "engine_queue": float(max(0, len(self._running) - self._max_num_seqs)),
-            "engine_prefix_hit_rate": self._num_cached_tokens / max(self._num_prompt_tokens, 1),
             "engine_sync_s": self._sync_s,
+            **self._hits.metrics(),
         }
 
     def forget_prefixes(self) -> None:
