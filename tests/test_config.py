@@ -37,6 +37,16 @@ def test_stop_strings_are_one_text_or_a_list(given, stop):
     assert config.load(None, {"stop": given}).sampling.stop == stop
 
 
+@pytest.mark.parametrize(("given", "sleep"), [("false", False), ("true", True), ("0", False)])
+def test_a_switch(given, sleep):
+    assert config.load(None, {"sleep": given}).engine.sleep is sleep
+
+
+def test_what_is_no_switch_is_said():
+    with pytest.raises(InputError, match="sleep = 'maybe'; true or false"):
+        config.load(None, {"sleep": "maybe"})
+
+
 @pytest.mark.parametrize("given", ["[end]", "[1, 2]", '["a"'])
 def test_what_is_no_list_of_stop_strings_is_said(given):
     with pytest.raises(InputError, match=r'text, or a list of texts such as \["</answer>", "\[end\]"\]'):

@@ -189,7 +189,7 @@ def _metavar(cls: type, name: str) -> str:
 def _kind(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, typing.get_args(hint)))
-    return {int: "N", float: "X", str: "NAME"}.get(hint, "JSON")
+    return {int: "N", float: "X", str: "NAME", bool: "true|false"}.get(hint, "JSON")
 
 
 def _escape(text: str) -> str:

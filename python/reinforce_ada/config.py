@@ -101,6 +101,7 @@ class EngineConfig:
     max_num_seqs: int = option(128, "requests in the engine at once; of each replica")
     max_model_len: int = option(512, "longest prompt + completion in tokens")
     memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
+    sleep: bool = option(True, "cuda: vLLM in this process gives its memory back while the model trains; false: faster where both fit")
     request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
     reward_workers: int = option(1, "processes that score completions")
     reward_timeout_s: float = option(10.0, "one scoring call at most; then the worker is replaced and the call retried")
@@ -251,6 +252,8 @@ def _needed(hint: Any) -> str:
     """What a key with words or a form of its own takes, "" for any other."""
     if typing.get_origin(hint) is list:
         return 'text, or a list of texts such as ["</answer>", "[end]"]'
+    if hint is bool:
+        return "true or false"
     kinds = [hint] if typing.get_origin(hint) is Literal else typing.get_args(hint)
     words = [value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)]
     return f"{'an integer or ' if int in kinds else ''}one of {', '.join(words)}" if words else ""

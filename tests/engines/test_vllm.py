@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from reinforce_ada import config as configuration
+from reinforce_ada.engines.vllm import VllmEngine
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.log import read_log
 
@@ -21,6 +23,65 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
+
+
+class FakeLLM:
+    """Says what it was asked for."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, model: str, **asked: Any) -> None:
+        FakeLLM.asked = asked
+        self.llm_engine = None
+        self.calls: list[str] = []
+
+    def get_tokenizer(self) -> None: ...
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self) -> None:
+        self.calls.append("wake")
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU is needed for, up to the call of vLLM."""
+    fake = types.ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = FakeLLM, None  # type: ignore[attr-defined]
+    parameters = types.ModuleType("vllm.sampling_params")
+    parameters.RequestOutputKind = types.SimpleNamespace(FINAL_ONLY=None)  # type: ignore[attr-defined]
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "0")  # the engine sets them; servers that other tests start must not inherit that
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
+
+
+def nap(**options: Any) -> tuple[dict[str, Any], list[str]]:
+    engine = VllmEngine("m", dtype="bfloat16", max_tokens=4, **options)
+    for call in (engine.wake, engine.sleep, engine.sleep, engine.wake, engine.wake):
+        call()
+    return FakeLLM.asked, engine._llm.calls
+
+
+def test_memory_of_a_gpu(fake_vllm: None) -> None:
+    asked, calls = nap(device="cuda", memory_fraction=0.3, tensor_parallel=2)
+    assert (asked["gpu_memory_utilization"], asked["tensor_parallel_size"], asked["enable_sleep_mode"]) == (0.3, 2, True)
+    assert asked["enable_chunked_prefill"]
+    assert calls == ["sleep 1", "wake"]
+
+
+def test_an_engine_that_keeps_its_memory(fake_vllm: None) -> None:
+    asked, calls = nap(device="cuda", sleeps=False)
+    assert not asked["enable_sleep_mode"]
+    assert calls == []
+
+
+def test_nothing_sleeps_on_a_cpu(fake_vllm: None) -> None:
+    asked, calls = nap(device="cpu", kv_cache_bytes=1 << 20)
+    assert (asked["kv_cache_memory_bytes"], asked["block_size"]) == (1 << 20, 32)
+    assert "enable_sleep_mode" not in asked
+    assert calls == []
 
 
 @pytest.fixture(scope="module")

