@@ -60,6 +60,7 @@ class Setting:
     reward: Reward
     max_tokens: int
     slots: int
+    repeats: int  # of the comparison with `LLM.generate` in a turn: short runs scatter more
 
 
 def tiny(folder: Path) -> Setting:
@@ -89,7 +90,7 @@ def tiny(folder: Path) -> Setting:
         digest = hashlib.sha256(f"{prompt.prompt_id} {text}".encode()).digest()
         return float(int.from_bytes(digest[:8], "big") < prompt.data["rate"] * 2**64)
 
-    return Setting("tiny", "Llama of 100 000 weights, float32", str(folder), "float32", prompts, reward, max_tokens=96, slots=64)
+    return Setting("tiny", "Llama of 100 000 weights, float32", str(folder), "float32", prompts, reward, 96, slots=64, repeats=4)
 
 
 def smollm2() -> Setting:
@@ -104,7 +105,7 @@ def smollm2() -> Setting:
         return float(bool(re.search(rf"(?<!\d){re.escape(str(prompt.data['answer']))}(?!\d)", text)))
 
     prompts = tuple(islice(task.train(0), 12))
-    return Setting("smollm2", "SmolLM2-135M-Instruct, bfloat16", path, "bfloat16", prompts, reward, max_tokens=48, slots=64)
+    return Setting("smollm2", "SmolLM2-135M-Instruct, bfloat16", path, "bfloat16", prompts, reward, 48, slots=64, repeats=1)
 
 
 # -------------------- an engine that is watched
@@ -177,38 +178,46 @@ class Watched:
 
 
 def throughput(engine: VllmEngine, setting: Setting, turns: int) -> dict[str, Any]:
-    """Seconds of the same requests through both, and the share of `run` that is not the engine's."""
+    """Seconds of the same requests through `run`, and through `LLM.generate` with the text of each completion and without.
+
+    And the share of `run` that is not the engine's.
+    """
     policy = preset("grpo", group_size=8)
     requests = AdaptiveSampler(setting.prompts, policy, step=1).next_requests(10**6)
-    generate_s, run_s, share = [], [], []
+    seconds: dict[str, list[float]] = {"run": [], "generate": [], "generate without text": []}
+    num_tokens: dict[str, int] = {}
+    share = []
     for turn in range(turns):
-        for which in ("generate", "run") if turn % 2 else ("run", "generate"):
+        order = list(seconds)
+        for which in order[turn % 3 :] + order[: turn % 3]:
             engine.forget_prefixes()
             began = time.perf_counter()
-            if which == "generate":
-                num_tokens = sum(len(o.outputs[0].token_ids) for o in _generate(engine, requests))
-                generate_s.append(time.perf_counter() - began)
-            else:
+            if which == "run":
                 watched = Watched(engine)
                 result = run(AdaptiveSampler(setting.prompts, policy, step=1), watched, setting.reward)
-                run_s.append(time.perf_counter() - began)
-                share.append(1 - watched.seconds / run_s[-1])
-                own_tokens = result.metrics["tokens_committed"]
+                num_tokens[which] = int(result.metrics["tokens_committed"])
+                share.append(1 - watched.seconds / (time.perf_counter() - began))
+            else:
+                num_tokens[which] = _generated(engine, requests, with_text=which == "generate")
+            seconds[which].append(time.perf_counter() - began)
     if setting.dtype == "float32":
-        assert own_tokens == num_tokens, "the same requests must give the same tokens"
+        assert len(set(num_tokens.values())) == 1, "the same requests must give the same tokens"
     return {
         "requests": len(requests),
-        "tokens": num_tokens,
-        "generate_s": generate_s,
-        "run_s": run_s,
-        "ratio": statistics.median(r / g for r, g in zip(run_s, generate_s, strict=True)),
+        "tokens": num_tokens["run"],
+        "seconds": seconds,
+        "ratio": {k: statistics.median(r / s for r, s in zip(seconds["run"], seconds[k], strict=True)) for k in seconds if k != "run"},
         "share": statistics.median(share),
     }
 
 
-def _generate(engine: VllmEngine, requests: Sequence[Request]) -> Any:
+def _generated(engine: VllmEngine, requests: Sequence[Request], *, with_text: bool) -> int:
+    """Tokens of the completions."""
+    params = [engine._params(r) for r in requests]
+    for p in params:
+        p.detokenize = with_text
     prompts = [{"prompt_token_ids": list(r.prompt.token_ids)} for r in requests]
-    return engine._llm.generate(prompts, [engine._params(r) for r in requests], use_tqdm=False)
+    return sum(len(o.outputs[0].token_ids) for o in engine._llm.generate(prompts, params, use_tqdm=False))
 
 
 # -------------------- schedules
@@ -338,9 +347,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     for found in results.values():
         t, s = found["throughput"], found["schedules"]
         e, n = s["engine"], s["lengths"]
-        yield f"**{found['about']}**, {s['prompts']} prompts, {s['slots']} slots. `LLM.generate` of {t['requests']} requests, {t['tokens']}"
-        yield f"tokens: {_median(t['generate_s'])} s; `run`: {_median(t['run_s'])} s, {t['ratio']:.3f} times as long; outside of the engine"
-        yield f"(sampler, driver, rewards): {t['share']:.2%} of the wall-clock."
+        yield from _throughput_lines(found["about"], s, t)
         yield ""
         yield f"Lengths: mean {n['mean']:.0f}, quantiles {_quantiles(n)} (5, 25, 50, 75, 95 %), {n['at_the_limit']:.0%} at the limit of"
         yield f"{n['max_tokens']}. Pass rates: {_quantiles(s['pass_rates'], 2)}. A decode step takes {e['step_ms']:.2f} ms +"
@@ -357,6 +364,15 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
                 f"| {statistics.median(m['samples']):.1f} |"
             )
         yield ""
+
+
+def _throughput_lines(about: str, s: dict[str, Any], t: dict[str, Any]) -> Iterator[str]:
+    times = {k: _median(v) for k, v in t["seconds"].items()}
+    with_text, without = (t["ratio"][k] for k in ("generate", "generate without text"))
+    yield f"**{about}**, {s['prompts']} prompts, {s['slots']} slots. `LLM.generate` of {t['requests']} requests, {t['tokens']} tokens, with"
+    yield f"logprobs and text: {times['generate']} s; without text: {times['generate without text']} s. `run`, texts and rewards included:"
+    yield f"{times['run']} s, {with_text:.3f} and {without:.3f} times as long. Outside of the engine (sampler, driver, rewards):"
+    yield f"{t['share']:.2%} of the wall-clock."
 
 
 def _median(values: Sequence[float]) -> str:
@@ -393,7 +409,7 @@ def main() -> None:
             run(AdaptiveSampler(setting.prompts, preset("grpo", group_size=2), step=0), engine, setting.reward)  # warm
             found = {
                 "about": setting.about,
-                "throughput": throughput(engine, setting, options.turns),
+                "throughput": throughput(engine, setting, options.turns * setting.repeats),
                 "schedules": schedules(engine, setting, options.turns),
             }
             results[setting.name] = found
