@@ -377,7 +377,7 @@ def _throughput_lines(about: str, s: dict[str, Any], t: dict[str, Any]) -> Itera
     yield f"**{about}**, {s['prompts']} prompts, {s['slots']} slots. `LLM.generate` of {t['requests']} requests, {t['tokens']} tokens, with"
     yield f"logprobs and text: {times['generate']} s; without text: {times['generate without text']} s. `run`, texts and rewards included:"
     yield f"{times['run']} s, {with_text:.3f} and {without:.3f} times as long. Outside of the engine (sampler, driver, rewards):"
-    yield f"{t['share']:.2%} of the wall-clock. Asked for in reverse order, {t['same']:.0%} of the completions are the same to the last token."
+    yield f"{t['share']:.2%} of the wall-clock. Asked for in reverse order, {t['same']:.0%} of the completions have the same tokens."
 
 
 def _median(values: Sequence[float]) -> str:
