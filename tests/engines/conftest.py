@@ -1,4 +1,4 @@
-"""What the tests with real vLLM share: a model, and what vLLM in a process of its own makes of the conformance suite."""
+"""What the tests with real vLLM share: a model, and what vLLM in a process of its own makes of every scene."""
 
 from __future__ import annotations
 
@@ -43,8 +43,21 @@ def play_apart() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def in_process(tiny_model: Path, play_apart: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def vllm_folder(tiny_model: Path, play_apart: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM in one process left a trained run and facts.json."""
+    folder = tmp_path_factory.mktemp("vllm")
+    lines = [json.dumps({"prompt": f"{a} + {b} =", "answer": str(a + b)}) for a in range(5) for b in range(5)]
+    (folder / "task.jsonl").write_text("\n".join(lines))
+    play_apart("vllm_child.py", tiny_model, folder / "task.jsonl", folder, timeout_s=240)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_facts(vllm_folder: Path) -> dict[str, Any]:
+    return dict(json.loads((vllm_folder / "facts.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def in_process(vllm_facts: dict[str, Any]) -> dict[str, Any]:
     """The facts that every other engine is compared with."""
-    file = tmp_path_factory.mktemp("in_process") / "facts.json"
-    play_apart("in_process_child.py", tiny_model, file, timeout_s=240)
-    return dict(json.loads(file.read_text()))
+    return dict(vllm_facts["conformance"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import engine_conformance
 import pytest
 import torch
+from engine_scenes import MAX_TOKENS
 
 from reinforce_ada import config as configuration
 from reinforce_ada.engines.vllm import VllmEngine
@@ -84,86 +84,58 @@ def test_nothing_sleeps_on_a_cpu(fake_vllm: None) -> None:
     assert calls == []
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the child left a trained run and facts.json."""
-    folder = tmp_path_factory.mktemp("vllm")
-    lines = [json.dumps({"prompt": f"{a} + {b} =", "answer": str(a + b)}) for a in range(5) for b in range(5)]
-    (folder / "task.jsonl").write_text("\n".join(lines))
-    texts = [json.loads(line)["prompt"] for line in lines]
-    models.build_tiny(folder / "base", models.tiny_tokenizer(texts), [(t, "3") for t in texts], seed=0, num_updates=2)
-    here = Path(__file__)
-    path = os.pathsep.join([str(here.parent), *(p for p in (os.environ.get("PYTHONPATH"),) if p)])
-    child = subprocess.run(
-        [sys.executable, str(here.with_name("vllm_child.py")), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
-    return folder
+def test_conformance(in_process: dict[str, Any]) -> None:
+    engine_conformance.check(in_process, in_process)
 
 
-@pytest.fixture(scope="module")
-def facts(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "facts.json").read_text())
+def test_logprobs_at_another_temperature(vllm_facts: dict[str, Any]) -> None:
+    assert vllm_facts["diff_07"] < 1e-4
 
 
-def test_logprobs_are_those_of_the_sampling_distribution(facts: dict[str, Any]) -> None:
-    assert facts["diff_1"] < 1e-4
-    assert facts["diff_07"] < 1e-4
+def test_tokens_do_not_depend_on_the_number_of_slots(vllm_facts: dict[str, Any]) -> None:
+    assert len({tuple(t) for t in vllm_facts["tokens"].values()}) > 12  # 24 requests
+    assert vllm_facts["few_slots"] == vllm_facts["tokens"]
 
 
-def test_tokens_follow_from_the_seed_alone(facts: dict[str, Any]) -> None:
-    assert len({tuple(t) for t in facts["tokens"].values()}) > 12  # 24 requests
-    assert facts["reversed"] == facts["tokens"]
-    assert facts["few_slots"] == facts["tokens"]
-
-
-def test_finish_reasons(facts: dict[str, Any]) -> None:
-    for name, ids in facts["tokens"].items():
-        assert facts["finish_reasons"][name] == ("stop" if ids[-1] == 1 else "length")
+def test_finish_reasons(vllm_facts: dict[str, Any]) -> None:
+    for name, ids in vllm_facts["tokens"].items():
+        assert vllm_facts["finish_reasons"][name] == ("stop" if ids[-1] == 1 else "length")
         assert 1 not in ids[:-1]
-        assert len(ids) == 10 or ids[-1] == 1
-    assert set(facts["finish_reasons"].values()) == {"stop", "length"}
+        assert len(ids) == MAX_TOKENS or ids[-1] == 1
+    assert set(vllm_facts["finish_reasons"].values()) == {"stop", "length"}
 
 
-def test_stop_strings_end_completions_and_are_not_in_their_text(facts: dict[str, Any]) -> None:
-    assert facts["num_stopped"] > 4  # of 24; the scene compares each with what was sampled without them
+def test_stop_strings_end_completions_and_are_not_in_their_text(vllm_facts: dict[str, Any]) -> None:
+    assert vllm_facts["num_stopped"] > 4  # of 24; the scene compares each with what was sampled without them
 
 
-def test_aborts_leave_the_others_alone_and_the_id_may_come_again(facts: dict[str, Any]) -> None:
-    assert len(facts["again"]) > 4
-    assert {**facts["kept"], **facts["again"]} == facts["tokens"]
-    assert not facts["kept"].keys() & facts["again"].keys()
+def test_all_slots_are_free_in_the_end(vllm_facts: dict[str, Any]) -> None:
+    assert vllm_facts["free_slots"] == 32
 
 
-def test_free_slots(facts: dict[str, Any]) -> None:
-    assert facts["free_slots"] == [32, 29, 32]
-
-
-def test_greedy_output_is_the_trained_models_after_every_sync(facts: dict[str, Any]) -> None:
-    for version, sync in enumerate(facts["syncs"], 1):
+def test_greedy_output_is_the_trained_models_after_every_sync(vllm_facts: dict[str, Any]) -> None:
+    for sync in vllm_facts["syncs"]:
         assert sync["wrong"] == 0
         assert sync["diff"] < 1e-4  # a prefix cached under the old weights would show here
-        assert sync["versions"] == [version]
-        assert not sync["changed_without_sync"]
-    outputs = [json.dumps(sync["tokens"]) for sync in facts["syncs"]]
-    assert len(set(outputs)) == len(outputs)  # or there was nothing to tell apart
+    outputs = [json.dumps(sync["tokens"]) for sync in vllm_facts["syncs"]]
+    assert len(set(outputs)) == len(outputs) == 4  # or there was nothing to tell apart
 
 
-def test_refusals_are_one_line(facts: dict[str, Any]) -> None:
-    assert facts["refusals"]["empty"] == "vllm: prompt 'empty' is empty; at least one token"
-    assert facts["refusals"]["long"].startswith("vllm: prompt 'long' has 55 tokens; at most max_model_len - max_tokens = 64 - 10")
-    assert facts["sync_in_flight"] == "vllm: sync_weights with 3 requests in flight; none"
-    assert facts["too_long_for_the_model"].startswith("vllm: ")
-    assert "\n" not in facts["too_long_for_the_model"]
+def test_refusals_are_one_line(vllm_facts: dict[str, Any], in_process: dict[str, Any]) -> None:
+    said = in_process["refusals"]
+    assert said["empty"] == "vllm: prompt 'empty' is empty; at least one token"
+    assert said["long"].startswith("vllm: prompt 'long' has 55 tokens; at most max_model_len - max_tokens = 64 - 10")
+    assert in_process["sync_in_flight"] == "vllm: sync_weights with 3 requests in flight; none"
+    assert vllm_facts["too_long_for_the_model"].startswith("vllm: ")
+    assert "\n" not in vllm_facts["too_long_for_the_model"]
 
 
-def test_the_whole_way(folder: Path) -> None:
-    run = folder / "run"
+def test_the_whole_way(vllm_folder: Path, tiny_model: Path) -> None:
+    run = vllm_folder / "run"
     records = read_log(run / "log.jsonl")
     assert [(r["kind"], r.get("step")) for r in records] == [("run", None), ("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]
     assert records[0]["engine"] == "VllmEngine"
-    before = models.load(str(folder / "base"), "float32", torch.device("cpu")).module.state_dict()
+    before = models.load(str(tiny_model), "float32", torch.device("cpu")).module.state_dict()
     after = models.load(str(run / "model"), "float32", torch.device("cpu")).module.state_dict()
     assert before.keys() == after.keys()
     moved = any(r["grad_norm"] > 0 for r in records if r["kind"] == "step")
