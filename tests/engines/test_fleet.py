@@ -271,7 +271,7 @@ def test_late_answers_and_old_news_are_not_heard() -> None:
     b.finish()
     b.tell(answer(asked[1], 1))  # again
     assert [c.id.index for c in fleet.poll()] == [1]
-    assert fleet.counts.late == 1
+    assert fleet.counts.late == 2  # of the start before, and the second of one request
     old_tell(Down("of no interest"))
     fleet.poll()
     assert states(fleet) == ["ready", "ready"]
@@ -337,6 +337,36 @@ def test_it_gives_up_in_one_line() -> None:
     with pytest.raises(EngineLost, match=r"no replica for 100 s .*power.* can be resumed") as raised:
         fleet.poll()
     assert "\n" not in str(raised.value)
+
+
+def test_who_hangs_while_it_loads_again_is_not_there() -> None:
+    a = Scripted("a")
+    fleet, clock = ready(a, give_up_s=100)
+    a.load = lambda weights, version: None  # type: ignore[method-assign]
+    a.tell(Down("killed"))
+    fleet.poll()
+    clock.now += 10
+    fleet.poll()
+    a.come()
+    for _ in range(3):
+        fleet.poll()
+        clock.now += 29
+    assert states(fleet) == ["loading"]
+    clock.now += 10
+    with pytest.raises(EngineLost, match=r"no replica for 100 s \(a: killed\)"):
+        fleet.poll()
+
+
+def test_who_loads_and_has_not_failed_is_there() -> None:
+    a, b = Scripted("a"), Scripted("b")
+    fleet, clock = ready(a, give_up_s=100)
+    fleet.add(b)
+    b.come()
+    fleet.remove("a")
+    for _ in range(3):
+        fleet.poll()
+        clock.now += 60
+    assert states(fleet) == ["loading"]
 
 
 def test_a_refusal_ends_it() -> None:

@@ -109,7 +109,7 @@ class Member:
     replica: Replica
     state: State = State.down
     running: dict[CompletionId, Request] = field(default_factory=dict)
-    num_starts: int = 0  # also the number of its mailbox: news of an earlier start is dropped
+    num_starts: int = 0  # also the number of its mailbox: of news of an earlier start only late completions are counted
     num_failures: int = 0  # since its last completion
     next_start: float = 0.0
     asked_version: int | None = None  # of the weights it loads
@@ -118,6 +118,11 @@ class Member:
     @property
     def load(self) -> float:
         return len(self.running) / self.replica.num_slots
+
+    @property
+    def is_there(self) -> bool:
+        """Ready, or on its way to it for the first time since it last answered: who has failed since may load, and fail, forever."""
+        return self.state is State.ready or (self.state in (State.up, State.loading) and self.num_failures == 0)
 
 
 @dataclass(slots=True)
@@ -273,7 +278,9 @@ class Fleet:
             while True:
                 member, start, news = self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait()
                 wait_s = 0.0
-                if start == member.num_starts and (completion := self._take(member, news)) is not None:
+                if start != member.num_starts:  # what it was given then went to others
+                    self.counts.late += isinstance(news, Completion)
+                elif (completion := self._take(member, news)) is not None:
                     finished.append(completion)
         except queue.Empty:
             return finished
@@ -409,7 +416,7 @@ class Fleet:
                 self._start(member)
 
     def _give_up(self) -> None:
-        if any(m.state in (State.ready, State.loading, State.up) for m in self.members):
+        if any(m.is_there for m in self.members):
             self._lost_at = None
             return
         now = self._clock()
