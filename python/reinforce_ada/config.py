@@ -263,8 +263,11 @@ _AT_LEAST = {
     "prompts_per_step": 1, "eval_prompts": 0, "eval_k": 1, "eval_every": 0, "num_examples": 0, "max_tokens": 1, "max_num_seqs": 1,
     "max_model_len": 2, "reward_workers": 1, "steps": 0, "warmup_steps": 0, "minibatches": 1, "tokens_per_pass": 1,
     "checkpoint_every": 0, "seed": 0, "weight_decay": 0, "clip_low": 0, "clip_high": 0, "entropy_coef": 0, "request_timeout_s": 0,
+    "replicas": 1, "cpus_per_replica": 1, "tensor_parallel": 1,
 }  # fmt: skip
-_POSITIVE = ("temperature", "memory_fraction", "reward_timeout_s", "learning_rate", "max_grad_norm", "correction_high")
+_POSITIVE = (
+    "temperature", "memory_fraction", "reward_timeout_s", "learning_rate", "max_grad_norm", "correction_high", "hung_after_s", "give_up_s",
+)  # fmt: skip
 
 
 def _check(config: Config) -> None:

@@ -10,7 +10,11 @@ class InputError(ValueError):
     """Something the caller gave cannot be used; the message is one line and says what would be right."""
 
     def __init__(self, where: str, given: str, needed: str, hint: str = "") -> None:
-        super().__init__(f"{where}: {given}; {needed}" + (f"; {hint}" if hint else ""))
+        super().__init__(where, given, needed, hint)  # as they are: an error that comes from another process is made of them again
+
+    def __str__(self) -> str:
+        where, given, needed, hint = self.args
+        return f"{where}: {given}; {needed}" + (f"; {hint}" if hint else "")
 
 
 class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake

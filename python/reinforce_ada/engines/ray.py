@@ -53,12 +53,15 @@ class Sampler:
             cores = sorted(os.sched_getaffinity(0))
             own = {cores[(replica * num_cpus + i) % len(cores)] for i in range(num_cpus)}
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(own)))
-        from reinforce_ada.engines.vllm import VllmEngine
-
-        self._engine = VllmEngine(**options)
+        self._options = options
+        self._engine: Any = None
 
     def ready(self) -> int:
-        """The process id, when the model is there."""
+        """The process id, when the model is there. Not at the construction: Ray tells of an error there in words only."""
+        if self._engine is None:
+            from reinforce_ada.engines.vllm import VllmEngine
+
+            self._engine = VllmEngine(**self._options)
         return os.getpid()
 
     def load(self, weights: dict[str, Any], policy_version: int) -> None:
@@ -71,7 +74,7 @@ class Sampler:
         if requests:
             self._engine.submit(requests)
         until = time.monotonic() + _TURN_S
-        done = self._engine.poll()
+        done: list[Completion] = self._engine.poll()
         while not done and self._engine.num_running and time.monotonic() < until:
             done = self._engine.poll()
         return done
@@ -179,12 +182,9 @@ class _Talk:
         except GetTimeoutError:
             self._say(Down(f"has not answered for {self._hung_after_s:g} s"))
         except RayTaskError as e:
-            cause = e.cause if isinstance(e.cause, Exception) else e
-            kind = Refused if isinstance(cause, InputError) else Down
-            self._say(kind(" ".join(str(cause).split())[-300:]))
-        except RayActorError as e:
-            init = _init_failure(e)
-            self._say(Refused(init) if init else Down("died"))
+            self._say(Refused(str(e.cause)) if isinstance(e.cause, InputError) else Down(" ".join(str(e.cause or e).split())[-300:]))
+        except RayActorError:
+            self._say(Down("died"))
         except RayError as e:
             self._say(Down(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"))
         finally:
@@ -249,25 +249,17 @@ def _own(completion: Completion) -> Completion:
     return replace(completion, token_ids=completion.token_ids.copy(), rollout_logprobs=completion.rollout_logprobs.copy())
 
 
-def _init_failure(error: Exception) -> str:
-    """Why the constructor failed, where that is what killed the actor."""
-    text = str(error)
-    if "InputError" not in text:
-        return ""
-    return " ".join(text[text.rindex("InputError: ") + len("InputError: ") :].split())[:300]
-
-
 class RayEngine(Fleet):
     """Actors on a Ray cluster as one engine.
 
     Args:
         options: of each actor's vLLM.
-        num_replicas: at most; those for which no node has room wait until one joins.
-        address: of a cluster ("auto": the one this node belongs to); "" starts Ray on this machine.
+        num_replicas: at most; those for which no node of a cluster has room wait until one joins.
+        address: of a cluster ("auto": the one this node belongs to); "" starts Ray on this machine, which must have room for all.
         cpus: of each replica.
         hung_after_s: an actor that does not answer for so long is killed and replaced.
         give_up_s, say: as `Fleet` takes them.
-    Raises: InputError when Ray is not installed or the cluster does not answer.
+    Raises: InputError when Ray is not installed, the cluster does not answer or this machine has no room.
     """
 
     def __init__(
@@ -281,11 +273,16 @@ class RayEngine(Fleet):
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if num_replicas < 1:
-            raise InputError("engine", f"{num_replicas} replicas", "at least 1")
+        if num_replicas < 1 or cpus < 1:
+            raise InputError("engine", f"{num_replicas} replicas of {cpus} cores", "at least 1 of each")
         self._limits = options
         self._is_ours = _connect(address)
         resources = {"CPU": float(cpus)} | ({"GPU": float(options.tensor_parallel)} if options.device == "cuda" else {})
+        try:
+            _check_room(resources, num_replicas, may_grow=bool(address) or not self._is_ours, say=say)
+        except InputError:
+            self._leave()
+            raise
         replicas = [RayReplica(i, options, resources, hung_after_s) for i in range(num_replicas)]
         super().__init__(replicas, publish, max_tokens=options.max_tokens, give_up_s=give_up_s, say=say)
 
@@ -298,6 +295,9 @@ class RayEngine(Fleet):
     def close(self) -> None:
         """Kill the actors; a Ray that was started here ends too."""
         super().close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._is_ours:
             import ray
 
@@ -332,6 +332,25 @@ def _connect(address: str) -> bool:
             "engine", f"no Ray cluster at {address!r}: {said}", "a cluster, or no address", "ray start --head starts one"
         ) from e
     return True
+
+
+def _check_room(resources: dict[str, float], num_replicas: int, *, may_grow: bool, say: Callable[[str], None]) -> None:
+    """Says what there is where that is too little. Raises: InputError where no node can join either."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // amount) for name, amount in resources.items()) for node in nodes)
+    if room >= num_replicas:
+        return
+    wanted = f"{num_replicas} replicas with {_in_words(resources)} each"
+    there = _in_words(max(({name: node.get(name, 0.0) for name in resources} for node in nodes), key=lambda node: tuple(node.values())))
+    if not may_grow:
+        raise InputError("engine", f"{wanted}; this machine has {there}", "room for all", "lower --replicas or --cpus-per-replica")
+    say(f"engine: {wanted}; {len(nodes)} nodes, the largest with {there}, have room for {room}; the others wait until a node joins")
+
+
+def _in_words(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def _probe(address: str) -> None:
