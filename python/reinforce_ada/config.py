@@ -92,7 +92,7 @@ class EngineConfig:
     )
     servers: str = option("", "openai: URLs of the servers, with commas between; `reinforce-ada serve` starts some")
     weights_dir: str = option("", "openai: folder for new weights that every server reads (default: weights in the run folder)")
-    replicas: int = option(1, "ray: actors; those for which no node has room wait until one joins")
+    replicas: int = option(1, "ray: actors; those for which no node of a cluster has room wait until one joins")
     ray_address: str = option("", 'ray: of a cluster; "auto": the one this node belongs to (default: starts Ray on this machine)')
     cpus_per_replica: int = option(1, "ray: cores of each")
     tensor_parallel: int = option(1, "ray on cuda: GPUs of each")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
     """Something the caller gave cannot be used; the message is one line and says what would be right."""
 
     def __init__(self, where: str, given: str, needed: str, hint: str = "") -> None:
-        super().__init__(where, given, needed, hint)  # as they are: an error that comes from another process is made of them again
+        super().__init__(f"{where}: {given}; {needed}" + (f"; {hint}" if hint else ""))
 
-    def __str__(self) -> str:
-        where, given, needed, hint = self.args
-        return f"{where}: {given}; {needed}" + (f"; {hint}" if hint else "")
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From another process the message comes as it is, not the parts that it was made of."""
+        return copyreg.__newobj__, (type(self), str(self))  # type: ignore[attr-defined]
 
 
 class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake

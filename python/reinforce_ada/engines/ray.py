@@ -345,7 +345,9 @@ def _check_room(resources: dict[str, float], num_replicas: int, *, may_grow: boo
     wanted = f"{num_replicas} replicas with {_in_words(resources)} each"
     there = _in_words(max(({name: node.get(name, 0.0) for name in resources} for node in nodes), key=lambda node: tuple(node.values())))
     if not may_grow:
-        raise InputError("engine", f"{wanted}; this machine has {there}", "room for all", "lower --replicas or --cpus-per-replica")
+        raise InputError(
+            "engine", f"{wanted}; this machine has {there}", "room for all", "lower --replicas, --cpus-per-replica or --tensor-parallel"
+        )
     say(f"engine: {wanted}; {len(nodes)} nodes, the largest with {there}, have room for {room}; the others wait until a node joins")
 
 
