@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import engine_conformance
 import pytest
 from engine_scenes import refusal
 
-from reinforce_ada.engines.ray import Options, RayEngine, _check_room
+from reinforce_ada.engines.fleet import Down, News
+from reinforce_ada.engines.ray import Options, RayEngine, _check_room, _Talk
 
 OPTIONS = Options(
     model="m", dtype="float32", device="cpu", max_tokens=4, max_model_len=32, max_num_seqs=4, temperature=1.0
@@ -25,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 
-cluster = pytest.mark.slow  # 2.5 minutes on two quiet cores
+cluster = pytest.mark.slow  # 2 minutes on two quiet cores
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,16 @@ def test_too_little_room_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.startswith(
         "engine: 1 replicas with 1 CPU and 4 GPU each; this machine has 8 CPU and 0 GPU; room for all; lower --replicas"
     )
+
+
+def test_whatever_ends_the_conversation_is_told() -> None:
+    def no_room() -> Any:
+        raise OSError("the head is gone")
+
+    told: queue.SimpleQueue[News] = queue.SimpleQueue()
+    talk = _Talk(no_room, no_room, told.put, 5.0)
+    assert told.get(timeout=30) == Down("OSError: the head is gone")
+    talk.end()
 
 
 def test_refusals_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

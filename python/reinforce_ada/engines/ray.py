@@ -175,7 +175,7 @@ class _Talk:
 
     def _run(self) -> None:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
             self._follow(ray)
@@ -185,7 +185,7 @@ class _Talk:
             self._say(Refused(str(e.cause)) if isinstance(e.cause, InputError) else Down(" ".join(str(e.cause or e).split())[-300:]))
         except RayActorError:
             self._say(Down("died"))
-        except RayError as e:
+        except Exception as e:  # a thread that ended without a word would keep its requests for ever
             self._say(Down(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"))
         finally:
             self._kill()
