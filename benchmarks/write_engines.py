@@ -132,6 +132,7 @@ class Watched:
         self._engine = engine
         self._running: set[CompletionId] = set()
         self._begun = 0
+        self.submitted: list[Request] = []
         self.steps = Steps()
         self.seconds = 0.0  # inside the engine
 
@@ -142,6 +143,7 @@ class Watched:
     def submit(self, requests: Sequence[Request]) -> None:
         self._running.update(r.id for r in requests)
         self._begun += sum(len(r.prompt.token_ids) for r in requests)
+        self.submitted += requests
         self._timed(lambda: self._engine.submit(requests))
 
     def poll(self) -> list[Completion]:
@@ -178,12 +180,14 @@ class Watched:
 
 
 def throughput(engine: VllmEngine, setting: Setting, turns: int) -> dict[str, Any]:
-    """Seconds of the same requests through `run`, and through `LLM.generate` with the text of each completion and without.
+    """Seconds of the same requests, in the same order, through `run`, and through `LLM.generate` with the text of each and without.
 
     And the share of `run` that is not the engine's.
     """
     policy = preset("grpo", group_size=8)
-    requests = AdaptiveSampler(setting.prompts, policy, step=1).next_requests(10**6)
+    first = Watched(engine)
+    run(AdaptiveSampler(setting.prompts, policy, step=1), first, setting.reward)
+    requests = first.submitted
     seconds: dict[str, list[float]] = {"run": [], "generate": [], "generate without text": []}
     answers, share = [], []
     for turn in range(turns):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Up
+from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.types import Completion, CompletionId, Request
 
 MAX_TOKENS = 8
 DISASTERS = (
-    *("kill", "refuse", "hang", "drop", "late", "twice", "nothing"),
+    *("kill", "refuse", "unfit", "hang", "drop", "late", "twice", "nothing"),
     *("nan", "no policy", "too long", "positive", "unequal", "empty", "abort"),
 )
 
@@ -135,6 +135,8 @@ class ScriptedReplica:
         elif disaster == "refuse":
             self.num_refusals = 2
             self.fail("connection refused")
+        elif disaster == "unfit":
+            self.tell(Refused("another model"))
         elif disaster == "hang":
             self.hung_ticks = 4
         elif disaster == "late" and oldest is not None:
@@ -158,6 +160,7 @@ class World:
 
     def __init__(self, replicas: Sequence[ScriptedReplica], disasters: Sequence[tuple[int, str]] = ()) -> None:
         self.replicas, self.disasters, self.now = list(replicas), list(disasters), 0.0
+        self.may_refuse: Callable[[ScriptedReplica], bool] = lambda victim: False  # or the run would end
         for replica in replicas:
             replica.clock = lambda: self.now
 
@@ -167,7 +170,7 @@ class World:
             which, disaster = self.disasters.pop(0)
             victim = self.replicas[which % len(self.replicas)]
             if victim.alive and not victim.hung_ticks:
-                victim.suffer(disaster)
+                victim.suffer("kill" if disaster == "unfit" and not self.may_refuse(victim) else disaster)
         for replica in self.replicas:
             if replica.auto:
                 replica.tick()
@@ -178,6 +181,7 @@ class WatchedFleet(Fleet):
 
     def __init__(self, world: World, **options: Any) -> None:
         self.world = world
+        world.may_refuse = lambda victim: self.counts.tokens > 0 and any(m.is_there for m in self.members if m.replica is not victim)
         self.said: list[str] = []
         self.published: list[tuple[list[str], int]] = []
         super().__init__(

@@ -2,12 +2,14 @@
 
 The first token of a completion is the number its weights hold (the tensor "number" of the file it last loaded, -1 as a new server), the
 rest come from the seed. JSON changes what it says: model, max_model_len, version, key, dev (false: no development mode), token_s (seconds
-between tokens), takes_weights, garbage (every so manieth completion is none), tells_cached (all of a prompt but one token).
+between tokens), takes_weights, garbage (every so manieth completion is none), tells_cached (all of a prompt but one token),
+certificate (a PEM file with its key: https).
 """
 
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file
 
 SETTINGS: dict[str, Any] = {
     "model": "scripted", "max_model_len": 4096, "version": "0.32.0", "key": "", "dev": True, "token_s": 0.002, "takes_weights": True,
-    "garbage": 0, "tells_cached": True,
+    "garbage": 0, "tells_cached": True, "certificate": "",
 }  # fmt: skip
 COUNTER = count(1)
 STATE = {"weights": -1, "active": 0}
@@ -132,4 +134,9 @@ class Server(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     SETTINGS.update(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
-    Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+    if SETTINGS["certificate"]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(SETTINGS["certificate"])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()

@@ -56,7 +56,7 @@ class Process:
 
     def __init__(self, **settings: Any) -> None:
         self.settings, self.port = settings, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if settings.get('certificate') else 'http'}://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:

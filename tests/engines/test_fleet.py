@@ -369,9 +369,46 @@ def test_who_loads_and_has_not_failed_is_there() -> None:
     assert states(fleet) == ["loading"]
 
 
-def test_a_refusal_ends_it() -> None:
-    a = Scripted("a")
-    fleet, _ = ready(a)
+def test_a_refusal_before_the_first_answer_ends_it() -> None:
+    a, b = Scripted("a"), Scripted("b")
+    fleet, _ = ready(a, b)
+    a.tell(Refused("another model"))
+    assert refusal(fleet.poll) == "engine: a: another model; one that fits"
+
+
+def test_a_run_that_has_had_answers_goes_on_with_the_others() -> None:
+    """Who refuses is asked again after the longest pause, and is as good as any other when it has been mended."""
+    a, b = Scripted("a"), Scripted("b")
+    said: list[str] = []
+    fleet, clock = ready(a, b, said=said)
+    fleet.submit(requests(4))
+    b.finish()
+    fleet.poll()
+    asked = list(a.running)
+    a.tell(Refused("another model"))
+    fleet.poll()
+    assert states(fleet) == ["down", "ready"]
+    assert not a.running  # told to let go of them
+    assert said[-1] == "engine: a is down: cannot be used: another model; again in 60 s"
+    assert fleet.metrics()["engine_moved"] == len(asked) == 2
+    clock.now += 59
+    fleet.poll()
+    assert states(fleet) == ["down", "ready"]
+    clock.now += 1
+    fleet.poll()
+    a.come()
+    fleet.poll()
+    assert states(fleet) == ["ready", "ready"]
+
+
+def test_a_refusal_by_the_last_one_ends_it() -> None:
+    a, b = Scripted("a"), Scripted("b")
+    fleet, _ = ready(a, b)
+    fleet.submit(requests(2))
+    b.finish()
+    fleet.poll()
+    b.tell(Down("killed"))
+    fleet.poll()
     a.tell(Refused("another model"))
     assert refusal(fleet.poll) == "engine: a: another model; one that fits"
 

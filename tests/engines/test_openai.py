@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import datetime
+import ipaddress
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ import pytest
 import torch
 from engine_scenes import refusal
 from scripted_server import completion
-from scripted_servers import Process, ask, servers, until
+from scripted_servers import Process, answers, ask, servers, until
 
 from reinforce_ada.driver import run
-from reinforce_ada.engines.openai import HttpEngine
+from reinforce_ada.engines.openai import HttpEngine, _lines
 from reinforce_ada.errors import EngineLost
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, preset
@@ -108,6 +111,31 @@ def test_a_server_that_does_not_say_what_it_cached(tmp_path: Path) -> None:
         assert "engine_prefix_hit_rate" not in engine.metrics()
 
 
+def test_connections_are_used_again(tmp_path: Path) -> None:
+    with servers({}) as one, engine_of(one, tmp_path) as engine:
+        for turn in range(3):
+            engine.submit([Request(CompletionId(1, "p", 8 * turn + k), PROMPTS[0], k, VERSION) for k in range(8)])
+            done: list[Any] = []
+            until(lambda done=done: done.extend(engine.poll()) or len(done) == 8)
+        (replica,) = (m.replica for m in engine.members)
+        assert 0 < len(replica._idle) <= 8  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_lines_of_a_stream_however_it_is_cut(size: int) -> None:
+    text = "data: größer\r\n\r\ndata: {}\n\ndata: [DONE]\n\nno end".encode()
+
+    class Response:
+        async def aiter_bytes(self) -> AsyncIterator[bytes]:
+            for k in range(0, len(text), size):
+                yield text[k : k + size]
+
+    async def lines() -> list[str]:
+        return [line.decode() async for line in _lines(Response())]
+
+    assert asyncio.run(lines()) == ["data: größer", "", "data: {}", "", "data: [DONE]", ""]
+
+
 def test_abort_closes_the_stream(tmp_path: Path) -> None:
     with servers({"token_s": 0.5}) as (one,), engine_of([one], tmp_path) as engine:
         requests = [Request(CompletionId(1, "p", k), PROMPTS[0], k + 10, VERSION) for k in range(8)]
@@ -125,6 +153,52 @@ def test_two_servers_give_the_pools_of_one(tmp_path: Path, undisturbed: Sampling
         result, engine = disturbed(tmp_path, two, [], lambda _: None)
     assert pools(result) == pools(undisturbed)
     assert engine.counts.restarts == engine.counts.moved == 0
+
+
+def certificate(folder: Path) -> Path:
+    """A certificate of this machine's own address, signed by itself, and its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    path = folder / "certificate.pem"
+    path.write_bytes(secret + signed.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: SamplingResult) -> None:
+    """With the authority that SSL_CERT_FILE names, and not without it."""
+    path = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with servers({"certificate": str(path)}) as one:
+        assert one[0].url.startswith("https://")
+        with engine_of(one, tmp_path) as engine:
+            assert pools(run(fresh(), engine, reward)) == pools(undisturbed)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        said = refusal(lambda: HttpEngine([one[0].url], tmp_path, max_tokens=4, max_model_len=64))
+        assert "certificate verify failed" in said.lower()
+        assert "SSL_CERT_FILE names the authority" in said
+        assert "\n" not in said
+
+
+def test_a_certificate_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.pem").write_text("no certificate")
+    for name in ("nothing.pem", "text.pem"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
+        said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64))
+        assert f"{name}: " in said
+        assert "a file of certificates (PEM)" in said
 
 
 # -------------------- faults
@@ -153,6 +227,16 @@ def test_a_stopped_server_is_noticed(tmp_path: Path, undisturbed: SamplingResult
         two[0].go_on()
     assert pools(result) == pools(undisturbed)
     assert any(two[0].url in line and ("no token for 0.5 s" in line or "has not answered for 0.5 s" in line) for line in said)
+
+
+def test_a_server_that_answers_but_brings_no_token_is_noticed(tmp_path: Path, undisturbed: SamplingResult) -> None:
+    """As vLLM's does whose engine hangs: its /health only asks whether the engine has died."""
+    said: list[str] = []
+    with servers({"token_s": 60.0}, {}) as two:
+        result, _ = disturbed(tmp_path, two, [], lambda _: None, hung_after_s=0.5, said=said)
+        assert answers(two[0].url)
+    assert pools(result) == pools(undisturbed)
+    assert any(two[0].url in line and "no token for 0.5 s" in line for line in said)
 
 
 def test_garbage_is_not_committed(tmp_path: Path, undisturbed: SamplingResult) -> None:
@@ -221,6 +305,7 @@ def test_servers_that_are_not_there(tmp_path: Path) -> None:
     options = {"max_tokens": 4, "max_model_len": 64}
     assert "reinforce-ada serve starts some" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **options))
     assert "a URL such as http://host:8000" in refusal(lambda: HttpEngine(["localhost"], tmp_path, **options))
+    assert "http://a:1 twice; each" in refusal(lambda: HttpEngine(["http://a:1", "http://b:1", "http://a:1/v1/"], tmp_path, **options))
     assert "no servers" in refusal(lambda: HttpEngine([], tmp_path, **options))
     five = {**options, "stop": list("abcde")}
     assert "5 stop strings; at most 4" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **five))

@@ -44,7 +44,7 @@ def started(port: int, logs: Path, how: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", RUNNER, str(port), str(logs), how], env={**os.environ, "PYTHONPATH": path}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # what runs in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts what runs in the background
     )  # fmt: skip
 
 
@@ -90,6 +90,35 @@ def test_a_server_that_never_was_ready_ends_it(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "ended before it was ready: ValueError: no such model (exit 1)" in out
     assert not answers(f"http://127.0.0.1:{port}")
+
+
+LOGS = {
+    "nothing": ("", "it said nothing"),
+    "no error": ("one\ntwo\n\n", "two"),
+    "plain": ("INFO start\nValueError: no such model\n", "ValueError: no such model"),
+    "an engine in another process": (
+        "(EngineCore pid=7) ERROR 11-23 [core.py:1]     raise ValueError(\n"
+        "(EngineCore pid=7) ERROR 11-23 [core.py:1] ValueError: 0.5 GiB KV cache is needed\n(EngineCore pid=7) Traceback:\n"
+        "(APIServer pid=6)     raise RuntimeError(\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
+        "ValueError: 0.5 GiB KV cache is needed",
+    ),
+    "pydantic": (
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, User-specified max_model_len (9) is greater [type=value_error]\n    For further information visit\n",
+        "Value error, User-specified max_model_len (9) is greater [type=value_error]",
+    ),
+    "argparse": ("usage: api_server.py [-h]\napi_server.py: error: unrecognized arguments: --x\n", "error: unrecognized arguments: --x"),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_reason_in_a_log(name: str, tmp_path: Path) -> None:
+    log, reason = LOGS[name]
+    server = serve.Server("http://a", [], {}, tmp_path / "log")
+    assert server.complaint() == "it said nothing"
+    server.log.write_text(log)
+    assert server.complaint() == reason
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:

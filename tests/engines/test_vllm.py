@@ -12,9 +12,10 @@ from typing import Any
 import engine_conformance
 import pytest
 import torch
-from engine_scenes import MAX_TOKENS
+from engine_scenes import MAX_TOKENS, refusal
 
 from reinforce_ada import config as configuration
+from reinforce_ada.engines.base import too_old
 from reinforce_ada.engines.vllm import VllmEngine
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.log import read_log
@@ -42,6 +43,17 @@ class FakeLLM:
 
     def wake_up(self) -> None:
         self.calls.append("wake")
+
+
+def test_a_vllm_that_is_too_old(fake_vllm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.21.3", raising=False)
+    said = refusal(lambda: VllmEngine("m", dtype="bfloat16", max_tokens=4))
+    assert said.startswith('vllm: vLLM 0.21.3; at least 0.22 is needed; pip install -U "reinforce-ada[vllm]"')
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.32.0+cpu", "1.0", "dev", ""])
+def test_a_vllm_that_will_do(version: str) -> None:
+    assert too_old(version) == ""
 
 
 @pytest.fixture

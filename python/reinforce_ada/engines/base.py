@@ -7,6 +7,7 @@ finish_reason "abort" or not at all.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -97,6 +98,17 @@ class PrefixHits:
     def metrics(self) -> dict[str, float]:
         """`engine_prefix_hit_rate`; nothing where nobody says."""
         return {"engine_prefix_hit_rate": self._num_cached / self._num_tokens} if self._num_tokens else {}
+
+
+OLDEST_VLLM = (0, 22)
+
+
+def too_old(vllm_version: str) -> str:
+    """What is wrong with this version of vLLM; "" with nothing, or where it is no number (a build from source)."""
+    found = re.match(r"(\d+)\.(\d+)", vllm_version)
+    if found is None or (int(found[1]), int(found[2])) >= OLDEST_VLLM:
+        return ""
+    return f"vLLM {vllm_version}; at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
 
 
 def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:

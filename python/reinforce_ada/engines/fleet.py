@@ -57,7 +57,7 @@ class Down:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It is there, and cannot do what it is asked for; nor will it after a restart."""
+    """It is there, and cannot do what it is asked for; nor will it after a restart, unless somebody mends it."""
 
     reason: str
 
@@ -308,7 +308,7 @@ class Fleet:
             case Down(reason):
                 self._fail(member, reason)
             case Refused(reason):
-                raise InputError("engine", f"{member.replica.name}: {reason}", "one that fits")
+                self._refused(member, reason)
             case Completion():
                 return self._completed(member, news)
         return None
@@ -325,6 +325,12 @@ class Fleet:
             self.counts.tokens += len(completion.token_ids)
             return completion
         return None
+
+    def _refused(self, member: Member, reason: str) -> None:
+        """The user's to know at once, unless a run that has had answers can go on with others: who refuses is asked again late."""
+        if not self.counts.tokens or not any(m.is_there for m in self.members if m is not member):
+            raise InputError("engine", f"{member.replica.name}: {reason}", "one that fits")
+        self._reject(member, f"cannot be used: {reason}", LONGEST_BACKOFF_S)
 
     # -------------------- requests
 
@@ -392,17 +398,17 @@ class Fleet:
         except Exception as error:  # the others are closed all the same
             self._say(f"engine: {member.replica.name} did not close: {error}")
 
-    def _reject(self, member: Member, reason: str) -> None:
+    def _reject(self, member: Member, reason: str, least_pause_s: float = 0.0) -> None:
         """Down by the fleet's verdict: the replica does not know, and must not go on with what others are given now."""
         ids = list(member.running)
-        self._fail(member, reason)
+        self._fail(member, reason, least_pause_s)
         if ids:
             with suppress(Exception):  # it is down already
                 member.replica.abort(ids)
 
-    def _fail(self, member: Member, reason: str) -> None:
+    def _fail(self, member: Member, reason: str, least_pause_s: float = 0.0) -> None:
         self._take_back(member)
-        pause = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**member.num_failures)
+        pause = max(least_pause_s, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**member.num_failures))
         member.state, member.reason = State.down, reason
         member.num_starts += 1  # what it says from now on is of no interest
         member.num_failures += 1

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.base import check_prompt_length, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
-OLDEST_VLLM = (0, 22)
 _CONNECT_S = 5.0
+_DATA = b"data: "  # of server-sent events
+_TOKENS_A_MESSAGE = 16  # this process takes 130 000 tokens a second so, 20 000 one by one
 _MOST_STOPS = 4  # the interface takes no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
@@ -95,7 +97,7 @@ class HttpReplica:
     requests are running. Tokens and logprobs come as the server sampled them; nothing is tokenised again.
     """
 
-    def __init__(self, background: Background, url: str, limits: Limits, headers: Mapping[str, str]) -> None:
+    def __init__(self, background: Background, url: str, limits: Limits, headers: Mapping[str, str], trusted: ssl.SSLContext) -> None:
         import httpx
 
         self.name, self.num_slots = url, limits.max_num_seqs
@@ -106,12 +108,15 @@ class HttpReplica:
         self._tell: Callable[[News], None] = lambda news: None
         self._tasks: dict[CompletionId, Future[Any]] = {}
         self._others: list[Future[Any]] = []
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers=dict(headers),
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.max_num_seqs),
-        )
+
+        def new_client() -> httpx.AsyncClient:
+            timeout = httpx.Timeout(None, connect=_CONNECT_S)
+            return httpx.AsyncClient(base_url=url, headers=dict(headers), timeout=timeout, verify=trusted)
+
+        self._new_client, self._client = new_client, new_client()
+        # One for each stream, kept for the next: a client looks at every pair of its connections for every request, which with 128 of
+        # them took most of this process's time.
+        self._idle: list[httpx.AsyncClient] = []
 
     # -------------------- Replica
 
@@ -141,8 +146,9 @@ class HttpReplica:
     def close(self) -> None:
         """Close all connections."""
         self._stop_all()
-        with suppress(Exception):
-            self._background.begin(self._client.aclose()).result(timeout=_CONNECT_S)
+        for client in (self._client, *self._idle):
+            with suppress(Exception):
+                self._background.begin(client.aclose()).result(timeout=_CONNECT_S)
 
     def _stop_all(self) -> None:
         for task in (*self._tasks.values(), *self._others):
@@ -186,8 +192,8 @@ class HttpReplica:
         """The model's name. Raises: UnfitError for a server that cannot be used."""
         await self._ask("GET", "/health")
         version = str((await self._ask("GET", "/version")).get("version", ""))
-        if (found := re.match(r"(\d+)\.(\d+)", version)) and (int(found[1]), int(found[2])) < OLDEST_VLLM:
-            raise UnfitError(f"vLLM {version}; at least {'.'.join(map(str, OLDEST_VLLM))} is needed")
+        if wrong := too_old(version):
+            raise UnfitError(wrong)
         served = (await self._ask("GET", "/v1/models"))["data"]
         if len(served) != 1:
             raise UnfitError(f"serves {len(served)} models; one is needed")
@@ -231,16 +237,21 @@ class HttpReplica:
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
             "stream": True,
+            "stream_interval": _TOKENS_A_MESSAGE,
             "stream_options": {"include_usage": True},
         }
         answer = _Answer()
-        async with self._client.stream("POST", "/v1/completions", json=payload) as response:
-            if response.status_code != 200:
-                raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"), "/v1/completions")
-            async for line in response.aiter_lines():
-                self._last_news = time.monotonic()
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    answer.add(json.loads(line[len("data: ") :]))
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            async with client.stream("POST", "/v1/completions", json=payload) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"), "/v1/completions")
+                async for line in _lines(response):
+                    self._last_news = time.monotonic()
+                    if line.startswith(_DATA) and line != _DATA + b"[DONE]":
+                        answer.add(json.loads(line[len(_DATA) :]))
+        finally:
+            self._idle.append(client)
         if not answer.finish_reason:
             raise ValueError("a stream that ended before the completion did")
         if answer.finish_reason == "abort":  # by the server itself: what this side aborts has no stream any more
@@ -250,10 +261,18 @@ class HttpReplica:
 
     async def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         response = await self._client.request(method, path, json=body)
-        self._last_news = time.monotonic()
         if response.status_code != 200:
             raise _refusal(response.status_code, response.text, path)
         return dict(response.json()) if response.content.strip() else {}
+
+
+async def _lines(response: Any) -> AsyncIterator[bytes]:
+    """Of a stream, as bytes."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
 
 
 class _Answer:
@@ -380,12 +399,10 @@ class HttpEngine(Fleet):
         if len(stop) > _MOST_STOPS:
             raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
         limits = Limits(max_tokens, max_model_len, max_num_seqs, temperature, tuple(stop), hung_after_s)
-        key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._limits = limits
-        urls = [_base(url) for url in servers]
+        urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
-        replicas = [HttpReplica(self._background, url, limits, headers) for url in urls]
+        replicas = [HttpReplica(self._background, url, limits, headers, trusted) for url in urls]
         try:
             _check(self._background, replicas, say)
         except BaseException:
@@ -405,6 +422,28 @@ class HttpEngine(Fleet):
         """Let go of the servers, which go on."""
         super().close()
         self._background.close()
+
+
+def _urls(servers: Sequence[str]) -> list[str]:
+    urls = [_base(url) for url in servers]
+    if twice := next((url for url in urls if urls.count(url) > 1), ""):
+        raise InputError("engine", f"server {twice} twice", "each server once")
+    return urls
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _trusted() -> ssl.SSLContext:
+    """The authorities of https, as httpx finds them."""
+    import httpx
+
+    try:
+        return httpx.create_ssl_context()
+    except OSError as e:
+        raise InputError("engine", f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE')}: {e}", "a file of certificates (PEM)") from e
 
 
 def _base(url: str) -> str:
@@ -432,7 +471,9 @@ def _check(background: Background, replicas: Sequence[HttpReplica], say: Callabl
         except (ValueError, KeyError, TypeError) as e:
             raise InputError("engine", f"{replica.name} is no vLLM server ({_told(e)})", "an OpenAI-compatible server of vLLM") from e
     if not models:
-        raise InputError("engine", "; ".join(silent), "a server that answers", "reinforce-ada serve starts some")
+        untrusted = any("CERTIFICATE_VERIFY_FAILED" in line for line in silent)
+        hint = "SSL_CERT_FILE names the authority of its certificate" if untrusted else "reinforce-ada serve starts some"
+        raise InputError("engine", "; ".join(silent), "a server that answers", hint)
     if len(set(models.values())) > 1:
         raise InputError("engine", "; ".join(f"{url} serves {name}" for url, name in models.items()), "the same model on every server")
     for line in silent:

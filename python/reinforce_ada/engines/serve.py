@@ -82,6 +82,11 @@ def environment_of(serving: Serving, i: int) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+# "Value error, ..": what pydantic says under its own error, which only counts the mistakes.
+_REASON = re.compile(r"(\b[A-Z]\w*(Error|Exception):|\berror:|\bValue error,) .*")
+_NO_REASON = "See root cause above"
+
+
 class Server:
     """One server process, and when to start it again."""
 
@@ -92,11 +97,13 @@ class Server:
         self.was_ready = False
         self.started = self.next_start = 0.0
         self.num_failures = 0
+        self._log_begins = 0
 
     def start(self) -> None:
         """In a session of its own, so that its children can be ended with it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._log_begins = log.tell()
             output: IO[bytes] = log
             self.process = subprocess.Popen(self._command, env=self._environment, stdout=output, stderr=output, start_new_session=True)
         self.ready, self.started = False, time.monotonic()
@@ -110,10 +117,12 @@ class Server:
             return False
 
     def complaint(self) -> str:
-        """The last line of its log that sounds like a reason."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        wrong = [line for line in lines if re.search(r"(Error|error:|Exception)\b", line)] or lines
-        return " ".join(wrong[-1].split())[-300:] if wrong else "it said nothing"
+        """Why it ended: the last line of its log since its start that names an error, from there on."""
+        text = self.log.read_bytes()[self._log_begins :] if self.log.exists() else b""
+        lines = text.decode(errors="replace").splitlines()
+        reasons = [found[0] for line in lines if (found := _REASON.search(line)) and _NO_REASON not in line]
+        said = reasons or [line for line in lines if line.strip()]
+        return " ".join(said[-1].split())[:300] if said else "it said nothing"
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End the process and its children."""
@@ -141,7 +150,8 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
         )
         for i in range(serving.replicas)
     ]
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # Both: a shell without job control starts what runs in the background with SIGINT ignored.
+    before = {how: signal.signal(how, _interrupt) for how in (signal.SIGINT, signal.SIGTERM)}
     try:
         say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
         for server in servers:
@@ -155,7 +165,8 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
                 say(f"serve: all are ready: reinforce-ada train --engine openai --servers {','.join(s.url for s in servers)}")
             time.sleep(_LOOK_EVERY_S)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for how, handler in before.items():
+            signal.signal(how, handler)
         _end_all(servers)
 
 

