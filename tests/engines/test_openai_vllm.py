@@ -29,6 +29,7 @@ from engine_scenes import (
 )
 from real_servers import Serving, engine_of, killed_step, serving, step, wait_until_ready
 
+from reinforce_ada.engines import openai
 from reinforce_ada.training import models
 
 pytestmark = [
@@ -104,6 +105,23 @@ def test_stop_strings(two: Serving, folder: Path, module: Any) -> None:
     with scenes(two, folder, stop=stop) as engine:
         engine.sync_weights(weights(module), 0)
         assert cut_at(stop, done, sample(engine, requests)) > 2
+
+
+def test_tokens_come_in_few_messages(two: Serving, folder: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token, the rest up to 16 at a time, the counts: one by one they take this process's time."""
+    messages: list[Any] = []
+    add = openai._Answer.add
+
+    def counted(answer: Any, message: Any) -> None:
+        messages.append(message)
+        add(answer, message)
+
+    monkeypatch.setattr(openai._Answer, "add", counted)
+    requests = make_requests(make_prompts())
+    with scenes(two, folder) as engine:
+        engine.sync_weights(weights(module), 0)
+        sample(engine, requests)
+    assert len(messages) <= 3 * len(requests)
 
 
 def test_a_short_context_is_refused(two: Serving, folder: Path) -> None:
