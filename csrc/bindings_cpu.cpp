@@ -43,6 +43,7 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("build_info", &build_info);
     m.def("select_isa", &select_isa, "name"_a);
+    m.def("limit_isa", &limit_isa, "name"_a);
 
     // token_logprobs
     m.def("first_invalid_token", RA_KERNEL(first_invalid_token), "token_ids"_a, "num_tokens"_a, "vocab"_a, release_gil());

@@ -8,7 +8,13 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
+std::atomic<Isa>& limit() {
+    static std::atomic<Isa> isa{Isa::avx512};
+    return isa;
+}
+
 bool cpu_has(Isa isa) {
+    if (isa > limit()) return false;
 #ifdef RA_HAVE_AVX
     // __builtin_cpu_supports also asks the operating system to save the wide registers. It has no "f16c" in every compiler,
     // but no CPU has AVX2 with FMA and lacks F16C.
@@ -32,6 +38,15 @@ std::atomic<Isa>& selection() {
     return isa;
 }
 
+Isa usable_isa(const std::string& name) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        if (name != isa_name(isa)) continue;
+        if (!cpu_has(isa)) throw std::invalid_argument("this CPU or this build lacks " + name);
+        return isa;
+    }
+    throw std::invalid_argument("unknown instruction set " + name);
+}
+
 }  // namespace
 
 std::vector<std::string> built_isas() {
@@ -51,14 +66,12 @@ std::vector<std::string> usable_isas() {
 
 Isa selected_isa() { return selection().load(std::memory_order_relaxed); }
 
-void select_isa(const std::string& name) {
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-        if (name != isa_name(isa)) continue;
-        if (!cpu_has(isa)) throw std::invalid_argument("this CPU or this build lacks " + name);
-        selection().store(isa, std::memory_order_relaxed);
-        return;
-    }
-    throw std::invalid_argument("unknown instruction set " + name);
+void select_isa(const std::string& name) { selection().store(usable_isa(name), std::memory_order_relaxed); }
+
+void limit_isa(const std::string& name) {
+    const Isa isa = usable_isa(name);
+    limit().store(isa);
+    selection().store(isa);
 }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }

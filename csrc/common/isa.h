@@ -25,6 +25,7 @@ std::vector<std::string> built_isas();     // what was compiled in, weakest firs
 std::vector<std::string> usable_isas();    // of those, what this CPU and operating system can run
 Isa selected_isa();                        // the strongest usable one, unless select_isa chose
 void select_isa(const std::string& name);  // std::invalid_argument when unknown or not usable here
+void limit_isa(const std::string& name);   // selects it, and stronger ones count as not usable from now on
 const char* isa_name(Isa isa);
 
 }  // namespace reinforce_ada

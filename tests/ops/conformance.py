@@ -29,10 +29,10 @@ class Build(NamedTuple):
 
 
 def builds(op: str, *, reference: bool = True, every_isa: bool = True) -> list[Any]:
-    """The builds of the declared forms of `op` that take tensors on the CPU, as pytest parameters; one that cannot run is a skip.
+    """The builds of the declared forms of `op` that take tensors on the CPU, as pytest parameters; a form that cannot run is a skip.
 
     `every_isa=False` takes the native form once, for what does not depend on the instruction set. Forms for other devices have their own
-    tests (tests/gpu): here the header of the report says once why each is left out, see `elsewhere`.
+    tests (tests/gpu). The report says once why each of them is left out, and which instruction sets this CPU lacks: see `left_out`.
     """
     params: list[Any] = []
     for backend, form in _dispatch.forms(op).items():
@@ -41,12 +41,9 @@ def builds(op: str, *, reference: bool = True, every_isa: bool = True) -> list[A
         reason = form.missing()
         isas: list[str | None] = [None]
         if backend == "cpu" and reason is None and every_isa:
-            isas = list(_native.cpu.build_info()["built_isas"])
-        for isa in isas:
-            if isa is not None and isa not in _native.cpu.build_info()["usable_isas"]:
-                reason = f"this CPU lacks {isa}"
-            marks = () if reason is None else pytest.mark.skip(reason=reason)
-            params.append(pytest.param(Build(backend, isa), id=str(Build(backend, isa)), marks=marks))
+            isas = list(_native.cpu.build_info()["usable_isas"])
+        marks = () if reason is None else pytest.mark.skip(reason=reason)
+        params += [pytest.param(build, id=str(build), marks=marks) for build in (Build(backend, isa) for isa in isas)]
     return params
 
 
@@ -55,9 +52,13 @@ def on_cpu(form: _dispatch.Form) -> bool:
     return form.devices is None or "cpu" in form.devices
 
 
-def elsewhere() -> list[str]:
-    """The forms that `builds` leaves out, with the devices they are for and the reason they could not run here either."""
-    return [
+def left_out() -> list[str]:
+    """The forms that `builds` leaves out, with the devices they are for and the reason they could not run here either, and likewise the
+    instruction sets."""
+    info = _native.cpu.build_info() if _native.missing() is None else {"built_isas": [], "usable_isas": []}
+    unusable = [isa for isa in info["built_isas"] if isa not in info["usable_isas"]]
+    isas = [f"cpu: no test runs the {isa} build, which this CPU (or REINFORCE_ADA_ISA) lacks; see make test-avx512" for isa in unusable]
+    return isas + [
         f"{op}: {name} takes tensors on {' or '.join(form.devices or ())} ({form.missing() or 'tests/gpu runs it'})"
         for op in _dispatch.table()
         for name, form in _dispatch.forms(op).items()

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conformance import elsewhere, threads, using
+from conformance import left_out, threads, using
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("forms that these tests leave out", sep="-")
-    terminalreporter.line("\n".join(elsewhere()))
+    terminalreporter.section("what these tests leave out", sep="-")
+    terminalreporter.line("\n".join(left_out()))
 
 
 @pytest.fixture

@@ -105,19 +105,36 @@ def test_build_info() -> None:
     assert info["compiler"]
 
 
-def selected_isa(choice: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "REINFORCE_ADA_ISA": choice}
-    code = "from reinforce_ada.ops import _native; print(_native.cpu.build_info()['selected_isa'])"
+def selected_isa(choice: str | None) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "REINFORCE_ADA_ISA"}
+    env |= {} if choice is None else {"REINFORCE_ADA_ISA": choice}
+    code = "from reinforce_ada.ops import _native; info = _native.cpu.build_info(); print(info['selected_isa'], *info['usable_isas'])"
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
 @needs_native
 def test_isa_from_the_environment() -> None:
-    usable = _native.cpu.build_info()["usable_isas"]
-    assert selected_isa("baseline").stdout.strip() == "baseline"
+    strongest, *usable = selected_isa(None).stdout.split()
+    assert strongest == usable[-1]
+    assert selected_isa("baseline").stdout.split() == ["baseline", "baseline"]
     unknown = selected_isa("sse9").stderr.strip().splitlines()[-1]
     expected = f"REINFORCE_ADA_ISA: unknown instruction set sse9; usable here: {', '.join(usable)}; or leave it unset"
     assert unknown == f"reinforce_ada.errors.InputError: {expected}"
+
+
+@needs_native
+def test_isa_from_the_environment_is_the_strongest_there_is() -> None:
+    """So a run, the suite included, is as on a processor that has no more."""
+    code = (
+        "from reinforce_ada.ops import _native\n"
+        "cpu = _native.cpu\n"
+        "print(cpu.build_info()['usable_isas'])\n"
+        "try: cpu.select_isa('avx512')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    env = {**os.environ, "REINFORCE_ADA_ISA": "baseline"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["['baseline']", "this CPU or this build lacks avx512"]
 
 
 @needs_native

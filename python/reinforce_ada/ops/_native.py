@@ -28,7 +28,7 @@ def _load() -> tuple[Any, str | None]:
     isa = os.environ.get("REINFORCE_ADA_ISA")
     if isa is not None:
         try:
-            module.select_isa(isa)
+            module.limit_isa(isa)
         except ValueError as error:
             usable = ", ".join(module.build_info()["usable_isas"])
             raise InputError("REINFORCE_ADA_ISA", str(error), f"usable here: {usable}", "or leave it unset") from None

@@ -16,6 +16,7 @@ from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._torch import DTYPE_CODES, address
 
 LANES = 16  # packed hidden states are padded to a multiple of the widest vector
+_TILE = 32  # bfloat16 values in a row of an AMX tile
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +33,7 @@ class Hidden:
     """Hidden states [T, D] as the products take them; holds `bytes_per_token` for each beside them."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+        self.rows = _apart(rows) if rows.dtype == torch.bfloat16 else rows
         self._packed = None if rows.dtype == torch.bfloat16 else _pack(rows)
 
     @staticmethod
@@ -97,7 +98,19 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
             torch.get_num_threads(),
         )
     else:
-        into.add_(dz @ weight)
+        into.add_(_apart(dz) @ weight)
+
+
+def _apart(left: Tensor) -> Tensor:
+    """The left factor of a product, its rows followed by zeros up to whole tiles; `left` itself where they are whole.
+
+    With AMX, oneDNN reads a row that ends inside a tile to the end of that tile and multiplies what follows it by zero: a NaN or an infinity in
+    the next row, or in memory that is not ours, becomes NaN in this one (torch 2.13, K = 97 or 100; not K = 96).
+    """
+    num_rows, width = left.shape
+    if width % _TILE == 0:
+        return left
+    return left.new_zeros(num_rows, -(-width // _TILE) * _TILE)[:, :width].copy_(left)
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:

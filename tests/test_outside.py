@@ -1,0 +1,55 @@
+"""Hostile text: every kind becomes a value, one error, or something a terminal shows as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from reinforce_ada.outside import GarbageError, one_line, parse_json, printable
+
+GARBAGE = {
+    "empty": "",
+    "cut short": '{"a": ',
+    "two values": "1 2",
+    "nested too deeply": "[" * 200_000 + "]" * 200_000,
+    "an integer of 5000 digits": "9" * 5000,
+    "half of a surrogate pair": '{"text": "\\ud83d"}',
+    "half a pair in a key": '{"\\uDE00": 1}',
+    "bytes that are no UTF-8": b'{"a": "\xff"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_is_one_error_of_one_line(text: str | bytes) -> None:
+    with pytest.raises(GarbageError) as caught:
+        parse_json(text)
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('{"a": [1, 2.5, null]}', {"a": [1, 2.5, None]}), (b'\xef\xbb\xbf"x"', "x"), ('"\\ud83d\\ude00"', "😀"), ('"\\\\ud83d"', "\\ud83d")],
+)
+def test_json_is_its_value(text: str | bytes, value: object) -> None:
+    assert parse_json(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain [b]é 漢字 😀\n\tx", "plain [b]é 漢字 😀\n\tx"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("\x9b31m\x7f\r", "\\x9b31m\\x7f\\r"),
+        ("\ud800", "\\ud800"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+    ],
+)
+def test_printable_text_cannot_steer_a_terminal(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    printable(text).encode()
+
+
+def test_one_line_is_one_line_of_bounded_length() -> None:
+    assert one_line("a\r\n  b\x1b[2J") == "a b\\x1b[2J"
+    assert len(one_line("x" * 10_000)) == 300
