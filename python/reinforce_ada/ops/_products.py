@@ -104,8 +104,8 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
 def _apart(left: Tensor) -> Tensor:
     """The left factor of a product, its rows followed by zeros up to whole tiles; `left` itself where they are whole.
 
-    With AMX, oneDNN reads a row that ends inside a tile to the end of that tile and multiplies what follows it by zero: a NaN or an infinity in
-    the next row, or in memory that is not ours, becomes NaN in this one (torch 2.13, K = 97 or 100; not K = 96).
+    With AMX, oneDNN reads a row that ends inside a tile to the end of that tile and multiplies what follows it by zero: a NaN or an
+    infinity in the next row, or in memory that is not ours, becomes NaN in this one (torch 2.13, K = 97 or 100; not K = 96).
     """
     num_rows, width = left.shape
     if width % _TILE == 0:
