@@ -8,18 +8,29 @@ NATIVE := CMakeLists.txt $(shell find csrc cmake -type f)
 CXX_SOURCES := $(shell find csrc tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
 REINFORCE_ADA_CUDA ?= OFF
+WORKERS ?= $(shell nproc)
+# As on a processor without AVX-512; see tests/as_avx2/sitecustomize.py. What it cannot show is the speed of such a processor's memory.
+AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 REINFORCE_ADA_ISA=avx2 \
+  PYTHONPATH=$(CURDIR)/tests/as_avx2$${PYTHONPATH:+:$$PYTHONPATH}
 
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
+.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
   gpu-ptx lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
 
+demo-as-avx2: $(VENV)/.demo
+	$(AS_AVX2) $(BIN)/reinforce-ada train $(DEMO_FLAGS)
+
+# One worker per core. To see the output of a test as it comes: make test WORKERS=0
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+
+test-as-avx2: $(VENV)/.dev
+	$(AS_AVX2) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)

@@ -26,12 +26,13 @@ DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
 # and ends it with the report, so nothing else in training may import it.
-FOUNDATION = {"errors", "files", "outside", "types"}
+FOUNDATION = {"errors", "files", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
     "files": {"errors", "outside"},
+    "machine": set(),
     "types": {"errors"},
     "config": {"errors", "files", "outside"},
     "sampling": FOUNDATION,

@@ -27,7 +27,9 @@ class ModelConfig:
     """Which policy is trained, and where."""
 
     model: str = option("smollm2", "smollm2 | tiny | a folder or hub id of any Hugging Face causal LM")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "dtype of the weights; bfloat16 keeps an fp32 master copy")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "dtype of the weights; bfloat16 keeps an fp32 master copy; auto: bfloat16 where the device computes in it, else float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes cuda where there is one")
 
 

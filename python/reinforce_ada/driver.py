@@ -62,8 +62,9 @@ def run(
             flights.start(sampler.next_requests(engine.free_slots))
             engine_idle = not flights.running
             finished, events = _sort(sampler, flights, flights.land())
-            runner.submit([sampler.prompt(c.id.prompt_id) for c in finished], finished)
-            scoring.update(c.id for c in finished)
+            if finished:
+                runner.submit([sampler.prompt(c.id.prompt_id) for c in finished], finished)
+                scoring.update([c.id for c in finished])
             events += runner.poll(_REWARD_WAIT_S if engine_idle and scoring else 0.0)
             events += flights.overdue()
             stalled = engine_idle and not scoring and not events
@@ -72,12 +73,12 @@ def run(
             was_stalled = stalled
             if not events:
                 continue
-            scoring.difference_update(event.id for event in events)
+            scoring.difference_update([event.id for event in events])
             for event in journal.append(events) if journal is not None else events:
-                dropped = sampler.receive(event)
-                flights.stop(dropped)
-                if journal is not None and dropped:  # so that a replay counts them as issued, and as waste
-                    journal.append([Aborted(i, event.policy_version) for i in dropped])
+                if dropped := sampler.receive(event):
+                    flights.stop(dropped)
+                    if journal is not None:  # so that a replay counts them as issued, and as waste
+                        journal.append([Aborted(i, event.policy_version) for i in dropped])
             if on_progress is not None:
                 on_progress(sampler.progress())
     finally:
@@ -114,7 +115,7 @@ class _Flights:
         if requests:
             now = self._clock()
             self._engine.submit(requests)
-            self.running.update((r.id, (now, r)) for r in requests)
+            self.running.update([(r.id, (now, r)) for r in requests])
 
     def stop(self, ids: list[CompletionId]) -> None:
         running = [i for i in ids if self.running.pop(i, None) is not None]

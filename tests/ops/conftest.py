@@ -4,12 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conformance import left_out, threads, using
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("what these tests leave out", sep="-")
-    terminalreporter.line("\n".join(left_out()))
+from conformance import threads, using
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from reinforce_ada import machine
 from reinforce_ada.ops import _native
 
 _PACKAGES = ("reinforce-ada", "torch", "numpy", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn")
@@ -21,7 +22,7 @@ def about(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
+        "cpu": machine.cpu_name(),
         "isa": _native.missing() or str(_native.cpu.build_info()["selected_isa"]),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # of the last minute, before anything is measured
@@ -32,18 +33,6 @@ def about(device: str) -> dict[str, Any]:
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         "commit": _commit(),
     }
-
-
-def _cpu() -> str:
-    """The model's name, with family and model number: cloud machines often hide the rest of the name."""
-    found: dict[str, str] = {}
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    if "model name" not in found:
-        return platform.processor() or "unknown"
-    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
 def _huge_pages() -> str:

@@ -242,7 +242,7 @@ class AdaptiveSampler:
 
     def next_requests(self, free_slots: int) -> list[Request]:
         """Up to `free_slots` requests: lost ones first, then breadth first (fewest issued first, ties in prompt order)."""
-        at_least(f"{_WHERE}.next_requests", "free_slots", free_slots, 0)
+        at_least("AdaptiveSampler.next_requests", "free_slots", free_slots, 0)
         window = self._window(free_slots)
         self._release(window)
         requests: list[Request] = []
@@ -269,7 +269,7 @@ class AdaptiveSampler:
 
     def _release(self, window: int) -> None:
         """Queue the prompts that waited for a window this wide."""
-        for needed in [n for n in self._waiting if n <= window]:
+        for needed in [n for n in self._waiting if n <= window] if self._waiting else ():
             for state in (self._by_order[order] for order in self._waiting.pop(needed)):
                 if state.waits_for == needed:
                     state.waits_for = 0
@@ -333,11 +333,12 @@ class AdaptiveSampler:
         Returns: the requests to abort: all that are still outstanding of the prompt that this event made exit.
         Raises: InputError for a Scored whose reward is not finite.
         """
-        state = self._state_of(event)
-        if state is None or event.id.index >= state.num_issued:
+        request_id = event.id
+        state = self._state_of(event, request_id)
+        if state is None or request_id.index >= state.num_issued:
             self._tally.num_rejected += 1
             return []
-        return self._take(state, event)
+        return self._take(state, event, request_id.index)
 
     def restore(self, events: Iterable[Event]) -> None:
         """Replay a journal in its order, before any request is issued. What it leaves open is issued again, same seeds.
@@ -347,27 +348,28 @@ class AdaptiveSampler:
         if self._tally.num_issued:
             raise InputError(f"{_WHERE}.restore", f"{self._tally.num_issued} issued requests", "a sampler that has issued none is needed")
         for event in events:
-            state = self._state_of(event)
+            request_id = event.id
+            state = self._state_of(event, request_id)
             if state is None:
                 self._tally.num_rejected += 1
                 continue
-            self._mark_issued(state, event.id.index)
-            self._take(state, event)
+            self._mark_issued(state, request_id.index)
+            self._take(state, event, request_id.index)
         self._ready = []
         self._waiting.clear()
         for state in self._by_order:
             state.queued, state.waits_for = False, 0
             self._queue(state)
 
-    def _state_of(self, event: Event) -> _PromptState | None:
+    def _state_of(self, event: Event, request_id: CompletionId) -> _PromptState | None:
         """The prompt this event may be credited to, or None."""
         if isinstance(event, Scored) and not math.isfinite(event.reward):
-            given = f"reward {event.reward} for {tuple(event.id)}"
+            given = f"reward {event.reward} for {tuple(request_id)}"
             raise InputError(f"{_WHERE}.receive", given, "a finite reward is needed", "send a Failed event for it")
-        if event.id.step != self._step or event.policy_version != self._policy_version:
+        if request_id.step != self._step or event.policy_version != self._policy_version:
             return None
-        state = self._states.get(event.id.prompt_id)
-        return state if state is not None and 0 <= event.id.index < state.cap else None
+        state = self._states.get(request_id.prompt_id)
+        return state if state is not None and 0 <= request_id.index < state.cap else None
 
     def _mark_issued(self, state: _PromptState, index: int) -> None:
         """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
@@ -380,8 +382,7 @@ class AdaptiveSampler:
         state.lost |= 1 << index
         heapq.heappush(self._reissue, (state.order, index))
 
-    def _take(self, state: _PromptState, event: Event) -> list[CompletionId]:
-        index = event.id.index
+    def _take(self, state: _PromptState, event: Event, index: int) -> list[CompletionId]:
         if state.is_answered(index) or (state.lost >> index & 1 and isinstance(event, Aborted | Lost)):
             self._tally.num_duplicates += 1
             return []
@@ -412,6 +413,8 @@ class AdaptiveSampler:
             self._tally.num_with_signal += state.has_signal and not had_signal
             had_signal = state.has_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
+            if not self._policy.is_due(state.committed, state.cap):
+                continue
             verdict = self._policy.verdict(state.counts, state.cap)
             if verdict is not Verdict.CONTINUE or state.committed == state.cap:
                 return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))

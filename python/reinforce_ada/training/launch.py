@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from reinforce_ada import config as configuration
+from reinforce_ada import machine
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
@@ -56,8 +57,8 @@ def train(config: Config, resume: Path | None = None) -> None:
 def _follow(config: Config, ranks: Ranks) -> bool:
     """Train on what rank 0 sends; False when a rank fails, which is for rank 0 to say."""
     try:
-        path = ranks.receive()
-        model = ranks.together(lambda: models.load(path, config.model.dtype, pick_device(config.model.device)))
+        path, dtype = ranks.receive()
+        model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
         Learner(model, config, ranks).follow()
         return True
     except RankError:
@@ -67,6 +68,8 @@ def _follow(config: Config, ranks: Ranks) -> bool:
 def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     display = Display()
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
+    precision = _precision(config.model.dtype, device)
+    config = with_dtype(config, device)
     track.check_names(config.run.track)
     records = load_records(config.task, config.run.seed)
     out = _existing_run(resume) if resume else _new_run(config)
@@ -78,11 +81,11 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
         path = _tiny_folder(config, records, out, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
-        ranks.send([path] * ranks.size)
+        ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
         task = render(records, config.task, model.tokenizer)
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, out, display))
-        display.line(_what_runs(config, policy, task, device, ranks.size))
+        display.line(_what_runs(config, policy, task, precision, ranks.size))
         trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, out)
@@ -115,6 +118,8 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     quiet_libraries(model_name)
     display = Display(stderr=True)
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
+    display.line(f"model {model_name} ({_precision(config.model.dtype, device)})")
+    config = with_dtype(config, device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
     records = load_records(config.task, config.run.seed)
@@ -148,6 +153,22 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return distributed.local_device(name)
+
+
+def with_dtype(config: Config, device: torch.device) -> Config:
+    """The configuration with dtype "auto" replaced by the one that `device` computes in: a run keeps it wherever it is resumed."""
+    if config.model.dtype != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=machine.native_dtype(device.type)))
+
+
+def _precision(dtype: str, device: torch.device) -> str:
+    """The dtype and the device in words, with the reason for the dtype where "auto" chose it."""
+    if dtype != "auto":
+        return f"{dtype}, {device}"
+    has = machine.cpu_arithmetic() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    lacks = "" if machine.native_dtype(device.type) == "bfloat16" else ", without native bfloat16"
+    return f"{machine.native_dtype(device.type)}, {device}: {has}{lacks}"
 
 
 def pick_engine(wanted: str) -> str:
@@ -278,10 +299,10 @@ def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -
     return str(folder)
 
 
-def _what_runs(config: Config, policy: Policy, task: Task, device: torch.device, num_ranks: int) -> str:
+def _what_runs(config: Config, policy: Policy, task: Task, precision: str, num_ranks: int) -> str:
     several = f" · {num_ranks} ranks" if num_ranks > 1 else ""
     return (
-        f"model {config.model.model} ({config.model.dtype}, {device}) · task {task.name}, {len(task.held_out)} held-out prompts · "
+        f"model {config.model.model} ({precision}) · task {task.name}, {len(task.held_out)} held-out prompts · "
         f"{policy.name}: up to {policy.cap} completions per prompt, {policy.group_size} kept · {config.sampling.schedule} schedule{several}"
     )
 
@@ -292,6 +313,7 @@ def _header(config: Config, engine: Engine, device: torch.device, num_ranks: int
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "engine": type(engine).__name__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": f"{machine.cpu_name()}, {machine.cpu_arithmetic()}",
         "ranks": num_ranks,
         "cap": configured(config.sampling).cap,
         "torch": torch.__version__,

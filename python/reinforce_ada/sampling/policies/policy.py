@@ -137,8 +137,12 @@ class Policy:
 
         `cap` is the prompt's own, where `allocate` gives each its budget; None is the policy's.
         """
-        due = counts.committed % self.decide_every == 0 or counts.committed == (self.cap if cap is None else cap)
+        due = self.is_due(counts.committed, self.cap if cap is None else cap)
         return self.decide(counts) if due and counts.scored >= self.min_pool else Verdict.CONTINUE
+
+    def is_due(self, committed: int, cap: int) -> bool:
+        """Whether the exit rule is asked at this many committed completions of a prompt with this cap."""
+        return committed % self.decide_every == 0 or committed == cap
 
     @property
     def num_always_drawn(self) -> int:
