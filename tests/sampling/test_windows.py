@@ -45,9 +45,9 @@ def brute_survival(policy: Policy, history: History, start: Counts, num: int) ->
 def survival_table(policy: Policy, history: History, *, void: int = 0) -> np.ndarray:
     """All of `survivals` at once: [cap + 1, cap + 1, cap + 1] by (correct, wrong, j)."""
     table = np.zeros((policy.cap + 1,) * 3)
-    for scored, survival in survivals(policy, history, void=void):
+    for count, survival in survivals(policy, history, void=void):
         for correct, row in enumerate(survival):
-            table[correct, scored - correct, : len(row)] = row
+            table[correct, count - correct, : len(row)] = row
     return table
 
 
@@ -55,11 +55,11 @@ def survival_cube(policy: Policy, history: History, *, void: int = 0) -> np.ndar
     """The recursion as it is written, over a cube that holds everything."""
     cap = policy.cap
     survival = np.zeros((cap + 1, cap + 1, cap + 1))
-    for scored in range(cap - void - 1, -1, -1):
-        correct = np.arange(scored + 1)
-        wrong = scored - correct
-        is_open = [scored + void == 0 or policy.verdict(Counts(c, scored - c, void), cap) is Verdict.CONTINUE for c in correct.tolist()]
-        mean = ((history.a + correct) / (history.a + history.b + scored))[:, None]
+    for count in range(cap - void - 1, -1, -1):
+        correct = np.arange(count + 1)
+        wrong = count - correct
+        is_open = [count + void == 0 or policy.verdict(Counts(c, count - c, void), cap) is Verdict.CONTINUE for c in correct.tolist()]
+        mean = ((history.a + correct) / (history.a + history.b + count))[:, None]
         later = mean * survival[correct + 1, wrong, :-1] + (1 - mean) * survival[correct, wrong + 1, :-1]
         survival[correct, wrong, 0] = is_open
         survival[correct, wrong, 1:] = np.array(is_open)[:, None] * later

@@ -95,7 +95,7 @@ def survivals(policy: Policy, history: History, *, void: int = 0, cap: int | Non
     survival = np.zeros((last + 1, last + 1))  # by correct and scored + j, so that a state and what follows it share a column
     for scored, is_open in zip(range(last - 1, -1, -1), _open_states(policy, void, cap), strict=True):
         correct = np.arange(scored + 1)
-        mean: NDArray[np.float64] = ((history.a + correct) / (history.a + history.b + scored))[:, None]
+        mean = np.asarray((history.a + correct) / (history.a + history.b + scored), np.float64)[:, None]
         rows = np.flatnonzero(is_open)
         if 4 * len(rows) < scored:  # few are open where the rule is asked of every completion
             survival[rows, scored + 1 :] += mean[rows] * (survival[rows + 1, scored + 1 :] - survival[rows, scored + 1 :])
