@@ -169,8 +169,9 @@ def reinforce_ada_exact(
 ) -> Policy:
     """The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate.
 
-    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this gives the
-    smallest variance of the gradient per completion (docs/statistics.md has the numbers). Source: see `objectives.ObjectiveWeight`.
+    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this comes within 2 %
+    of the smallest variance of the gradient per completion (docs/statistics.md has the numbers) and keeps the first round whole.
+    Source: see `objectives.ObjectiveWeight`.
     """
     balance = reinforce_ada_balance(
         group_size=group_size,
