@@ -12,7 +12,7 @@ REINFORCE_ADA_CUDA ?= OFF
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
+.PHONY: demo test test-slow test-fuzz test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
   gpu-ptx lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
@@ -23,6 +23,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# 1500 hostile command lines, each under its limit of time and memory; about ten minutes. FUZZ_SEED and FUZZ_INPUTS choose others.
+test-fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -s -m slow tests/test_cli_fuzz.py $(PYTEST_FLAGS)
 
 # A real vLLM server is killed at 20 random moments of a step; about 15 minutes on two cores. Writes benchmarks/engine_kills.json.
 test-engine-kills: $(VENV)/.dev

@@ -82,7 +82,7 @@ Then, here or on another machine that sees the same folder of weights:
 A server that dies is started again, and gets the current weights before it samples. Ctrl-C ends them all.
 """
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
 _LONGEST_ARGUMENT = 100_000  # characters
 
 
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as e:
         return _fail(f"reinforce-ada: {_of_the_system(e)}")
+    except MemoryError as e:
+        return _fail(f"reinforce-ada: {InputError('memory', str(e) or 'there is no more', 'a smaller size of what was asked for')}")
     except KeyboardInterrupt as e:
         goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is _train else ""
         _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}", first="\n")
