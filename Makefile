@@ -16,8 +16,9 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
-  gpu-ptx lint format bench bench-docs doctor clean
+.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz \
+  test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static \
+  test-gpu-mutations gpu-docs gpu-ptx lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
@@ -34,6 +35,10 @@ test-as-avx2: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# 1500 hostile command lines, each under its limit of time and memory; about ten minutes. FUZZ_SEED and FUZZ_INPUTS choose others.
+test-fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -s -m slow tests/test_cli_fuzz.py $(PYTEST_FLAGS)
 
 # A real vLLM server is killed at 20 random moments of a step; about 15 minutes on two cores. Writes benchmarks/engine_kills.json.
 test-engine-kills: $(VENV)/.dev

@@ -7,6 +7,7 @@ import pytest
 
 from reinforce_ada import config
 from reinforce_ada.errors import InputError
+from reinforce_ada.sampling import presets
 
 
 def test_defaults_are_the_demo():
@@ -99,12 +100,12 @@ def test_keys_are_unique_over_sections():
         ("[training]\nsteps = 'many'", "steps = 'many'"),
         ("[training]\nsteps = 1.5", "steps = 1.5"),
         ("[training]\nsteps = -1", "at least 0"),
-        ("[sampling]\ntemperature = 0.0", "a positive number"),
+        ("[sampling]\ntemperature = 0.0", "at least 0.01"),
         ("[training]\nlearning_rate = inf", "a finite number"),
         ("[training]\nentropy_coef = nan", "a finite number"),
         ("[training]\nclip_low = -1.0", "at least 0"),
         ("[sampling]\nmax_tokens = 512", "raise --max-model-len"),
-        ("[sampling]\nmemory_decay = 1.5", "a number in (0, 1]"),
+        ("[sampling]\nmemory_decay = 1.5", "at most 1"),
         ("[sampling]\nmemory_decay = 0.0", "memory_decay = 0.0"),
         ("[sampling]\nschedule = 'strem'", "schedule = 'strem'; one of stream, rounds"),
         ("[sampling]\nobjective = 'median'", "objective = 'median'; one of as-published, mean, log, power"),
@@ -133,3 +134,11 @@ def test_every_key_survives_the_command_line():
     values = {k: v for section in dataclasses.asdict(config.load()).values() for k, v in section.items() if v is not None}
     text = {k: json.dumps(v) if isinstance(v, dict) else str(v) for k, v in values.items()}
     assert config.load(None, text) == config.load()
+
+
+def test_the_keys_of_a_policy_are_those_that_make_one():
+    assert set(config.POLICY_KEYS) == {*presets.CONFIGURED, "propose"}
+    of_sampling = {f.name for f in dataclasses.fields(config.SamplingConfig)}
+    assert of_sampling - set(config.POLICY_KEYS) == {
+        "preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens", "stop", "memory_decay", "memory_from",
+    }  # fmt: skip

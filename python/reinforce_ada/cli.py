@@ -6,16 +6,19 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import json
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, not_installed
+from reinforce_ada.outside import finite, one_line, show
 
 _TRAIN_EXAMPLES = """\
 examples:
@@ -79,13 +82,17 @@ Then, here or on another machine that sees the same folder of weights:
 A server that dies is started again, and gets the current weights before it samples. Ctrl-C ends them all.
 """
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
+_LONGEST_ARGUMENT = 100_000  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend print one line and return 2, an engine that is gone for too long 3."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal whose encoding lacks a character gets an escape, not an exception
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(_readable(parser, sys.argv[1:] if arguments is None else arguments))
     try:
         code = int(given.run(given) or 0)
         sys.stdout.flush()
@@ -93,19 +100,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as e:
         return _fail(f"reinforce-ada: {e}")
     except EngineLost as e:
-        print(f"reinforce-ada: {e}", file=sys.stderr)
-        return 1
+        _fail(f"reinforce-ada: {e}")
+        return 3
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        return _fail(f"reinforce-ada: {not_installed(given.command, package)}")
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
-        if e.errno not in _DISK_ERRORS:
-            raise
-        return _fail(f"reinforce-ada: cannot write {e.filename or 'to the disk'}: {e.strerror}; a writable folder with space")
+        return _fail(f"reinforce-ada: {_of_the_system(e)}")
+    except MemoryError as e:
+        return _fail(f"reinforce-ada: {InputError('memory', str(e) or 'there is no more', 'a smaller size of what was asked for')}")
     except KeyboardInterrupt as e:
         goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is _train else ""
-        _fail(f"\nreinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}")
+        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}", first="\n")
         return 130
+
+
+def _readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments; one that no file name and no text can be ends the program with one line."""
+    for argument in arguments:
+        try:
+            os.fsencode(argument)
+        except UnicodeEncodeError:
+            parser.error(f"argument {one_line(argument)}: half of a surrogate pair")
+        if "\0" in argument:
+            parser.error(f"argument {one_line(argument)}: a NUL character")
+        if len(argument) > _LONGEST_ARGUMENT:
+            parser.error(f"argument {one_line(argument)}: longer than {_LONGEST_ARGUMENT} characters")
+    return arguments
+
+
+def _of_the_system(e: OSError) -> InputError:
+    """What the operating system refused, where it says of which file. Raises: the error itself otherwise, which is ours."""
+    if e.errno in _DISK_ERRORS:
+        return InputError("files", f"cannot write {e.filename or 'to the disk'}: {e.strerror}", "a writable folder with space")
+    if e.filename is None:
+        raise e
+    return InputError("files", f"cannot use {os.fsdecode(e.filename)}: {e.strerror}", "a file or folder of another name or kind")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="reinforce-ada",
         description="Adaptive sampling for LLM reinforcement learning: rollouts go where the learning signal is.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command", parser_class=_Parser)
     _add_train(commands)
     _add_eval(commands)
     _add_explain(commands)
@@ -144,10 +179,10 @@ class _Parser(argparse.ArgumentParser):
         return f"unknown flag {argument!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 
-def _fail(text: str) -> int:
-    """Say it, where torchrun has started several of us once."""
+def _fail(text: str, *, first: str = "") -> int:
+    """Say it on one line, where torchrun has started several of us once; messages quote what was typed, files and servers."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(first + one_line(text, most=4000), file=sys.stderr)
     return 2
 
 
@@ -237,49 +272,57 @@ def _train(given: argparse.Namespace) -> int:
 # -------------------- eval
 
 
+# What an evaluation does not read of the tables about model, task and engine, and what it reads of others.
+_NOT_OF_EVAL = {"model", "eval_every"}
+_OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed"}
+
+
 def _add_eval(commands: Any) -> None:
     parser = _add_command(commands, "eval", "Avg@k with its standard error and unbiased pass@k of a model on held-out prompts.")
     parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder (such as RUN/model) or a hub id")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    skipped = ("model", "eval_every", "prompts_per_step", "out")
-    names = [k for k, s in configuration.section_of().items() if s in ("model", "task", "engine") and k not in skipped]
-    _add_config_flags(parser, [*names, "temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed"])
+    homes = configuration.section_of()
+    whole = {key for key, section in homes.items() if section in ("model", "task", "engine")}
+    _add_config_flags(parser, [key for key in homes if key in whole - _NOT_OF_EVAL | _OF_EVAL])
     parser.set_defaults(run=_eval)
 
 
 def _eval(given: argparse.Namespace) -> int:
     beside = Path(given.model).parent / "config.toml"
     if given.config is None and Path(given.model).is_dir() and beside.is_file():
-        print(f"task and engine as in {beside}", file=sys.stderr)
+        show(f"task and engine as in {beside}", file=sys.stderr)
         given.config = beside
     config = configuration.load(given.config, _overrides(given))
     _import_from_here()
-    from reinforce_ada.training import launch
+    with _prints_aside() if given.json else nullcontext():
+        from reinforce_ada.training import launch
 
-    e = launch.evaluate_model(config, given.model)
+        e = launch.evaluate_model(config, given.model)
     if given.json:
-        print(json.dumps({**e.record(), "model": given.model}))
+        show(json.dumps(finite({**e.record(), "model": given.model}), allow_nan=False))
         return 0
-    print(f"Avg@{e.k} {e.avg_at_k:.4f} ± {e.stderr:.4f} (standard error over {len(e.per_prompt)} prompts)")
-    print("   ".join(f"pass@{k} {value:.4f}" for k, value in e.pass_at_k.items()))
+    show(f"Avg@{e.k} {e.avg_at_k:.4f} ± {e.stderr:.4f} (standard error over {len(e.per_prompt)} prompts)")
+    show("   ".join(f"pass@{k} {value:.4f}" for k, value in e.pass_at_k.items()))
     if e.num_voids:
-        print(f"{e.num_voids} completions could not be scored and are left out")
+        show(f"{e.num_voids} completions could not be scored and are left out")
     return 0
 
 
-# -------------------- explain
+@contextmanager
+def _prints_aside() -> Iterator[None]:
+    """Whatever libraries, rewards and their processes print meanwhile goes to standard error: the output is the result alone."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
-_NOT_OF_THE_POLICY = {
-    "preset",
-    "schedule",
-    "prompts_per_step",
-    "window",
-    "temperature",
-    "max_tokens",
-    "stop",
-    "memory_decay",
-    "memory_from",
-}
+
+# -------------------- explain
 
 
 def _add_explain(commands: Any) -> None:
@@ -292,8 +335,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--class-weights", metavar="W,C", help="factors of the advantages of wrong and of correct completions")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, one object a policy, unrounded")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw w(p), f(p), E[N] and P(signal) into this PNG")
-    keys = [key for key, section in configuration.section_of().items() if section == "sampling" and key not in _NOT_OF_THE_POLICY]
-    _add_key_flags(parser, keys)
+    _add_key_flags(parser, configuration.POLICY_KEYS)
     parser.set_defaults(run=_explain)
 
 
@@ -319,9 +361,9 @@ def _report(given: argparse.Namespace) -> int:
     from reinforce_ada import report
 
     for path in report.report(given.run_dir):
-        print(path)
+        show(str(path))
     for name, value in report.summary_table(given.run_dir):
-        print(f"{name:<28} {value}")
+        show(f"{name:<28} {value}")
     return 0
 
 
@@ -420,7 +462,7 @@ def _serve(given: argparse.Namespace) -> int:
         from reinforce_ada.training import launch
 
         settings["model"] = launch.model_path(given.model)
-    serve.serve(serve.Serving(**settings), lambda line: print(line, flush=True))
+    serve.serve(serve.Serving(**settings), show)
     return 0
 
 

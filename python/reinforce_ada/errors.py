@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import copyreg
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
+
+from reinforce_ada.outside import one_line
+
+# The extra that brings each package which a base install lacks, by the name it is imported under; tests hold it to pyproject.toml.
+EXTRA_OF = {
+    **dict.fromkeys(("accelerate", "gguf", "httpx", "reasoning_gym", "rich", "safetensors", "tomli", "tomli_w", "transformers"), "train"),
+    **dict.fromkeys(("matplotlib", "pyarrow"), "report"),
+    **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
+    "ray": "ray",
+    "vllm": "vllm",
+}
 
 
 class InputError(ValueError):
@@ -26,6 +38,28 @@ class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
     """An InputError for `name` not among `known`, naming the nearest valid one."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else ""
-    return InputError(where, f"unknown {kind} {name!r}", f"known: {', '.join(names)}", hint)
+    return InputError(where, f"unknown {kind} {one_line(repr(name))}", f"known: {', '.join(names)}", hint)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # of a half-removed or replaced package
+        return False
+
+
+def not_installed(where: str, package: str, hint: str = "") -> InputError:
+    """The InputError for an optional package that is missing; it names the extra that brings it."""
+    extra = EXTRA_OF.get(package)
+    return InputError(
+        where, f"{package} is not installed", f'pip install "reinforce-ada[{extra}]"' if extra else f"pip install {package}", hint
+    )
+
+
+def needs(where: str, package: str, hint: str = "") -> None:
+    """Raises: InputError where an optional package is not installed."""
+    if not is_installed(package):
+        raise not_installed(where, package, hint)

@@ -1,10 +1,19 @@
-"""What comes from outside this program (servers, files, rewards, models) is read and shown through these functions. Stdlib only."""
+"""What comes from outside this program (servers, files, rewards, models) is read and shown through these functions.
+
+Stdlib only, but for matplotlib where a figure is drawn.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import Any
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 
 class GarbageError(ValueError):
@@ -34,6 +43,38 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a small file: UTF-8, with or without a byte order mark.
+
+    Raises: GarbageError for a file that cannot be read, is longer than `most_bytes` or holds something else than text.
+    """
+    try:
+        with path.open("rb") as file:
+            found = file.read(most_bytes + 1)  # not more: it may be a device without an end
+        if len(found) > most_bytes:
+            raise GarbageError(f"longer than {most_bytes} bytes")
+        return found.decode("utf-8-sig")
+    except OSError as e:
+        raise GarbageError(e.strerror or type(e).__name__) from None
+    except UnicodeDecodeError as e:
+        raise GarbageError(f"not UTF-8: byte {e.object[e.start]:#04x} at {e.start}") from None
+    except GarbageError:
+        raise
+    except ValueError as e:  # a name with a NUL in it, or with half of a surrogate pair
+        raise GarbageError(f"no file name: {e}") from None
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no form for, nan and the infinities, in mappings and sequences too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
 # C0 and C1 control characters but for tab and newline, halves of surrogate pairs, and the characters that turn the direction of a line.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -47,3 +88,22 @@ def one_line(text: str, most: int = 300) -> str:
     """`printable` text on one line, cut after `most` characters: for a text of unknown length inside a message."""
     flat = printable(" ".join(text.split()))
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
+
+
+def show(text: str, *, file: IO[str] | None = None, end: str = "\n") -> None:
+    """Print `text` so that it cannot steer the terminal; on standard output where no file is given."""
+    print(printable(text), file=sys.stdout if file is None else file, end=end, flush=True)
+
+
+@contextmanager
+def literal_names() -> Iterator[None]:
+    """Matplotlib figures that are made and saved inside show every name as it is: a `$` starts no formula.
+
+    A character that the font lacks becomes a box without a warning.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
+        yield

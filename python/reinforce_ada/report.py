@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
+from reinforce_ada.outside import literal_names, one_line
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.training.evaluate import paired_difference
 from reinforce_ada.training.log import read_log
@@ -64,12 +64,12 @@ def draw(run_dir: str | os.PathLike[str]) -> Path:
 
     Returns: its path. Raises: InputError when there is no run, or matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("report", "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
+    needs("report", "matplotlib")
     path = Path(run_dir) / "figure.png"
-    figure = _figure(_read(run_dir), _pools(Path(run_dir) / "rollouts.sqlite"))
+    run, pools = _read(run_dir), _pools(Path(run_dir) / "rollouts.sqlite")
     try:
-        figure.savefig(path)
+        with literal_names():
+            _figure(run, pools).savefig(path)
     except OSError as error:
         raise InputError("report", f"cannot write {path}: {error.strerror}", "a writable folder with space is needed") from error
     return path
@@ -183,7 +183,7 @@ def _title(run: _Run) -> str:
     config = run.header.get("config", {})
     parts = [config.get(section, {}).get(key) for section, key in (("sampling", "preset"), ("task", "task"), ("model", "model"))]
     known = [Path(str(part)).name for part in parts if part]
-    return " · ".join(known) if known else run.name
+    return one_line(" · ".join(one_line(name, 40) for name in known) if known else run.name, 100)
 
 
 def _plain(axes: Any) -> None:

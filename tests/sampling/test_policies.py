@@ -427,6 +427,8 @@ def test_preset_overrides() -> None:
         (lambda: preset("grpo", group_sise=4), "preset 'grpo': unknown override 'group_sise'; .*did you mean 'group_size'?"),
         (lambda: preset("grpo", group_size=0), "grpo: group_size 0; an integer of at least 1 is needed"),
         (lambda: preset("dapo", group_size=1), "Policy 'dapo': an exit rule that needs 2 completions; .* room for 1"),
+        (lambda: preset("grpo", group_size=2049), "cap of 2049 completions per prompt; at most 2048"),
+        (lambda: preset("reinforce-ada-balance", max_rounds=10**30), "at most 2048"),
         (lambda: preset("reinforce-ada-pos", group_size=33), "cap of 32 completions per prompt; at least group_size 33"),
         (lambda: preset("reinforce-ada-balance", group_size=0), "group_size 0"),
         (lambda: preset("reinforce-ada-pos", round_size=0), "Rounds: round_size 0; an integer of at least 1"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+import tracemalloc
 from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from sampling_world import Chaos, answer, drawn, prompts_of, scored, sequential
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Counts, History, Policy, Verdict, preset
 from reinforce_ada.sampling.columns import ColumnSampler
-from reinforce_ada.sampling.windows import PosteriorWindow, survival_table, window_of
+from reinforce_ada.sampling.windows import PosteriorWindow, survivals, window_of
 from reinforce_ada.types import Aborted, CompletionId, Event
 
 BALANCE, POS = "reinforce-ada-balance", "reinforce-ada-pos"
@@ -38,6 +40,75 @@ def brute_survival(policy: Policy, history: History, start: Counts, num: int) ->
             is_open &= policy.verdict(now) is Verdict.CONTINUE and now.committed < policy.cap
         total += probability * is_open
     return total
+
+
+def survival_table(policy: Policy, history: History, *, void: int = 0) -> np.ndarray:
+    """All of `survivals` at once: [cap + 1, cap + 1, cap + 1] by (correct, wrong, j)."""
+    table = np.zeros((policy.cap + 1,) * 3)
+    for count, survival in survivals(policy, history, void=void):
+        for correct, row in enumerate(survival):
+            table[correct, count - correct, : len(row)] = row
+    return table
+
+
+def survival_cube(policy: Policy, history: History, *, void: int = 0) -> np.ndarray:
+    """The recursion as it is written, over a cube that holds everything."""
+    cap = policy.cap
+    survival = np.zeros((cap + 1, cap + 1, cap + 1))
+    for count in range(cap - void - 1, -1, -1):
+        correct = np.arange(count + 1)
+        wrong = count - correct
+        is_open = [count + void == 0 or policy.verdict(Counts(c, count - c, void), cap) is Verdict.CONTINUE for c in correct.tolist()]
+        mean = ((history.a + correct) / (history.a + history.b + count))[:, None]
+        later = mean * survival[correct + 1, wrong, :-1] + (1 - mean) * survival[correct, wrong + 1, :-1]
+        survival[correct, wrong, 0] = is_open
+        survival[correct, wrong, 1:] = np.array(is_open)[:, None] * later
+    return survival
+
+
+POLICIES = [
+    preset(BALANCE),
+    preset(BALANCE, decide_every=1, min_pool=0),
+    preset(BALANCE, round_size=5, max_rounds=9, decide_every=3),
+    preset(POS, decide_every=1, min_pool=7),
+    preset(POS, round_size=16, max_rounds=4),
+    preset("grpo", group_size=40),
+    preset("dapo", group_size=16),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=[f"{p.name}-{p.cap}-{p.decide_every}" for p in POLICIES])
+@pytest.mark.parametrize("void", [0, 1, 5])
+@pytest.mark.parametrize("history", [History(), History(0.5, 2.0), History(1024, 0.0625)])
+def test_one_diagonal_at_a_time_gives_what_the_whole_cube_gives(policy: Policy, void: int, history: History) -> None:
+    cube = survival_cube(policy, history, void=void)
+    np.testing.assert_allclose(survival_table(policy, history, void=void), cube, rtol=0, atol=1e-13)
+    for least in (0.05, 0.4, 1.0):
+        windows = np.maximum((cube >= least - 1e-12).sum(axis=2), 1)
+        assert (PosteriorWindow(policy, least).table(history, void, policy.cap) == windows).all()
+
+
+def test_a_cap_of_1024_takes_a_second_and_a_few_megabytes() -> None:
+    window = PosteriorWindow(preset(BALANCE, round_size=8, max_rounds=128))
+    window(Counts(0, 0), History(), 1024)  # the rule has been asked
+    started = time.process_time()
+    window(Counts(0, 0), History(2.0, 1.0), 1024)
+    seconds = time.process_time() - started
+    tracemalloc.start()
+    try:
+        assert window(Counts(0, 500), History(1.0, 2.0), 1024) == 524
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16e6
+    assert seconds < 2  # half of one on a machine with nothing else to do
+
+
+def test_tables_together_stay_within_their_bound() -> None:
+    window = PosteriorWindow(preset(BALANCE, round_size=8, max_rounds=64))
+    for void in range(370, 512):  # half a megabyte each
+        window.table(History(), void, 512)
+    assert 60 << 20 < sum(table.nbytes for table in window._tables.values()) <= 64 << 20
 
 
 @pytest.mark.parametrize("name", [BALANCE, POS])

@@ -110,7 +110,7 @@ def test_a_run_gives_the_models_and_flags_override_them(capsys, tmp_path: Path) 
         ("grpo --window x", "simulate: window 'x'; a number, adaptive, posterior or posterior:SURVIVAL is needed"),
         ("grpoo", "preset: unknown name 'grpoo'"),
         ("grpo --population no.csv", "simulate: cannot read no.csv: No such file or directory; a file of pass rates is needed"),
-        ("grpo --prompts 0", "simulate: prompts 0; at least 1 is needed"),
+        ("grpo --prompts 0", "simulate: prompts 0; a finite number of at least 1 is needed"),
         ("grpo --slots 0", "EngineModel: slots 0; a finite number of at least 1 is needed"),
         ("grpo --poll-fraction 1", "simulate: poll_fraction 1.0; a number from 0 to below 1 is needed"),
         ("grpo --json no/where.json", "simulate: --json no/where.json; a file in a folder that exists is needed"),

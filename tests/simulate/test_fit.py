@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from reinforce_ada.config import load
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import AdaptiveSampler, preset
+from reinforce_ada.sampling import AdaptiveSampler, configured, preset
 from reinforce_ada.simulate.command import population
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
-from reinforce_ada.simulate.fit import fit_beta, fit_run
+from reinforce_ada.simulate.fit import _Run, fit_beta, fit_run
 from reinforce_ada.simulate.population import BetaRates, World
 from reinforce_ada.simulate.run import simulate
 from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
@@ -76,6 +78,31 @@ def test_a_simulated_run_gives_back_its_models(tmp_path: Path, schedule: str, wi
     assert "9 steps: decode step 6 ms + 0.2 ms a sequence (R² 1.000), 48 slots" in str(fit)
     assert fit_run(tmp_path / "rollouts.sqlite") == fit
     assert population(str(tmp_path)) == population(str(tmp_path / "rollouts.sqlite")) == fit.population
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"preset": "reinforce-ada-est", "mean_budget": 12},
+        {"preset": "reinforce-ada-balance", "objective": "power", "alpha": 0.5},
+        {"preset": "dapo", "group_size": 8, "propose": "skip-streaks"},
+        {"preset": "reinforce-ada-exact", "decide_every": 2, "min_pool": 6, "positive_threshold": 0.5, "degenerate": "drop"},
+        {"preset": "reinforce-ada-pos", "round_size": 4, "max_rounds": 3, "propose": None},
+    ],
+)
+def test_a_run_is_sampled_again_by_the_policy_it_had(sampling: dict) -> None:
+    """Whatever key of a policy the run was given; a log of an earlier version lacks some."""
+    config = {"sampling": {"schedule": "stream", "window": 4, "max_tokens": 9, **sampling}, "engine": {"max_num_seqs": 7}}
+    run = _Run.of(Path("run"), {"device": "cpu", "config": config})
+    whole = replace(load().sampling, **sampling)
+    assert run.policy == configured(whole)
+    assert (run.window, run.slots, run.max_tokens) == (4, 7, 9)
+
+
+@pytest.mark.parametrize("header", [{}, {"config": 3}, {"config": {"sampling": {}, "engine": {}}, "device": "cpu"}])
+def test_a_header_that_says_nothing_is_one_line(header: dict) -> None:
+    with pytest.raises(InputError, match=r"^simulate --fit: the first record of .*log.jsonl says nothing of how it sampled"):
+        _Run.of(Path("run"), header)
 
 
 def test_pass_rates_are_found_through_the_stopping_rule() -> None:

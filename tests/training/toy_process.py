@@ -173,7 +173,7 @@ def free_port() -> int:
 
 
 def main() -> None:
-    for name in ("msgspec", "rich.progress", "torch._dynamo"):  # imported on first use: once here instead of in every child
+    for name in ("rich.progress", "torch._dynamo"):  # imported on first use: once here instead of in every child
         importlib.import_module(name)
     for line in sys.stdin:
         command = json.loads(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -14,13 +13,14 @@ from reinforce_ada.bench.case import Case
 from reinforce_ada.bench.catalogue import choose
 from reinforce_ada.bench.measure import Session, WrongResultError, settings
 from reinforce_ada.bench.record import Record, Results, number
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.outside import literal_names, show
 
 
 def listing(ops: Sequence[str], pattern: str, quick: bool) -> None:
     """Prints the names of the cases."""
     for case in choose(ops, pattern, quick=quick):
-        print(case)
+        show(str(case))
 
 
 def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path) -> int:
@@ -36,18 +36,19 @@ def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path)
     Raises: InputError for a choice without cases, or a device that is not there.
     """
     cases = choose(ops, pattern, quick=quick)
-    if not to.absolute().parent.is_dir():
+    if to.is_dir() or not to.absolute().parent.is_dir():
         raise InputError("bench", f"--json {to}", "a file in a folder that exists")
     to.touch()  # what cannot be written is better known before half an hour of measuring
     with settings(device):
         results, wrong = _measure(cases, device, quick, to)
-    print("\n".join(_report(results, wrong)))
-    print(f"\n{to}")
-    if importlib.util.find_spec("matplotlib"):
-        figure.draw(results, to.with_suffix(".png"))
-        print(to.with_suffix(".png"))
+    show("\n".join(_report(results, wrong)))
+    show(f"\n{to}")
+    if is_installed("matplotlib"):
+        with literal_names():
+            figure.draw(results, to.with_suffix(".png"))
+        show(str(to.with_suffix(".png")))
     else:
-        print("no figure: matplotlib is not installed (extra `bench`)")
+        show("no figure: matplotlib is not installed (extra `bench`)")
     return 1 if wrong else 0
 
 
@@ -103,4 +104,4 @@ def _report(results: Results, wrong: Sequence[str]) -> list[str]:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+    show(text, end=end, file=sys.stderr)

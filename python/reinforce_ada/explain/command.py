@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reinforce_ada import config as configuration
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
 from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
+from reinforce_ada.outside import literal_names, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
 
@@ -33,9 +33,9 @@ def run(
     if figure is not None:
         _draw(explanations, figure)
     if as_json:
-        print(json.dumps([e.record(over) for e in explanations], allow_nan=False))
+        show(json.dumps([e.record(over) for e in explanations], allow_nan=False))
     else:
-        print(comparison_page(explanations, over) if what is None else page(explanations[0], over), end="")
+        show(comparison_page(explanations, over) if what is None else page(explanations[0], over), end="")
     return 0
 
 
@@ -79,8 +79,8 @@ def _pair(flag: str, text: str, *, above_zero: bool) -> tuple[float, float]:
 def _draw(explanations: Sequence[Explanation], path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         raise InputError("explain", f"--figure {path}", "a file name that ends with .png, in a folder that exists")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("explain", "--figure without matplotlib", "matplotlib is needed", 'pip install "reinforce-ada[report]"')
+    needs("explain", "matplotlib")
     from reinforce_ada.explain import figure
 
-    figure.draw([e for e in explanations if len(explanations) == 1 or e.label == e.policy.name], path)
+    with literal_names():
+        figure.draw([e for e in explanations if len(explanations) == 1 or e.label == e.policy.name], path)

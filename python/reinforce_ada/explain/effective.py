@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, StoppingTable, Verdict, stopping_table
-from reinforce_ada.sampling.statistics import Terminal
+from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, Verdict, stopping_table
+from reinforce_ada.sampling.statistics import Terminal, live_sequences
 from reinforce_ada.types import Completion, CompletionId, Group, Pool, Prompt, Scored
 
 Array = NDArray[np.float64]
@@ -89,7 +89,8 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
     simulated = any(_depends_on_order(policy, t) for t in terminals)
     rng = np.random.default_rng(0)
     num = _NUM_SEQUENCES // len(terminals) + 1
-    sequences = [_sequences(table, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
+    live = live_sequences(policy, cap) if simulated else {}
+    sequences = [_sequences(live, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
     terms = _terms(where, policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
     plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
@@ -190,15 +191,15 @@ def _depends_on_order(policy: Policy, t: Terminal) -> bool:
     return len({(len(kept), sum(order[i] == "+" for i in kept)) for order in orders for kept in [_kept(policy, order)]}) > 1
 
 
-def _sequences(table: StoppingTable, t: Terminal, num: int, rng: np.random.Generator) -> list[str]:
+def _sequences(live: Mapping[Counts, int], t: Terminal, num: int, rng: np.random.Generator) -> list[str]:
     """Draw sequences that end in this terminal. Given it all are equally likely, whatever p: one sample serves every pass rate."""
-    return ["".join(_backwards(table, t, rng))[::-1] for _ in range(num)]
+    return ["".join(_backwards(live, t, rng))[::-1] for _ in range(num)]
 
 
-def _backwards(table: StoppingTable, t: Terminal, rng: np.random.Generator) -> Iterator[str]:
+def _backwards(live: Mapping[Counts, int], t: Terminal, rng: np.random.Generator) -> Iterator[str]:
     k, w = t.correct, t.wrong
     while k + w:
-        by_correct, by_wrong = (table.live.get(Counts(*counts), 0) for counts in ((k - 1, w), (k, w - 1)))
+        by_correct, by_wrong = (live.get(Counts(*counts), 0) for counts in ((k - 1, w), (k, w - 1)))
         is_correct = rng.random() < by_correct / (by_correct + by_wrong)
         yield "+" if is_correct else "-"
         k, w = (k - 1, w) if is_correct else (k, w - 1)

@@ -169,8 +169,9 @@ def reinforce_ada_exact(
 ) -> Policy:
     """The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate.
 
-    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this gives the
-    smallest variance of the gradient per completion (docs/statistics.md has the numbers). Source: see `objectives.ObjectiveWeight`.
+    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this comes within 2 %
+    of the smallest variance of the gradient per completion (docs/statistics.md has the numbers) and keeps the first round whole.
+    Source: see `objectives.ObjectiveWeight`.
     """
     balance = reinforce_ada_balance(
         group_size=group_size,
@@ -351,13 +352,18 @@ CONFIGURED = (
 
 
 def configured(settings: Any) -> Policy:
-    """The preset `settings.preset` with those of its attributes named in CONFIGURED that are not None, as `config.sampling` has them.
+    """The preset `settings.preset`, overridden by the attributes named in CONFIGURED, which may be None or missing; see `config.sampling`.
 
     `settings.propose` chooses the prompts; dropped ones are refilled as the preset does.
+
+    Raises: InputError for names that are unknown and values that cannot go together.
     """
-    values = {name: getattr(settings, name) for name in CONFIGURED}
+    values = {name: getattr(settings, name, None) for name in CONFIGURED}
     policy = preset(settings.preset, **{name: value for name, value in values.items() if value is not None})
-    if settings.propose is None:
+    propose = getattr(settings, "propose", None)
+    if propose is None:
         return policy
+    if propose not in _PROPOSE:
+        raise unknown_name(f"preset {settings.preset!r}", "propose", propose, _PROPOSE)
     factor = policy.propose.max_prompts_factor if isinstance(policy.propose, Refill) else 1.0
-    return dataclasses.replace(policy, propose=_PROPOSE[settings.propose](max_prompts_factor=factor))
+    return dataclasses.replace(policy, propose=_PROPOSE[propose](max_prompts_factor=factor))

@@ -413,9 +413,8 @@ class AdaptiveSampler:
             self._tally.num_with_signal += state.has_signal and not had_signal
             had_signal = state.has_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
-            if not self._policy.is_due(state.committed, state.cap):
-                continue
-            verdict = self._policy.verdict(state.counts, state.cap)
+            is_asked = self._policy.is_asked(state.correct + state.wrong, state.committed, state.cap)
+            verdict = self._policy.decide(state.counts) if is_asked else Verdict.CONTINUE
             if verdict is not Verdict.CONTINUE or state.committed == state.cap:
                 return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))
         self._queue(state)

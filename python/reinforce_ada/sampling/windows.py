@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window
+
+_TABLE_BYTES = 64 << 20
+_BLOCK = 1 << 14  # numbers, 128 KB
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,17 @@ class PosteriorWindow:
     def table(self, history: History, void: int, cap: int) -> NDArray[np.int16]:
         """The windows [cap + 1, cap + 1] int16 of all (correct, wrong), for so many voids; at least 1 everywhere.
 
-        The prior is rounded to half powers of two, so that prompts share tables; a and b take 29 values each.
+        The prior is rounded to half powers of two, so that prompts share tables; a and b take 29 values each. At a cap of 1024 a table
+        takes 2 MB and about half a second; the oldest ones go when all together pass 64 MB.
         """
         key = (_half_power(history.a), _half_power(history.b), void, cap)
         if (found := self._tables.get(key)) is None:
-            survival = survival_table(self.policy, History(key[0], key[1]), void=void, cap=cap)
-            found = np.maximum((survival >= self.min_survival - 1e-12).sum(axis=2), 1).astype(np.int16)
+            found = np.ones((cap + 1, cap + 1), np.int16)
+            for scored, survival in survivals(self.policy, History(key[0], key[1]), void=void, cap=cap):
+                correct = np.arange(scored + 1)
+                found[correct, scored - correct] = np.maximum(_num_at_least(survival, self.min_survival - 1e-12), 1)
+            while self._tables and (len(self._tables) + 1) * found.nbytes > _TABLE_BYTES:
+                del self._tables[next(iter(self._tables))]
             self._tables[key] = found
         return found
 
@@ -66,32 +76,68 @@ def window_of(settings: Any, policy: Policy, *, latency_bound: bool) -> int | Wi
     return PosteriorWindow(policy) if given == "posterior" or latency_bound else policy.allocate.round_size
 
 
-def survival_table(policy: Policy, history: History, *, void: int = 0, cap: int | None = None) -> NDArray[np.float64]:
-    """P(the prompt is still open after j more completions), by its counts.
+def survivals(policy: Policy, history: History, *, void: int = 0, cap: int | None = None) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """P(the prompt is still open after j more completions), from the states with most completions to the first one.
 
         S_0 = [open];  S_j(c, w) = [open] * (m S_{j-1}(c + 1, w) + (1 - m) S_{j-1}(c, w + 1)),  m = (a + c) / (a + b + c + w)
-    where open means below the cap and not ended by `policy.verdict` at these counts.
+    where open means below the cap and not ended by `policy.verdict` at these counts. S falls with j.
 
     Args:
         policy: its exit rule, decision points and `min_pool`.
         history: Beta(a, b) prior of the pass rate.
         void: completions without a reward so far; none is expected among the coming ones.
         cap: the prompt's; None is the policy's.
-    Returns: [cap + 1, cap + 1, cap + 1] float64 by (correct, wrong, j); 0 where correct + wrong + void exceeds the cap.
+    Yields: scored = cap - void - 1, .., 0 and S [scored + 1, cap - void - scored] float64 by (correct, j), with wrong = scored - correct;
+        at larger j it is 0. It is overwritten when the next one is asked for: one of them is held, not cap of them.
     """
     cap = policy.cap if cap is None else cap
-    survival = np.zeros((cap + 1, cap + 1, cap + 1))
-    for scored in range(cap - void - 1, -1, -1):
+    last = max(cap - void, 0)
+    survival = np.zeros((last + 1, last + 1))  # by correct and scored + j, so that a state and what follows it share a column
+    for scored, is_open in zip(range(last - 1, -1, -1), _open_states(policy, void, cap), strict=True):
         correct = np.arange(scored + 1)
-        wrong = scored - correct
-        open_ = np.array(
-            [scored + void == 0 or policy.verdict(Counts(c, scored - c, void), cap) is Verdict.CONTINUE for c in correct.tolist()]
-        )
-        mean = ((history.a + correct) / (history.a + history.b + scored))[:, None]
-        later = mean * survival[correct + 1, wrong, :-1] + (1 - mean) * survival[correct, wrong + 1, :-1]
-        survival[correct, wrong, 0] = open_
-        survival[correct, wrong, 1:] = open_[:, None] * later
-    return survival
+        mean = np.asarray((history.a + correct) / (history.a + history.b + scored), np.float64)[:, None]
+        rows = np.flatnonzero(is_open)
+        if 4 * len(rows) < scored:  # few are open where the rule is asked of every completion
+            survival[rows, scored + 1 :] += mean[rows] * (survival[rows + 1, scored + 1 :] - survival[rows, scored + 1 :])
+        else:
+            _mix(survival[: scored + 2, scored + 1 :], mean)
+        survival[: scored + 1, scored] = is_open
+        survival[np.flatnonzero(~is_open), scored:] = 0
+        yield scored, survival[: scored + 1, scored:last]
+
+
+def _mix(survival: NDArray[np.float64], mean: NDArray[np.float64]) -> None:
+    """Each row but the last becomes mean * (the row below) + (1 - mean) * itself, by blocks that stay in the cache."""
+    height = max(_BLOCK // max(survival.shape[1], 1), 1)
+    for top in range(0, len(mean), height):
+        bottom = min(top + height, len(mean))
+        change = survival[top + 1 : bottom + 1] - survival[top:bottom]
+        change *= mean[top:bottom]
+        survival[top:bottom] += change
+
+
+@lru_cache(maxsize=8)  # half a megabyte each at a cap of 1024
+def _open_states(policy: Policy, void: int, cap: int) -> tuple[NDArray[np.bool_], ...]:
+    """Whether a prompt goes on with 0, 1, .., scored correct ones, for scored = cap - void - 1, .., 0."""
+    return tuple(_open(policy, scored, void, cap) for scored in range(cap - void - 1, -1, -1))
+
+
+def _open(policy: Policy, scored: int, void: int, cap: int) -> NDArray[np.bool_]:
+    if scored + void == 0 or not policy.is_asked(scored, scored + void, cap):
+        return np.ones(scored + 1, np.bool_)
+    decide, goes_on = policy.decide, Verdict.CONTINUE
+    return np.array([decide(Counts(correct, scored - correct, void)) is goes_on for correct in range(scored + 1)])
+
+
+def _num_at_least(survival: NDArray[np.float64], least: float) -> NDArray[np.int64]:
+    """How many of each falling row reach `least`: all rows are bisected together."""
+    rows, length = np.arange(len(survival)), survival.shape[1]
+    found = np.zeros(len(survival), np.int64)
+    for step in (1 << i for i in reversed(range(length.bit_length()))):
+        beyond = found + step
+        reaches = (beyond <= length) & (survival[rows, np.minimum(beyond, length) - 1] >= least)
+        found = np.where(reaches, beyond, found)
+    return found
 
 
 def _half_power(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -11,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
+from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.fit import fit_run, fit_store
 from reinforce_ada.simulate.population import BetaRates, Population, read_rates
@@ -53,7 +53,7 @@ def run(
     compared = settings(policies, schedules, windows)
     fitted = None if fit is None else fit_run(fit)
     if fitted is not None:
-        print(f"{fitted}\n")
+        show(f"{fitted}\n")
     chosen = [population(text) for text in populations] or [fitted.population if fitted else BetaRates()]
     engine_model: EngineModel = replace(fitted.engine if fitted else EngineModel(), **engine)  # type: ignore[arg-type]
     length_model: LengthModel = replace(fitted.lengths if fitted else LengthModel(), **lengths)  # type: ignore[arg-type]
@@ -69,13 +69,14 @@ def run(
                 )
             )  # fmt: skip
     for study in studies:
-        print(table(study))
+        show(table(study))
     if json_to is not None:
         json_to.write_text(json.dumps([study.record() for study in studies], indent=1) + "\n")
     if figure_to is not None:
         from reinforce_ada.simulate import figure
 
-        figure.draw(studies, figure_to)
+        with literal_names():
+            figure.draw(studies, figure_to)
 
 
 def population(text: str) -> Population:
@@ -132,8 +133,8 @@ def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
             raise InputError(_WHERE, f"{flag} {path}", "a file in a folder that exists is needed")
     if figure_to is not None and figure_to.suffix != ".png":
         raise InputError(_WHERE, f"--figure {figure_to}", "a file name that ends with .png is needed")
-    if figure_to is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InputError(_WHERE, "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
+    if figure_to is not None:
+        needs(_WHERE, "matplotlib")
 
 
 class _Progress:
@@ -153,7 +154,7 @@ class _Progress:
             return
         self._shown = now
         elapsed = int(now - self._started)
-        what = f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions"
+        what = one_line(f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions")
         print(f"\r\033[K[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}", end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Progress:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 
 
-def check_range(where: str, name: str, value: float, low: float, *, strict: bool = False) -> None:
-    """Raise InputError unless `value` is a finite number of at least `low` (above it, where strict)."""
-    if not math.isfinite(value) or value < low or (strict and value == low):
-        raise InputError(where, f"{name} {value:g}", f"a finite number {'above' if strict else 'of at least'} {low:g} is needed")
+def check_range(where: str, name: str, value: float, low: float, high: float, *, strict: bool = False) -> None:
+    """Raise InputError unless `value` is a number from `low` (above it, where strict) to `high`."""
+    if low < value <= high or (value == low and not strict):
+        return
+    needed = (
+        f"at most {high:g} is possible" if value > high else f"a finite number {'above' if strict else 'of at least'} {low:g} is needed"
+    )
+    raise InputError(where, f"{name} {one_line(str(value), 40)}", needed)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class EngineModel:
     sync_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range("EngineModel", "slots", self.slots, 1)
+        check_range("EngineModel", "slots", self.slots, 1, 1e6)
         for f in fields(self)[1:]:
-            check_range("EngineModel", f.name, getattr(self, f.name), 0)
+            check_range("EngineModel", f.name, getattr(self, f.name), 0, 1e7)
         if self.step_ms == 0 == self.busy_ms:
             raise InputError("EngineModel", "step_ms 0 and busy_ms 0", "a decode step that takes time is needed")
 
@@ -62,8 +66,8 @@ class LengthModel:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        check_range("LengthModel", "median_correct", self.median_correct, 0, strict=True)
-        check_range("LengthModel", "median_wrong", self.median_wrong, 0, strict=True)
-        check_range("LengthModel", "sigma", self.sigma, 0)
-        check_range("LengthModel", "sigma_prompt", self.sigma_prompt, 0)
-        check_range("LengthModel", "max_tokens", self.max_tokens, 1)
+        check_range("LengthModel", "median_correct", self.median_correct, 0, 1e7, strict=True)
+        check_range("LengthModel", "median_wrong", self.median_wrong, 0, 1e7, strict=True)
+        check_range("LengthModel", "sigma", self.sigma, 0, 10)
+        check_range("LengthModel", "sigma_prompt", self.sigma_prompt, 0, 10)
+        check_range("LengthModel", "max_tokens", self.max_tokens, 1, 1e7)

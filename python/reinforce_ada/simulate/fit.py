@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
-from reinforce_ada.sampling import Policy, preset
+from reinforce_ada.sampling import Policy, configured
+from reinforce_ada.sampling.policies import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
@@ -25,7 +26,6 @@ from reinforce_ada.training.log import read_log
 from reinforce_ada.types import Scored
 
 _WHERE = "simulate --fit"
-_OVERRIDES = ("group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "degenerate")
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,41 @@ def fit_run(path: Path) -> Fit:
     seconds = {r["step"]: r["sampling_s"] for r in log if r["kind"] == "step"}
     if header is None or len(seconds) < 2:
         raise InputError(_WHERE, f"{folder} holds no run with two finished steps", "a folder that `reinforce-ada train` wrote is needed")
-    sampling = header["config"]["sampling"]
-    policy = preset(sampling["preset"], **{k: sampling[k] for k in _OVERRIDES if sampling.get(k) is not None})
+    run = _Run.of(folder, header)
     with RolloutStore(folder / "rollouts.sqlite", read_only=True) as store:
         pools = store.pool_counts()
-        steps = {s: _answers(store, s, pools, policy.positive_threshold) for s in store.finished_steps() if s in seconds}
-    lengths = fit_lengths(list(steps.values()), sampling["max_tokens"])
+        steps = {s: _answers(store, s, pools, run.policy.positive_threshold) for s in store.finished_steps() if s in seconds}
+    lengths = fit_lengths(list(steps.values()), run.max_tokens)
     population = fit_beta((pool.num_correct, pool.num_wrong) for pool in pools)
-    slots = int(header["config"]["engine"]["max_num_seqs"])
-    counted = [_replay(steps[s], lengths, population, policy, header, slots, seed=s) for s in steps]
+    counted = [_replay(steps[s], lengths, population, run, seed=s) for s in steps]
     step_ms, busy_ms, r2 = _fit_speed(np.array(counted, float), np.array([seconds[s] for s in steps]))
     num_completions = sum(int(answers.committed.sum()) for answers in steps.values())
-    return Fit(EngineModel(slots, step_ms, busy_ms), lengths, population, num_completions, len(steps), r2)
+    return Fit(EngineModel(run.slots, step_ms, busy_ms), lengths, population, num_completions, len(steps), r2)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a run sampled, from the header of its log."""
+
+    policy: Policy
+    schedule: Schedule
+    window: int | Window | None
+    slots: int
+    max_tokens: int
+
+    @classmethod
+    def of(cls, folder: Path, header: Mapping[str, Any]) -> _Run:
+        """Raises: InputError for a header that lacks a setting or holds one that means nothing."""
+        try:
+            sampling, engine = (SimpleNamespace(**header["config"][section]) for section in ("sampling", "engine"))
+            policy = configured(sampling)
+            window = window_of(sampling, policy, latency_bound=header["device"] != "cpu")
+            return cls(policy, sampling.schedule, window, int(engine.max_num_seqs), int(sampling.max_tokens))
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            given = f"the first record of {folder / 'log.jsonl'} says nothing of how it sampled ({type(e).__name__}: {e})"
+            raise InputError(_WHERE, given, "a run of this program is needed") from e
 
 
 def fit_store(path: Path) -> BetaRates:
@@ -129,15 +152,10 @@ def _answers(store: RolloutStore, step: int, pools: Iterable[PoolCounts], positi
     )
 
 
-def _replay(
-    answers: _Answers, lengths: LengthModel, population: BetaRates, policy: Policy, header: Mapping[str, Any], slots: int, *, seed: int
-) -> tuple[float, float]:
+def _replay(answers: _Answers, lengths: LengthModel, population: BetaRates, run: _Run, *, seed: int) -> tuple[float, float]:
     """(decode steps, tokens) of one step of the run."""
-    sampling = header["config"]["sampling"]
-    schedule: Schedule = sampling["schedule"]
-    window = window_of(SimpleNamespace(**sampling), policy, latency_bound=header["device"] != "cpu")
-    world = _RecordedWorld(answers, lengths, population, policy.cap, seed)
-    done = simulate(world, policy, EngineModel(slots), schedule=schedule, window=window)
+    world = _RecordedWorld(answers, lengths, population, run.policy.cap, seed)
+    done = simulate(world, run.policy, EngineModel(run.slots), schedule=run.schedule, window=run.window)
     return done.num_steps, done.tokens
 
 

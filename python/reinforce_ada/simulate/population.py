@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text
 from reinforce_ada.sampling import History
 from reinforce_ada.simulate.engine_model import LengthModel, check_range
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
+_MOST_BYTES = 256 << 20  # of a file of pass rates: ten million
 _OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # one stream of numbers each
 
 
@@ -26,8 +28,8 @@ class BetaRates:
     b: float = 2.0
 
     def __post_init__(self) -> None:
-        check_range("BetaRates", "a", self.a, 0, strict=True)
-        check_range("BetaRates", "b", self.b, 0, strict=True)
+        check_range("BetaRates", "a", self.a, 1e-6, 1e6)
+        check_range("BetaRates", "b", self.b, 1e-6, 1e6)
 
     def __str__(self) -> str:
         return f"Beta({self.a:.3g}, {self.b:.3g})"
@@ -69,19 +71,28 @@ def read_rates(path: Path) -> GivenRates:
     Raises: InputError when the file cannot be read or holds something else.
     """
     try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            return GivenRates(tuple(float(rate) for rate in json.loads(text)), path.name)
-        cells = [line.rpartition(",")[2].strip() for line in text.splitlines() if line.strip()]
-        if cells and not _is_number(cells[0]):
-            cells = cells[1:]
-        return GivenRates(tuple(map(float, cells)), path.name)
-    except OSError as e:
-        raise InputError("simulate", f"cannot read {path}: {e.strerror}", "a file of pass rates is needed") from e
-    except (TypeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError("simulate", f"{path}: {e}", "a JSON list of pass rates, or one a line, is needed") from e
+        text = read_text(path, _MOST_BYTES)
+    except GarbageError as e:
+        raise InputError("simulate", f"cannot read {path}: {e}", "a file of pass rates is needed") from e
+    try:
+        return GivenRates(tuple(_listed(text) if path.suffix == ".json" else _lines(text)), path.name)
+    except InputError:
+        raise
+    except (ValueError, OverflowError) as e:
+        given = f"{path}: {one_line(str(e))}"
+        raise InputError("simulate", given, "a JSON list of pass rates, or one a line, is needed") from e
+
+
+def _listed(text: str) -> Iterator[float]:
+    rates = parse_json(text)
+    if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
+        raise ValueError("something else than a list of numbers")
+    return map(float, rates)
+
+
+def _lines(text: str) -> Iterator[float]:
+    cells = [line.rpartition(",")[2].strip() for line in text.splitlines() if line.strip()]
+    return map(float, cells[1:] if cells and not _is_number(cells[0]) else cells)
 
 
 def _is_number(text: str) -> bool:

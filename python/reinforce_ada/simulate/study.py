@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.sampling import Policy, preset
 from reinforce_ada.sampling.policies import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import PosteriorWindow
-from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel, check_range
 from reinforce_ada.simulate.population import Population, World
 from reinforce_ada.simulate.run import Outcome, simulate
 
 HEADINGS = ("policy", "schedule", "wall s", "relative", "Mtok", "wasted", "signal", "samples/prompt", "utilisation")
 _WHERE = "simulate"
+_MOST_COMPLETIONS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,21 @@ def _policy(text: str) -> Policy:
     for item in rest.split(",") if rest else []:
         key, equals, value = item.partition("=")
         if not equals:
-            raise InputError(_WHERE, f"policy {text!r}", "PRESET or PRESET:KEY=VALUE,KEY=VALUE is needed")
+            raise InputError(_WHERE, f"policy {one_line(repr(text))}", "PRESET or PRESET:KEY=VALUE,KEY=VALUE is needed")
         overrides[key] = _value(value)
     try:
         return preset(name, **overrides)
     except TypeError as e:
-        raise InputError(_WHERE, f"policy {text!r}: {e}", "values of the right kind are needed") from e
+        raise InputError(_WHERE, f"policy {one_line(repr(text))}: {e}", "values of the right kind are needed") from e
 
 
 def _value(text: str) -> Any:
-    """A number where it reads as one, the text elsewhere."""
+    """A number, true, false or nothing where it reads as one, the text elsewhere."""
     try:
-        return json.loads(text)
-    except ValueError:
+        value = parse_json(text)
+    except GarbageError:
         return text
+    return text if isinstance(value, (list, dict)) else value
 
 
 def _window(text: str, policy: Policy) -> int | Window | None:
@@ -196,9 +198,14 @@ def run_study(
         on_poll: called after every poll with the setting, the seed and the number of completions that have ended.
     Raises: InputError for numbers below these.
     """
-    for name, value, least in (("prompts", num_prompts, 1), ("seeds", num_seeds, 1), ("earlier", num_earlier, 0)):
-        if value < least:
-            raise InputError(_WHERE, f"{name} {value}", f"at least {least} is needed")
+    for name, value, least, most in (
+        ("prompts", num_prompts, 1, 10**7), ("seeds", num_seeds, 1, 10**4), ("earlier", num_earlier, 0, 10**4),
+    ):  # fmt: skip
+        check_range(_WHERE, name, value, least, most)
+    for s in settings:
+        if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
+            given = f"{num_prompts} prompts with a cap of {s.policy.cap}"
+            raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 3 GB")
     outcomes: list[list[Outcome]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from reinforce_ada.outside import printable
 from reinforce_ada.sampling import Progress
 
 
@@ -16,19 +17,19 @@ class Display:
     def __init__(self, *, stderr: bool = False) -> None:
         from rich.console import Console
 
-        self._console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
 
     def line(self, text: str) -> None:
         """One line, also while a bar is up."""
-        self._console.print(text, markup=False)
+        self._console.print(_literal(text))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns under a title."""
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", show_header=False)
+        table = Table(title=_literal(title), title_justify="left", show_header=False)
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(_literal(name), _literal(value))
         self._console.print(table)
 
     @contextmanager
@@ -68,9 +69,17 @@ class Display:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn(text), TimeElapsedColumn())
+        words = [TextColumn(form, markup=False) for form in ("{task.description}", text)]
+        columns = (words[0], BarColumn(bar_width=20), words[1], TimeElapsedColumn())
         with Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
-            yield bar, bar.add_task(what, total=None, text="")
+            yield bar, bar.add_task(printable(what), total=None, text="")
+
+
+def _literal(text: str) -> Any:
+    """What rich shows as it is: names of files, tasks and servers hold brackets, and what rewards say may hold anything."""
+    from rich.text import Text
+
+    return Text(printable(text))
 
 
 def load_text(metrics: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ Source: tensorflow/core/util/event.proto, tensorflow/core/framework/summary.prot
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import struct
@@ -16,7 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from reinforce_ada.outside import printable
+
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
+_LARGEST = 3.4028234663852886e38  # of float32
 _START = 1  # of a session: whatever has its step or a later one is not shown any more
 
 
@@ -35,8 +39,9 @@ class EventFile:
         self._write(_field(3, _BYTES, b"brain.Event:2"))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One event with all of these."""
-        summary = b"".join(_field(1, _BYTES, _field(1, _BYTES, tag.encode()) + _field(2, _FLOAT, value)) for tag, value in values.items())
+        """One event with all of these; a number past float32 is written as the largest one."""
+        tags = {printable(tag).encode(): value for tag, value in values.items()}
+        summary = b"".join(_field(1, _BYTES, _field(1, _BYTES, tag) + _field(2, _FLOAT, _float32(value))) for tag, value in tags.items())
         self._write(_field(2, _VARINT, step) + _field(5, _BYTES, summary))
 
     def restart(self, step: int) -> None:
@@ -63,9 +68,17 @@ def _field(number: int, kind: int, value: float | bytes) -> bytes:
     return key + struct.pack("<d" if kind == _DOUBLE else "<f", value)
 
 
+def _float32(value: float) -> float:
+    """The nearest number that float32 has, but for nan and the infinities, which it has."""
+    try:
+        return min(max(value, -_LARGEST), _LARGEST) if math.isfinite(value) else value
+    except OverflowError:  # an integer past float64
+        return math.copysign(_LARGEST, value > 0 or -1)
+
+
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    out = bytearray()
+    """Seven bits a byte, the lowest first; the top bit says that more follow. Negative numbers are those of 64 bits."""
+    out, value = bytearray(), value & 0xFFFFFFFFFFFFFFFF
     while value > 127:
         out.append(value & 127 | 128)
         value >>= 7

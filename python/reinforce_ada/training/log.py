@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import finite
 from reinforce_ada.training.track import Trackers
 
 
@@ -24,7 +24,7 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Raises: InputError when it cannot be written."""
-        clean = {k: _finite(v) for k, v in record.items()}
+        clean = {k: finite(v) for k, v in record.items()}
         self.records.append(clean)
         try:
             with self._path.open("a") as f:
@@ -57,14 +57,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value

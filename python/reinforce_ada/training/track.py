@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import uuid
@@ -10,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.errors import InputError, needs, unknown_name
+from reinforce_ada.outside import one_line
 from reinforce_ada.training.event_file import EventFile
 
 PROJECT = "reinforce-ada"
@@ -76,8 +76,7 @@ def check_names(names: str) -> list[str]:
     for name in wanted:
         if name not in _BEGIN:
             raise unknown_name("track", "tracker", name, _BEGIN)
-        if importlib.util.find_spec(name) is None:
-            raise InputError("track", f"{name} is not installed", f"pip install {name}", "TensorBoard's files need nothing")
+        needs("track", name, "TensorBoard's files need nothing")
     return wanted
 
 
@@ -88,8 +87,16 @@ def numbers_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         place = f"engine/{name.removeprefix('engine_')}" if name.startswith("engine_") else f"{kind}/{name}"
         parts = {f"{place}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {place: value}
         for tag, number in parts.items():
-            if name != "step" and isinstance(number, (int, float)) and math.isfinite(number):
-                yield tag, float(number)
+            if name != "step" and isinstance(number, (int, float)) and math.isfinite(value := _float(number)):
+                yield tag, value
+
+
+def _float(number: float) -> float:
+    """As float64; an integer past it is no finite number."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _begin(name: str, out: Path, config: Mapping[str, Any]) -> Tracker:
@@ -100,7 +107,7 @@ def _begin(name: str, out: Path, config: Mapping[str, Any]) -> Tracker:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return one_line(f"{type(error).__name__}: {error}", most=220)
 
 
 def _identity(out: Path, name: str, make: Callable[[], str]) -> str:

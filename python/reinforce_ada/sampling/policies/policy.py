@@ -21,6 +21,10 @@ from reinforce_ada.sampling.policies.contracts import (
 from reinforce_ada.sampling.policies.propose import AllPrompts
 from reinforce_ada.sampling.policies.select import All
 
+LARGEST_CAP = (
+    2048  # a window table has 8 MB and takes 5 s there, the statistics of a rule that never stops 10 s; twice that is 8 times as long
+)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -64,6 +68,9 @@ class Policy:
         if cap < self.group_size:
             needed = f"at least group_size {self.group_size} is needed"
             raise InputError(where, f"a cap of {cap} completions per prompt", needed, "raise round_size or max_rounds")
+        if cap > LARGEST_CAP:
+            needed = f"at most {LARGEST_CAP}, for which windows and statistics have tables"
+            raise InputError(where, f"a cap of {cap} completions per prompt", needed, "lower round_size or max_rounds")
         if self.min_pool > cap:
             raise InputError(where, f"min_pool {self.min_pool}", f"at most the cap of {cap} completions per prompt is possible")
         if sum(self.needs) > cap:
@@ -137,12 +144,12 @@ class Policy:
 
         `cap` is the prompt's own, where `allocate` gives each its budget; None is the policy's.
         """
-        due = self.is_due(counts.committed, self.cap if cap is None else cap)
-        return self.decide(counts) if due and counts.scored >= self.min_pool else Verdict.CONTINUE
+        is_asked = self.is_asked(counts.scored, counts.committed, self.cap if cap is None else cap)
+        return self.decide(counts) if is_asked else Verdict.CONTINUE
 
-    def is_due(self, committed: int, cap: int) -> bool:
-        """Whether the exit rule is asked at this many committed completions of a prompt with this cap."""
-        return committed % self.decide_every == 0 or committed == cap
+    def is_asked(self, scored: int, committed: int, cap: int) -> bool:
+        """Whether the exit rule is asked of a prompt with so many scored and committed completions and this cap."""
+        return scored >= self.min_pool and (committed % self.decide_every == 0 or committed == cap)
 
     @property
     def num_always_drawn(self) -> int:
