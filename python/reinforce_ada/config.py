@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.outside import GarbageError, server_url, without_credentials
 
 
 def option(default: Any, about: str) -> Any:
@@ -244,7 +245,7 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
             # Text comes from the command line, where "10" is the integer; a TOML file has types of its own.
             out[key] = msgspec.convert(value, type=hints[key], strict=not is_text)
         except (msgspec.ValidationError, json.JSONDecodeError) as e:
-            raise InputError(f"config [{section}]", f"{key} = {value!r}", _needed(hints[key]) or str(e)) from None
+            raise InputError(f"config [{section}]", f"{key} = {without_credentials(repr(value))}", _needed(hints[key]) or str(e)) from None
     return cls(**out)
 
 
@@ -290,6 +291,11 @@ def _check(config: Config) -> None:
         raise InputError("config", given, "room for the prompt", "raise --max-model-len")
     if "" in sampling.stop:
         raise InputError("config", f"stop = {sampling.stop}", "strings that are not empty")
+    try:
+        for url in filter(None, map(str.strip, config.engine.servers.split(","))):
+            server_url(url)
+    except GarbageError as e:
+        raise InputError("config", f"servers: {e}", "URLs such as http://host:8000", "VLLM_API_KEY holds the key") from None
     for key in _POSITIVE:
         if not values[key] > 0:
             raise InputError("config", f"{key} = {values[key]}", "a positive number")

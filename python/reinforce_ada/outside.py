@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 
 class GarbageError(ValueError):
@@ -47,3 +49,36 @@ def one_line(text: str, most: int = 300) -> str:
     """`printable` text on one line, cut after `most` characters: for a text of unknown length inside a message."""
     flat = printable(" ".join(text.split()))
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
+
+
+_USER_INFO = re.compile(r"(?<=//)[^/?#\s]*@")
+
+
+def without_credentials(text: str) -> str:
+    """`text` without the `user:password@` of the URLs in it, for messages."""
+    return _USER_INFO.sub("", text)
+
+
+def server_url(text: str) -> str:
+    """The base URL of a server, without a slash at its end and without `/v1`.
+
+    A URL is written to the configuration of a run, to its log and to the terminal, so it must not hold credentials.
+    Raises: GarbageError for anything but http(s)://host[:port][/path]; the message holds no credentials either.
+    """
+    shown = one_line(without_credentials(text), 100)
+    if "@" in text:
+        raise GarbageError(f"{shown!r} came with credentials, which would be written to files")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as e:  # a port that is no number or above 65535, half of an IPv6 address
+        raise GarbageError(f"{shown!r}: {e}") from None
+    if not re.fullmatch(r"https?://[!-~]+", text) or not parts.hostname or port == 0 or "?" in text or "#" in text:
+        raise GarbageError(f"{shown!r} is not http://host:port")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def is_installed(module: str) -> bool:
+    """Whether this top-level module can be imported: a folder of that name in the working folder alone is not one."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
