@@ -65,16 +65,16 @@ def server_url(text: str) -> str:
     A URL is written to the configuration of a run, to its log and to the terminal, so it must not hold credentials.
     Raises: GarbageError for anything but http(s)://host[:port][/path]; the message holds no credentials either.
     """
-    shown = one_line(without_credentials(text), 100)
+    shown = one_line(repr(without_credentials(text)), 100)
     if "@" in text:
-        raise GarbageError(f"{shown!r} came with credentials, which would be written to files")
+        raise GarbageError(f"{shown} came with credentials, which would be written to files")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as e:  # a port that is no number or above 65535, half of an IPv6 address
-        raise GarbageError(f"{shown!r}: {e}") from None
+        raise GarbageError(f"{shown}: {e}") from None
     if not re.fullmatch(r"https?://[!-~]+", text) or not parts.hostname or port == 0 or "?" in text or "#" in text:
-        raise GarbageError(f"{shown!r} is not http://host:port")
+        raise GarbageError(f"{shown} is not http://host:port")
     return text.rstrip("/").removesuffix("/v1")
 
 

@@ -54,7 +54,7 @@ async def within(work: Awaitable[T], limit_s: float, what: str) -> T:
 async def _pieces(response: Any, most_bytes: int) -> AsyncIterator[bytes]:
     """A body as it comes. A compressed one is refused: it was not asked for, and a few bytes of it can be gigabytes."""
     if (encoding := response.headers.get("content-encoding", "identity").strip().lower()) != "identity":
-        raise GarbageError(f"a body with the content-encoding {one_line(encoding, 40)!r}, which was not asked for")
+        raise GarbageError(f"a body with the content-encoding {one_line(repr(encoding), 40)}, which was not asked for")
     size = 0
     async for data in response.aiter_raw():
         size += len(data)

@@ -154,7 +154,7 @@ def garbage(completion: Completion, policy_version: int | None, max_tokens: int,
     if completion.policy_version != policy_version:
         return f"policy version {completion.policy_version} instead of {policy_version}"
     if completion.finish_reason not in ("stop", "length"):
-        return f"finish_reason {one_line(completion.finish_reason, 40)!r}"
+        return f"finish_reason {one_line(repr(completion.finish_reason), 40)}"
     if tokens.ndim != 1 or tokens.shape != logprobs.shape:
         return f"{tokens.shape} tokens with {logprobs.shape} logprobs"
     if not 0 < len(tokens) <= max_tokens:

@@ -24,7 +24,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, is_installed, one_line, server_url, without_credentials
 from reinforce_ada.types import CompletionId, Request
 
-_CONNECT_S, _GREET_S = 5.0, 10.0
+_CONNECT_S, _GREET_S, _END_S = 5.0, 10.0, 1.0
 _MOST_STOPS = 4  # the interface takes no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
@@ -81,9 +81,11 @@ class Background:
 
 async def _cancel_all() -> None:
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
+    # Most have been cancelled already; a second time while they close their connections would leave sockets open.
+    pending = (await asyncio.wait(others, timeout=_END_S))[1] if others else set()
+    for task in pending:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.gather(*pending, return_exceptions=True)
     await asyncio.sleep(0)  # in which closed connections let go of their sockets
 
 
@@ -113,8 +115,11 @@ class HttpReplica:
         def new_client() -> httpx.AsyncClient:
             timeout = httpx.Timeout(None, connect=_CONNECT_S)
             no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-            return httpx.AsyncClient(base_url=url, headers=dict(headers), timeout=timeout, verify=trusted, cookies=no_cookies)
+            client = httpx.AsyncClient(base_url=url, headers=dict(headers), timeout=timeout, verify=trusted, cookies=no_cookies)
+            self._clients.append(client)
+            return client
 
+        self._clients: list[httpx.AsyncClient] = []
         self._new_client, self._client = new_client, new_client()
         # One for each stream, kept for the next: a client looks at every pair of its connections for every request, which with 128 of
         # them took most of this process's time.
@@ -151,7 +156,7 @@ class HttpReplica:
         """Close all connections."""
         self._stop_all()
         with suppress(Exception):
-            self._background.begin(_close_all([self._client, *self._idle])).result(timeout=_CONNECT_S)
+            self._background.begin(_close_all(self._clients)).result(timeout=_CONNECT_S)
 
     def _stop_all(self) -> None:
         for task in (*self._tasks.values(), *self._others):
@@ -359,12 +364,13 @@ class HttpEngine(Fleet):
         self._limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
         urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
-        replicas: list[HttpReplica] = []
+        replicas = [HttpReplica(self._background, url, self._limits, headers, trusted) for url in urls]
+        greetings = [self._background.begin(replica.greet()) for replica in replicas]
         try:
-            replicas += [HttpReplica(self._background, url, self._limits, headers, trusted) for url in urls]
-            _check(replicas, [self._background.begin(replica.greet()) for replica in replicas], say)
+            _check(replicas, greetings, say)
         except BaseException:
-            for replica in replicas:
+            for replica, greeting in zip(replicas, greetings, strict=True):
+                greeting.cancel()
                 replica.close()
             self._background.close()
             raise
