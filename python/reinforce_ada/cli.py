@@ -75,7 +75,11 @@ examples:
   reinforce-ada serve smollm2 --replicas 2                 two servers on ports 8000 and 8001, each with half of the cores
   reinforce-ada serve Qwen/Qwen3-8B --device cuda --replicas 4 --max-model-len 8192
   reinforce-ada serve Qwen/Qwen3-32B --device cuda --tensor-parallel 2 --vllm-args "--quantization fp8"
-  VLLM_API_KEY=secret reinforce-ada serve MODEL --host 0.0.0.0       and the same variable where `train` runs
+  ssh -N -L 8000:127.0.0.1:8000 HOST                       where `train` runs: reaches a server on another machine
+  reinforce-ada serve MODEL --host 10.0.0.5 --expose       open to a network on which everyone is trusted
+
+The calls that load weights can run code in the server, and vLLM's key does not guard them: whoever reaches the port may use them. So only
+this machine is served unless --expose says otherwise. VLLM_API_KEY, set here and where `train` runs, guards the completions.
 
 Then, here or on another machine that sees the same folder of weights:
   reinforce-ada train --engine openai --servers http://127.0.0.1:8000,http://127.0.0.1:8001
@@ -439,6 +443,7 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder or a hub id; what is trained starts from the same")
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="servers, on consecutive ports (default: 1)")
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--expose", action="store_true", help="allow a --host that other machines reach; they can run code here")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port of the first (default: 8000)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--max-model-len", type=int, default=512, metavar="N", help="longest prompt + completion in tokens (default: 512)")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text
+from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text, server_url, without_credentials
 
 _MOST_BYTES = 1 << 20  # of a configuration file
 _DEEPEST = 16  # tables in tables of task_options
@@ -329,7 +329,7 @@ def _check_table(value: Any, depth: int) -> None:
 def _shown(value: Any) -> str:
     """A value of unknown size, in one short line."""
     try:
-        return one_line(repr(value))
+        return one_line(without_credentials(repr(value)))
     except (RecursionError, ValueError):  # nested too deeply; an integer of 5000 digits
         return f"a {type(value).__name__} too large to show"
 
@@ -403,6 +403,11 @@ def _check(config: Config) -> None:
         _check_text("stop", text)
     if "" in sampling.stop:
         raise InputError("config", f"stop = {_shown(sampling.stop)}", "strings that are not empty")
+    try:
+        for url in filter(None, map(str.strip, config.engine.servers.split(","))):
+            server_url(url)
+    except GarbageError as e:
+        raise InputError("config", f"servers: {e}", "URLs such as http://host:8000", "VLLM_API_KEY holds the key") from None
 
 
 def _check_text(key: str, text: str) -> None:

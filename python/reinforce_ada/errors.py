@@ -44,9 +44,10 @@ def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> Inpu
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Whether a package can be imported, without importing it; a mere folder of that name in the working folder is none."""
     try:
-        return importlib.util.find_spec(package) is not None
+        spec = importlib.util.find_spec(package)
+        return spec is not None and spec.origin is not None
     except (ImportError, ValueError):  # of a half-removed or replaced package
         return False
 

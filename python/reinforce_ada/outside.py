@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 
 class GarbageError(ValueError):
@@ -107,3 +108,30 @@ def literal_names() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
         yield
+
+
+_USER_INFO = re.compile(r"(?<=//)[^/?#\s]*@")
+
+
+def without_credentials(text: str) -> str:
+    """`text` without the `user:password@` of the URLs in it, for messages."""
+    return _USER_INFO.sub("", text)
+
+
+def server_url(text: str) -> str:
+    """The base URL of a server, without a slash at its end and without `/v1`.
+
+    A URL is written to the configuration of a run, to its log and to the terminal, so it must not hold credentials.
+    Raises: GarbageError for anything but http(s)://host[:port][/path]; the message holds no credentials either.
+    """
+    shown = one_line(repr(without_credentials(text)), 100)
+    if "@" in text:
+        raise GarbageError(f"{shown} came with credentials, which would be written to files")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as e:  # a port that is no number or above 65535, half of an IPv6 address
+        raise GarbageError(f"{shown}: {e}") from None
+    if not re.fullmatch(r"https?://[!-~]+", text) or not parts.hostname or port == 0 or "?" in text or "#" in text:
+        raise GarbageError(f"{shown} is not http://host:port")
+    return text.rstrip("/").removesuffix("/v1")

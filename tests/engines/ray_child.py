@@ -133,10 +133,10 @@ def main(model: str, file: Path) -> None:
     )  # fmt: skip
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     facts: dict[str, Any] = {}
-    small = RayEngine(replace(options, kv_cache_bytes=4096), num_replicas=1, address=cluster.address)
+    small = RayEngine(replace(options, kv_cache_bytes=4096), num_replicas=1, vocab_size=384, address=cluster.address)
     facts["small_cache"] = refusal(lambda: small.sync_weights(weights(module), 0))
     small.close()
-    engine = RayEngine(options, num_replicas=3, address=cluster.address, hung_after_s=5.0, say=said.append)
+    engine = RayEngine(options, num_replicas=3, vocab_size=384, address=cluster.address, hung_after_s=5.0, say=said.append)
     facts["one_node"] = on_one_node(engine, copy.deepcopy(module))
     facts["two_nodes"] = on_two_nodes(engine, copy.deepcopy(module), cluster)
     facts["metrics"], facts["said"] = engine.metrics(), said

@@ -112,7 +112,14 @@ def serving(model: str, folder: Path) -> Iterator[Serving]:
 
 @contextmanager
 def engine_of(servers: Serving, weights_folder: Path, **options: Any) -> Iterator[HttpEngine]:
-    settings = {"max_tokens": STEP_MAX_TOKENS, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16, "hung_after_s": 20.0, **options}
+    settings = {
+        "max_tokens": STEP_MAX_TOKENS,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 16,
+        "hung_after_s": 20.0,
+        "vocab_size": 384,
+        **options,
+    }
     with closing(HttpEngine(servers.urls, weights_folder, **settings)) as engine:
         yield engine
 

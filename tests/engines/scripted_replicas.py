@@ -11,10 +11,10 @@ import numpy as np
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.types import Completion, CompletionId, Request
 
-MAX_TOKENS = 8
+MAX_TOKENS, VOCAB_SIZE = 8, 1000
 DISASTERS = (
     *("kill", "refuse", "unfit", "hang", "drop", "late", "twice", "nothing"),
-    *("nan", "no policy", "too long", "positive", "unequal", "empty", "abort"),
+    *("nan", "no policy", "too long", "positive", "unequal", "empty", "abort", "no word"),
 )
 
 
@@ -38,6 +38,7 @@ def spoilt(disaster: str, c: Completion) -> Completion:
         "positive": (c.token_ids, np.full(n, 0.5), "stop", c.policy_version),
         "unequal": (c.token_ids, c.rollout_logprobs[1:], "stop", c.policy_version),
         "empty": (c.token_ids[:0], c.rollout_logprobs[:0], "stop", c.policy_version),
+        "no word": (c.token_ids + VOCAB_SIZE, c.rollout_logprobs, "stop", c.policy_version),
         "abort": (c.token_ids, c.rollout_logprobs, "abort", c.policy_version),
     }[disaster]
     return Completion(c.id, tokens.astype(np.int32), logprobs.astype(np.float32), c.text, finish, version)
@@ -185,7 +186,14 @@ class WatchedFleet(Fleet):
         self.said: list[str] = []
         self.published: list[tuple[list[str], int]] = []
         super().__init__(
-            world.replicas, self.publish, max_tokens=MAX_TOKENS, say=self.said.append, clock=lambda: world.now, wait_s=0.0, **options
+            world.replicas,
+            self.publish,
+            max_tokens=MAX_TOKENS,
+            vocab_size=VOCAB_SIZE,
+            say=self.said.append,
+            clock=lambda: world.now,
+            wait_s=0.0,
+            **options,
         )
 
     def publish(self, named_tensors: Any, version: int) -> str:

@@ -14,7 +14,7 @@ from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refu
 from reinforce_ada.errors import EngineLost
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
-MAX_TOKENS = 6
+MAX_TOKENS, VOCAB_SIZE = 6, 100
 
 
 def answer(request: Request, version: int) -> Completion:
@@ -73,7 +73,7 @@ class Clock:
 
 def fleet_of(*replicas: Scripted, said: list[str] | None = None, **options: Any) -> tuple[Fleet, Clock]:
     clock = Clock()
-    options = {"max_tokens": MAX_TOKENS, "wait_s": 0.0, "clock": clock, **options}
+    options = {"max_tokens": MAX_TOKENS, "vocab_size": VOCAB_SIZE, "wait_s": 0.0, "clock": clock, **options}
     fleet = Fleet(
         replicas, lambda tensors, version: f"weights {version} of {list(tensors)}", say=([] if said is None else said).append, **options
     )
@@ -286,7 +286,9 @@ GARBAGE: dict[str, dict[str, Any]] = {
     "other lengths": {"token_ids": [1, 2], "rollout_logprobs": [-1.0]},
     "not a number": {"token_ids": [1], "rollout_logprobs": [float("nan")]},
     "above 0": {"token_ids": [1], "rollout_logprobs": [0.5]},
+    "far below 0": {"token_ids": [1], "rollout_logprobs": [-3.2e38]},
     "no id": {"token_ids": [-5], "rollout_logprobs": [-1.0]},
+    "past the vocabulary": {"token_ids": [1, VOCAB_SIZE], "rollout_logprobs": [-1.0, -1.0]},
     "a strange end": {"finish_reason": "error"},
 }
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from scripted_server import completion
 from scripted_servers import Process, answers, ask, servers, until
 
 from reinforce_ada.driver import run
-from reinforce_ada.engines.openai import HttpEngine, _lines
+from reinforce_ada.engines.answers import lines
+from reinforce_ada.engines.openai import HttpEngine
 from reinforce_ada.errors import EngineLost
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, preset
@@ -38,7 +39,7 @@ def reward(prompt: Prompt, text: str) -> float:
 @contextmanager
 def engine_of(processes: Sequence[Process], folder: Path, **options: Any) -> Iterator[HttpEngine]:
     said: list[str] = options.pop("said", [])
-    limits = {"max_tokens": MAX_TOKENS, "max_model_len": 64, "max_num_seqs": 8, "hung_after_s": 5.0, "give_up_s": 20.0}
+    limits = {"max_tokens": MAX_TOKENS, "max_model_len": 64, "vocab_size": 1000, "max_num_seqs": 8, "hung_after_s": 5.0, "give_up_s": 20.0}
     with closing(HttpEngine([p.url for p in processes], folder / "weights", say=said.append, **{**limits, **options})) as engine:
         engine.sync_weights([("number", torch.tensor([float(VERSION)]))], VERSION)
         yield engine
@@ -126,14 +127,16 @@ def test_lines_of_a_stream_however_it_is_cut(size: int) -> None:
     text = "data: größer\r\n\r\ndata: {}\n\ndata: [DONE]\n\nno end".encode()
 
     class Response:
-        async def aiter_bytes(self) -> AsyncIterator[bytes]:
+        headers: ClassVar[dict[str, str]] = {}
+
+        async def aiter_raw(self) -> AsyncIterator[bytes]:
             for k in range(0, len(text), size):
                 yield text[k : k + size]
 
-    async def lines() -> list[str]:
-        return [line.decode() async for line in _lines(Response())]
+    async def read() -> list[str]:
+        return [line.decode() async for line in lines(Response(), 1000)]
 
-    assert asyncio.run(lines()) == ["data: größer", "", "data: {}", "", "data: [DONE]", ""]
+    assert asyncio.run(read()) == ["data: größer", "", "data: {}", "", "data: [DONE]", ""]
 
 
 def test_abort_closes_the_stream(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Sam
         with engine_of(one, tmp_path) as engine:
             assert pools(run(fresh(), engine, reward)) == pools(undisturbed)
         monkeypatch.delenv("SSL_CERT_FILE")
-        said = refusal(lambda: HttpEngine([one[0].url], tmp_path, max_tokens=4, max_model_len=64))
+        said = refusal(lambda: HttpEngine([one[0].url], tmp_path, max_tokens=4, max_model_len=64, vocab_size=9))
         assert "certificate verify failed" in said.lower()
         assert "SSL_CERT_FILE names the authority" in said
         assert "\n" not in said
@@ -196,7 +199,7 @@ def test_a_certificate_file_that_is_none(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "text.pem").write_text("no certificate")
     for name in ("nothing.pem", "text.pem"):
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
-        said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64))
+        said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64, vocab_size=9))
         assert f"{name}: " in said
         assert "a file of certificates (PEM)" in said
 
@@ -226,7 +229,7 @@ def test_a_stopped_server_is_noticed(tmp_path: Path, undisturbed: SamplingResult
         result, _ = disturbed(tmp_path, two, [10], lambda _: two[0].stop(), hung_after_s=0.5, said=said)
         two[0].go_on()
     assert pools(result) == pools(undisturbed)
-    assert any(two[0].url in line and ("no token for 0.5 s" in line or "has not answered for 0.5 s" in line) for line in said)
+    assert any(two[0].url in line and ("no progress for 0.5 s" in line or "has not answered for 0.5 s" in line) for line in said)
 
 
 def test_a_server_that_answers_but_brings_no_token_is_noticed(tmp_path: Path, undisturbed: SamplingResult) -> None:
@@ -236,7 +239,7 @@ def test_a_server_that_answers_but_brings_no_token_is_noticed(tmp_path: Path, un
         result, _ = disturbed(tmp_path, two, [], lambda _: None, hung_after_s=0.5, said=said)
         assert answers(two[0].url)
     assert pools(result) == pools(undisturbed)
-    assert any(two[0].url in line and "no token for 0.5 s" in line for line in said)
+    assert any(two[0].url in line and "no progress for 0.5 s" in line for line in said)
 
 
 def test_garbage_is_not_committed(tmp_path: Path, undisturbed: SamplingResult) -> None:
@@ -302,7 +305,7 @@ def test_refusals_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_servers_that_are_not_there(tmp_path: Path) -> None:
-    options = {"max_tokens": 4, "max_model_len": 64}
+    options = {"max_tokens": 4, "max_model_len": 64, "vocab_size": 9}
     assert "reinforce-ada serve starts some" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **options))
     assert "a URL such as http://host:8000" in refusal(lambda: HttpEngine(["localhost"], tmp_path, **options))
     assert "http://a:1 twice; each" in refusal(lambda: HttpEngine(["http://a:1", "http://b:1", "http://a:1/v1/"], tmp_path, **options))
@@ -313,7 +316,7 @@ def test_servers_that_are_not_there(tmp_path: Path) -> None:
 
 def test_without_httpx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64))
+    said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64, vocab_size=9))
     assert said == 'engine: httpx is not installed; pip install "reinforce-ada[train]"'
 
 

@@ -113,9 +113,9 @@ def test_whatever_ends_the_conversation_is_told() -> None:
 
 
 def test_refusals_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "at least 1" in refusal(lambda: RayEngine(OPTIONS, num_replicas=0))
-    assert "at least 1" in refusal(lambda: RayEngine(OPTIONS, num_replicas=1, cpus=0))
-    assert "ray start --head starts one" in refusal(lambda: RayEngine(OPTIONS, num_replicas=1, address="127.0.0.1:9"))
+    assert "at least 1" in refusal(lambda: RayEngine(OPTIONS, vocab_size=384, num_replicas=0))
+    assert "at least 1" in refusal(lambda: RayEngine(OPTIONS, vocab_size=384, num_replicas=1, cpus=0))
+    assert "ray start --head starts one" in refusal(lambda: RayEngine(OPTIONS, vocab_size=384, num_replicas=1, address="127.0.0.1:9"))
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else real(name, *rest))
-    assert 'pip install "reinforce-ada[ray]"' in refusal(lambda: RayEngine(OPTIONS, num_replicas=1))
+    assert 'pip install "reinforce-ada[ray]"' in refusal(lambda: RayEngine(OPTIONS, vocab_size=384, num_replicas=1))

@@ -118,7 +118,7 @@ def test_requests_of_replicas_wait_and_move(tmp_path: Path) -> None:
     clock = Clock()
     trace = Trace(tmp_path / "t.json", clock)
     left, right = OneByOne("left"), OneByOne("right")
-    fleet = Fleet([left, right], publish, max_tokens=9, clock=clock, wait_s=0.0)
+    fleet = Fleet([left, right], publish, max_tokens=9, vocab_size=1 << 20, clock=clock, wait_s=0.0)
     engine = TracedEngine(fleet, trace)
     engine.sync_weights([], 2)
     engine.submit([request("a", k) for k in range(3)])  # the third waits

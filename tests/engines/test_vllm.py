@@ -34,6 +34,7 @@ class FakeLLM:
     def __init__(self, model: str, **asked: Any) -> None:
         FakeLLM.asked = asked
         self.llm_engine = None
+        self.model_config = types.SimpleNamespace(get_vocab_size=lambda: 384)
         self.calls: list[str] = []
 
     def get_tokenizer(self) -> None: ...

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 
@@ -108,7 +109,7 @@ def too_old(vllm_version: str) -> str:
     found = re.match(r"(\d+)\.(\d+)", vllm_version)
     if found is None or (int(found[1]), int(found[2])) >= OLDEST_VLLM:
         return ""
-    return f"vLLM {vllm_version}; at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
+    return f"vLLM {one_line(vllm_version, 40)}; at least {'.'.join(map(str, OLDEST_VLLM))} is needed"
 
 
 def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:
@@ -123,3 +124,47 @@ def check_prompt_length(where: str, request: Request, max_tokens: int, max_model
             f"at most max_model_len - max_tokens = {max_model_len} - {max_tokens}",
             "raise --max-model-len, or shorten the prompt",
         )
+
+
+# A log-probability is at most 0; rounding puts some of a certain token just above. Below float32's range it would become an infinity.
+_MOST_LOGPROB, _LEAST_LOGPROB = 1e-3, -3e38
+
+
+def wrong_token(token_ids: Sequence[Any], vocab_size: int) -> str:
+    """What is wrong with these token ids; "" with nothing."""
+    for token in token_ids:
+        if type(token) is not int:
+            return f"a token id that is no whole number: {one_line(repr(token), 40)}"
+        if not 0 <= token < vocab_size:
+            return f"token {one_line(str(token), 40)} of a vocabulary of {vocab_size}"
+    return ""
+
+
+def wrong_logprob(logprobs: Sequence[Any]) -> str:
+    """What is wrong with these log-probabilities; "" with nothing."""
+    for logprob in logprobs:
+        if type(logprob) not in (int, float) or not _LEAST_LOGPROB <= logprob <= _MOST_LOGPROB:
+            return f"a logprob that is not one: {one_line(repr(logprob), 40)}"
+    return ""
+
+
+def garbage(completion: Completion, policy_version: int | None, max_tokens: int, vocab_size: int) -> str:
+    """What is wrong with a completion; "" with nothing."""
+    tokens, logprobs = completion.token_ids, completion.rollout_logprobs
+    if completion.policy_version != policy_version:
+        return f"policy version {completion.policy_version} instead of {policy_version}"
+    if completion.finish_reason not in ("stop", "length"):
+        return f"finish_reason {one_line(repr(completion.finish_reason), 40)}"
+    if tokens.ndim != 1 or tokens.shape != logprobs.shape:
+        return f"{tokens.shape} tokens with {logprobs.shape} logprobs"
+    if not 0 < len(tokens) <= max_tokens:
+        return f"{len(tokens)} tokens of at most {max_tokens}"
+    ends = [int(tokens.min()), int(tokens.max())], [float(logprobs.min()), float(logprobs.max())]  # NaN where one is
+    return wrong_token(ends[0], vocab_size) or wrong_logprob(ends[1])
+
+
+def check_own(where: str, completion: Completion, max_tokens: int, vocab_size: int) -> Completion:
+    """A completion of an engine in this process. Raises: EngineLost for garbage, which a model with infinities in its weights samples."""
+    if wrong := garbage(completion, completion.policy_version, max_tokens, vocab_size):
+        raise EngineLost(f"{where}: sampled garbage: {wrong}; the run can be resumed")
+    return completion

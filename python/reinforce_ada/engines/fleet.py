@@ -17,10 +17,9 @@ from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
-from reinforce_ada.engines.base import Placement, PrefixHits
+from reinforce_ada.engines.base import Placement, PrefixHits, garbage
 from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
@@ -50,9 +49,10 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """It is gone, hangs or answers garbage; all that it was given is lost."""
+    """It is gone, hangs or answers garbage; all that it was given is lost. It is left alone for `pause_s` at least."""
 
     reason: str
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,7 @@ class Fleet:
         replicas: they are started at once, and used as they come up.
         publish: puts the weights where replicas find them, and returns what `Replica.load` takes.
         max_tokens: no completion may be longer.
+        vocab_size: every token id must be below.
         give_up_s: this long without any replica, since the last answer of one, raises EngineLost.
         say: takes one line whenever a replica comes or goes.
         clock, wait_s: monotonic seconds; how long `poll` waits for news at most.
@@ -154,12 +155,13 @@ class Fleet:
         publish: Callable[[Iterable[tuple[str, Any]], int], Any],
         *,
         max_tokens: int,
+        vocab_size: int,
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = 0.05,
     ) -> None:
-        self._publish, self._max_tokens, self._give_up_s = publish, max_tokens, give_up_s
+        self._publish, self._max_tokens, self._vocab_size, self._give_up_s = publish, max_tokens, vocab_size, give_up_s
         self._say, self._clock, self._wait_s = say, clock, wait_s
         self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
@@ -305,8 +307,8 @@ class Fleet:
                 if (request := member.running.pop(request_id, None)) is not None:
                     self._say(f"engine: {member.replica.name} dropped a request: {reason}")
                     self._dropped(member, request, reason)
-            case Down(reason):
-                self._fail(member, reason)
+            case Down(reason, pause_s):
+                self._fail(member, reason, min(pause_s, LONGEST_BACKOFF_S))
             case Refused(reason):
                 self._refused(member, reason)
             case Completion():
@@ -316,7 +318,7 @@ class Fleet:
     def _completed(self, member: Member, completion: Completion) -> Completion | None:
         if completion.id not in member.running:
             self.counts.late += 1
-        elif wrong := _garbage(completion, self._version, self._max_tokens):
+        elif wrong := garbage(completion, self._version, self._max_tokens, self._vocab_size):
             self._reject(member, f"answered garbage: {wrong}")
         else:
             self.hits.add(member.running.pop(completion.id), completion)
@@ -342,17 +344,31 @@ class Fleet:
 
     def _assign(self) -> list[tuple[Member, list[Request]]]:
         given: dict[int, list[Request]] = {}
-        while self._waiting:
-            free = [i for i, m in enumerate(self.members) if m.state is State.ready and len(m.running) < m.replica.num_slots]
-            if not free:
-                break
+        stay: list[Request] = []
+        while self._waiting and any(self._has_room(m) for m in self.members):
             request = self._waiting.popleft()
-            droppers = self._droppers.get(request.id, [])
-            i = min(free, key=lambda i: (droppers.count(self.members[i]), self.members[i].load))
+            free = self._takers(request)
+            if not free:
+                stay.append(request)
+                continue
+            i = min(free, key=lambda i: self.members[i].load)
             self.members[i].running[request.id] = request
             self.placements.append(Placement(request.id, self.members[i].replica.name, self._clock()))
             given.setdefault(i, []).append(request)
+        self._waiting.extendleft(reversed(stay))
         return [(self.members[i], requests) for i, requests in given.items()]
+
+    def _takers(self, request: Request) -> list[int]:
+        """Members with room, of those that dropped it least: it waits for one of them rather than go round with one that drops all."""
+        ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
+        if droppers := self._droppers.get(request.id):
+            least = min(droppers.count(self.members[i]) for i in ready)
+            ready = [i for i in ready if droppers.count(self.members[i]) == least]
+        return [i for i in ready if self._has_room(self.members[i])]
+
+    @staticmethod
+    def _has_room(member: Member) -> bool:
+        return member.state is State.ready and len(member.running) < member.replica.num_slots
 
     def _dropped(self, member: Member, request: Request, reason: str) -> None:
         self._put_back([request])
@@ -389,14 +405,14 @@ class Fleet:
         except InputError:
             raise
         except Exception as error:
-            self._fail(member, f"{type(error).__name__}: {error}")
+            self._fail(member, f"{type(error).__name__}: {one_line(str(error))}")
 
     def _close(self, member: Member) -> None:
         member.num_starts += 1  # whatever it still says is not heard
         try:
             member.replica.close()
         except Exception as error:  # the others are closed all the same
-            self._say(f"engine: {member.replica.name} did not close: {error}")
+            self._say(f"engine: {member.replica.name} did not close: {one_line(str(error))}")
 
     def _reject(self, member: Member, reason: str, least_pause_s: float = 0.0) -> None:
         """Down by the fleet's verdict: the replica does not know, and must not go on with what others are given now."""
@@ -434,19 +450,3 @@ class Fleet:
         if self._lost_s > self._give_up_s:
             reasons = "; ".join(f"{m.replica.name}: {m.reason or m.state.value}" for m in self.members) or "there are none"
             raise EngineLost(f"engine: no replica for {self._give_up_s:.0f} s ({reasons}); the run can be resumed")
-
-
-def _garbage(completion: Completion, policy_version: int | None, max_tokens: int) -> str:
-    """What is wrong with a completion; empty when nothing is."""
-    tokens, logprobs = completion.token_ids, completion.rollout_logprobs
-    if completion.policy_version != policy_version:
-        return f"policy version {completion.policy_version} instead of {policy_version}"
-    if completion.finish_reason not in ("stop", "length"):
-        return f"finish_reason {completion.finish_reason!r}"
-    if tokens.ndim != 1 or tokens.shape != logprobs.shape:
-        return f"{tokens.shape} tokens with {logprobs.shape} logprobs"
-    if not 0 < len(tokens) <= max_tokens:
-        return f"{len(tokens)} tokens of at most {max_tokens}"
-    if not bool(np.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-3 or int(tokens.min()) < 0:
-        return "a logprob that is not one"
-    return ""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
 
@@ -43,11 +44,14 @@ class FunctionEngine:
         if not requests:
             return []
         texts = self._generate([r.prompt for r in requests], [r.seed for r in requests])
-        if len(texts) != len(requests):
-            raise InputError("FunctionEngine", f"{len(texts)} texts from generate for {len(requests)} prompts", "one each is needed")
+        if isinstance(texts, str | bytes) or not hasattr(texts, "__len__") or len(texts) != len(requests):
+            given = f"{len(texts)} texts" if isinstance(texts, list | tuple) else f"a {type(texts).__name__}"
+            raise InputError("FunctionEngine", f"{given} from generate for {len(requests)} prompts", "a list with one text each is needed")
         return [self._complete(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _complete(self, request: Request, text: str) -> Completion:
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise InputError("FunctionEngine", f"{one_line(repr(text), 80)} from generate", "a text is needed")
         return Completion(request.id, np.empty(0, np.int32), np.empty(0, np.float32), text, "stop", self._policy_version)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
@@ -67,3 +71,12 @@ class FunctionEngine:
 
     def close(self) -> None:
         self._waiting.clear()
+
+
+def _is_unicode(text: str) -> bool:
+    """Without halves of surrogate pairs, which no file and no database takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import json
 import os
-import re
 import shutil
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from reinforce_ada.engines import answers
+from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
 from reinforce_ada.engines.base import check_prompt_length, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError
-from reinforce_ada.types import Completion, CompletionId, Request
+from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.outside import GarbageError, one_line, server_url, without_credentials
+from reinforce_ada.types import CompletionId, Request
 
-_CONNECT_S = 5.0
-_DATA = b"data: "  # of server-sent events
-_TOKENS_A_MESSAGE = 16  # this process takes 130 000 tokens a second so, 20 000 one by one
+_CONNECT_S, _GREET_S, _END_S = 5.0, 10.0, 1.0
 _MOST_STOPS = 4  # the interface takes no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
 
-
-class UnfitError(Exception):
-    """A server that answers and cannot be used as it is."""
-
-
-class BrokenError(Exception):
-    """A server that says that it is broken."""
+# Every field of the interface that changes the distribution or the tokens that come back. A server fills what a request leaves out from the
+# generation_config.json in the folder of its model, and top_k and repetition penalties would sample from another policy than is trained.
+NEUTRAL: dict[str, Any] = {
+    "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "logit_bias": None, "allowed_token_ids": None, "bad_words": [], "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
+    "n": 1, "use_beam_search": False, "echo": False, "suffix": None, "include_stop_str_in_output": False, "skip_special_tokens": True,
+    "spaces_between_special_tokens": True, "truncate_prompt_tokens": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,7 @@ class Limits:
 
     max_tokens: int
     max_model_len: int
+    vocab_size: int
     max_num_seqs: int
     temperature: float
     stop: tuple[str, ...]
@@ -72,18 +71,21 @@ class Background:
         """End the thread; what runs there is cancelled."""
         if not self._thread.is_alive():
             return
-        with suppress(TimeoutError):
+        with suppress(Exception):  # a task that does not end is left to the end of the process
             self.begin(_cancel_all()).result(timeout=_CONNECT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(timeout=_CONNECT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 async def _cancel_all() -> None:
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
+    # Most have been cancelled already; a second time while they close their connections would leave sockets open.
+    pending = (await asyncio.wait(others, timeout=_END_S))[1] if others else set()
+    for task in pending:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.gather(*pending, return_exceptions=True)
     await asyncio.sleep(0)  # in which closed connections let go of their sockets
 
 
@@ -93,8 +95,8 @@ async def _cancel_all() -> None:
 class HttpReplica:
     """A server as a replica.
 
-    It is down when a connection breaks, when /health does not answer, or when no stream has brought anything for `hung_after_s` while
-    requests are running. Tokens and logprobs come as the server sampled them; nothing is tokenised again.
+    It is down when a connection breaks, when /health does not answer, when it says anything that cannot be, or when no stream has come
+    further for `hung_after_s` while requests are running. Tokens and logprobs come as the server sampled them; nothing is tokenised again.
     """
 
     def __init__(self, background: Background, url: str, limits: Limits, headers: Mapping[str, str], trusted: ssl.SSLContext) -> None:
@@ -104,15 +106,20 @@ class HttpReplica:
         self._background, self._limits = background, limits
         self._model = ""
         self._version = -1
-        self._last_news = 0.0
+        self._last_progress = 0.0
         self._tell: Callable[[News], None] = lambda news: None
         self._tasks: dict[CompletionId, Future[Any]] = {}
+        self._unanswered: set[CompletionId] = set()  # whatever became of their tasks
         self._others: list[Future[Any]] = []
 
         def new_client() -> httpx.AsyncClient:
             timeout = httpx.Timeout(None, connect=_CONNECT_S)
-            return httpx.AsyncClient(base_url=url, headers=dict(headers), timeout=timeout, verify=trusted)
+            no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+            client = httpx.AsyncClient(base_url=url, headers=dict(headers), timeout=timeout, verify=trusted, cookies=no_cookies)
+            self._clients.append(client)
+            return client
 
+        self._clients: list[httpx.AsyncClient] = []
         self._new_client, self._client = new_client, new_client()
         # One for each stream, kept for the next: a client looks at every pair of its connections for every request, which with 128 of
         # them took most of this process's time.
@@ -132,13 +139,15 @@ class HttpReplica:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """One stream for each."""
-        self._last_news = time.monotonic()
+        self._last_progress = time.monotonic()
         self._tasks = {i: task for i, task in self._tasks.items() if not task.done()}
+        self._unanswered.update(request.id for request in requests)
         for request in requests:
             self._tasks[request.id] = self._background.begin(self._guarded(self._complete(request), self._tell))
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Close their streams, at which the server stops them."""
+        self._unanswered.difference_update(ids)
         for i in ids:
             if (task := self._tasks.pop(i, None)) is not None:
                 task.cancel()
@@ -146,88 +155,91 @@ class HttpReplica:
     def close(self) -> None:
         """Close all connections."""
         self._stop_all()
-        for client in (self._client, *self._idle):
-            with suppress(Exception):
-                self._background.begin(client.aclose()).result(timeout=_CONNECT_S)
+        with suppress(Exception):
+            self._background.begin(_close_all(self._clients)).result(timeout=_CONNECT_S)
 
     def _stop_all(self) -> None:
         for task in (*self._tasks.values(), *self._others):
             task.cancel()
-        self._tasks, self._others = {}, []
+        self._tasks, self._unanswered, self._others = {}, set(), []
 
     # -------------------- what runs in the background
 
     async def _guarded(self, work: Coroutine[Any, Any, None], tell: Callable[[News], None]) -> None:
-        """Whatever goes wrong is news."""
-        import httpx
-
+        """Whatever goes wrong is news: a task that ended without a word would keep its requests for ever."""
         try:
             await work
-        except UnfitError as e:
-            tell(Refused(str(e)))
-        except BrokenError as e:
-            tell(Down(str(e)))
-        except httpx.HTTPError as e:
-            tell(Down(_told(e)))
-        except (ValueError, KeyError, TypeError, IndexError) as e:
-            tell(Down(f"answered garbage: {type(e).__name__}: {e}"))
+        except Exception as e:
+            tell(_news(e))
 
     async def _watch(self) -> None:
-        tell = self._tell
+        tell, patience_s = self._tell, self._limits.hung_after_s
         self._model = await self.greet()
         tell(Up())
         while True:
-            await asyncio.sleep(min(1.0, self._limits.hung_after_s / 4))
-            try:
-                await asyncio.wait_for(self._ask("GET", "/health"), self._limits.hung_after_s)
-            except asyncio.TimeoutError:
-                tell(Down(f"/health has not answered for {self._limits.hung_after_s:g} s"))
-                return
-            running = any(not task.done() for task in list(self._tasks.values()))
-            if running and time.monotonic() - self._last_news > self._limits.hung_after_s:
-                tell(Down(f"no token for {self._limits.hung_after_s:g} s"))
-                return
+            await asyncio.sleep(min(1.0, patience_s / 4))
+            await within(self._ask("GET", "/health"), patience_s, "/health has not answered")
+            if self._unanswered and time.monotonic() - self._last_progress > patience_s:
+                raise BrokenError(f"no progress for {patience_s:g} s")
 
     async def greet(self) -> str:
-        """The model's name. Raises: UnfitError for a server that cannot be used."""
+        """The model's name. Raises: UnfitError for a server that cannot be used, BrokenError for one that does not answer in time."""
+        return await within(self._greet(), min(_GREET_S, self._limits.hung_after_s), "has not answered")
+
+    async def _greet(self) -> str:
         await self._ask("GET", "/health")
-        version = str((await self._ask("GET", "/version")).get("version", ""))
-        if wrong := too_old(version):
+        if wrong := too_old(answers.version_of(await self._ask("GET", "/version"))):
             raise UnfitError(wrong)
-        served = (await self._ask("GET", "/v1/models"))["data"]
+        served = answers.models_of(await self._ask("GET", "/v1/models"))
         if len(served) != 1:
             raise UnfitError(f"serves {len(served)} models; one is needed")
-        longest = served[0].get("max_model_len")
+        ((name, longest),) = served
         if longest is not None and longest < self._limits.max_model_len:
             raise UnfitError(
                 f"a context of {longest} tokens; {self._limits.max_model_len} are needed: lower --max-model-len, or serve a longer one"
             )
         await self._forget_prefixes()
-        return str(served[0]["id"])
+        return name
 
     async def _load(self, folder: str, policy_version: int) -> None:
         tell = self._tell
         call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        try:
-            await asyncio.wait_for(self._ask("POST", "/collective_rpc", call), _LOAD_S)
-        except asyncio.TimeoutError:
-            tell(Down(f"has not loaded {folder} in {_LOAD_S:g} s"))
-            return
-        await self._forget_prefixes()
+        await within(self._ask("POST", "/collective_rpc", call), _LOAD_S, f"has not loaded {folder}")
+        await within(self._forget_prefixes(), max(_GREET_S, self._limits.hung_after_s), "/reset_prefix_cache has not answered")
         self._version = policy_version
         tell(Loaded(policy_version))
 
     async def _forget_prefixes(self) -> None:
         """Drop what is cached of prompts, which other weights computed."""
         for _ in range(_CACHE_RETRIES):
-            if (await self._ask("POST", "/reset_prefix_cache")).get("success", True):
+            if answers.was_successful(await self._ask("POST", "/reset_prefix_cache")):
                 return
             await asyncio.sleep(_CACHE_PAUSE_S)
         raise UnfitError("requests of others keep its cache in use; one that nobody else asks is needed")
 
     async def _complete(self, request: Request) -> None:
-        tell, version = self._tell, self._version
-        payload = {
+        tell, version, limits = self._tell, self._version, self._limits
+        answer = Answer(request, limits.max_tokens, limits.vocab_size)
+        most_bytes = answers.most_stream_bytes(len(request.prompt.token_ids), limits.max_tokens)
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            async with client.stream("POST", "/v1/completions", json=self._payload(request)) as response:
+                await _check_status(response, "/v1/completions")
+                async for line in answers.lines(response, most_bytes):
+                    if answer.add(line):
+                        self._last_progress = time.monotonic()
+        finally:
+            self._idle.append(client)
+        completion = answer.completion(version)
+        self._unanswered.discard(request.id)
+        if answer.finish_reason == "abort":  # by the server itself: what this side aborts has no stream any more
+            tell(Dropped(request.id, "the server aborted it"))
+        else:
+            tell(completion)
+
+    def _payload(self, request: Request) -> dict[str, Any]:
+        return {
+            **NEUTRAL,
             "model": self._model,
             "prompt": list(request.prompt.token_ids),
             "max_tokens": self._limits.max_tokens,
@@ -237,93 +249,42 @@ class HttpReplica:
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
             "stream": True,
-            "stream_interval": _TOKENS_A_MESSAGE,
+            "stream_interval": answers.TOKENS_A_MESSAGE,
             "stream_options": {"include_usage": True},
         }
-        answer = _Answer()
-        client = self._idle.pop() if self._idle else self._new_client()
-        try:
-            async with client.stream("POST", "/v1/completions", json=payload) as response:
-                if response.status_code != 200:
-                    raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"), "/v1/completions")
-                async for line in _lines(response):
-                    self._last_news = time.monotonic()
-                    if line.startswith(_DATA) and line != _DATA + b"[DONE]":
-                        answer.add(json.loads(line[len(_DATA) :]))
-        finally:
-            self._idle.append(client)
-        if not answer.finish_reason:
-            raise ValueError("a stream that ended before the completion did")
-        if answer.finish_reason == "abort":  # by the server itself: what this side aborts has no stream any more
-            tell(Dropped(request.id, "the server aborted it"))
-        else:
-            tell(answer.completion(request, version))
 
-    async def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        response = await self._client.request(method, path, json=body)
-        if response.status_code != 200:
-            raise _refusal(response.status_code, response.text, path)
-        return dict(response.json()) if response.content.strip() else {}
+    async def _ask(self, method: str, path: str, content: Any = None) -> bytes:
+        async with self._client.stream(method, path, json=content) as response:
+            await _check_status(response, path)
+            return await answers.body(response)
 
 
-async def _lines(response: Any) -> AsyncIterator[bytes]:
-    """Of a stream, as bytes."""
-    rest = b""
-    async for data in response.aiter_bytes():
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line.rstrip(b"\r")
+async def _check_status(response: Any, path: str) -> None:
+    """Raises: what a status other than 200 means."""
+    status = response.status_code
+    if status != 200:
+        where = f"see {response.headers['location']} " if "location" in response.headers else ""
+        said = where + (await answers.body(response)).decode(errors="replace")
+        raise answers.refusal(status, response.headers.get("retry-after", ""), said, path)
 
 
-class _Answer:
-    """A completion as it comes in."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.text = ""
-        self.finish_reason = ""
-        self.num_cached_tokens: int | None = None
-
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        if "error" in chunk:
-            raise BrokenError(" ".join(str(chunk["error"]).split())[:200])
-        for choice in chunk["choices"]:
-            self.text += choice["text"]
-            self.tokens += choice.get("token_ids") or []
-            self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        if details := (chunk.get("usage") or {}).get("prompt_tokens_details"):  # in the last one, of servers that were told to
-            self.num_cached_tokens = details.get("cached_tokens")
-
-    def completion(self, request: Request, policy_version: int) -> Completion:
-        return Completion(
-            id=request.id,
-            token_ids=np.asarray(self.tokens, dtype=np.int32),
-            rollout_logprobs=np.asarray(self.logprobs, dtype=np.float32),
-            text=self.text,
-            finish_reason=self.finish_reason,
-            policy_version=policy_version,
-            num_cached_tokens=self.num_cached_tokens,
-        )
+async def _close_all(clients: Sequence[Any]) -> None:
+    await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
 
 
-def _refusal(status: int, text: str, path: str) -> Exception:
-    """What a status other than 200 means."""
-    said = " ".join(text.split())[:200]
-    if status in (401, 403):
-        return UnfitError(f"refuses the key ({status}); set VLLM_API_KEY or OPENAI_API_KEY to the server's")
-    if status == 404 and path in ("/reset_prefix_cache", "/collective_rpc"):
-        return UnfitError(f"has no {path}; VLLM_SERVER_DEV_MODE=1 is needed where it runs: reinforce-ada serve sets it")
-    if path == "/collective_rpc":
-        return UnfitError(f"does not take the weights ({status}: {said}); a server of the model that is trained is needed")
-    if 400 <= status < 500:
-        return UnfitError(f"{path} answers {status}: {said}")
-    return BrokenError(f"{path} answers {status}: {said}")
+def _news(error: Exception) -> News:
+    """What the fleet is told of an error in the background."""
+    if isinstance(error, UnfitError):
+        return Refused(str(error))
+    return Down(_told(error), error.pause_s if isinstance(error, BusyError) else 0.0)
 
 
 def _told(error: Exception) -> str:
-    said = " ".join(str(error).split())
+    if isinstance(error, BrokenError):
+        return str(error)
+    if isinstance(error, GarbageError):
+        return f"answered garbage: {one_line(str(error), 200)}"
+    said = one_line(without_credentials(str(error)), 200)
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
@@ -372,8 +333,9 @@ class HttpEngine(Fleet):
     Args:
         servers: base URLs, such as http://host:8000; of one model, vLLM 0.22 or newer, in development mode (`reinforce-ada serve`).
         weights: a folder that this process writes and every server reads.
+        vocab_size: of the model; a token id beyond it is garbage.
         max_num_seqs: requests at once, of each server.
-        hung_after_s: a server with requests that brings nothing for so long is taken for dead.
+        hung_after_s: a server whose requests do not come further for so long is taken for dead.
         max_tokens, max_model_len, temperature, stop: of sampling; four stop strings at most.
         give_up_s, say: as `Fleet` takes them.
     TLS is httpx's: SSL_CERT_FILE names other authorities. The key is VLLM_API_KEY or OPENAI_API_KEY.
@@ -387,6 +349,7 @@ class HttpEngine(Fleet):
         *,
         max_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
         stop: Sequence[str] = (),
@@ -394,23 +357,25 @@ class HttpEngine(Fleet):
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if importlib.util.find_spec("httpx") is None:
+        if not is_installed("httpx"):
             raise InputError("engine", "httpx is not installed", 'pip install "reinforce-ada[train]"')
         if len(stop) > _MOST_STOPS:
             raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
-        limits = Limits(max_tokens, max_model_len, max_num_seqs, temperature, tuple(stop), hung_after_s)
-        self._limits = limits
+        self._limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
         urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
-        replicas = [HttpReplica(self._background, url, limits, headers, trusted) for url in urls]
+        replicas = [HttpReplica(self._background, url, self._limits, headers, trusted) for url in urls]
+        greetings = [self._background.begin(replica.greet()) for replica in replicas]
         try:
-            _check(self._background, replicas, say)
+            _check(replicas, greetings, say)
         except BaseException:
-            for replica in replicas:
+            for replica, greeting in zip(replicas, greetings, strict=True):
+                greeting.cancel()
                 replica.close()
             self._background.close()
             raise
-        super().__init__(replicas, WeightsFolder(weights), max_tokens=max_tokens, give_up_s=give_up_s, say=say)
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "vocab_size": vocab_size, "give_up_s": give_up_s}
+        super().__init__(replicas, WeightsFolder(weights), say=say, **limits)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """As `Fleet.submit`. Raises InputError for a prompt that leaves no room for max_tokens."""
@@ -425,56 +390,67 @@ class HttpEngine(Fleet):
 
 
 def _urls(servers: Sequence[str]) -> list[str]:
-    urls = [_base(url) for url in servers]
+    if not servers:
+        raise InputError("engine", "no servers", "--servers URL,URL", "reinforce-ada serve starts some")
+    try:
+        urls = [server_url(url) for url in servers]
+    except GarbageError as e:
+        raise InputError("engine", f"server {e}", "a URL such as http://host:8000", "VLLM_API_KEY holds the key") from None
     if twice := next((url for url in urls if urls.count(url) > 1), ""):
         raise InputError("engine", f"server {twice} twice", "each server once")
     return urls
 
 
 def _headers() -> dict[str, str]:
-    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    """Bodies come as they are: nothing is saved by compressing them on the way, and a hostile one would grow."""
+    headers = {"Accept-Encoding": "identity"}
+    for variable in ("VLLM_API_KEY", "OPENAI_API_KEY"):
+        if key := os.environ.get(variable):
+            if not (key.isascii() and key.isprintable()):
+                raise InputError("engine", f"{variable} has characters that no header can hold", "printable ASCII")
+            return {**headers, "Authorization": f"Bearer {key}"}
+    return headers
 
 
 def _trusted() -> ssl.SSLContext:
-    """The authorities of https, as httpx finds them."""
+    """The authorities of https, as httpx finds them; what it takes for a proxy must be one."""
     import httpx
 
     try:
-        return httpx.create_ssl_context()
+        trusted = httpx.create_ssl_context()
     except OSError as e:
         raise InputError("engine", f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE')}: {e}", "a file of certificates (PEM)") from e
+    try:
+        httpx.AsyncClient(verify=trusted)
+    except (ValueError, ImportError, httpx.InvalidURL) as e:
+        said = one_line(without_credentials(str(e)))
+        raise InputError("engine", f"HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: {said}", "a proxy that httpx can use") from e
+    return trusted
 
 
-def _base(url: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
-        raise InputError("engine", f"server {url!r}", "a URL such as http://host:8000")
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def _check(background: Background, replicas: Sequence[HttpReplica], say: Callable[[str], None]) -> None:
-    """Some server must answer, all that do must fit, and serve the same."""
+def _check(replicas: Sequence[HttpReplica], greetings: Sequence[Future[str]], say: Callable[[str], None]) -> None:
+    """Some server must answer, or say that it will be there later; all that answer must fit, and serve the same."""
     import httpx
 
-    if not replicas:
-        raise InputError("engine", "no servers", "--servers URL,URL", "reinforce-ada serve starts some")
-    greetings = [background.begin(asyncio.wait_for(r.greet(), 2 * _CONNECT_S)) for r in replicas]
     models: dict[str, str] = {}
     silent: list[str] = []
+    is_any_busy = False
     for replica, greeting in zip(replicas, greetings, strict=True):
         try:
-            models[replica.name] = greeting.result()
+            models[replica.name] = greeting.result(timeout=2 * _GREET_S)
         except UnfitError as e:
             raise InputError("engine", f"{replica.name}: {e}", "another server, or another setting") from e
-        except (httpx.HTTPError, asyncio.TimeoutError, TimeoutError) as e:
+        except (BrokenError, httpx.HTTPError) as e:
             silent.append(f"{replica.name}: {_told(e)}")
-        except (ValueError, KeyError, TypeError) as e:
+            is_any_busy |= isinstance(e, BusyError)
+        except Exception as e:
             raise InputError("engine", f"{replica.name} is no vLLM server ({_told(e)})", "an OpenAI-compatible server of vLLM") from e
-    if not models:
+    if not models and not is_any_busy:
         untrusted = any("CERTIFICATE_VERIFY_FAILED" in line for line in silent)
         hint = "SSL_CERT_FILE names the authority of its certificate" if untrusted else "reinforce-ada serve starts some"
         raise InputError("engine", "; ".join(silent), "a server that answers", hint)
     if len(set(models.values())) > 1:
-        raise InputError("engine", "; ".join(f"{url} serves {name}" for url, name in models.items()), "the same model on every server")
+        shown = "; ".join(f"{url} serves {one_line(name, 100)}" for url, name in models.items())
+        raise InputError("engine", shown, "the same model on every server")
     for line in silent:
         say(f"engine: not there yet: {line}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -18,12 +17,13 @@ from typing import Any
 
 from reinforce_ada.engines.base import check_prompt_length
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after so long, or with the first completion
 _BEAT_S = 1.0  # between two looks at an actor that has nothing to do
-_CONNECT_S = 5.0
+_CONNECT_S, _END_S = 5.0, 10.0
 _START_S = 600.0  # of vLLM with a large model from a slow disk
 _AHEAD = 2  # calls in flight: the actor goes on with the next one while the answer of the last is on its way
 
@@ -164,7 +164,7 @@ class _Talk:
         self._ended.set()
         self._orders.put({})
         self._kill()  # or the thread would wait for its answer
-        self._thread.join()
+        self._thread.join(_END_S)  # a cluster that is gone may keep it longer; it says nothing any more
 
     def _kill(self) -> None:
         import ray
@@ -182,11 +182,11 @@ class _Talk:
         except GetTimeoutError:
             self._say(Down(f"has not answered for {self._hung_after_s:g} s"))
         except RayTaskError as e:
-            self._say(Refused(str(e.cause)) if isinstance(e.cause, InputError) else Down(" ".join(str(e.cause or e).split())[-300:]))
+            self._say(Refused(str(e.cause)) if isinstance(e.cause, InputError) else Down(one_line(str(e.cause or e)[-300:])))
         except RayActorError:
             self._say(Down("died"))
         except Exception as e:  # a thread that ended without a word would keep its requests for ever
-            self._say(Down(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"))
+            self._say(Down(f"{type(e).__name__}: {one_line(str(e), 200)}"))
         finally:
             self._kill()
 
@@ -255,6 +255,7 @@ class RayEngine(Fleet):
     Args:
         options: of each actor's vLLM.
         num_replicas: at most; those for which no node of a cluster has room wait until one joins.
+        vocab_size: of the model; a token id beyond it is garbage.
         address: of a cluster ("auto": the one this node belongs to); "" starts Ray on this machine, which must have room for all.
         cpus: of each replica.
         hung_after_s: an actor that does not answer for so long is killed and replaced.
@@ -267,6 +268,7 @@ class RayEngine(Fleet):
         options: Options,
         *,
         num_replicas: int,
+        vocab_size: int,
         address: str = "",
         cpus: int = 1,
         hung_after_s: float = 60.0,
@@ -284,7 +286,7 @@ class RayEngine(Fleet):
             self._leave()
             raise
         replicas = [RayReplica(i, options, resources, hung_after_s) for i in range(num_replicas)]
-        super().__init__(replicas, publish, max_tokens=options.max_tokens, give_up_s=give_up_s, say=say)
+        super().__init__(replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, give_up_s=give_up_s, say=say)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """As `Fleet.submit`. Raises InputError for a prompt that leaves no room for max_tokens."""
@@ -313,7 +315,7 @@ def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
 
 def _connect(address: str) -> bool:
     """Whether Ray was started by this call."""
-    if importlib.util.find_spec("ray") is None:
+    if not is_installed("ray"):
         raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it a warning about the next version at each start
@@ -327,7 +329,7 @@ def _connect(address: str) -> bool:
             address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
-        said = " ".join(str(e).split())[:200]
+        said = one_line(str(e), 200)
         raise InputError(
             "engine", f"no Ray cluster at {address!r}: {said}", "a cluster, or no address", "ray start --head starts one"
         ) from e

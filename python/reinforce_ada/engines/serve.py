@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import http.client
+import ipaddress
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.outside import one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # for a server to end by itself
@@ -29,12 +30,13 @@ _END_S = 15.0  # for a server to end by itself
 class Serving:
     """What is served, how often, and where.
 
-    Extra arguments go to vLLM's server as they are.
+    `expose` allows a host that other machines reach. Extra arguments go to vLLM's server as they are.
     """
 
     model: str
     replicas: int = 1
     host: str = "127.0.0.1"
+    expose: bool = False
     port: int = 8000
     dtype: str = "bfloat16"
     max_model_len: int = 512
@@ -47,7 +49,7 @@ class Serving:
     extra: Sequence[str] = ()
 
     def url(self, i: int) -> str:
-        return f"http://{self.host}:{self.port + i}"
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port + i}"
 
 
 def command_of(serving: Serving, i: int) -> list[str]:
@@ -57,6 +59,7 @@ def command_of(serving: Serving, i: int) -> list[str]:
         *("--host", serving.host, "--port", str(serving.port + i), "--dtype", serving.dtype, "--seed", "0"),
         *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
+        *("--generation-config", "vllm"),  # or it samples with the top_k and the penalties of the model's folder
         "--enable-prompt-tokens-details",  # which say what came from the prefix cache
     ]
     if serving.device == "cuda":
@@ -73,13 +76,24 @@ def environment_of(serving: Serving, i: int) -> dict[str, str]:
     if Path(serving.model).exists():
         changes["HF_HUB_OFFLINE"] = "1"
     if serving.device == "cuda":
-        first = i * serving.tensor_parallel
-        changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + serving.tensor_parallel)))
+        first, last = i * serving.tensor_parallel, (i + 1) * serving.tensor_parallel
+        visible = _visible_gpus()
+        changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, last)) if visible is None else visible[first:last])
     elif serving.replicas > 1:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[i * len(cores) // serving.replicas : (i + 1) * len(cores) // serving.replicas] or [cores[i % len(cores)]]
         changes["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
     return {**os.environ, **changes}
+
+
+def _visible_gpus() -> list[str] | None:
+    """The entries of CUDA_VISIBLE_DEVICES (numbers, GPU- and MIG-UUIDs) up to the first that names none, as CUDA reads it; None: all."""
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if inherited is None:
+        return None
+    entries = [entry.strip() for entry in inherited.split(",")]
+    named = [bool(re.fullmatch(r"\d+|(GPU|MIG)-\S+", entry)) for entry in entries]
+    return entries[: named.index(False)] if False in named else entries
 
 
 # "Value error, ..": what pydantic says under its own error, which only counts the mistakes.
@@ -113,7 +127,7 @@ class Server:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=_LOOK_S) as response:
                 return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             return False
 
     def complaint(self) -> str:
@@ -122,7 +136,7 @@ class Server:
         lines = text.decode(errors="replace").splitlines()
         reasons = [found[0] for line in lines if (found := _REASON.search(line)) and _NO_REASON not in line]
         said = reasons or [line for line in lines if line.strip()]
-        return " ".join(said[-1].split())[:300] if said else "it said nothing"
+        return one_line(said[-1]) if said else "it said nothing"
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End the process and its children."""
@@ -154,6 +168,8 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
     before = {how: signal.signal(how, _interrupt) for how in (signal.SIGINT, signal.SIGTERM)}
     try:
         say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
+        if not _is_loopback(serving.host):
+            say(f"serve: WARNING: whoever reaches {serving.host} can load weights and run code here; VLLM_API_KEY does not guard that")
         for server in servers:
             server.start()
         told = False
@@ -174,15 +190,48 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     """Raises: InputError for what cannot be served here."""
     if serving.replicas < 1:
         raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
-    if needs_vllm and importlib.util.find_spec("vllm") is None:
+    if serving.port < 1:
+        raise InputError("serve", f"port {serving.port}", "at least 1")
+    if needs_vllm and not is_installed("vllm"):
         raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
+    _check_host(serving)
+    _check_gpus(serving)
+    family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     for port in range(serving.port, serving.port + serving.replicas):
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((serving.host, port))
             except (OSError, OverflowError) as e:
                 raise InputError("serve", f"port {port} on {serving.host}: {e}", "a free one", "--port names the first of them") from e
+
+
+def _check_host(serving: Serving) -> None:
+    """The calls that load weights and run methods of vLLM are open to whoever reaches the port: the key guards /v1 only."""
+    for word in serving.extra:
+        flag = word.split("=")[0].replace("_", "-")
+        if len(flag) > 3 and any(name.startswith(flag) for name in ("--host", "--port", "--uds")):
+            raise InputError("serve", f"{one_line(flag)} among the arguments for vLLM", "--host and --port of serve itself")
+    if not (serving.expose or _is_loopback(serving.host)):
+        raise InputError(
+            "serve", f"host {serving.host}: whoever reaches it can load weights and run code, with no key", "127.0.0.1",
+            "--expose allows it on a network where everyone is trusted; an ssh tunnel needs no such trust",
+        )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_gpus(serving: Serving) -> None:
+    visible = _visible_gpus()
+    needed = serving.replicas * serving.tensor_parallel
+    if serving.device == "cuda" and visible is not None and len(set(visible)) < needed:
+        given = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} for {serving.replicas} x {serving.tensor_parallel} GPUs"
+        raise InputError("serve", given, f"{needed} different ones", "lower --replicas or --tensor-parallel")
 
 
 def _look_after(server: Server, say: Callable[[str], None]) -> None:

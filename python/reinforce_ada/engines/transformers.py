@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.base import check_own, check_prompt_length
 from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -27,10 +27,11 @@ class _Row:
 
 
 class TransformersEngine:
-    """Samples from a Hugging Face causal LM, one token of the running batch per poll.
+    """Samples from a Hugging Face causal LM, one token of the running batch per poll; `poll` raises EngineLost where its logits are NaN.
 
     A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or
-    are aborted leave the batch at once. Slower than vLLM, but it needs nothing else installed.
+    are aborted leave the batch at once. From the model's generation_config it takes the end tokens only: top_k, penalties and so on
+    would sample from another distribution than is trained. Slower than vLLM, but it needs nothing else installed.
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
@@ -57,6 +58,7 @@ class TransformersEngine:
         self._temperature, self._stop = temperature, stop
         self._stop_ids = _stop_ids(module, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._vocab_size: int = module.config.get_text_config().vocab_size
         self._device = next(module.parameters()).device
         self._queue: list[Request] = []
         self._rows: list[_Row] = []
@@ -152,7 +154,7 @@ class TransformersEngine:
         ids = row.token_ids[:-1] if row.token_ids[-1] in self._stop_ids else row.token_ids
         text = decode_after(self._tokenizer, row.request.prompt.token_ids, ids)
         end = find_stop(text, self._stop)
-        return Completion(
+        completion = Completion(
             id=row.request.id,
             token_ids=np.asarray(row.token_ids, dtype=np.int32),
             rollout_logprobs=np.asarray(row.logprobs, dtype=np.float32),
@@ -160,6 +162,7 @@ class TransformersEngine:
             finish_reason="stop" if self._has_stopped(row) else "length",
             policy_version=self._policy_version,
         )
+        return check_own("transformers", completion, self._max_tokens, self._vocab_size)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Drop these requests; ids that are not running are ignored."""

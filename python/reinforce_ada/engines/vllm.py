@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import PrefixHits, check_prompt_length, too_old
+from reinforce_ada.engines.base import PrefixHits, check_own, check_prompt_length, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
+
+# Named although they are vLLM's own defaults: another version, or a plug-in, may have others.
+_NEUTRAL: dict[str, Any] = {
+    "n": 1, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "logit_bias": None, "allowed_token_ids": None, "bad_words": None, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+}  # fmt: skip
 
 
 class VllmEngine:
-    """A vLLM engine in this process.
+    """A vLLM engine in this process, sampling from the model's own distribution: what its generation_config.json says is left out.
 
     Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
     of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
@@ -34,7 +42,8 @@ class VllmEngine:
         sleeps: cuda only, whether `sleep` gives that memory back.
         kv_cache_bytes: cpu only, size of the key-value cache.
         tensor_parallel: cuda only, GPUs of one engine.
-    Raises: InputError when vLLM is not installed or too old, or the model does not fit.
+    Raises: InputError when vLLM is not installed or too old, the model does not fit or needs code of its own. `poll` raises EngineLost
+    for a token or a logprob that cannot be one.
     """
 
     def __init__(
@@ -82,6 +91,8 @@ class VllmEngine:
                 model,
                 dtype=dtype,
                 seed=0,
+                trust_remote_code=False,
+                generation_config="vllm",  # of the folder's only the end tokens are taken
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 # A seeded request whose prefill is split across steps rewinds its generator, which a CPU generator cannot (0.32).
@@ -94,11 +105,10 @@ class VllmEngine:
                 **memory,
             )
         except (ValueError, RuntimeError, OSError) as e:  # an unsupported model, limits it does not have, no memory
-            raise InputError(
-                "vllm", f"it cannot serve {model}: {' '.join(str(e).split())[:300]}", "a model it can", "--engine transformers"
-            ) from e
+            raise InputError("vllm", f"it cannot serve {model}: {one_line(str(e))}", "a model it can", "--engine transformers") from e
         self._engine: Any = self._llm.llm_engine
         self._tokenizer: Any = self._llm.get_tokenizer()
+        self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._running: dict[str, Request] = {}
         self._name_of: dict[CompletionId, str] = {}
         self._num_submitted = 0
@@ -132,6 +142,7 @@ class VllmEngine:
         return self._sampling_params(
             max_tokens=self._max_tokens,
             temperature=self._temperature,
+            **_NEUTRAL,
             logprobs=0,  # the sampled token's only
             seed=request.seed,
             stop=self._stop,
@@ -163,7 +174,7 @@ class VllmEngine:
             num_cached_tokens=output.num_cached_tokens or 0,
         )
         self._hits.add(request, completion)
-        return completion
+        return check_own("vllm", completion, self._max_tokens, self._vocab_size)
 
     def _text(self, request: Request, sampled: Any) -> str:
         ended = sampled.finish_reason == "stop"  # by a token of its own, which may have a text
@@ -186,7 +197,7 @@ class VllmEngine:
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(named_tensors))})
         except (ValueError, RuntimeError, KeyError, AssertionError) as e:
-            said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            said = f"{type(e).__name__}: {one_line(str(e), 200)}"
             raise InputError("vllm", f"it does not take the weights: {said}", "those of the model it was started with") from e
         self.forget_prefixes()
         self._policy_version = policy_version

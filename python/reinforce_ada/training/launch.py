@@ -23,7 +23,7 @@ from reinforce_ada import machine
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
@@ -174,8 +174,8 @@ def _precision(dtype: str, device: torch.device) -> str:
 def pick_engine(wanted: str) -> str:
     """vLLM where it is installed, else transformers. Raises: InputError for vLLM or Ray where it is not installed."""
     if wanted == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-    if wanted in ("vllm", "ray") and importlib.util.find_spec(wanted) is None:
+        return "vllm" if is_installed("vllm") else "transformers"
+    if wanted in ("vllm", "ray") and not is_installed(wanted):
         hint = "--engine transformers needs nothing more"
         raise InputError("engine", f"{wanted} is not installed", f'pip install "reinforce-ada[{wanted}]"', hint)
     return wanted
@@ -214,7 +214,9 @@ def make_engine(
         e = config.engine
         servers = [url.strip() for url in e.servers.split(",") if url.strip()]
         weights = Path(e.weights_dir or out / "weights")
-        engine = HttpEngine(servers, weights, hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line, **limits)
+        engine = HttpEngine(
+            servers, weights, vocab_size=_vocab_size(model), hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line, **limits
+        )
         display.line(f"engine: {len(servers)} servers, weights in {weights}")
     elif name == "ray":
         from reinforce_ada.engines.ray import Options, RayEngine
@@ -223,8 +225,8 @@ def make_engine(
         where = str(Path(path).resolve()) if Path(path).exists() else path  # a worker is in a folder of its own
         options = Options(model=where, dtype=config.model.dtype, device=device.type, tensor_parallel=e.tensor_parallel, **limits)
         engine = RayEngine(
-            options, num_replicas=e.replicas, address=e.ray_address, cpus=e.cpus_per_replica, hung_after_s=e.hung_after_s,
-            give_up_s=e.give_up_s, say=display.line,
+            options, num_replicas=e.replicas, vocab_size=_vocab_size(model), address=e.ray_address, cpus=e.cpus_per_replica,
+            hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line,
         )  # fmt: skip
         display.line(f"engine: {e.replicas} vLLM replicas on Ray {_version('ray')}")
     else:
@@ -237,6 +239,11 @@ def make_engine(
         yield engine
     finally:
         engine.close()
+
+
+def _vocab_size(model: HuggingFaceModel) -> int:
+    """Token ids that the model can read are below."""
+    return int(model.module.get_input_embeddings().weight.shape[0])
 
 
 def quiet_libraries(model: str) -> None:

