@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import replace_file
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.training.evaluate import paired_difference
 from reinforce_ada.training.log import read_log
@@ -68,10 +69,7 @@ def draw(run_dir: str | os.PathLike[str]) -> Path:
         raise InputError("report", "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
     path = Path(run_dir) / "figure.png"
     figure = _figure(_read(run_dir), _pools(Path(run_dir) / "rollouts.sqlite"))
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError("report", f"cannot write {path}: {error.strerror}", "a writable folder with space is needed") from error
+    replace_file(path, figure.savefig, where="report")
     return path
 
 

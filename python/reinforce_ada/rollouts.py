@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import replace_file
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
 
 _SCHEMA_VERSION = "2"
@@ -206,14 +207,9 @@ class RolloutStore:
             hint = "pip install 'reinforce-ada[report]'"
             raise InputError("export_parquet", "pyarrow is not installed", "it is needed to write Parquet", hint)
         target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with self._guarded():
-                _write_parquet(self._open_connection(), partial)
-            os.replace(partial, target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError("export_parquet", f"{target}: {error}", "a writable folder with space is needed") from error
+        with self._guarded():
+            connection = self._open_connection()
+            replace_file(target, lambda aside: _write_parquet(connection, aside), where="export_parquet")
         return target
 
     # -------------------- life cycle

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.files import clear_leftovers, remove_folder, replace_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,60 +45,30 @@ def save(
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "trainer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, "position": position}))
 
-    with_aside(final, write)
+    write_folder(final, write)
     for old in _finished(root)[:-keep]:
-        _remove(old.folder)
+        remove_folder(old.folder)
     return Checkpoint(final, step, position)
 
 
 def latest(root: Path) -> Checkpoint | None:
     """The newest whole checkpoint under `root`, if any; left-overs of a killed write are removed."""
-    if root.is_dir():
-        for leftover in root.glob(".aside-*"):
-            shutil.rmtree(leftover)
+    clear_leftovers(root)
     found = _finished(root)
     return found[-1] if found else None
 
 
-def with_aside(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `final`, sync every file, and rename it into place (replacing what was there).
-
-    Raises: InputError when the disk is full or the folder not writable; what was there before is untouched then.
-    """
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Replace a folder of the run as a whole. Raises: InputError when the disk is full or the folder not writable."""
     from safetensors import SafetensorError
 
-    aside = final.parent / f".aside-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        write(aside)
-        for path in [*aside.rglob("*"), aside]:
-            _sync(path)
-        if final.exists():
-            _remove(final)
-        aside.rename(final)
-        _sync(final.parent)
-    except BaseException as e:
-        shutil.rmtree(aside, ignore_errors=True)  # whatever it was, half a folder would only take up the disk
-        if not isinstance(e, (OSError, SafetensorError)):
-            raise
-        raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
+    def written(aside: Path) -> None:
+        try:
+            write(aside)
+        except SafetensorError as e:
+            raise OSError(str(e)) from e
 
-
-def _remove(folder: Path) -> None:
-    """Take the final name away first: a process killed half-way through a removal leaves no half of a checkpoint under it."""
-    leftover = folder.parent / f".aside-old-{folder.name}"
-    shutil.rmtree(leftover, ignore_errors=True)
-    folder.rename(leftover)
-    shutil.rmtree(leftover)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_folder(final, written, where="checkpoint", hint="then resume the run")
 
 
 def _finished(root: Path) -> list[Checkpoint]:

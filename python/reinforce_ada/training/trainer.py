@@ -23,6 +23,7 @@ from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import no_span
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import clear_leftovers
 from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
@@ -92,7 +93,7 @@ class Trainer:
                 self.save_checkpoint()
             if self._wants_evaluation():
                 self.evaluate()
-        checkpoint.with_aside(self.out / "model", self.parts.model.save)
+        checkpoint.write_folder(self.out / "model", self.parts.model.save)
 
     def _wants_checkpoint(self) -> bool:
         every = self.config.run.checkpoint_every
@@ -104,6 +105,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest checkpoint; without one the run starts over, with its journal."""
+        clear_leftovers(self.out)
         found = checkpoint.latest(self.out / "checkpoints")
         if found is not None:
             tensors = found.tensors()
