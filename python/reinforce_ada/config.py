@@ -178,7 +178,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError("config", f"cannot read {path}: {e.strerror}", "a readable TOML file") from e
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # no TOML, no UTF-8, or a zero byte in the name
         raise InputError("config", f"{path} is not TOML: {e}", "a valid TOML file") from e
 
 

@@ -104,7 +104,11 @@ def _pools(path: Path) -> list[PoolCounts]:
 
 
 def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    """A number of the log; what is none is nan."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 # -------------------- the table

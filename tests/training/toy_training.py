@@ -21,7 +21,7 @@ from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import Head
 from reinforce_ada.training.tasks import PromptStream, Source, content_key
-from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, compared, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
 VOCABULARY, WIDTH, STOP, MAX_TOKENS = 32, 8, 0, 4
@@ -136,7 +136,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None 
         train=lambda position: PromptStream(source, frozenset(), make, position),
         held_out=[make(f"held-out-{i}", {"question": "", "token": 20 + i}) for i in range(3)],
         policy=configured(config.sampling),
-        store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)),
+        store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config), compared=compared),
     )
     trainer = Trainer(parts, config, out, Display(stderr=True), ranks)
     if resume:

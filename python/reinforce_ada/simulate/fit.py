@@ -90,8 +90,8 @@ def fit_run(path: Path) -> Fit:
     """
     folder = path.parent if path.name == "rollouts.sqlite" else path
     log = read_log(folder / "log.jsonl")
-    header = next((r for r in log if r["kind"] == "run"), None)
-    seconds = {r["step"]: r["sampling_s"] for r in log if r["kind"] == "step"}
+    header = next((r for r in log if r["kind"] == "run" and r.get("config")), None)
+    seconds = {r["step"]: float(r["sampling_s"]) for r in log if r["kind"] == "step" and isinstance(r.get("sampling_s"), (int, float))}
     if header is None or len(seconds) < 2:
         raise InputError(_WHERE, f"{folder} holds no run with two finished steps", "a folder that `reinforce-ada train` wrote is needed")
     sampling = header["config"]["sampling"]

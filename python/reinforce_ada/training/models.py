@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.training.checkpoint import write_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
 
@@ -83,9 +84,14 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError("model", f"{path} does not load: {str(e).splitlines()[0]}", "a causal LM for transformers") from e
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as e:  # of a damaged folder the libraries raise whatever they like, `Exception` itself too
+        raise InputError("model", f"{path} does not load: {one_line(str(e) or type(e).__name__)}", "a causal LM for transformers") from e
+    module, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
     return HuggingFaceModel(module.to(device).eval(), tokenizer)
