@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import shutil
 import stat
 import subprocess
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from disturbed import IN_SPITE, KILLED, REFUSED, WHOLE, die, fail, in_a_child
 from reinforce_ada import files
 from reinforce_ada.errors import InputError
 
 OLD, NEW = {"a": "old a", "below/b": "old b"}, {"a": "new a", "c": "new c"}
-CALLS = ("open", "mkdir", "fsync", "rename", "replace", "unlink", "rmdir", "chmod")  # of os: all that touches the disk, but for writes
 
 
 def fill(folder: Path, content: dict[str, str]) -> None:
@@ -40,49 +39,6 @@ def new_folder(final: Path) -> None:
 
 def new_file(final: Path) -> None:
     files.replace_file(final, "new")
-
-
-def interfere(n: int, what: Callable[[], None]) -> Callable[[], int]:
-    """Do `what` instead of the n-th call that touches the disk (from 1); how many there were is returned when asked."""
-    count = 0
-
-    def wrapped(original: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal count
-            count += 1
-            if count == n:
-                what()
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrapped(getattr(os, name)))
-    files._exchange = wrapped(files._exchange)  # type: ignore[assignment]
-    return lambda: count
-
-
-def die() -> None:
-    os._exit(9)
-
-
-def fail() -> None:
-    raise OSError(errno.EIO, "as asked")
-
-
-def replaced_in_a_child(final: Path, replace: Callable[[Path], None], n: int, what: Callable[[], None]) -> tuple[int, int]:
-    """Exit status of a process that replaces `final` and is disturbed at call n, and whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        calls = interfere(n, what)
-        try:
-            replace(final)
-        except InputError:
-            os._exit(2)
-        except BaseException:
-            os._exit(1)
-        os._exit(0 if calls() < n else 3)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), n
 
 
 @pytest.fixture(params=[True, False], ids=["one call swaps", "two renames swap"])
@@ -110,22 +66,20 @@ def test_disturbed_at_every_step(
             fill(final, OLD)
         elif old is not None:
             final.write_text("old")
-        status, _ = replaced_in_a_child(final, replace, n, what)
+        status = in_a_child(lambda final=final: replace(final), n, what)  # type: ignore[misc]
         if swap or not is_folder:  # not even for a moment is there neither
             assert found(final) in (old, new)
         files.clear_leftovers(folder)
         outcome = found(final)
         assert outcome in (old, new)
         assert sorted(p.name for p in folder.iterdir()) == ([name] if outcome is not None else [])
-        if status == 2:
-            assert outcome == old or n > 1
         outcomes.add(str(outcome))
         statuses.append(status)
-        if status == 0:
+        if status == WHOLE:
             break
-    assert statuses[-1] == 0
+    assert statuses[-1] == WHOLE
     assert len(statuses) > 4  # the calls were seen
-    assert set(statuses[:-1]) <= ({9} if what is die else {2, 3})  # 3: a failure that did not matter, of clearing up
+    assert set(statuses[:-1]) <= ({KILLED} if what is die else {REFUSED, IN_SPITE})
     assert outcomes == {str(old), str(new)}
 
 

@@ -104,11 +104,12 @@ def _pools(path: Path) -> list[PoolCounts]:
 
 
 def _float(value: Any) -> float:
-    """A number of the log; what is none is nan."""
+    """A finite number of the log; what is none is nan."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 # -------------------- the table
@@ -124,7 +125,7 @@ def _evaluation_rows(evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         (f"held-out Avg@{first['k']} before", f"{_avg(first)} after step {first['step']}"),
         (f"held-out Avg@{last['k']} after", f"{_avg(last)} after step {last['step']}"),
     ]
-    shares = [[_float(share) for share in e.get("per_prompt", ())] for e in (first, last)]
+    shares = [[_float(share) for share in e.get("per_prompt") or ()] for e in (first, last)]
     if shares[0] and len(shares[0]) == len(shares[1]):
         difference, stderr = paired_difference(*shares)
         rows.append(("difference, paired by prompt", f"{difference:+.3f} ± {stderr:.3f}"))
@@ -133,7 +134,7 @@ def _evaluation_rows(evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
 
 
 def _avg(evaluation: Mapping[str, Any]) -> str:
-    return f"{_float(evaluation['avg_at_k']):.3f} ± {_float(evaluation['stderr']):.3f}"
+    return f"{_float(evaluation.get('avg_at_k')):.3f} ± {_float(evaluation.get('stderr')):.3f}"
 
 
 def _common_pass_at_k(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -236,7 +237,7 @@ def _draw_reward(axes: Any, run: _Run) -> None:
     if run.steps:
         _trend(axes, run.series("step"), run.series("first_round_reward"), _BLUE, "training prompts, first round")
     if run.evals:
-        x, y, errors = (np.array([_float(e[key]) for e in run.evals]) for key in ("step", "avg_at_k", "stderr"))
+        x, y, errors = (np.array([_float(e.get(key)) for e in run.evals]) for key in ("step", "avg_at_k", "stderr"))
         label = f"held-out Avg@{run.evals[-1]['k']} ± standard error"
         axes.errorbar(x, y, np.nan_to_num(errors), fmt="o", color=_ORANGE, markersize=6, capsize=3, linewidth=1.6, label=label, zorder=4)
     bottom, top = axes.get_ylim()

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, differences
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, parse_json
-from reinforce_ada.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
+from reinforce_ada.packing import pack, unpack
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
 
 _SCHEMA_VERSION = "3"
@@ -39,8 +39,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
-    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text,
-    token_ids BLOB, rollout_logprobs BLOB);
+    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB);
 CREATE INDEX events_by_step ON events (step);
 CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
 CREATE TABLE pools (
@@ -50,13 +49,15 @@ CREATE TABLE pools (
 CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
 {_REMEMBERED};
 """
-# Version 1 has no keys: its prompts go by their ids. Up to version 2 token ids and logprobs lay there as they are (int32, float32): those
-# rows stay so, and `plain_until` is the last of them.
+# Version 1 has no keys: its prompts go by their ids. Up to version 2 token ids and logprobs are two columns; those rows stay as they are.
 _FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
-_FROM_2 = ("INSERT INTO meta SELECT 'plain_until', COALESCE(MAX(seq), 0) FROM events",)
-_ALL_PLAIN = 2**63 - 1
-_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, rollout_logprobs"
-_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
+# A row of 500 tokens takes 2.5 KB: of the usual pages of 4 KB it would fill one. The write-ahead log holds 4 MB, as it usually does.
+_PAGES = ("PRAGMA page_size = 32768", "PRAGMA journal_mode = WAL")
+_PAGES_IN_LOG = 128
+_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text"
+_INSERT = f"INSERT INTO events ({_COLUMNS}, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_TOKENS = ("tokens", "token_ids", "rollout_logprobs")
 _POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
 _INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _LAST_STEP = 2**63 - 1  # of SQLite's integers
@@ -106,7 +107,7 @@ class RolloutStore:
     ) -> None:  # fmt: skip
         self._path, self._compared = Path(path), compared
         self._has_keys = True
-        self._plain_until = 0  # events up to this one are not packed
+        self._tokens = ""  # the columns of `_TOKENS`, NULL for those that it does not have
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         if read_only and not self._path.is_file():
@@ -146,7 +147,8 @@ class RolloutStore:
 
     def take_back(self, ids: Iterable[CompletionId]) -> None:
         """Make aborted requests of these scored completions, as if they had never been answered; to a sampler they are open again."""
-        cleared = ", ".join(f"{c} = NULL" for c in ("reward", "finish_reason", "text", "token_ids", "rollout_logprobs"))
+        tokens = [c.removeprefix("e.") for c in self._tokens.split(", ") if c != "NULL"]
+        cleared = ", ".join(f"{c} = NULL" for c in ("reward", "finish_reason", "text", *tokens))
         where = "step = ? AND prompt_id = ? AND idx = ? AND kind = 'scored'"
         with self._transaction() as connection:
             for step, prompt_id, index in ids:
@@ -204,7 +206,9 @@ class RolloutStore:
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""
         with self._guarded():
-            rows = self._open_connection().execute(f"SELECT seq, {_COLUMNS} FROM events WHERE step = ? ORDER BY seq", (step,))
+            rows = self._open_connection().execute(
+                f"SELECT seq, {self._tokens}, {_COLUMNS} FROM events e WHERE step = ? ORDER BY seq", (step,)
+            )
             return [self._event(*row) for row in rows]
 
     def last_step(self) -> int | None:
@@ -228,22 +232,23 @@ class RolloutStore:
                 for step, prompt_id, right, wrong, void, issued, key in rows
             ]
 
-    def _event(self, seq: int, *row: Any) -> Event:
-        step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, logprobs = row
+    def _event(self, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
+        step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
         id_ = CompletionId(step, _str(prompt_id), index)
         if kind == "scored":
-            arrays = self._arrays(seq, num_tokens, token_ids, logprobs)
+            arrays = self._arrays(seq, num_tokens, tokens, token_ids, logprobs)
             return Scored(Completion(id_, *arrays, _str(text), finish_reason, policy_version), reward)
         if kind == "aborted":
             return Aborted(id_, policy_version, num_tokens)
         return (Failed if kind == "failed" else Lost)(id_, policy_version, _str(reason))
 
-    def _arrays(self, seq: int, count: int, token_ids: bytes, logprobs: bytes) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def _arrays(self, seq: int, count: int, tokens: bytes | None, *plain: bytes | None) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Token ids and logprobs of an event, [count] each. Raises: InputError for bytes that are not those of as many."""
         try:
-            if seq > self._plain_until:
-                return unpack_ids(token_ids, count), unpack_logprobs(logprobs, count)
-            return np.frombuffer(token_ids, "<i4", count).astype(np.int32), np.frombuffer(logprobs, "<f4", count).astype(np.float32)
+            if tokens is not None:
+                return unpack(tokens, count)
+            ids, logprobs = (np.frombuffer(data or b"", dtype, count) for data, dtype in zip(plain, ("<i4", "<f4"), strict=True))
+            return ids.astype(np.int32), logprobs.astype(np.float32)
         except (ValueError, TypeError) as e:
             raise InputError("RolloutStore", f"{self._path}: event {seq} is damaged: {e}", _UNDAMAGED, "use a new folder") from e
 
@@ -274,12 +279,13 @@ class RolloutStore:
         steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
         with pq.ParquetWriter(path, schema) as writer:
             for step in steps:
-                rows = [self._export_row(*row) for row in connection.execute(_EXPORT, (step,))]
+                rows = [self._export_row(*row) for row in connection.execute(_EXPORT.format(tokens=self._tokens), (step,))]
                 writer.write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
 
-    def _export_row(self, seq: int, num_tokens: int | None, token_ids: bytes, logprobs: bytes, *row: Any) -> tuple[Any, ...]:
+    def _export_row(self, seq: int, num_tokens: int | None, *row: Any) -> tuple[Any, ...]:
+        tokens, row = row[:3], row[3:]
         step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, data = row
-        arrays = (None, None) if num_tokens is None else self._arrays(seq, num_tokens, token_ids, logprobs)
+        arrays = (None, None) if num_tokens is None else self._arrays(seq, num_tokens, *tokens)
         texts = (_utf8(prompt_text), _utf8(text))
         return (step, _utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
 
@@ -311,6 +317,7 @@ class RolloutStore:
         is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         if is_empty and not read_only:
             self._create(run)
+            self._look_at_columns()
             return
         try:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
@@ -324,17 +331,21 @@ class RolloutStore:
         version = meta["schema_version"]
         if version != _SCHEMA_VERSION and not read_only:
             self._upgrade(version)
-            meta = dict(connection.execute("SELECT key, value FROM meta"))
             version = _SCHEMA_VERSION
         self._has_keys = version != "1"
-        self._plain_until = int(meta.get("plain_until", 0)) if version == _SCHEMA_VERSION else _ALL_PLAIN
+        self._look_at_columns()
+
+    def _look_at_columns(self) -> None:
+        there = {row[1] for row in self._open_connection().execute("PRAGMA table_info(events)")}
+        self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in _TOKENS)
 
     def _difference(self, meta: Mapping[str, str], run: Mapping[str, Any]) -> str:
         try:
             then = parse_json(meta.get("run", ""))
         except GarbageError as e:
             return f"does not say what it was made with ({e})"
-        return _difference(self._compared(then), self._compared(json.loads(_canonical(run)))) if isinstance(then, dict) else "is damaged"
+        found = differences(self._compared(then), self._compared(json.loads(_canonical(run)))) if isinstance(then, dict) else "nothing"
+        return f"was made with {found}" if found else ""
 
     def _upgrade(self, version: str) -> None:
         """From an earlier version, all of it or nothing."""
@@ -346,7 +357,8 @@ class RolloutStore:
 
     def _create(self, run: Mapping[str, Any] | None) -> None:
         meta = {"schema_version": _SCHEMA_VERSION, "id": uuid.uuid4().hex, "run": _canonical(run or {})}
-        self._open_connection().execute("PRAGMA journal_mode = WAL")
+        for statement in _PAGES:
+            self._open_connection().execute(statement)
         with self._transaction() as connection:
             for statement in _SCHEMA.split(";\n"):
                 connection.execute(statement)
@@ -379,6 +391,7 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
     uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
     connection = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)  # explicit transactions only
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_IN_LOG}")
     return connection
 
 
@@ -415,13 +428,15 @@ def _row(event: Event) -> tuple[Any, ...]:
         if not math.isfinite(event.reward):
             raise InputError("RolloutStore.append", f"reward {event.reward} for {tuple(event.id)}", "a finite reward is needed")
         c = event.completion
-        blobs = (pack_ids(c.token_ids), pack_logprobs(c.rollout_logprobs))
+        if c.token_ids.shape != c.rollout_logprobs.shape:
+            given = f"{c.token_ids.size} token ids and {c.rollout_logprobs.size} logprobs for {tuple(event.id)}"
+            raise InputError("RolloutStore.append", given, "as many logprobs as token ids")
         short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
-        return (*head, "scored", *short, None, _sql_text(c.text), *blobs)
+        return (*head, "scored", *short, None, _sql_text(c.text), pack(c.token_ids, c.rollout_logprobs))
     if isinstance(event, Aborted):
-        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None, None)
+        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None)
     kind = "failed" if isinstance(event, Failed) else "lost"
-    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None, None)
+    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None)
 
 
 def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[CompletionId, int], int]:
@@ -457,28 +472,10 @@ def _canonical(run: Mapping[str, Any]) -> str:
     return json.dumps(dict(run), sort_keys=True, default=str)
 
 
-def _difference(stored: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """ "was made with lr=1e-05 (now 1e-06)", for the first three keys that differ; "" where none does."""
-    then, now = dict(_flat(stored)), dict(_flat(run))
-    keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-    if not keys:
-        return ""
-    shown = ", ".join(f"{k}={then.get(k, 'absent')} (now {now.get(k, 'absent')})" for k in keys[:3])
-    return f"was made with {shown}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 # -------------------- Parquet
 
 _EXPORT = """
-SELECT e.seq, e.num_tokens, e.token_ids, e.rollout_logprobs, e.step, e.prompt_id, e.idx, p.text, e.text, e.reward,
+SELECT e.seq, e.num_tokens, {tokens}, e.step, e.prompt_id, e.idx, p.text, e.text, e.reward,
        COALESCE(c.kept, 0), c.seq IS NOT NULL, e.policy_version, e.finish_reason, p.data
 FROM events e
 LEFT JOIN committed c ON c.seq = e.seq

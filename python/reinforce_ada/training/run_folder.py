@@ -194,8 +194,11 @@ def _name(lock: int) -> str:
 def _named(lock: int) -> str:
     if name := _name(lock):
         return name
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, uuid.uuid4().hex.encode(), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, uuid.uuid4().hex.encode(), 0)
+    except OSError as e:  # a full disk, say
+        raise InputError(_WHERE, f"cannot write {MARKER}: {e.strerror}", "a folder with space") from e
     return _name(lock)
 
 
