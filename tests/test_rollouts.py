@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import struct
@@ -218,6 +220,98 @@ INSERT INTO finished_steps VALUES (1);
 """
 
 
+VERSION_2 = (
+    VERSION_1.replace("exit TEXT NOT NULL, text,", "exit TEXT NOT NULL, key, text,").partition("INSERT")[0]
+    + """
+CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL);
+INSERT INTO meta VALUES ('schema_version', '2'), ('fingerprint', 'x'), ('run', '{"lr": 1e-06}');
+INSERT INTO events VALUES (7, 1, 'a', 0, 'scored', 1, 1.0, 'stop', 2, NULL, 'text a0', x'0500000006000000', x'abaaaabeabaa2abf');
+"""
+)
+
+
+def test_a_store_of_version_2_keeps_its_rows_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_2)
+    connection.close()
+    old = scored("a", 0, 1.0)
+    with RolloutStore(path, read_only=True) as store:
+        assert_same(store.events(1), [old])
+        assert store.id == ""
+    with pytest.raises(InputError, match=r"was made with lr=1e-06 \(now 1\)"):
+        RolloutStore(path, run={"lr": 1})
+    with RolloutStore(path, run={"lr": 1e-6}) as store:
+        store.append([scored("b", 0, 0.5, tokens=range(300))])
+        name = store.id
+    with RolloutStore(path) as store:
+        assert_same(store.events(1), [old, scored("b", 0, 0.5, tokens=range(300))])
+        assert store.id == name
+        assert re.fullmatch("[0-9a-f]{32}", name)
+
+
+def test_what_is_taken_back_is_open_again(store: RolloutStore) -> None:
+    journal, result = finished_step()
+    store.append(journal)
+    store.finish_step(1, result)
+    store.take_back([CompletionId(1, "a", 2), CompletionId(1, "b", 0)])
+    changed = [e if (*e.id[1:], type(e)) not in {("a", 2, Scored), ("b", 0, Scored)} else Aborted(e.id, 1, 2) for e in journal]
+    assert_same(store.events(1), changed)
+
+
+def test_after_a_flush_the_file_alone_has_everything(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with RolloutStore(path) as store:
+        store.append([scored("a", 0, 1.0)])
+        store.flush()
+        shutil.copy(path, tmp_path / "alone.sqlite")
+    with RolloutStore(tmp_path / "alone.sqlite") as alone:
+        assert_same(alone.events(1), [scored("a", 0, 1.0)])
+
+
+def test_what_is_compared_of_a_configuration_is_the_callers_to_say(tmp_path: Path) -> None:
+    def first(run: Any) -> dict[str, Any]:
+        return {"a": run.get("a", 1)}
+
+    path = tmp_path / "rollouts.sqlite"
+    RolloutStore(path, run={"b": 2}).close()
+    RolloutStore(path, run={"a": 1, "b": 3}, compared=first).close()
+    with pytest.raises(InputError, match=r"was made with a=1 \(now 4\)"):
+        RolloutStore(path, run={"a": 4}, compared=first)
+
+
+def change(path: Path, statement: str, *values: Any) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement, values)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "values", "message"),
+    [
+        ("UPDATE events SET tokens = x''", (), "event 1 is damaged: 0 bytes are not 2 packed values"),
+        ("UPDATE events SET tokens = x'02050000'", (), "event 1 is damaged"),
+        ("UPDATE events SET tokens = NULL", (), "event 1 is damaged"),
+        ("UPDATE events SET tokens = 'text'", (), "event 1 is damaged"),
+        ("UPDATE events SET tokens = ?", (b"\x04" + bytes(8) + b"\x07",), "event 1 is damaged"),
+        ("UPDATE events SET num_tokens = 3", (), "event 1 is damaged"),
+        ("UPDATE meta SET value = '[' WHERE key = 'run'", (), "does not say what it was made with"),
+        ("UPDATE meta SET value = '[]' WHERE key = 'run'", (), "was made with nothing"),
+        ("UPDATE meta SET value = '4' WHERE key = 'schema_version'", (), "has schema version 4; a rollout store of version 3 is needed"),
+        ("DROP TABLE events", (), "no such table: events"),
+    ],
+)
+def test_a_damaged_row_is_one_line(tmp_path: Path, statement: str, values: tuple[Any, ...], message: str) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    with RolloutStore(path, run={}) as store:
+        store.append([scored("a", 0, 1.0)])
+    change(path, statement, *values)
+    with pytest.raises(InputError) as caught, RolloutStore(path, run={}) as store:
+        store.events(1)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_store_of_version_1_is_read_as_it_is_and_upgraded_when_written(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.sqlite"
     with sqlite3.connect(path) as connection:
@@ -280,7 +374,7 @@ def test_export_without_pyarrow_says_what_to_install(store: RolloutStore, tmp_pa
 
 def test_export_to_a_folder_that_is_not_there_is_one_line(store: RolloutStore, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    with pytest.raises(InputError, match=r"^export_parquet: .*; a writable folder with space is needed$"):
+    with pytest.raises(InputError, match=r"^export_parquet: .*; a writable folder with space$"):
         store.export_parquet(tmp_path / "absent" / "x.parquet")
 
 
@@ -326,7 +420,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         written: list[Event] = []
         with pytest.raises(InputError, match=r"^RolloutStore: .*is full; space for the rollouts is needed; free some and resume"):
             written.extend(e for index in range(1000) for e in store.append([scored("a", index, 1.0, tokens=range(300))]))
-        assert 0 < len(written) < 100
+        assert 0 < len(written) < 400
         assert_same(store.events(1), written)
         store._open_connection().execute("PRAGMA max_page_count = 100000")  # space again
         written += store.append([scored("b", 0, 1.0)])
@@ -352,7 +446,7 @@ def overwrite_the_middle(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(b"not a database" * 1000), "file is not a database; an undamaged rollout store is needed"),
-        (other_database, "has schema version None; a rollout store of version 2 is needed"),
+        (other_database, "has schema version None; a rollout store of version 3 is needed"),
         (overwrite_the_middle, "malformed; an undamaged rollout store is needed"),
         (Path.mkdir, "unable to open database file; a store that can be read and written is needed"),
     ],

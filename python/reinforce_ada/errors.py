@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import difflib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from reinforce_ada.outside import one_line
@@ -64,3 +64,19 @@ def needs(where: str, package: str, hint: str = "") -> None:
     """Raises: InputError where an optional package is not installed."""
     if not is_installed(package):
         raise not_installed(where, package, hint)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """ "lr=1e-05 (now 1e-06)", for the first three keys of two configurations that differ; "" where none does."""
+    before, after = dict(_flat(then)), dict(_flat(now))
+    keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    shown = ", ".join(f"{k}={before.get(k, 'absent')} (now {after.get(k, 'absent')})" for k in keys[:3])
+    return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

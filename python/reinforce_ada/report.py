@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError, needs
+from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names, one_line
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.training.evaluate import paired_difference
@@ -67,11 +68,8 @@ def draw(run_dir: str | os.PathLike[str]) -> Path:
     needs("report", "matplotlib")
     path = Path(run_dir) / "figure.png"
     run, pools = _read(run_dir), _pools(Path(run_dir) / "rollouts.sqlite")
-    try:
-        with literal_names():
-            _figure(run, pools).savefig(path)
-    except OSError as error:
-        raise InputError("report", f"cannot write {path}: {error.strerror}", "a writable folder with space is needed") from error
+    with literal_names():
+        replace_file(path, _figure(run, pools).savefig, where="report")
     return path
 
 
@@ -106,7 +104,12 @@ def _pools(path: Path) -> list[PoolCounts]:
 
 
 def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    """A finite number of the log; what is none is nan."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 # -------------------- the table
@@ -122,7 +125,7 @@ def _evaluation_rows(evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
         (f"held-out Avg@{first['k']} before", f"{_avg(first)} after step {first['step']}"),
         (f"held-out Avg@{last['k']} after", f"{_avg(last)} after step {last['step']}"),
     ]
-    shares = [[_float(share) for share in e.get("per_prompt", ())] for e in (first, last)]
+    shares = [[_float(share) for share in e.get("per_prompt") or ()] for e in (first, last)]
     if shares[0] and len(shares[0]) == len(shares[1]):
         difference, stderr = paired_difference(*shares)
         rows.append(("difference, paired by prompt", f"{difference:+.3f} ± {stderr:.3f}"))
@@ -131,7 +134,7 @@ def _evaluation_rows(evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
 
 
 def _avg(evaluation: Mapping[str, Any]) -> str:
-    return f"{_float(evaluation['avg_at_k']):.3f} ± {_float(evaluation['stderr']):.3f}"
+    return f"{_float(evaluation.get('avg_at_k')):.3f} ± {_float(evaluation.get('stderr')):.3f}"
 
 
 def _common_pass_at_k(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -234,7 +237,7 @@ def _draw_reward(axes: Any, run: _Run) -> None:
     if run.steps:
         _trend(axes, run.series("step"), run.series("first_round_reward"), _BLUE, "training prompts, first round")
     if run.evals:
-        x, y, errors = (np.array([_float(e[key]) for e in run.evals]) for key in ("step", "avg_at_k", "stderr"))
+        x, y, errors = (np.array([_float(e.get(key)) for e in run.evals]) for key in ("step", "avg_at_k", "stderr"))
         label = f"held-out Avg@{run.evals[-1]['k']} ± standard error"
         axes.errorbar(x, y, np.nan_to_num(errors), fmt="o", color=_ORANGE, markersize=6, capsize=3, linewidth=1.6, label=label, zorder=4)
     bottom, top = axes.get_ylim()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,10 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, differences
+from reinforce_ada.files import replace_file
+from reinforce_ada.outside import GarbageError, parse_json
+from reinforce_ada.packing import pack, unpack
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
 
-_SCHEMA_VERSION = "2"
+_SCHEMA_VERSION = "3"
+_READABLE = ("1", "2", _SCHEMA_VERSION)
 _REMEMBERED = "CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL)"
 # The long columns come last, so that a query on the short ones does not read through them.
 # `reward` and the texts have no affinity: a REAL column would turn -0.0 into 0.0, and a text with a lone surrogate is kept as bytes.
@@ -35,8 +39,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
-    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text,
-    token_ids BLOB, rollout_logprobs BLOB);
+    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB);
 CREATE INDEX events_by_step ON events (step);
 CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
 CREATE TABLE pools (
@@ -46,13 +49,19 @@ CREATE TABLE pools (
 CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
 {_REMEMBERED};
 """
-# Version 1 has no keys: its prompts go by their ids.
-_UPGRADE = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
-_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, rollout_logprobs"
-_INSERT = f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# Version 1 has no keys: its prompts go by their ids. Up to version 2 token ids and logprobs are two columns; those rows stay as they are.
+_FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
+_FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
+# A row of 500 tokens takes 2.5 KB: of the usual pages of 4 KB it would fill one. The write-ahead log holds 4 MB, as it usually does.
+_PAGES = ("PRAGMA page_size = 32768", "PRAGMA journal_mode = WAL")
+_PAGES_IN_LOG = 128
+_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text"
+_INSERT = f"INSERT INTO events ({_COLUMNS}, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_TOKENS = ("tokens", "token_ids", "rollout_logprobs")
 _POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
 _INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _LAST_STEP = 2**63 - 1  # of SQLite's integers
+_UNDAMAGED = "an undamaged rollout store is needed"
 _DIFFERENT_CONFIG = "a store belongs to one configuration"
 
 
@@ -85,15 +94,20 @@ class RolloutStore:
     Args:
         path: the SQLite file; made when absent.
         run: the run's configuration, as JSON. Kept in a new store, and compared when one is opened again; None is not compared.
+        compared: what of a configuration is compared, given the kept one and then `run`; all of it without.
         read_only: open an existing store without the writer's lock.
 
     Raises: InputError when the file is another configuration's, is not a store, is damaged, cannot be opened, or has a writer; from
         every method when the disk is full or the file is damaged. What was committed before stays readable.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, run: Mapping[str, Any] | None = None, read_only: bool = False) -> None:
-        self._path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], *, run: Mapping[str, Any] | None = None, read_only: bool = False,
+        compared: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ) -> None:  # fmt: skip
+        self._path, self._compared = Path(path), compared
         self._has_keys = True
+        self._tokens = ""  # the columns of `_TOKENS`, NULL for those that it does not have
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         if read_only and not self._path.is_file():
@@ -131,6 +145,22 @@ class RolloutStore:
             connection.executemany(_INSERT_POOL, rows)
             connection.execute("INSERT OR REPLACE INTO finished_steps (step) VALUES (?)", (step,))
 
+    def take_back(self, ids: Iterable[CompletionId]) -> None:
+        """Make aborted requests of these scored completions, as if they had never been answered; to a sampler they are open again."""
+        tokens = [c.removeprefix("e.") for c in self._tokens.split(", ") if c != "NULL"]
+        cleared = ", ".join(f"{c} = NULL" for c in ("reward", "finish_reason", "text", *tokens))
+        where = "step = ? AND prompt_id = ? AND idx = ? AND kind = 'scored'"
+        with self._transaction() as connection:
+            for step, prompt_id, index in ids:
+                whose = (step, _sql_text(prompt_id), index)
+                connection.execute(f"DELETE FROM committed WHERE seq IN (SELECT seq FROM events WHERE {where})", whose)
+                connection.execute(f"UPDATE events SET kind = 'aborted', {cleared} WHERE {where}", whose)
+
+    def flush(self) -> None:
+        """Move what the write-ahead log holds into the file itself, and to the disk: from now on the file alone has it all."""
+        with self._guarded():
+            self._open_connection().execute("PRAGMA wal_checkpoint(PASSIVE)")
+
     def remember(self, earlier: RolloutStore) -> None:
         """Copy what an earlier run's pools say of their prompts, its last step as step 0; a store remembers one run, once."""
         rows = list(earlier.seen())
@@ -142,6 +172,13 @@ class RolloutStore:
                 connection.execute("INSERT INTO meta VALUES ('remembers', ?)", (str(earlier._path),))
 
     # -------------------- reading
+
+    @property
+    def id(self) -> str:
+        """Which run's store this is, by a random name it got when it was made; "" for one of an earlier version that is only read."""
+        with self._guarded():
+            row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
+            return str(row[0]) if row else ""
 
     @property
     def remembers(self) -> bool:
@@ -169,8 +206,10 @@ class RolloutStore:
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""
         with self._guarded():
-            rows = self._open_connection().execute(f"SELECT {_COLUMNS} FROM events WHERE step = ? ORDER BY seq", (step,))
-            return [_event(row) for row in rows]
+            rows = self._open_connection().execute(
+                f"SELECT seq, {self._tokens}, {_COLUMNS} FROM events e WHERE step = ? ORDER BY seq", (step,)
+            )
+            return [self._event(*row) for row in rows]
 
     def last_step(self) -> int | None:
         """The latest step with an event, or None."""
@@ -193,6 +232,26 @@ class RolloutStore:
                 for step, prompt_id, right, wrong, void, issued, key in rows
             ]
 
+    def _event(self, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
+        step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
+        id_ = CompletionId(step, _str(prompt_id), index)
+        if kind == "scored":
+            arrays = self._arrays(seq, num_tokens, tokens, token_ids, logprobs)
+            return Scored(Completion(id_, *arrays, _str(text), finish_reason, policy_version), reward)
+        if kind == "aborted":
+            return Aborted(id_, policy_version, num_tokens)
+        return (Failed if kind == "failed" else Lost)(id_, policy_version, _str(reason))
+
+    def _arrays(self, seq: int, count: int, tokens: bytes | None, *plain: bytes | None) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Token ids and logprobs of an event, [count] each. Raises: InputError for bytes that are not those of as many."""
+        try:
+            if tokens is not None:
+                return unpack(tokens, count)
+            ids, logprobs = (np.frombuffer(data or b"", dtype, count) for data, dtype in zip(plain, ("<i4", "<f4"), strict=True))
+            return ids.astype(np.int32), logprobs.astype(np.float32)
+        except (ValueError, TypeError) as e:
+            raise InputError("RolloutStore", f"{self._path}: event {seq} is damaged: {e}", _UNDAMAGED, "use a new folder") from e
+
     def export_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per scored or void completion, by step, in journal order.
 
@@ -206,15 +265,29 @@ class RolloutStore:
             hint = "pip install 'reinforce-ada[report]'"
             raise InputError("export_parquet", "pyarrow is not installed", "it is needed to write Parquet", hint)
         target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with self._guarded():
-                _write_parquet(self._open_connection(), partial)
-            os.replace(partial, target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError("export_parquet", f"{target}: {error}", "a writable folder with space is needed") from error
+        with self._guarded():
+            connection = self._open_connection()
+            replace_file(target, lambda aside: self._write_parquet(connection, aside), where="export_parquet")
         return target
+
+    def _write_parquet(self, connection: sqlite3.Connection, path: Path) -> None:
+        """A row group per step, so that memory holds one step."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = _parquet_schema()
+        steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
+        with pq.ParquetWriter(path, schema) as writer:
+            for step in steps:
+                rows = [self._export_row(*row) for row in connection.execute(_EXPORT.format(tokens=self._tokens), (step,))]
+                writer.write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
+
+    def _export_row(self, seq: int, num_tokens: int | None, *row: Any) -> tuple[Any, ...]:
+        tokens, row = row[:3], row[3:]
+        step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, data = row
+        arrays = (None, None) if num_tokens is None else self._arrays(seq, num_tokens, *tokens)
+        texts = (_utf8(prompt_text), _utf8(text))
+        return (step, _utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
 
     # -------------------- life cycle
 
@@ -244,31 +317,48 @@ class RolloutStore:
         is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         if is_empty and not read_only:
             self._create(run)
+            self._look_at_columns()
             return
         try:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
         except sqlite3.OperationalError:  # no such table
             meta = {}
-        if meta.get("schema_version") not in ("1", _SCHEMA_VERSION):
+        if meta.get("schema_version") not in _READABLE:
             given = f"{self._path} has schema version {meta.get('schema_version')}"
             raise InputError("RolloutStore", given, f"a rollout store of version {_SCHEMA_VERSION} is needed")
-        if run is not None and meta["fingerprint"] != _fingerprint(run):
-            raise InputError("RolloutStore", f"{self._path} {_difference(meta['run'], run)}", _DIFFERENT_CONFIG, "use a new folder")
-        self._has_keys = meta["schema_version"] != "1"
-        if not self._has_keys and not read_only:
-            self._upgrade()
+        if run is not None and (difference := self._difference(meta, run)):
+            raise InputError("RolloutStore", f"{self._path} {difference}", _DIFFERENT_CONFIG, "use a new folder")
+        version = meta["schema_version"]
+        if version != _SCHEMA_VERSION and not read_only:
+            self._upgrade(version)
+            version = _SCHEMA_VERSION
+        self._has_keys = version != "1"
+        self._look_at_columns()
 
-    def _upgrade(self) -> None:
-        """From version 1, all of it or nothing."""
+    def _look_at_columns(self) -> None:
+        there = {row[1] for row in self._open_connection().execute("PRAGMA table_info(events)")}
+        self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in _TOKENS)
+
+    def _difference(self, meta: Mapping[str, str], run: Mapping[str, Any]) -> str:
+        try:
+            then = parse_json(meta.get("run", ""))
+        except GarbageError as e:
+            return f"does not say what it was made with ({e})"
+        found = differences(self._compared(then), self._compared(json.loads(_canonical(run)))) if isinstance(then, dict) else "nothing"
+        return f"was made with {found}" if found else ""
+
+    def _upgrade(self, version: str) -> None:
+        """From an earlier version, all of it or nothing."""
         with self._transaction() as connection:
-            for statement in _UPGRADE:
+            for statement in (*(_FROM_1 if version == "1" else ()), *_FROM_2):
                 connection.execute(statement)
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (_SCHEMA_VERSION,))
-        self._has_keys = True
 
     def _create(self, run: Mapping[str, Any] | None) -> None:
-        meta = {"schema_version": _SCHEMA_VERSION, "fingerprint": _fingerprint(run or {}), "run": _canonical(run or {})}
-        self._open_connection().execute("PRAGMA journal_mode = WAL")
+        meta = {"schema_version": _SCHEMA_VERSION, "id": uuid.uuid4().hex, "run": _canonical(run or {})}
+        for statement in _PAGES:
+            self._open_connection().execute(statement)
         with self._transaction() as connection:
             for statement in _SCHEMA.split(";\n"):
                 connection.execute(statement)
@@ -301,6 +391,7 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
     uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
     connection = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)  # explicit transactions only
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_IN_LOG}")
     return connection
 
 
@@ -324,7 +415,7 @@ def _input_error(path: Path, error: sqlite3.Error) -> InputError:
         hint = "free some and resume: what was committed before is safe"
         return InputError("RolloutStore", f"{path}: {text}", "space for the rollouts is needed", hint)
     if "malformed" in text or "not a database" in text:
-        return InputError("RolloutStore", f"{path}: {text}", "an undamaged rollout store is needed", "use a new folder")
+        return InputError("RolloutStore", f"{path}: {text}", _UNDAMAGED, "use a new folder")
     return InputError("RolloutStore", f"{path}: {text}", "a store that can be read and written is needed")
 
 
@@ -337,25 +428,15 @@ def _row(event: Event) -> tuple[Any, ...]:
         if not math.isfinite(event.reward):
             raise InputError("RolloutStore.append", f"reward {event.reward} for {tuple(event.id)}", "a finite reward is needed")
         c = event.completion
-        blobs = (c.token_ids.astype("<i4").tobytes(), c.rollout_logprobs.astype("<f4").tobytes())
+        if c.token_ids.shape != c.rollout_logprobs.shape:
+            given = f"{c.token_ids.size} token ids and {c.rollout_logprobs.size} logprobs for {tuple(event.id)}"
+            raise InputError("RolloutStore.append", given, "as many logprobs as token ids")
         short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
-        return (*head, "scored", *short, None, _sql_text(c.text), *blobs)
+        return (*head, "scored", *short, None, _sql_text(c.text), pack(c.token_ids, c.rollout_logprobs))
     if isinstance(event, Aborted):
-        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None, None)
+        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None)
     kind = "failed" if isinstance(event, Failed) else "lost"
-    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None, None)
-
-
-def _event(row: Sequence[Any]) -> Event:
-    step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text, token_ids, logprobs = row
-    id_ = CompletionId(step, _str(prompt_id), index)
-    if kind == "scored":
-        tokens = np.frombuffer(token_ids, "<i4").astype(np.int32)
-        values = np.frombuffer(logprobs, "<f4").astype(np.float32)
-        return Scored(Completion(id_, tokens, values, _str(text), finish_reason, policy_version), reward)
-    if kind == "aborted":
-        return Aborted(id_, policy_version, num_tokens)
-    return (Failed if kind == "failed" else Lost)(id_, policy_version, _str(reason))
+    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None)
 
 
 def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[CompletionId, int], int]:
@@ -391,31 +472,11 @@ def _canonical(run: Mapping[str, Any]) -> str:
     return json.dumps(dict(run), sort_keys=True, default=str)
 
 
-def _fingerprint(run: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(run).encode()).hexdigest()
-
-
-def _difference(stored: str, run: Mapping[str, Any]) -> str:
-    """ "was made with lr=1e-05 (now 1e-06)", for the first three keys that differ."""
-    then, now = dict(_flat(json.loads(stored))), dict(_flat(json.loads(_canonical(run))))
-    keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-    shown = ", ".join(f"{k}={then.get(k, 'absent')} (now {now.get(k, 'absent')})" for k in keys[:3])
-    return f"was made with {shown}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 # -------------------- Parquet
 
 _EXPORT = """
-SELECT e.step, e.prompt_id, e.idx, p.text, e.text, e.reward, COALESCE(c.kept, 0), c.seq IS NOT NULL, e.policy_version,
-       e.finish_reason, e.token_ids, e.rollout_logprobs, p.data
+SELECT e.seq, e.num_tokens, {tokens}, e.step, e.prompt_id, e.idx, p.text, e.text, e.reward,
+       COALESCE(c.kept, 0), c.seq IS NOT NULL, e.policy_version, e.finish_reason, p.data
 FROM events e
 LEFT JOIN committed c ON c.seq = e.seq
 LEFT JOIN pools p ON p.step = e.step AND p.prompt_id = e.prompt_id
@@ -423,46 +484,17 @@ WHERE e.step = ? AND e.kind IN ('scored', 'failed') ORDER BY e.seq
 """
 
 
-def _write_parquet(connection: sqlite3.Connection, path: Path) -> None:
-    """A row group per step, so that memory holds one step."""
+def _parquet_schema() -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [
-            ("step", pa.int64()),
-            ("prompt_id", pa.string()),
-            ("index", pa.int64()),
-            ("prompt_text", pa.string()),
-            ("text", pa.string()),
-            ("reward", pa.float64()),
-            ("kept", pa.bool_()),
-            ("committed", pa.bool_()),
-            ("policy_version", pa.int64()),
-            ("finish_reason", pa.string()),
-            ("token_ids", pa.list_(pa.int32())),
-            ("rollout_logprobs", pa.list_(pa.float32())),
-            ("data", pa.string()),
-        ]
-    )
-    steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
-    with pq.ParquetWriter(path, schema) as writer:
-        for step in steps:
-            rows = [_export_row(row) for row in connection.execute(_EXPORT, (step,))]
-            writer.write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
-
-
-def _export_row(row: Iterable[Any]) -> tuple[Any, ...]:
-    step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, token_ids, logprobs, data = row
-    arrays = (_array(token_ids, "<i4"), _array(logprobs, "<f4"))
-    texts = (_utf8(prompt_text), _utf8(text))
-    return (step, _utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
-
-
-def _array(blob: bytes | None, dtype: str) -> NDArray[Any] | None:
-    return None if blob is None else np.frombuffer(blob, dtype)
+    columns = {
+        "step": pa.int64(), "prompt_id": pa.string(), "index": pa.int64(), "prompt_text": pa.string(), "text": pa.string(),
+        "reward": pa.float64(), "kept": pa.bool_(), "committed": pa.bool_(), "policy_version": pa.int64(), "finish_reason": pa.string(),
+        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "data": pa.string(),
+    }  # fmt: skip
+    return pa.schema(list(columns.items()))
 
 
 def _utf8(stored: str | bytes | None) -> str | None:
-    """Parquet takes UTF-8 only: a lone surrogate becomes U+FFFD there."""
+    """A lone surrogate becomes U+FFFD."""
     return stored.decode(errors="replace") if isinstance(stored, bytes) else stored

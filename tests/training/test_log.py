@@ -20,11 +20,15 @@ def test_a_torn_last_line_is_dropped_and_swallows_nothing(tmp_path):
     assert [r["step"] for r in read_log(path)] == [1, 2]
 
 
-def test_cut_after_keeps_what_was_before(tmp_path):
+def test_a_resumed_log_keeps_what_was_before(tmp_path):
     log = RunLog(tmp_path / "log.jsonl")
-    for record in ({"kind": "run"}, {"kind": "eval", "step": 0}, {"kind": "step", "step": 1}, {"kind": "step", "step": 2}):
+    for record in ({"kind": "run"}, {"kind": "eval", "step": 0, "k": 2}, {"kind": "step", "step": 1}, {"kind": "step", "step": 2}):
         log.write(record)
-    log.cut_after(1)
-    assert read_log(tmp_path / "log.jsonl") == log.records == [{"kind": "run"}, {"kind": "eval", "step": 0}, {"kind": "step", "step": 1}]
+    assert log.resume(1, 2) == []
+    assert (
+        read_log(tmp_path / "log.jsonl")
+        == log.records
+        == [{"kind": "run"}, {"kind": "eval", "step": 0, "k": 2}, {"kind": "step", "step": 1}]
+    )
     assert log.evaluation(0) is not None
     assert log.evaluation(2) is None

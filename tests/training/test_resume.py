@@ -18,7 +18,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import History, Memory
 from reinforce_ada.training.tasks import content_key
-from reinforce_ada.training.trainer import fingerprint
+from reinforce_ada.training.trainer import compared, fingerprint
 from reinforce_ada.types import Prompt
 
 STEPS = 5
@@ -55,7 +55,7 @@ def test_the_undisturbed_run_learns_something(undisturbed: Path) -> None:
     assert [r[0] for r in records] == [1, 2, 3, 4, 5]
     assert all(r[2] > 0 for r in records)  # every step has a gradient, or a lost step would not show
     assert list(evaluations(undisturbed)) == [0, 2, 4, 5]
-    assert [p.name for p in (undisturbed / "checkpoints").iterdir()] == ["step-000005"]
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_run: Runner, 
         ("inside a checkpoint", 2),
         ("before the checkpoint's rename", 2),
         ("after the checkpoint's rename", 1),
-        ("after the checkpoint's rename", 2),
+        ("after the checkpoint's rename", 3),
         ("inside the removal of the old one", 1),
         ("between checkpoint and next step", 1),
         ("between checkpoint and next step", 3),
@@ -239,9 +239,12 @@ def test_a_run_begins_with_what_an_earlier_one_has_seen(toy_run: Runner, undistu
 
 
 def test_memory_settings_belong_to_the_run_and_are_no_news_at_their_defaults(undisturbed: Path) -> None:
-    with pytest.raises(InputError, match=r"was made with sampling.memory_decay=absent \(now 0.5\)"):
+    with pytest.raises(InputError, match=r"was made with sampling.memory_decay=0.99 \(now 0.5\)"):
         toy_trainer(toy_config(undisturbed, memory_decay=0.5), undisturbed, resume=True)
-    assert not {"memory_decay", "memory_from", "mean_budget"} & fingerprint(toy_config(undisturbed))["sampling"].keys()
+    kept = fingerprint(toy_config(undisturbed))
+    for name in ("memory_decay", "memory_from", "mean_budget"):  # a store of an earlier version does not have them
+        del kept["sampling"][name]
+    assert compared(kept) == fingerprint(toy_config(undisturbed))
 
 
 def test_the_store_of_another_configuration_is_refused(undisturbed: Path) -> None:

@@ -88,13 +88,17 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple
 def test_the_log_goes_everywhere(make: Callable[..., Any], tmp_path: Path) -> None:
     trackers, tracker, said = make()
     log = RunLog(tmp_path / "log.jsonl", trackers)
-    records = [{"kind": "run"}, {"kind": "eval", "step": 0, "avg_at_k": 0.5}, {"kind": "step", "step": 1, "loss": math.nan, "grad": 2.0}]
+    records = [
+        {"kind": "run"},
+        {"kind": "eval", "step": 0, "k": 2, "avg_at_k": 0.5},
+        {"kind": "step", "step": 1, "loss": math.nan, "grad": 2.0},
+    ]
     for record in records:
         log.write(record)
-    log.cut_after(0)
+    log.resume(0, 0)
     trackers.close()
     assert [r["kind"] for r in read_log(tmp_path / "log.jsonl")] == ["run", "eval"]
-    assert tracker.seen == [(0, {"eval/avg_at_k": 0.5}), (1, {"train/grad": 2.0})]
+    assert tracker.seen == [(0, {"eval/k": 2.0, "eval/avg_at_k": 0.5}), (1, {"train/grad": 2.0})]
     assert (tracker.closed, said) == (1, [])
     (path,) = (tmp_path / "tensorboard").iterdir()
     version, zero, one, start = frames(path.read_bytes())

@@ -1,7 +1,7 @@
 """Runs toy trainers in forked processes that kill themselves at a chosen point: `python toy_process.py`, one JSON command per line.
 
 A command is {"out": folder, "resume": bool, "ranks": number of processes, "kill": [point, n] or null, "on_ranks": whom that concerns,
-"overrides": {...}}; the answer is the exit status of each rank (-9: killed), and errors go to `out`/error-<rank>.txt.
+"overrides": {...}}; the answer is the exit status of each rank (-9: killed), and errors go to `out`-error-<rank>.txt.
 Forked from a process that has imported everything: a run then takes a fraction of a second, not three.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from toy_training import ToyModel, toy_config, toy_trainer
+from toy_training import ToyModel, beside, toy_config, toy_trainer
 
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.training import distributed
+from reinforce_ada.training import distributed, run_folder
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.optimizer import MasterAdamW
@@ -142,7 +142,10 @@ def play(command: dict[str, Any], rank: int) -> None:
     config = toy_config(out, **command["overrides"])
     with distributed.join() as ranks:
         if rank == 0:
-            toy_trainer(config, out, resume=command["resume"], ranks=ranks).run()
+            with run_folder.existing(out) if command["resume"] else run_folder.new(out) as folder:
+                trainer = toy_trainer(config, out, resume=command["resume"], ranks=ranks)
+                folder.begin(config)
+                trainer.run()
         else:
             Learner(ToyModel(getattr(torch, config.model.dtype)), config, ranks).follow()
 
@@ -155,12 +158,12 @@ def start(command: dict[str, Any], rank: int, port: int) -> int:
     if command["ranks"] > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": command["ranks"], "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["GRADIENTS"] = command["out"] + "/gradients"
+    os.environ["GRADIENTS"] = command["out"] + "-gradients"
     try:
         play(command, rank)
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
-        Path(command["out"], f"error-{rank}.txt").write_text(text)
+        beside(Path(command["out"]), f"error-{rank}").write_text(text)
         print(text, file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)

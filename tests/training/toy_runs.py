@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toy_training import beside
+
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.training.log import read_log
 from reinforce_ada.types import Scored
@@ -38,7 +40,6 @@ class Runner:
         **overrides: Any,
     ) -> list[int]:  # fmt: skip
         """The exit status of each rank of a run; `kill` is played on `on_ranks`."""
-        out.mkdir(parents=True, exist_ok=True)
         line = json.dumps(
             {"out": str(out), "ranks": ranks, "kill": kill, "on_ranks": [*on_ranks], "resume": resume, "overrides": overrides}
         )
@@ -61,7 +62,18 @@ def scored(out: Path) -> list[tuple[Any, ...]]:
 
 
 def submitted(out: Path) -> list[str]:
-    return (out / "submitted.txt").read_text().splitlines() if (out / "submitted.txt").exists() else []
+    path = beside(out, "submitted")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def said(out: Path) -> str:
+    """What the last process of the run told the person watching."""
+    return beside(out, "said").read_text()
+
+
+def error(out: Path, rank: int = 0) -> str:
+    """What the run's last failure on this rank said."""
+    return beside(out, f"error-{rank}").read_text()
 
 
 def pools(out: Path) -> list[tuple[Any, ...]]:

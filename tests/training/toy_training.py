@@ -21,10 +21,15 @@ from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import Head
 from reinforce_ada.training.tasks import PromptStream, Source, content_key
-from reinforce_ada.training.trainer import Parts, Trainer, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, compared, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
 VOCABULARY, WIDTH, STOP, MAX_TOKENS = 32, 8, 0, 4
+
+
+def beside(out: Path, what: str) -> Path:
+    """A file about a run that is none of its own."""
+    return out.with_name(f"{out.name}-{what}.txt")
 
 
 class ToyModel:
@@ -120,6 +125,20 @@ def toy_config(out: Path, **overrides: Any) -> Config:
     return configuration.load(None, {**base, "out": str(out), **overrides})
 
 
+class _Told(Display):
+    """Lines go to a file too."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(stderr=True)
+        self._path = path
+        path.write_text("")
+
+    def line(self, text: str) -> None:
+        super().line(text)
+        with self._path.open("a") as f:
+            f.write(text + "\n")
+
+
 def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None = None) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
@@ -131,14 +150,14 @@ def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None 
 
     parts = Parts(
         model=ToyModel(getattr(torch, config.model.dtype)),
-        engine=ToyEngine(out / "submitted.txt"),
+        engine=ToyEngine(beside(out, "submitted")),
         rewards=InlineRewards(is_multiple_of_four),
         train=lambda position: PromptStream(source, frozenset(), make, position),
         held_out=[make(f"held-out-{i}", {"question": "", "token": 20 + i}) for i in range(3)],
         policy=configured(config.sampling),
-        store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config)),
+        store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config), compared=compared),
     )
-    trainer = Trainer(parts, config, out, Display(stderr=True), ranks)
+    trainer = Trainer(parts, config, out, _Told(beside(out, "said")), ranks)
     if resume:
         trainer.resume()
     return trainer

@@ -8,6 +8,7 @@ from typing import Any
 
 from reinforce_ada.bench.case import SHORT, Kind
 from reinforce_ada.bench.record import Record, Results
+from reinforce_ada.files import replace_file
 
 _COLORS = {"inductor": "#1f6cb0", "best": "#1f6cb0", "eager": "#9a5fb4", "TRL": "#9a5fb4"}
 _OTHER, _INK, _GRID = "#d1661e", "#2b2f36", "#e6e8eb"
@@ -35,7 +36,7 @@ def draw(results: Results, path: Path) -> None:
         axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
         for ax, (kind, rows) in zip(axes, panels, strict=True):
             _panel(ax, kind, rows)
-    figure.savefig(path, metadata={"Software": None})
+    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
 def _rows(records: Sequence[Record], kind: Kind) -> dict[Row, list[tuple[Record, float, str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from reinforce_ada.bench.case import SHORT, Goal, shape_label
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import replace_file
 
 FORMAT = 1
 
@@ -101,7 +102,7 @@ class Results:
         """As JSON, one record a line."""
         lines = ",\n".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in self.records)
         about = json.dumps({"format": FORMAT, **self.about}, indent=1, ensure_ascii=False)
-        path.write_text(f'{{"about": {about},\n"records": [\n{lines}\n]}}\n')
+        replace_file(path, f'{{"about": {about},\n"records": [\n{lines}\n]}}\n', where="bench")
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -21,6 +21,7 @@ from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitE
 from reinforce_ada.engines.base import check_prompt_length, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.files import replace_folder
 from reinforce_ada.outside import GarbageError, one_line, server_url, without_credentials
 from reinforce_ada.types import CompletionId, Request
 
@@ -299,21 +300,20 @@ class WeightsFolder:
 
     def __call__(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> Path:
         """Write them aside, then give them their name."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self._folder / f"version-{policy_version}"
-        aside = self._folder / f".version-{policy_version}"
-        try:
-            for old in (path, aside):
-                shutil.rmtree(old, ignore_errors=True)
-            aside.mkdir(parents=True)
+
+        def write(aside: Path) -> None:
             # Tied weights share memory, which the format has no word for.
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in named_tensors}, aside / "model.safetensors")
-            os.replace(aside, path)
-        except OSError as e:
-            raise InputError(
-                "engine", f"cannot write weights to {self._folder}: {e.strerror}", "a folder that every server can read"
-            ) from e
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors}
+            try:
+                save_file(tensors, aside / "model.safetensors")
+            except SafetensorError as e:  # a full disk, say
+                raise OSError(str(e)) from e
+
+        replace_folder(path, write, durable=False, where="engine", hint="every server must be able to read it")
         self._forget(policy_version)
         return path
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from reinforce_ada.explain.page import Explanation
+from reinforce_ada.files import replace_file
 
 _COLORS = ("#1f6cb0", "#d1661e", "#2a8c55", "#9a5fb4", "#b3343a", "#6b7480", "#c2a11c", "#17808f")
 _STYLES = ("-", "--", ":")
@@ -47,7 +48,7 @@ def draw(explanations: Sequence[Explanation], path: Path) -> None:
     _panel(samples, "Completions per prompt: E[N]")
     _panel(signal, "Pools with both classes: P(signal)")
     samples.legend(fontsize=7.5, frameon=False, labelcolor=_INK)
-    figure.savefig(path, metadata={"Software": None})
+    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
 def _panel(ax: Any, title: str) -> None:

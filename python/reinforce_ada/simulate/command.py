@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reinforce_ada.errors import InputError, needs
+from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.fit import fit_run, fit_store
@@ -71,7 +72,7 @@ def run(
     for study in studies:
         show(table(study))
     if json_to is not None:
-        json_to.write_text(json.dumps([study.record() for study in studies], indent=1) + "\n")
+        replace_file(json_to, json.dumps([study.record() for study in studies], indent=1) + "\n", where="simulate")
     if figure_to is not None:
         from reinforce_ada.simulate import figure
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reinforce_ada.files import replace_file
 from reinforce_ada.simulate.study import Row, Study
 
 _INK, _GRID = "#2b2f36", "#e6e8eb"
@@ -34,7 +35,7 @@ def draw(studies: Sequence[Study], path: Path) -> None:
         ax.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
 def _families(study: Study) -> dict[str, list[Row]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +90,16 @@ def fit_run(path: Path) -> Fit:
     """
     folder = path.parent if path.name == "rollouts.sqlite" else path
     log = read_log(folder / "log.jsonl")
-    header = next((r for r in log if r["kind"] == "run"), None)
-    seconds = {r["step"]: r["sampling_s"] for r in log if r["kind"] == "step"}
+    try:
+        return _fit(folder, log)
+    except (KeyError, TypeError) as e:
+        given = f"the first record of {folder / 'log.jsonl'} is not that of a run: {type(e).__name__} {e}"
+        raise InputError(_WHERE, given, "a folder that `reinforce-ada train` wrote is needed") from e
+
+
+def _fit(folder: Path, log: Sequence[Mapping[str, Any]]) -> Fit:
+    header = next((r for r in log if r["kind"] == "run" and r.get("config")), None)
+    seconds = {r["step"]: float(r["sampling_s"]) for r in log if r["kind"] == "step" and isinstance(r.get("sampling_s"), (int, float))}
     if header is None or len(seconds) < 2:
         raise InputError(_WHERE, f"{folder} holds no run with two finished steps", "a folder that `reinforce-ada train` wrote is needed")
     run = _Run.of(folder, header)

@@ -1,40 +1,45 @@
-"""Checkpoints written aside, synced and renamed: whatever is found under its final name is whole."""
+"""Checkpoints: what has its final name was whole when it was written, and is looked at in full before a run goes on from it."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.files import clear_leftovers, remove_folder, replace_folder
+from reinforce_ada.outside import GarbageError, parse_json
+
+_KEEP = 2  # where the newest is damaged, the one before is minutes back, not the whole run
+_SET_ASIDE = "set-aside-"
+_PIECE = 1 << 24  # bytes
+
+
+class UnusableError(ValueError):
+    """A checkpoint that a run cannot go on from; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A finished checkpoint: `model/` loads in transformers and vLLM, the rest resumes the trainer."""
+    """A checkpoint that is whole: `model/` loads in transformers and vLLM, the rest resumes the trainer."""
 
     folder: Path
     step: int
     position: int  # of the prompt stream
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters, moments and random state."""
-        from safetensors.torch import load_file
-
-        tensors: dict[str, Tensor] = load_file(self.folder / "trainer.safetensors")
-        return tensors
+    run: str  # which run's, "" where an earlier version wrote it
+    tensors: Mapping[str, Tensor]  # masters, moments and random state
 
 
 def save(
-    root: Path, step: int, position: int, save_model: Callable[[Path], None], tensors: Mapping[str, Tensor], *, keep: int = 1
-) -> Checkpoint:
-    """Write `root/step-NNNNNN`, then remove all but the newest `keep`.
+    root: Path, step: int, position: int, save_model: Callable[[Path], None], tensors: Mapping[str, Tensor], *, run: str = "",
+    keep: int = _KEEP,
+) -> None:  # fmt: skip
+    """Write `root/step-NNNNNN`, then remove all but the newest `keep`, and what was set aside.
 
     Raises: InputError when the disk is full or the folder not writable; earlier checkpoints are untouched then.
     """
@@ -44,69 +49,94 @@ def save(
 
     def write(aside: Path) -> None:
         save_model(aside / "model")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "trainer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, "position": position}))
+        file = aside / "trainer.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+        state = {"step": step, "position": position, "run": run, "trainer_crc32": _checksum(file)}
+        (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum_of(state)}))
 
-    with_aside(final, write)
-    for old in _finished(root)[:-keep]:
-        _remove(old.folder)
-    return Checkpoint(final, step, position)
-
-
-def latest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, if any; left-overs of a killed write are removed."""
-    if root.is_dir():
-        for leftover in root.glob(".aside-*"):
-            shutil.rmtree(leftover)
-    found = _finished(root)
-    return found[-1] if found else None
+    write_folder(final, write)
+    for old in [*folders(root)[keep:], *root.glob(f"{_SET_ASIDE}*")]:
+        remove_folder(old)
 
 
-def with_aside(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `final`, sync every file, and rename it into place (replacing what was there).
-
-    Raises: InputError when the disk is full or the folder not writable; what was there before is untouched then.
-    """
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Replace a folder of the run as a whole. Raises: InputError when the disk is full or the folder not writable."""
     from safetensors import SafetensorError
 
-    aside = final.parent / f".aside-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    def written(aside: Path) -> None:
+        try:
+            write(aside)
+        except SafetensorError as e:
+            raise OSError(str(e)) from e
+
+    replace_folder(final, written, where="checkpoint", hint="then resume the run")
+
+
+def folders(root: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint under `root`, the newest first; left-overs of a killed write are removed."""
+    clear_leftovers(root)
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)] if root.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint says."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, all of it. Raises: UnusableError for one that is not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "trainer.safetensors"
+    if missing := [f.name for f in (folder / "state.json", file) if not f.is_file()]:
+        raise UnusableError(f"{missing[0]} is not there")
     try:
-        aside.mkdir(parents=True)
-        write(aside)
-        for path in [*aside.rglob("*"), aside]:
-            _sync(path)
-        if final.exists():
-            _remove(final)
-        aside.rename(final)
-        _sync(final.parent)
-    except BaseException as e:
-        shutil.rmtree(aside, ignore_errors=True)  # whatever it was, half a folder would only take up the disk
-        if not isinstance(e, (OSError, SafetensorError)):
-            raise
-        raise InputError("checkpoint", f"cannot write {final}: {e}", "a writable folder with space", "then resume the run") from e
+        state = _state(folder)
+        if state["trainer_crc32"] not in (None, _checksum(file)):
+            raise UnusableError(f"{file.name} is not what was written")
+        tensors = load_file(file)
+    except OSError as e:
+        raise UnusableError(f"{Path(e.filename or folder).name}: {e.strerror or e}") from e
+    except SafetensorError as e:
+        raise UnusableError(f"{file.name}: {e}") from e
+    return Checkpoint(folder, state["step"], state["position"], state["run"], tensors)
 
 
-def _remove(folder: Path) -> None:
-    """Take the final name away first: a process killed half-way through a removal leaves no half of a checkpoint under it."""
-    leftover = folder.parent / f".aside-old-{folder.name}"
-    shutil.rmtree(leftover, ignore_errors=True)
-    folder.rename(leftover)
-    shutil.rmtree(leftover)
+def set_aside(folder: Path) -> None:
+    """Take its name from a checkpoint that cannot be used, in the place of one set aside before; the next that is written removes it."""
+    target = folder.with_name(f"{_SET_ASIDE}{folder.name}")
+    if target.exists():
+        remove_folder(target)
+    folder.rename(target)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _state(folder: Path) -> dict[str, Any]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        state = parse_json((folder / "state.json").read_bytes())
+    except GarbageError as e:
+        raise UnusableError(f"state.json: {e}") from e
+    if not isinstance(state, dict):
+        raise UnusableError("state.json: no JSON object")
+    numbers = [state.get(name) for name in ("step", "position")]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise UnusableError("state.json: no step and position")
+    checksum = state.pop("crc32", None)  # which checkpoints of earlier versions do not have
+    if checksum is not None and checksum != _checksum_of(state):
+        raise UnusableError("state.json is not what was written")
+    if state["step"] != step_of(folder):
+        raise UnusableError(f"state.json is of step {state['step']}")
+    return {"run": "", "trainer_crc32": None, **state}
 
 
-def _finished(root: Path) -> list[Checkpoint]:
-    found = []
-    for folder in sorted(root.glob("step-*")) if root.is_dir() else []:
-        if re.fullmatch(r"step-\d{6,}", folder.name):
-            state = json.loads((folder / "state.json").read_text())
-            found.append(Checkpoint(folder, state["step"], state["position"]))
-    return sorted(found, key=lambda c: c.step)
+def _checksum_of(state: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as f:
+        while piece := f.read(_PIECE):
+            value = zlib.crc32(piece, value)
+    return value

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from reinforce_ada import config as configuration
 from reinforce_ada import machine
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
@@ -27,15 +26,17 @@ from reinforce_ada.errors import InputError, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import checkpoint, distributed, models, track
+from reinforce_ada.training import checkpoint, distributed, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
+from reinforce_ada.training.objectives import Objective
+from reinforce_ada.training.run_folder import RunFolder
 from reinforce_ada.training.tasks import Records, Task, load_records, render
 from reinforce_ada.training.track import Trackers
-from reinforce_ada.training.trainer import Parts, Trainer, earlier_store, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store, fingerprint
 
 _WARM_START_EXAMPLES = 512
 
@@ -72,28 +73,34 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = with_dtype(config, device)
     track.check_names(config.run.track)
     records = load_records(config.task, config.run.seed)
-    out = _existing_run(resume) if resume else _new_run(config)
+    Objective.from_config(config)  # what it refuses is better known before anything is made
     with ExitStack() as stack:
+        folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
+        out = folder.path
         rewards = stack.enter_context(make_rewards(config, records))
         # A run that goes on must fit its store before anything slow happens; a new one has a store only when all else has been made, so
         # that a first attempt with a wrong setting leaves no run behind.
-        store = _open_store(stack, config, records, out) if resume else None
+        store = _open_store(stack, config, records, folder) if resume else None
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
-        path = _tiny_folder(config, records, out, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
+        path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
         task = render(records, config.task, model.tokenizer)
-        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, out, display))
+        weights = out / "weights"
+        if engine_name == "openai" and config.engine.weights_dir:
+            weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
+        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
         trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
-        store = store or _open_store(stack, config, records, out)
+        store = store or _open_store(stack, config, records, folder)
         parts = Parts(model, TracedEngine(engine, trace) if trace else engine, rewards, task.train, task.held_out, policy, store)
         trainer = Trainer(parts, config, out, display, ranks, trackers, trace.span if trace else no_span)
         if resume:
             trainer.resume()
-        trainer.log.write(_header(config, engine, device, ranks.size)) if not trainer.log.records else None
+        if not trainer.log.records:
+            trainer.log.write({**_header(config, engine, device, ranks.size), "run_id": store.id})
         trainer.run()
     finish(out, display)
     if trace:
@@ -130,7 +137,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         rewards = stack.enter_context(make_rewards(config, records))
         model = models.load(path, config.model.dtype, device)
         task = render(records, config.task, model.tokenizer)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
         with display.sampling("held-out") as on_progress:
@@ -191,9 +198,9 @@ def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
 
 @contextmanager
 def make_engine(
-    name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, out: Path, display: Display
+    name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, weights: Path, display: Display
 ) -> Iterator[Engine]:
-    """The engine of that name, said aloud; what it writes goes under `out`."""
+    """The engine of that name, said aloud; weights that it has to write for others go to `weights`."""
     limits: dict[str, Any] = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
@@ -213,7 +220,6 @@ def make_engine(
 
         e = config.engine
         servers = [url.strip() for url in e.servers.split(",") if url.strip()]
-        weights = Path(e.weights_dir or out / "weights")
         engine = HttpEngine(
             servers, weights, vocab_size=_vocab_size(model), hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line, **limits
         )
@@ -261,49 +267,54 @@ def quiet_libraries(model: str) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def _new_run(config: Config) -> Path:
+def _out(config: Config) -> Path:
+    """The folder of a new run."""
     run, sampling = config.run, config.sampling
-    default = f"runs/{Path(config.model.model).name}-{Path(config.task.task).stem}-{sampling.preset}-seed{run.seed}"
-    out = Path(run.out or default)
-    if (out / "log.jsonl").exists() or (out / "rollouts.sqlite").exists():
-        raise InputError("train", f"{out} holds a run already", "an empty folder", f"--resume {out} goes on with it, --out names another")
     if sampling.memory_from:
         earlier_store(sampling.memory_from).close()  # a wrong name must not wait for the model
+    default = f"runs/{Path(config.model.model).name}-{Path(config.task.task).stem}-{sampling.preset}-seed{run.seed}"
+    return Path(run.out or default)
+
+
+@contextmanager
+def _scratch(weights_dir: str) -> Iterator[str]:
+    """A folder for the weights of an evaluation, below the one that servers can read."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        folder = tempfile.TemporaryDirectory(prefix="eval-", dir=weights_dir or None)
     except OSError as e:
-        raise InputError("train", f"cannot write to {out}: {e.strerror}", "a writable folder", "--out names one") from e
-    return out
+        raise InputError("engine", f"cannot write weights to {weights_dir}: {e.strerror}", "a writable folder", "--weights-dir") from e
+    with folder as scratch:
+        os.chmod(scratch, 0o755)
+        yield scratch
 
 
-def _existing_run(folder: Path) -> Path:
-    if not (folder / "config.toml").is_file():
-        raise InputError("train", f"{folder} holds no run", "a folder that `reinforce-ada train` wrote")
-    return folder
-
-
-def _open_store(stack: ExitStack, config: Config, records: Records, out: Path) -> RolloutStore:
+def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunFolder) -> RolloutStore:
     run = {**fingerprint(config), "records": records.digest}
-    store = stack.enter_context(RolloutStore(out / "rollouts.sqlite", run=run))
-    aside = out / "config.toml.aside"
-    aside.write_text(configuration.dump(config), encoding="utf-8")
-    os.replace(aside, out / "config.toml")
+    store = stack.enter_context(RolloutStore(folder.path / "rollouts.sqlite", run=run, compared=compared))
+    folder.begin(config)
     return store
 
 
-def _tiny_folder(config: Config, records: Records, out: Path, *, is_new: bool) -> str:
-    """The warm-started tiny Llama of this run, built when it is new."""
+def _tiny_folder(config: Config, records: Records, out: Path, display: Display, *, is_new: bool) -> str:
+    """The warm-started tiny Llama of this run, built when it is new, and again when it is damaged."""
     folder = out / "base_model"
-    if is_new or not folder.exists():
+    if is_new or not _loads(folder, config, display):
         prompts = list(islice(render(records, config.task, models.tiny_tokenizer()).train(0), _WARM_START_EXAMPLES))
         if any("answer" not in p.data for p in prompts):
             raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
         tokenizer = models.tiny_tokenizer([p.text for p in prompts])
         examples = [(p.text, str(p.data["answer"])) for p in prompts]
-        checkpoint.with_aside(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
+        checkpoint.write_folder(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
     return str(folder)
+
+
+def _loads(folder: Path, config: Config, display: Display) -> bool:
+    try:
+        models.load(str(folder), config.model.dtype, torch.device("cpu"))
+    except InputError as e:
+        display.line(f"{folder.name} is made again: {e}")
+        return False
+    return True
 
 
 def _what_runs(config: Config, policy: Policy, task: Task, precision: str, num_ranks: int) -> str:

@@ -1,50 +1,72 @@
-"""The run's log: one JSON object per line, whole lines only, cut back when a run resumes from an earlier step."""
+"""The run's log: one JSON object per line, cut back when a run resumes from an earlier step; a damaged line costs that line only."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import finite
+from reinforce_ada.files import replace_file
+from reinforce_ada.outside import GarbageError, finite, parse_json
 from reinforce_ada.training.track import Trackers
 
 
 class RunLog:
-    """Appends records to `log.jsonl`, remembers them, and gives those of steps and evaluations to `trackers`."""
+    """Appends records to `log.jsonl`, remembers them, and gives those of steps and evaluations to `trackers`.
+
+    Raises: InputError when there is one that cannot be read or written.
+    """
 
     def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
         self._path, self._trackers = path, trackers
-        self.records: list[dict[str, Any]] = read_log(path)
-        if path.exists() and not path.read_text().endswith("\n"):
+        self.records, self._num_damaged = _read(path)
+        if self._num_damaged:
             self._rewrite()  # a record cut short by a killed process would swallow the next one
+
+    @property
+    def run_id(self) -> str:
+        """Which run's log this is; "" where it does not say."""
+        return next((str(r["run_id"]) for r in self.records if r["kind"] == "run" and "run_id" in r), "")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Raises: InputError when it cannot be written."""
         clean = {k: finite(v) for k, v in record.items()}
         self.records.append(clean)
         try:
-            with self._path.open("a") as f:
+            with self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(clean) + "\n")
         except OSError as e:
             raise InputError("log", f"cannot write {self._path}: {e.strerror}", "a writable folder with space", "then resume") from e
         if self._trackers is not None and "step" in clean:
             self._trackers.log(clean)
 
-    def cut_after(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps are trained again, and will be logged again."""
+    def resume(self, step: int, journaled: int) -> list[str]:
+        """Forget what was logged after `step`: those steps are trained again, and will be logged again.
+
+        Args:
+            journaled: the last step of which the journal has anything.
+        Returns: what a person should know of it, in lines.
+        """
+        steps = {r["step"] for r in self.records if r["kind"] == "step"}
+        said = []
+        if self._num_damaged > 1:  # a single one is what a kill leaves
+            said.append(f"{self._path.name}: {self._num_damaged} damaged lines are left out")
+        if missing := [str(s) for s in range(1, step + 1) if s not in steps]:
+            said.append(f"{self._path.name} lacks {len(missing)} of the steps up to {step}, such as step {missing[0]}")
+        if max(steps, default=0) > max(step, journaled):
+            said.append(f"{self._path.name} has step {max(steps)}, which the journal has lost: what is missing there is sampled again")
         self.records = [r for r in self.records if r.get("step", 0) <= step]
         self._rewrite()
         if self._trackers is not None:
             self._trackers.cut_after(step)
+        return said
 
     def _rewrite(self) -> None:
-        aside = self._path.with_suffix(".aside")
-        aside.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        os.replace(aside, self._path)
+        text = "".join(json.dumps(r) + "\n" for r in self.records)
+        replace_file(self._path, text, where="log", hint="then resume")
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The evaluation logged at `step`, if any."""
@@ -52,8 +74,67 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line cut short by a killed process is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The records of a log, without the lines that are damaged, such as the last one of a killed process; none where there is no log.
+
+    A record has a kind. Those of kind "step" and "eval" have a step, those of kind "eval" k; what else those and "run" have is of
+    the right kind or null.
+
+    Raises: InputError when it cannot be read.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records, and the number of damaged lines."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as e:
+        raise InputError("log", f"cannot read {path}: {e.strerror}", "the log of a run, in a readable file") from e
+    records = [_record(line) for line in lines if line]
+    whole = [r for r in records if r is not None]
+    return whole, len(records) - len(whole) + bool(rest)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line)
+    except GarbageError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return None
+    needed = _NEEDED.get(value["kind"], {})
+    return value if all(is_right(value.get(key)) for key, is_right in needed.items()) else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 2**1000)
+
+
+def _are_tables(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()))
+
+
+def _are_shares(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is_number, value)))
+
+
+def _are_shares_by_k(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", k) and _is_number(v) for k, v in value.items())
+
+
+_NEEDED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "run": {"config": _are_tables, "cap": lambda value: value is None or _is_step(value)},
+    "step": {"step": _is_step},
+    "eval": {
+        "step": _is_step, "k": _is_step, "avg_at_k": _is_number, "stderr": _is_number, "pass_at_k": _are_shares_by_k,
+        "per_prompt": _are_shares,
+    },
+}  # fmt: skip

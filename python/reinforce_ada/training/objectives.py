@@ -79,13 +79,13 @@ class Objective:
 
     @classmethod
     def from_config(cls, config: Config) -> Objective:
-        """The objective a configuration describes."""
+        """The objective a configuration describes. Raises: InputError for settings that the loss refuses."""
         t = config.training
         correction = None
         if t.rollout_correction != "none":
             level, mode = t.rollout_correction.split("-")
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
-        return cls(
+        objective = cls(
             loss=t.loss,
             loss_agg=t.loss_agg,
             clip_low=t.clip_low,
@@ -95,6 +95,16 @@ class Objective:
             temperature=config.sampling.temperature,
             norm_length=config.sampling.max_tokens,
         )
+        objective._check()
+        return objective
+
+    def _check(self) -> None:
+        """Compute the loss of a token: a setting that it refuses is known before anything is sampled."""
+        one, settings = torch.zeros(1), {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high")}
+        ops.policy_loss(
+            one, one, torch.ones(1, dtype=torch.bool), old_logprobs=one, rollout_logprobs=one, cu_seqlens=torch.tensor([0, 1]),
+            rollout_correction=self.rollout_correction, entropy=one, entropy_coef=self.entropy_coef, backend="reference", **settings,
+        )  # fmt: skip
 
     def __call__(
         self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float

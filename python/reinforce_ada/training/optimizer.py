@@ -80,9 +80,28 @@ class MasterAdamW:
                 out[f"{key}/{name}"] = value
         return out
 
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+        """Why `load` cannot take these, in a few words; "" when it can."""
+        shapes = {f"master/{name}": master.shape for name, master in self._masters.items()}
+        for name, master in self._masters.items():
+            moments = {f"exp_avg/{name}": master.shape, f"exp_avg_sq/{name}": master.shape, f"step/{name}": torch.Size([])}
+            if moments.keys() & tensors.keys():  # a parameter that never had a gradient has none
+                shapes |= moments
+        if missing := sorted(shapes.keys() - tensors.keys()):
+            return f"{missing[0]} is missing"
+        if unknown := sorted(tensors.keys() - shapes.keys()):
+            return f"{unknown[0]} is of no parameter"
+        for name, shape in shapes.items():
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                return f"{name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, not {list(shape)} float32"
+            if not bool(tensor.isfinite().all()):
+                return f"{name} has values that are not finite"
+        return ""
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `tensors` returned; the parameters are rounded from the masters."""
+        """Take up what `tensors` returned (no `misfit`); the parameters are rounded from the masters."""
         for name, master in self._masters.items():
             master.copy_(tensors[f"master/{name}"])
             state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reinforce_ada.errors import InputError, needs, unknown_name
-from reinforce_ada.outside import one_line
+from reinforce_ada.files import replace_file
+from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.training.event_file import EventFile
 
 PROJECT = "reinforce-ada"
@@ -43,7 +44,11 @@ class Trackers:
         self._say = say
         wanted = check_names(names)
         self._trackers: dict[str, Tracker] = {name: _begin(name, out, config) for name in wanted}
-        self._events = EventFile(out / "tensorboard")
+        try:
+            self._events = EventFile(out / "tensorboard")
+        except OSError as e:
+            given = f"cannot write to {out / 'tensorboard'}: {e.strerror}"
+            raise InputError("track", given, "a folder for TensorBoard's files", "move what has that name out of the way") from e
 
     def log(self, record: Mapping[str, Any]) -> None:
         """The numbers of a record of the log."""
@@ -113,11 +118,20 @@ def _one_line(error: Exception) -> str:
 def _identity(out: Path, name: str, make: Callable[[], str]) -> str:
     """What the run is called at this tracker, the same when it is resumed."""
     path = out / "track.json"
-    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    known = _known(out)
     if name not in known:
         known[name] = make()
-        path.write_text(json.dumps(known))
+        replace_file(path, json.dumps(known), where="track")
     return known[name]
+
+
+def _known(out: Path) -> dict[str, str]:
+    """What the run is called at each tracker. A damaged file says nothing: the run is a new one there."""
+    try:
+        known = parse_json((out / "track.json").read_bytes())
+    except (OSError, GarbageError):
+        return {}
+    return {name: text for name, text in known.items() if isinstance(text, str)} if isinstance(known, dict) else {}
 
 
 class _Wandb:
@@ -145,7 +159,7 @@ class _Mlflow:
         self._client = mlflow.MlflowClient()
         experiment = self._client.get_experiment_by_name(PROJECT)
         number = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
-        is_new = not (out / "track.json").exists() or "mlflow" not in json.loads((out / "track.json").read_text())
+        is_new = "mlflow" not in _known(out)
         self._run_id = _identity(out, "mlflow", lambda: str(self._client.create_run(number, run_name=out.name).info.run_id))
         for section, values in config.items() if is_new else ():
             for key, value in values.items():

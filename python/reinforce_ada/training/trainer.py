@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,17 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinforce_ada.config import Config, SamplingConfig
+from reinforce_ada.config import Config, EngineConfig
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import no_span
 from reinforce_ada.errors import InputError
+from reinforce_ada.files import clear_leftovers
+from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.protocol import RewardRunner
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
+from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.evaluate import evaluate
@@ -40,8 +43,9 @@ from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with
 from reinforce_ada.training.optimizer import warmed_up
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
-from reinforce_ada.types import Completion, CompletionId, Prompt, SamplingResult
+from reinforce_ada.types import Completion, CompletionId, Event, Prompt, SamplingResult, Scored
 
+_RNG = "rng/torch"  # among the tensors of a checkpoint
 _CHECK_TOKENS = 6  # of each made-up completion in the check of the linear operators
 
 
@@ -92,7 +96,7 @@ class Trainer:
                 self.save_checkpoint()
             if self._wants_evaluation():
                 self.evaluate()
-        checkpoint.with_aside(self.out / "model", self.parts.model.save)
+        checkpoint.write_folder(self.out / "model", self.parts.model.save)
 
     def _wants_checkpoint(self) -> bool:
         every = self.config.run.checkpoint_every
@@ -103,16 +107,61 @@ class Trainer:
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint; without one the run starts over, with its journal."""
-        found = checkpoint.latest(self.out / "checkpoints")
+        """Take up the newest checkpoint that is whole and that the journal reaches; without any the journal rebuilds the run.
+
+        Raises: InputError when the journal is another run's, or lacks what the checkpoints were trained on.
+        """
+        clear_leftovers(self.out)
+        if self.log.run_id not in ("", self.parts.store.id):
+            raise _wrong_journal(self.out, "it belongs to another run than log.jsonl")
+        found = self._usable_checkpoint()
         if found is not None:
-            tensors = found.tensors()
-            torch.set_rng_state(tensors.pop("rng/torch"))
+            tensors = dict(found.tensors)
+            torch.set_rng_state(tensors.pop(_RNG))
             self.learner.optimizer.load(tensors)
             self.step, self.position = found.step, found.position
             self.memory = self._remembered()
-        self.log.cut_after(self.step)
-        self.display.line(f"resuming after step {self.step}; the journal reaches step {self.parts.store.last_step() or 0}")
+        journaled = self.parts.store.last_step() or 0
+        self.display.line(f"resuming after step {self.step}; the journal reaches step {journaled}")
+        for line in self.log.resume(self.step, journaled):
+            self.display.line(line)
+
+    def _usable_checkpoint(self) -> Checkpoint | None:
+        """The newest that the run can go on from; newer ones are set aside, and that is said."""
+        reaches = _unbroken(self.parts.store.finished_steps())
+        unusable: list[Path] = []
+        wrong_journal = ""
+        found = None
+        for folder in checkpoint.folders(self.out / "checkpoints"):
+            try:
+                read = self._fitting(checkpoint.read(folder))
+            except checkpoint.UnusableError as e:
+                why = str(e)
+            else:
+                if read.run in ("", self.parts.store.id) and read.step <= reaches:
+                    found = read
+                    break
+                is_foreign = read.run not in ("", self.parts.store.id)
+                why = "it is of another run than the journal" if is_foreign else f"the journal reaches step {reaches} only"
+                wrong_journal = wrong_journal or f"checkpoints/{folder.name}: {why}"
+            self.display.line(f"checkpoint {folder.name} cannot be used: {one_line(why)}")
+            unusable.append(folder)
+        if found is None and unusable:
+            if wrong_journal or reaches < checkpoint.step_of(unusable[0]):
+                raise _wrong_journal(self.out, wrong_journal or f"no checkpoint can be used, and it reaches step {reaches} only")
+            self.display.line("no checkpoint can be used: the run is trained again from its journal")
+        for folder in unusable:
+            checkpoint.set_aside(folder)
+        return found
+
+    def _fitting(self, found: Checkpoint) -> Checkpoint:
+        tensors = dict(found.tensors)
+        rng, own = tensors.pop(_RNG, None), torch.get_rng_state()
+        if rng is None or rng.shape != own.shape or rng.dtype != own.dtype:
+            raise checkpoint.UnusableError(f"{_RNG} is no state of torch's generator")
+        if why := self.learner.optimizer.misfit(tensors):
+            raise checkpoint.UnusableError(why)
+        return found
 
     def _remembered(self) -> Memory:
         """The memory as it was after `step`: steps that are trained again must not know how they went."""
@@ -127,9 +176,11 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Weights, master copy, moments, random state and data position."""
-        tensors = {**self.learner.optimizer.tensors(), "rng/torch": torch.get_rng_state()}
+        tensors = {**self.learner.optimizer.tensors(), _RNG: torch.get_rng_state()}
         with self._span("checkpoint"):
-            checkpoint.save(self.out / "checkpoints", self.step, self.position, self.parts.model.save, tensors)
+            self.parts.store.flush()
+            root, run_id = self.out / "checkpoints", self.parts.store.id
+            checkpoint.save(root, self.step, self.position, self.parts.model.save, tensors, run=run_id)
 
     def check_model(self) -> None:
         """Compare the linear operators and rows that share a prompt with the model's own logits, and say what is used."""
@@ -189,7 +240,7 @@ class Trainer:
             num_prompts=sampling.prompts_per_step,
             memory=self.memory,
         )
-        sampler.restore(parts.store.events(step))
+        sampler.restore(self._journaled(step))
         self._sync_s = 0.0
         if not sampler.done:
             self._sync()
@@ -203,6 +254,15 @@ class Trainer:
         self.memory.update(step, result.pools)
         self.position = stream.position
         return result
+
+    def _journaled(self, step: int) -> list[Event]:
+        """The step's events; completions that no model of this vocabulary can have said are taken back, and so sampled again."""
+        store, vocabulary = self.parts.store, self.parts.model.head().weight.shape[0]
+        wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and (impossible(e.completion, vocabulary))}
+        if wrong:
+            self.display.line(f"step {step}: {len(wrong)} completions of the journal cannot be the model's: they are sampled again")
+            store.take_back(wrong)
+        return store.events(step)
 
     def _sync(self) -> None:
         started = time.monotonic()
@@ -259,23 +319,45 @@ def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
     return Completion(CompletionId(0, prompt.prompt_id, index), ids, np.zeros(length, dtype=np.float32), "", "stop", 0)
 
 
+def impossible(completion: Completion, vocabulary: int) -> bool:
+    """Whether this has a token outside the vocabulary, or a logprob that is none."""
+    ids, logprobs = completion.token_ids, completion.rollout_logprobs
+    return bool(ids.shape != logprobs.shape or ((ids < 0) | (ids >= vocabulary)).any() or not np.isfinite(logprobs).all())
+
+
+def _unbroken(steps: Sequence[int]) -> int:
+    """The last of 1, 2, 3, .. without a gap."""
+    return next((n - 1 for n, step in enumerate(steps, 1) if n != step), len(steps))
+
+
+def _wrong_journal(out: Path, why: str) -> InputError:
+    hint = f"put that file back; train --model {out}/checkpoints/.../model begins a new run with the weights"
+    return InputError("train", f"{out / 'rollouts.sqlite'} is not the journal of this run: {why}", "the journal it was trained on", hint)
+
+
 def earlier_store(run_dir: str) -> RolloutStore:
     """The store of the run that `memory_from` names. Raises: InputError where there is none."""
     return RolloutStore(Path(run_dir) / "rollouts.sqlite", read_only=True)
 
 
+# What a resumed run may change: its length, its place, its limits and how fast it goes. Everything of the engine but its kind is that.
+_FREE = {
+    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "tokens_per_pass"},
+    "run": {"out", "checkpoint_every", "track", "profile"},
+    "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
+}  # fmt: skip
+
+
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What must not change when a run resumes: everything but its length, its place, its limits and how fast it goes."""
-    free = {
-        "steps", "out", "checkpoint_every", "track", "profile", "eval_every", "reward_workers", "reward_timeout_s", "request_timeout_s",
-        "max_num_seqs", "max_model_len", "memory_fraction", "tokens_per_pass",  # what one lowers, or raises, after running out
-        "servers", "weights_dir", "replicas", "ray_address", "cpus_per_replica", "tensor_parallel", "hung_after_s", "give_up_s",
-    }  # fmt: skip
-    # Keys that stores of earlier versions do not have; at their defaults a run is what it was.
-    later = {"memory_decay", "memory_from", "mean_budget", "propose", "objective", "alpha"}
-    defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig) if f.name in later}
-    sections = dataclasses.asdict(config)
-    return {
-        section: {k: v for k, v in values.items() if k not in free and not (k in later and v == defaults[k])}
-        for section, values in sections.items()
-    }
+    """What must not change when a run resumes: everything that says what is learned."""
+    return compared(dataclasses.asdict(config))
+
+
+def compared(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A `fingerprint` that a store has, of this or an earlier version: without what is free now, and with what is new at its default."""
+    out = dict(run)
+    for section, defaults in dataclasses.asdict(Config()).items():
+        given = run.get(section)
+        if isinstance(given, Mapping):
+            out[section] = {k: v for k, v in {**defaults, **given}.items() if k not in _FREE[section]}
+    return out
