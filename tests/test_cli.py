@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -36,9 +36,10 @@ def test_help_answers_within_half_a_second_without_torch():
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(reinforce_ada.__file__))}
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "reinforce_ada.cli", "--help"], capture_output=True, text=True, env=environment)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)  # of the processor: another test may run beside
         assert done.returncode == 0
         assert all(command in done.stdout for command in COMMANDS)
     assert statistics.median(seconds) < 0.5

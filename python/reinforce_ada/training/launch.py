@@ -125,7 +125,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     quiet_libraries(model_name)
     display = Display(stderr=True)
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
-    display.line(f"model {model_name} ({_precision(config.model.dtype, device)})")
+    precision = _precision(config.model.dtype, device)
     config = with_dtype(config, device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
@@ -138,6 +138,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         model = models.load(path, config.model.dtype, device)
         task = render(records, config.task, model.tokenizer)
         scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
+        display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
         with display.sampling("held-out") as on_progress:
