@@ -445,7 +445,8 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--expose", action="store_true", help="allow a --host that other machines reach; they can run code here")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port of the first (default: 8000)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
+    shown = "of the weights; auto: bfloat16 where the device computes in it, else float32 (default: auto)"
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=shown)
     parser.add_argument("--max-model-len", type=int, default=512, metavar="N", help="longest prompt + completion in tokens (default: 512)")
     parser.add_argument("--max-num-seqs", type=int, default=128, metavar="N", help="requests at once, of each (default: 128)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: consecutive GPUs for each (default: cpu)")

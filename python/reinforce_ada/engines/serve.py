@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from reinforce_ada import machine
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from reinforce_ada.errors import InputError, is_installed
 from reinforce_ada.outside import one_line
@@ -38,7 +39,7 @@ class Serving:
     host: str = "127.0.0.1"
     expose: bool = False
     port: int = 8000
-    dtype: str = "bfloat16"
+    dtype: str = "auto"  # bfloat16 where the device computes in it, else float32
     max_model_len: int = 512
     max_num_seqs: int = 128
     device: str = "cpu"
@@ -52,11 +53,15 @@ class Serving:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port + i}"
 
 
+def _dtype(serving: Serving) -> str:
+    return machine.native_dtype(serving.device) if serving.dtype == "auto" else serving.dtype
+
+
 def command_of(serving: Serving, i: int) -> list[str]:
     """The command of replica `i`: logprobs of the sampling distribution, and the interface by which weights are loaded."""
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", serving.model),
-        *("--host", serving.host, "--port", str(serving.port + i), "--dtype", serving.dtype, "--seed", "0"),
+        *("--host", serving.host, "--port", str(serving.port + i), "--dtype", _dtype(serving), "--seed", "0"),
         *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm"),  # or it samples with the top_k and the penalties of the model's folder
