@@ -103,6 +103,14 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         needs("report", "pyarrow")
 
 
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python imports any folder on its path, and the working folder is on it."""
+    (tmp_path / "mlflow_of_mine").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("mlflow_of_mine") is not None
+    assert not is_installed("mlflow_of_mine")
+
+
 def test_a_configuration_is_read_without_any_package() -> None:
     code = "import sys; from reinforce_ada import config; config.load(None, {'steps': '3'}); print(*sys.modules)"
     done = subprocess.run(

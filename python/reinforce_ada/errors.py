@@ -44,11 +44,12 @@ def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> Inpu
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Whether a package can be imported, without importing it. A mere folder of that name, in which one happens to work, is none."""
     try:
-        return importlib.util.find_spec(package) is not None
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # of a half-removed or replaced package
         return False
+    return spec is not None and spec.origin is not None
 
 
 def not_installed(where: str, package: str, hint: str = "") -> InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # for a server to end by itself
@@ -174,8 +173,8 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     """Raises: InputError for what cannot be served here."""
     if serving.replicas < 1:
         raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
-    if needs_vllm and importlib.util.find_spec("vllm") is None:
-        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
+    if needs_vllm:
+        needs("serve", "vllm")
     for port in range(serving.port, serving.port + serving.replicas):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

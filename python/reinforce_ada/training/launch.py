@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, is_installed, needs
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
@@ -102,7 +101,7 @@ def finish(out: Path, display: Display) -> None:
     from reinforce_ada import report
 
     display.table(f"{out}", report.summary_table(out))
-    if importlib.util.find_spec("matplotlib") is None:
+    if not is_installed("matplotlib"):
         display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
         return
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
@@ -153,10 +152,9 @@ def pick_device(name: str) -> torch.device:
 def pick_engine(wanted: str) -> str:
     """vLLM where it is installed, else transformers. Raises: InputError for vLLM or Ray where it is not installed."""
     if wanted == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-    if wanted in ("vllm", "ray") and importlib.util.find_spec(wanted) is None:
-        hint = "--engine transformers needs nothing more"
-        raise InputError("engine", f"{wanted} is not installed", f'pip install "reinforce-ada[{wanted}]"', hint)
+        return "vllm" if is_installed("vllm") else "transformers"
+    if wanted in ("vllm", "ray"):
+        needs("engine", wanted, "--engine transformers needs nothing more")
     return wanted
 
 
