@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -221,6 +222,7 @@ def _late(*_: object) -> None:
 def answers(stream: Iterator[str]) -> Iterator[str]:
     """What came of each line of a worker's input."""
     for text in stream:
+        faulthandler.dump_traceback_later(LIMIT_S + 30, exit=True)  # where the alarm does not come through: in a loop in C
         yield json.dumps(asdict(run_line(json.loads(text))))
 
 
