@@ -114,6 +114,23 @@ POSITIONAL: dict[str, list[str]] = {
 }
 
 
+# What a flag is meant to take, bent: half of its values are of these.
+_PAIRS = ["1,2", "0,0", "-1,1", "1,nan", "nan,nan", "inf,1", "1e308,1e308", "1e-320,1e-320", "1e6,1e-6", "1,2,3", "1", ",", "1,", "a,b"]
+_FILES = ["folder", "text.sqlite", "empty.sqlite", "rates.csv", "/dev/zero", "binary", "x[/b]", "loop", "a" * 256, "rollouts.sqlite"]
+_WINDOWS = ["0", "1", str(10**30), "posterior:1e-300", "posterior:1", "posterior:nan", "posterior:-1", "posterior:", "adaptive:"]
+MEANT = {
+    ("explain", "--population"): _PAIRS,
+    ("explain", "--class-weights"): _PAIRS,
+    ("simulate", "--population"): [*(f"beta:{pair}" for pair in _PAIRS), *_FILES],
+    ("simulate", "--window"): _WINDOWS,
+    ("simulate", "--fit"): _FILES,
+    ("train", "--reward"): ["os:getcwd", "json:loads", ".:f", "./file:f", "file:f", "os", "os:", ":f", "os:environ", "os.path:join:x"],
+    ("train", "--task-options"): STRUCTURES,
+    ("train", "--stop"): STRUCTURES,
+    ("serve", "--vllm-args"): ["'", "--quantization", "\\", "--port 1", "a\nb"],
+}
+
+
 def flags_of(command: str) -> list[str]:
     """The flags of a command that take a value, as its own parser has them, and those that do not."""
     parser = cli._parser()
@@ -139,6 +156,8 @@ def _line(rng: random.Random, flags: dict[str, list[str]]) -> list[str]:
         base = ["--task", "good.jsonl", "--eval-prompts", "2", "--model", "./gone", "--engine", "transformers"]
     if command == "serve" and flag == "--host":
         base = ["./gone", "--port", "-1"]
+    if rng.random() < 0.5:
+        value = rng.choice(MEANT.get((command, flag), VALUES))
     more = [rng.choice(flags[command]), rng.choice(VALUES)] if flags[command] and rng.random() < 0.3 else []
     if command in ("serve", "doctor") and more and more[0] in ("--host", "--check"):
         more = []
