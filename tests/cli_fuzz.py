@@ -31,8 +31,8 @@ MEMORY_BYTES = 12 << 30  # of address space, of which torch alone maps several
 
 NUMBERS = [
     "0", "-0", "-0.0", "-1", "1", "2", "7", "0.5", "1.5", "1e-300", "1e10", "1e39", "1e308", "1e400", "-1e400", "inf", "-inf", "nan",
-    "1000", "2048", "2049", "65535", "65536", "1000000", "2147483648", str(2**63), str(2**64), str(10**12), str(10**30), "9" * 5000,
-    "1_000", "0x10", "١٢", "1,000", "1e", "--1",
+    "1000", "2048", "2049", "65535", "65536", "1000000", "2147483648", str(2**63), str(2**64), str(10**12), str(10**30), "9" * 400,
+    "9" * 5000, "1_000", "0x10", "١٢", "1,000", "1e", "--1",
 ]  # fmt: skip
 TEXTS = [
     "", " ", "\t", "\n", "a\nb", "a\r\nb", "true", "null", "None", "-", "--", "%s%n%(x)s", "{0}", "{", "\\", "'\"", "~", "x y",
@@ -58,18 +58,19 @@ WORDS = [
     "grpo:group_size=9999999999999", "grpo:group_size=true", "grpo:group_size=[8]",
     "reinforce-ada-balance:decide_every=99999999999999999999", "reinforce-ada-balance:objective=mean",
     "reinforce-ada-balance:objective=[]", "reinforce-ada-balance:baseline=3", "reinforce-ada-pos:num_correct=-1",
-    "grpo:positive_threshold=nan", "grpo:positive_threshold=\"a\"", "dapo:max_prompts_factor=1e308", "dapo:max_prompts_factor=inf",
-    "dapo:max_prompts_factor=0", "knapsack:max_budget=100000000000", "reinforce-ada-balance:a=" + "[" * 5000, "mean", "power", "log",
-    "stream", "rounds", "cpu", "cuda", "float32", "policy_loss", "token_logprobs", "forward", "tiny", "smollm", "chain_sum",
-    "nearest-rate", "skip-streaks", "wandb", "wandb,wandb", "auto", "openai", "ray",
+    "grpo:positive_threshold=nan", "grpo:positive_threshold=" + "9" * 400, "grpo:positive_threshold=\"a\"",
+    "dapo:max_prompts_factor=1e308", "dapo:max_prompts_factor=inf", "dapo:max_prompts_factor=0", "knapsack:max_budget=100000000000",
+    "reinforce-ada-balance:a=" + "[" * 5000, "mean", "power", "log", "stream", "rounds", "cpu", "cuda", "float32", "policy_loss",
+    "token_logprobs", "forward", "tiny", "smollm", "chain_sum", "nearest-rate", "skip-streaks", "wandb", "wandb,wandb", "auto",
+    "openai", "ray",
 ]  # fmt: skip
 VALUES = [*NUMBERS, *TEXTS, *STRUCTURES, *PATHS, *WORDS]
 
 # A TOML file may hold this as the value of any key.
 TOML_VALUES = [
-    "0", "-1", "1.5", "-0.0", "inf", "-inf", "nan", "1e39", "1e400", str(2**63), str(10**30), "9" * 5000, "true", '""', '" "',
-    '"\\u0000"', '"\\u001b[2J"', "'''a\nb'''", '"$x_{"', f'"{"a" * 300}"', "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", "[]",
-    '["a"]', '[""]', "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{a = {b = {c = []}}}", "{a = nan}", "{a = 1979-05-27}",
+    "0", "-1", "1.5", "-0.0", "inf", "-inf", "nan", "1e39", "1e400", str(2**63), str(10**30), "9" * 400, "9" * 5000, "true", '""',
+    '" "', '"\\u0000"', '"\\u001b[2J"', "'''a\nb'''", '"$x_{"', f'"{"a" * 300}"', "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z",
+    "[]", '["a"]', '[""]', "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{a = {b = {c = []}}}", "{a = nan}", "{a = 1979-05-27}",
     "[" * 30 + "]" * 30, "{a = " + "[" * 30 + "]" * 30 + "}", "[" * 5000, "'''" + "x" * 200_000 + "'''",
 ]  # fmt: skip
 TOML_FILES = [

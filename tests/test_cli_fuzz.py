@@ -140,6 +140,8 @@ PAST_LIMITS = [
     ("hung_after_s", "1e300", "at most 1000000"),
     ("give_up_s", "inf", "a finite number"),
     ("steps", str(10**30), "at most 1000000000"),
+    ("steps", "9" * 400, "at most 1000000000"),
+    ("learning_rate", "9" * 400, "a finite number"),
     ("steps", "-1", "at least 0"),
     ("steps", "1.5", "int"),
     ("seed", str(2**64), f"at most {2**63 - 1:.10g}"),
