@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +16,10 @@ import pytest
 
 import reinforce_ada
 from reinforce_ada import cli, config
+from reinforce_ada.engines.serve import Serving
 from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.sampling import PRESETS
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 
 ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
 COMMANDS = ("train", "eval", "report", "simulate", "bench", "doctor")
@@ -331,3 +336,29 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, unbuffered):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+# -------------------- lists that stand twice
+
+
+def shown_defaults(command) -> dict[str, str]:
+    """What the help of each flag says its default is, by what the flag fills in."""
+    commands = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = {a.dest: re.search(r"\(default: ([^,)]+)", a.help or "") for a in commands.choices[command]._actions}
+    return {dest: match[1] for dest, match in found.items() if match}
+
+
+@pytest.mark.parametrize("cls", [EngineModel, LengthModel, Serving])
+def test_defaults_in_the_help_are_those_of_the_models(cls):
+    shown = shown_defaults("serve" if cls is Serving else "simulate")
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("model", "extra", "dtype")}
+    assert {name: shown.get(name) for name in defaults} == {
+        name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in defaults.items()
+    }
+
+
+def test_the_help_of_preset_names_every_one():
+    about = next(f for f in dataclasses.fields(config.SamplingConfig) if f.name == "preset").metadata["about"]
+    named = set(re.findall(r"[a-z][a-z-]+(?=[ ;|])", about.partition(";")[0] + ";")) - {"reinforce-ada"}
+    stem, members = re.search(r"([\w-]+-)\{([\w,]+)\}", about).groups()
+    assert named | {stem + member for member in members.split(",")} == set(PRESETS)

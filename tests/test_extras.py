@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from reinforce_ada import config
-from reinforce_ada.errors import EXTRA_OF, InputError, is_installed, needs, not_installed
+from reinforce_ada.errors import EXTRA_OF, InputError, needs, not_installed
+from reinforce_ada.outside import is_installed
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -218,7 +218,7 @@ def test_drawing_needs_neither_torch_nor_pyplot(run_dir: Path) -> None:
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", ["$x_{$", r"$\frac{$$", "x[/b]", "[bold]", "a\x1b[2Jb\x07", "\udcff", "😀" * 30, "n" * 250, "{0} %s"])
+@pytest.mark.parametrize("name", ["$x_{$", r"$\frac{$$", "x[/b]", "a\x1b[2Jb\x07", "\udcff", "😀" * 30, "n" * 250])
 def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
     """As the folder's own name, and as what the run was given: no formula, no markup, no warning about a character the font lacks."""
     folder = tmp_path / "".join(char for char in name if char not in "/\x1b\x07")[:60]

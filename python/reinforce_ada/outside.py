@@ -5,6 +5,7 @@ Stdlib only, but for matplotlib where a figure is drawn.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -107,3 +108,12 @@ def literal_names() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
         yield
+
+
+def is_installed(module: str) -> bool:
+    """Whether this top-level module can be imported: a folder of that name in the working folder alone is not one."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # of a half-removed or replaced package
+        return False
+    return spec is not None and spec.origin is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from reinforce_ada.engines.base import check_prompt_length
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError, needs
+from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after so long, or with the first completion
@@ -312,7 +313,8 @@ def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
 
 def _connect(address: str) -> bool:
     """Whether Ray was started by this call."""
-    needs("engine", "ray", "--engine vllm needs no cluster")
+    if importlib.util.find_spec("ray") is None:
+        raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it a warning about the next version at each start
     import ray

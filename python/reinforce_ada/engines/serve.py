@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
-from reinforce_ada.errors import InputError, needs
+from reinforce_ada.errors import InputError
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # for a server to end by itself
@@ -173,8 +174,8 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     """Raises: InputError for what cannot be served here."""
     if serving.replicas < 1:
         raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
-    if needs_vllm:
-        needs("serve", "vllm")
+    if needs_vllm and importlib.util.find_spec("vllm") is None:
+        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
     for port in range(serving.port, serving.port + serving.replicas):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,7 +21,8 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
-from reinforce_ada.errors import InputError, is_installed, needs
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
@@ -153,8 +154,9 @@ def pick_engine(wanted: str) -> str:
     """vLLM where it is installed, else transformers. Raises: InputError for vLLM or Ray where it is not installed."""
     if wanted == "auto":
         return "vllm" if is_installed("vllm") else "transformers"
-    if wanted in ("vllm", "ray"):
-        needs("engine", wanted, "--engine transformers needs nothing more")
+    if wanted in ("vllm", "ray") and not is_installed(wanted):
+        hint = "--engine transformers needs nothing more"
+        raise InputError("engine", f"{wanted} is not installed", f'pip install "reinforce-ada[{wanted}]"', hint)
     return wanted
 
 
