@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -30,8 +31,8 @@ MEMORY_BYTES = 12 << 30  # of address space, of which torch alone maps several
 
 NUMBERS = [
     "0", "-0", "-0.0", "-1", "1", "2", "7", "0.5", "1.5", "1e-300", "1e10", "1e39", "1e308", "1e400", "-1e400", "inf", "-inf", "nan",
-    "1000", "2048", "2049", "65535", "65536", "1000000", "2147483648", str(2**63), str(2**64), str(10**12), str(10**30), "9" * 5000,
-    "1_000", "0x10", "١٢", "1,000", "1e", "--1",
+    "1000", "2048", "2049", "65535", "65536", "1000000", "2147483648", str(2**63), str(2**64), str(10**12), str(10**30), "9" * 400,
+    "9" * 5000, "1_000", "0x10", "١٢", "1,000", "1e", "--1",
 ]  # fmt: skip
 TEXTS = [
     "", " ", "\t", "\n", "a\nb", "a\r\nb", "true", "null", "None", "-", "--", "%s%n%(x)s", "{0}", "{", "\\", "'\"", "~", "x y",
@@ -57,18 +58,19 @@ WORDS = [
     "grpo:group_size=9999999999999", "grpo:group_size=true", "grpo:group_size=[8]",
     "reinforce-ada-balance:decide_every=99999999999999999999", "reinforce-ada-balance:objective=mean",
     "reinforce-ada-balance:objective=[]", "reinforce-ada-balance:baseline=3", "reinforce-ada-pos:num_correct=-1",
-    "grpo:positive_threshold=nan", "grpo:positive_threshold=\"a\"", "dapo:max_prompts_factor=1e308", "dapo:max_prompts_factor=inf",
-    "dapo:max_prompts_factor=0", "knapsack:max_budget=100000000000", "reinforce-ada-balance:a=" + "[" * 5000, "mean", "power", "log",
-    "stream", "rounds", "cpu", "cuda", "float32", "policy_loss", "token_logprobs", "forward", "tiny", "smollm", "chain_sum",
-    "nearest-rate", "skip-streaks", "wandb", "wandb,wandb", "auto", "openai", "ray",
+    "grpo:positive_threshold=nan", "grpo:positive_threshold=" + "9" * 400, "grpo:positive_threshold=\"a\"",
+    "dapo:max_prompts_factor=1e308", "dapo:max_prompts_factor=inf", "dapo:max_prompts_factor=0", "knapsack:max_budget=100000000000",
+    "reinforce-ada-balance:a=" + "[" * 5000, "mean", "power", "log", "stream", "rounds", "cpu", "cuda", "float32", "policy_loss",
+    "token_logprobs", "forward", "tiny", "smollm", "chain_sum", "nearest-rate", "skip-streaks", "wandb", "wandb,wandb", "auto",
+    "openai", "ray",
 ]  # fmt: skip
 VALUES = [*NUMBERS, *TEXTS, *STRUCTURES, *PATHS, *WORDS]
 
 # A TOML file may hold this as the value of any key.
 TOML_VALUES = [
-    "0", "-1", "1.5", "-0.0", "inf", "-inf", "nan", "1e39", "1e400", str(2**63), str(10**30), "9" * 5000, "true", '""', '" "',
-    '"\\u0000"', '"\\u001b[2J"', "'''a\nb'''", '"$x_{"', f'"{"a" * 300}"', "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", "[]",
-    '["a"]', '[""]', "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{a = {b = {c = []}}}", "{a = nan}", "{a = 1979-05-27}",
+    "0", "-1", "1.5", "-0.0", "inf", "-inf", "nan", "1e39", "1e400", str(2**63), str(10**30), "9" * 400, "9" * 5000, "true", '""',
+    '" "', '"\\u0000"', '"\\u001b[2J"', "'''a\nb'''", '"$x_{"', f'"{"a" * 300}"', "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z",
+    "[]", '["a"]', '[""]', "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{a = {b = {c = []}}}", "{a = nan}", "{a = 1979-05-27}",
     "[" * 30 + "]" * 30, "{a = " + "[" * 30 + "]" * 30 + "}", "[" * 5000, "'''" + "x" * 200_000 + "'''",
 ]  # fmt: skip
 TOML_FILES = [
@@ -113,6 +115,23 @@ POSITIONAL: dict[str, list[str]] = {
 }
 
 
+# What a flag is meant to take, bent: half of its values are of these.
+_PAIRS = ["1,2", "0,0", "-1,1", "1,nan", "nan,nan", "inf,1", "1e308,1e308", "1e-320,1e-320", "1e6,1e-6", "1,2,3", "1", ",", "1,", "a,b"]
+_FILES = ["folder", "text.sqlite", "empty.sqlite", "rates.csv", "/dev/zero", "binary", "x[/b]", "loop", "a" * 256, "rollouts.sqlite"]
+_WINDOWS = ["0", "1", str(10**30), "posterior:1e-300", "posterior:1", "posterior:nan", "posterior:-1", "posterior:", "adaptive:"]
+MEANT = {
+    ("explain", "--population"): _PAIRS,
+    ("explain", "--class-weights"): _PAIRS,
+    ("simulate", "--population"): [*(f"beta:{pair}" for pair in _PAIRS), *_FILES],
+    ("simulate", "--window"): _WINDOWS,
+    ("simulate", "--fit"): _FILES,
+    ("train", "--reward"): ["os:getcwd", "json:loads", ".:f", "./file:f", "file:f", "os", "os:", ":f", "os:environ", "os.path:join:x"],
+    ("train", "--task-options"): STRUCTURES,
+    ("train", "--stop"): STRUCTURES,
+    ("serve", "--vllm-args"): ["'", "--quantization", "\\", "--port 1", "a\nb"],
+}
+
+
 def flags_of(command: str) -> list[str]:
     """The flags of a command that take a value, as its own parser has them, and those that do not."""
     parser = cli._parser()
@@ -138,6 +157,8 @@ def _line(rng: random.Random, flags: dict[str, list[str]]) -> list[str]:
         base = ["--task", "good.jsonl", "--eval-prompts", "2", "--model", "./gone", "--engine", "transformers"]
     if command == "serve" and flag == "--host":
         base = ["./gone", "--port", "-1"]
+    if rng.random() < 0.5:
+        value = rng.choice(MEANT.get((command, flag), VALUES))
     more = [rng.choice(flags[command]), rng.choice(VALUES)] if flags[command] and rng.random() < 0.3 else []
     if command in ("serve", "doctor") and more and more[0] in ("--host", "--check"):
         more = []
@@ -221,6 +242,7 @@ def _late(*_: object) -> None:
 def answers(stream: Iterator[str]) -> Iterator[str]:
     """What came of each line of a worker's input."""
     for text in stream:
+        faulthandler.dump_traceback_later(LIMIT_S + 30, exit=True)  # where the alarm does not come through: in a loop in C
         yield json.dumps(asdict(run_line(json.loads(text))))
 
 

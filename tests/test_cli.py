@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +16,10 @@ import pytest
 
 import reinforce_ada
 from reinforce_ada import cli, config
+from reinforce_ada.engines.serve import Serving
+from reinforce_ada.errors import EngineLost, InputError
+from reinforce_ada.sampling import PRESETS
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 
 ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
 COMMANDS = ("train", "eval", "report", "simulate", "bench", "doctor")
@@ -227,6 +233,81 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     assert "--resume DIR" in error
 
 
+# (what a command raises, the exit code, what is said)
+ENDS = [
+    (EngineLost("engine: no replica for 9 s (r0: \x1b[2Jkilled)"), 3, "reinforce-ada: engine: no replica for 9 s (r0: \\x1b[2Jkilled)\n"),
+    (InputError("a", "b\nc\r\x07", "d"), 2, "reinforce-ada: a: b c \\x07; d\n"),
+    (
+        OSError(36, "File name too long", "x\x1b"),
+        2,
+        "reinforce-ada: files: cannot use x\\x1b: File name too long; a file or ",
+    ),
+    (
+        OSError(28, "No space left on device"),
+        2,
+        "reinforce-ada: files: cannot write to the disk: No space left on device;",
+    ),
+    (MemoryError("Unable to allocate 16. GiB"), 2, "reinforce-ada: memory: Unable to allocate 16. GiB; a smaller size"),
+    (
+        ModuleNotFoundError("No module", name="rich.text"),
+        2,
+        'reinforce-ada: doctor: rich is not installed; pip install "reinforce-ada[train]"',
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=[type(e).__name__ for e, *_ in ENDS])
+def test_ends_are_one_line_that_a_terminal_shows_as_it_is(monkeypatch, capsys, error, code, line):
+    monkeypatch.setattr(cli, "_doctor", raises(error))
+    ended, said = say(capsys, "doctor")
+    assert ended == code
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+def raises(error):
+    def run(given):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module", name="ours"), OSError(107, "not connected"), ValueError("ours")])
+def test_errors_that_say_nothing_to_a_user_are_kept(monkeypatch, error):
+    monkeypatch.setattr(cli, "_doctor", raises(error))
+    with pytest.raises(type(error)):
+        cli.main(["doctor"])
+
+
+# What a shell can pass and what it cannot; both end with one line.
+ARGUMENTS = ["\x1b]0;owned\x07", "a\nb", "\udcff", "\ud800", "a\0b", "x" * 200_000, "--stepz\x1b[2J", "é漢😀", "{0}%s"]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS, ids=range(len(ARGUMENTS)))
+@pytest.mark.parametrize("command", ["train", "report", "explain", "bench"])
+def test_what_argparse_quotes_is_escaped(capsys, tmp_path, monkeypatch, command, argument):
+    monkeypatch.chdir(tmp_path)
+    code, error = say(capsys, command, argument)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("reinforce-ada")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", error)
+
+
+def test_the_output_of_eval_json_is_one_object_whatever_a_reward_prints(world):
+    """One prompt has no standard error, which JSON has no form for."""
+    reward = "import sys\nprint('loaded')\n\ndef loud(prompt, text):\n    print('scoring', flush=True)\n    return 1.0\n"
+    (world / "loud_reward.py").write_text(reward)
+    line = "eval model --task good.jsonl --eval-prompts 1 --eval-k 2 --reward loud_reward:loud --engine transformers --device cpu --json"
+    command = [sys.executable, "-m", "reinforce_ada.cli", *line.split(), "--dtype", "float32", "--max-tokens", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(reinforce_ada.__file__))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=world, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (found["avg_at_k"], found["stderr"], found["model"]) == (1.0, None, "model")
+    assert "scoring" in done.stderr
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch):
     def broken(given):
         raise RuntimeError("ours")
@@ -256,3 +337,29 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, unbuffered):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+# -------------------- lists that stand twice
+
+
+def shown_defaults(command) -> dict[str, str]:
+    """What the help of each flag says its default is, by what the flag fills in."""
+    commands = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = {a.dest: re.search(r"\(default: ([^,)]+)", a.help or "") for a in commands.choices[command]._actions}
+    return {dest: match[1] for dest, match in found.items() if match}
+
+
+@pytest.mark.parametrize("cls", [EngineModel, LengthModel, Serving])
+def test_defaults_in_the_help_are_those_of_the_models(cls):
+    shown = shown_defaults("serve" if cls is Serving else "simulate")
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("model", "extra", "dtype")}
+    assert {name: shown.get(name) for name in defaults} == {
+        name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in defaults.items()
+    }
+
+
+def test_the_help_of_preset_names_every_one():
+    about = next(f for f in dataclasses.fields(config.SamplingConfig) if f.name == "preset").metadata["about"]
+    named = set(re.findall(r"[a-z][a-z-]+(?=[ ;|])", about.partition(";")[0] + ";")) - {"reinforce-ada"}
+    stem, members = re.search(r"([\w-]+-)\{([\w,]+)\}", about).groups()
+    assert named | {stem + member for member in members.split(",")} == set(PRESETS)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from reinforce_ada import config
-from reinforce_ada.errors import EXTRA_OF, InputError, is_installed, needs, not_installed
+from reinforce_ada.errors import EXTRA_OF, InputError, needs, not_installed
+from reinforce_ada.outside import is_installed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,6 +102,14 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_installed("json")
     with pytest.raises(InputError, match=r'^report: pyarrow is not installed; pip install "reinforce-ada\[report\]"$'):
         needs("report", "pyarrow")
+
+
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python imports any folder on its path, and the working folder is on it."""
+    (tmp_path / "mlflow_of_mine").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("mlflow_of_mine") is not None
+    assert not is_installed("mlflow_of_mine")
 
 
 def test_a_configuration_is_read_without_any_package() -> None:

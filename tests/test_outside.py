@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
+from pathlib import Path
+
 import pytest
 
-from reinforce_ada.outside import GarbageError, one_line, parse_json, printable
+from reinforce_ada.outside import GarbageError, finite, one_line, parse_json, printable, read_text, show
 
 GARBAGE = {
     "empty": "",
@@ -53,3 +58,39 @@ def test_printable_text_cannot_steer_a_terminal(text: str, shown: str) -> None:
 def test_one_line_is_one_line_of_bounded_length() -> None:
     assert one_line("a\r\n  b\x1b[2J") == "a b\\x1b[2J"
     assert len(one_line("x" * 10_000)) == 300
+
+
+def test_show_prints_what_is_printable() -> None:
+    out = io.StringIO()
+    show("a\x1b[2J\nb\ud800", file=out, end="!\n")
+    assert out.getvalue() == "a\\x1b[2J\nb\\ud800!\n"
+
+
+def test_finite_has_none_where_json_has_no_number() -> None:
+    assert finite({"a": [1, math.nan, (math.inf, 2.5)], "b": {"c": -math.inf}, "d": "nan"}) == {
+        "a": [1, None, [None, 2.5]],
+        "b": {"c": None},
+        "d": "nan",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none", "No such file or directory"),
+        (".", "Is a directory"),
+        ("file/below", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        ("a\0b", "no file name"),
+        ("\ud800", "no file name"),
+        ("latin-1", "not UTF-8: byte 0xe9 at 3"),
+        ("long", "longer than 100 bytes"),
+    ],
+)
+def test_a_file_that_is_no_text_says_why(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").write_text("\ufeffyes", encoding="utf-8")
+    (tmp_path / "latin-1").write_bytes(b"caf\xe9")
+    (tmp_path / "long").write_bytes(b"x" * 101)
+    assert read_text(tmp_path / "file", 100) == "yes"
+    with pytest.raises(GarbageError, match=reason):
+        read_text(Path(os.path.join(tmp_path, name)), 100)

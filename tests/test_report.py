@@ -216,3 +216,20 @@ def test_drawing_needs_neither_torch_nor_pyplot(run_dir: Path) -> None:
     code = "import sys; from reinforce_ada.report import draw; draw(sys.argv[1]); print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(run_dir)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["$x_{$", r"$\frac{$$", "x[/b]", "a\x1b[2Jb\x07", "\udcff", "😀" * 30, "n" * 250])
+def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
+    """As the folder's own name, and as what the run was given: no formula, no markup, no warning about a character the font lacks."""
+    folder = tmp_path / "".join(char for char in name if char not in "/\x1b\x07")[:60]
+    write_run_of(folder, {"sampling": {"preset": "grpo"}, "task": {"task": name}, "model": {"model": f"models/{name}"}})
+    assert draw(folder).stat().st_size > 10_000
+    write_run_of(folder, {})
+    assert draw(folder).stat().st_size > 10_000
+
+
+def write_run_of(folder: Path, config: dict[str, Any]) -> None:
+    """A run of two steps without a store."""
+    folder.mkdir(exist_ok=True)
+    records = [{**HEADER, "config": config}, *RECORDS[1:]]
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -144,7 +144,8 @@ def _of_the_system(e: OSError) -> InputError:
         return InputError("files", f"cannot write {e.filename or 'to the disk'}: {e.strerror}", "a writable folder with space")
     if e.filename is None:
         raise e
-    return InputError("files", f"cannot use {os.fsdecode(e.filename)}: {e.strerror}", "a file or folder of another name or kind")
+    name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
+    return InputError("files", f"cannot use {name}: {e.strerror}", "a file or folder of another name or kind")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -420,20 +421,10 @@ def _simulate(given: argparse.Namespace) -> int:
         {name: value for _, name, *_ in flags if (value := getattr(given, name)) is not None} for flags in (_ENGINE_FLAGS, _LENGTH_FLAGS)
     )
     command.run(
-        given.policies,
-        given.schedule,
-        given.window,
-        given.population,
-        num_prompts=given.prompts,
-        num_seeds=given.seeds,
-        num_earlier=given.earlier,
-        poll_fraction=given.poll_fraction,
-        engine=engine,
-        lengths=lengths,
-        fit=given.fit,
-        json_to=given.json,
+        given.policies, given.schedule, given.window, given.population, num_prompts=given.prompts, num_seeds=given.seeds,
+        num_earlier=given.earlier, poll_fraction=given.poll_fraction, engine=engine, lengths=lengths, fit=given.fit, json_to=given.json,
         figure_to=given.figure,
-    )
+    )  # fmt: skip
     return 0
 
 

@@ -346,22 +346,19 @@ def _needed(hint: Any) -> str:
 
 
 class _Range(NamedTuple):
-    """Numbers from `least` to `most`; `above` and `below` leave the ends out."""
+    """Numbers from `least` (above it) to `most`."""
 
     least: float
-    most: float = math.inf
+    most: float
     above: bool = False
-    below: bool = False
 
     def needed(self, value: float) -> str:
         """What is wrong with `value`, as what is needed; "" where nothing is."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         if value < self.least or (self.above and value == self.least):
-            return f"at least {self.least:g}" if not self.above else "a positive number" if self.least == 0 else f"above {self.least:g}"
-        if value > self.most or (self.below and value == self.most):
-            return f"{'below' if self.below else 'at most'} {self.most:.10g}"
-        return ""
+            return "a positive number" if self.above else f"at least {self.least:g}"
+        return f"at most {self.most:.10g}" if value > self.most else ""
 
 
 _COUNT, _OPTIONAL_COUNT = _Range(1, 10**6), _Range(0, 10**6)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import difflib
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from reinforce_ada.outside import one_line
+from reinforce_ada.outside import is_installed, one_line
 
 # The extra that brings each package which a base install lacks, by the name it is imported under; tests hold it to pyproject.toml.
 EXTRA_OF = {
@@ -41,15 +40,6 @@ def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> Inpu
     nearest = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else ""
     return InputError(where, f"unknown {kind} {one_line(repr(name))}", f"known: {', '.join(names)}", hint)
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it; a mere folder of that name in the working folder is none."""
-    try:
-        spec = importlib.util.find_spec(package)
-        return spec is not None and spec.origin is not None
-    except (ImportError, ValueError):  # of a half-removed or replaced package
-        return False
 
 
 def not_installed(where: str, package: str, hint: str = "") -> InputError:

@@ -5,6 +5,7 @@ Stdlib only, but for matplotlib where a figure is drawn.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -135,3 +136,12 @@ def server_url(text: str) -> str:
     if not re.fullmatch(r"https?://[!-~]+", text) or not parts.hostname or port == 0 or "?" in text or "#" in text:
         raise GarbageError(f"{shown} is not http://host:port")
     return text.rstrip("/").removesuffix("/v1")
+
+
+def is_installed(module: str) -> bool:
+    """Whether this top-level module can be imported: a folder of that name in the working folder alone is not one."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # of a half-removed or replaced package
+        return False
+    return spec is not None and spec.origin is not None

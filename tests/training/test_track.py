@@ -50,6 +50,30 @@ def test_the_file_is_what_tensorboard_itself_writes(tmp_path: Path) -> None:
     events.close()
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (1e39, 3.4028234663852886e38), (-1e308, -3.4028234663852886e38), (10**400, 3.4028234663852886e38), (1e-60, 0.0), (-0.0, -0.0),
+        (math.inf, math.inf), (2**31, 2.0**31), (True, 1.0),
+    ],
+)  # fmt: skip
+def test_numbers_past_float32_are_written_as_the_largest(tmp_path: Path, given: float, written: float) -> None:
+    events = EventFile(tmp_path, now=lambda: 1.5)
+    events.scalars({"train/\ud800reward": given}, 2**70 - 1)
+    events.restart(-1)
+    events.close()
+    (path,) = tmp_path.iterdir()
+    _, event, _ = frames(path.read_bytes())
+    assert event.endswith(struct.pack("<f", written))
+
+
+def test_an_integer_past_float64_is_no_finite_number() -> None:
+    assert dict(numbers_of({"kind": "step", "step": 1, "huge": 10**400, "loss": 1e39, "flag": True})) == {
+        "train/loss": 1e39,
+        "train/flag": 1.0,
+    }
+
+
 def test_numbers_have_their_places() -> None:
     step = {"kind": "step", "step": 3, "loss": 0.5, "num_lost": 2, "engine_queue": 1.0, "engine_restarts": 4, "bad": None, "nan": math.nan}
     assert dict(numbers_of(step)) == {"train/loss": 0.5, "train/num_lost": 2.0, "engine/queue": 1.0, "engine/restarts": 4.0}

@@ -13,8 +13,8 @@ from reinforce_ada.bench.case import Case
 from reinforce_ada.bench.catalogue import choose
 from reinforce_ada.bench.measure import Session, WrongResultError, settings
 from reinforce_ada.bench.record import Record, Results, number
-from reinforce_ada.errors import InputError, is_installed
-from reinforce_ada.outside import literal_names, show
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_installed, literal_names, show
 
 
 def listing(ops: Sequence[str], pattern: str, quick: bool) -> None:

@@ -20,9 +20,9 @@ from reinforce_ada.engines import answers
 from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
 from reinforce_ada.engines.base import check_prompt_length, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_folder
-from reinforce_ada.outside import GarbageError, one_line, server_url, without_credentials
+from reinforce_ada.outside import GarbageError, is_installed, one_line, server_url, without_credentials
 from reinforce_ada.types import CompletionId, Request
 
 _CONNECT_S, _GREET_S, _END_S = 5.0, 10.0, 1.0

@@ -17,8 +17,8 @@ from typing import Any
 
 from reinforce_ada.engines.base import check_prompt_length
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError, is_installed
-from reinforce_ada.outside import one_line
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_installed, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after so long, or with the first completion

@@ -20,8 +20,8 @@ from typing import IO, Any
 
 from reinforce_ada import machine
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
-from reinforce_ada.errors import InputError, is_installed
-from reinforce_ada.outside import one_line
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_installed, one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # for a server to end by itself

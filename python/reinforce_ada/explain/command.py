@@ -11,8 +11,10 @@ from pathlib import Path
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
-from reinforce_ada.outside import literal_names, show
+from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
+
+_LARGEST = 1e6  # of Beta parameters and class weights
 
 
 def run(
@@ -28,7 +30,7 @@ def run(
 
     Raises: InputError for whatever cannot be read, combined or drawn.
     """
-    over = [_pair("--population", text, above_zero=True) for text in populations] or list(POPULATIONS)
+    over = [_pair("--population", text, least=1e-6) for text in populations] or list(POPULATIONS)
     explanations = _explanations(what, overrides, class_weights)
     if figure is not None:
         _draw(explanations, figure)
@@ -61,18 +63,18 @@ def _weighted(policy: Policy, class_weights: str | None) -> Policy:
     if not isinstance(policy.weight, Centered):
         given = f"--class-weights with {type(policy.weight).__name__}"
         raise InputError("explain", given, "a policy whose advantages are reward - baseline", "--objective as-published")
-    pair = _pair("--class-weights", class_weights, above_zero=False)
+    pair = _pair("--class-weights", class_weights, least=0)
     return dataclasses.replace(policy, weight=dataclasses.replace(policy.weight, class_weights=pair))
 
 
-def _pair(flag: str, text: str, *, above_zero: bool) -> tuple[float, float]:
+def _pair(flag: str, text: str, *, least: float) -> tuple[float, float]:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
         x = y = math.nan
-    if not all(0 < v < math.inf or (v == 0 and not above_zero) for v in (x, y)):
-        least = "above 0" if above_zero else "of at least 0"
-        raise InputError("explain", f"{flag} {text}", f"two finite numbers {least} with a comma between them, such as 1,2")
+    if not all(least <= v <= _LARGEST for v in (x, y)):
+        needed = f"two finite numbers of at least {least:g} and at most {_LARGEST:g} with a comma between them, such as 1,2"
+        raise InputError("explain", f"{flag} {one_line(text)}", needed)
     return x, y
 
 

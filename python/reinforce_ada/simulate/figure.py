@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada.files import replace_file
+from reinforce_ada.outside import one_line
 from reinforce_ada.simulate.study import Row, Study
 
 _INK, _GRID = "#2b2f36", "#e6e8eb"
@@ -52,7 +53,7 @@ def _families(study: Study) -> dict[str, list[Row]]:
 def _styled(study: Study) -> Iterator[tuple[str, list[Row], str, bool]]:
     """Each family with its name, its colour, and whether that colour comes again: then lines are dashed and markers hollow."""
     for i, (name, rows) in enumerate(_families(study).items()):
-        yield name, rows, _COLORS[i % len(_COLORS)], i >= len(_COLORS)
+        yield one_line(name, 80), rows, _COLORS[i % len(_COLORS)], i >= len(_COLORS)
 
 
 def _frontier(ax: Any, study: Study) -> None:
@@ -89,7 +90,7 @@ def _busy(ax: Any, study: Study) -> None:
         row = rows[len(rows) // 2] if "stream" in name else rows[0]
         seconds, busy = row.outcomes[0].busy.T
         policy = row.setting.policy_text if len(presets) > 1 else row.setting.policy_text.partition(":")[2]
-        label = f"{policy} {row.setting.schedule_label}".strip()
+        label = one_line(f"{policy} {row.setting.schedule_label}".strip(), 80)
         ax.step(seconds, busy, where="post", label=label, color=color, linestyle="--" if again else "-", linewidth=1.1)
     ax.set_xlabel("seconds", fontsize=8)
     ax.set_ylabel("busy slots", fontsize=8)
@@ -104,7 +105,7 @@ def _percent(value: float, _: int) -> str:
 
 
 def _finish(ax: Any, title: str) -> None:
-    ax.set_title(title, loc="left", fontsize=9, color=_INK)
+    ax.set_title(one_line(title, 90), loc="left", fontsize=9, color=_INK)
     ax.grid(color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -60,7 +60,7 @@ def _policy(text: str) -> Policy:
         overrides[key] = _value(value)
     try:
         return preset(name, **overrides)
-    except TypeError as e:
+    except (TypeError, OverflowError) as e:  # a text for a number; an integer past every float
         raise InputError(_WHERE, f"policy {one_line(repr(text))}: {e}", "values of the right kind are needed") from e
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -22,7 +21,8 @@ from reinforce_ada import machine
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
-from reinforce_ada.errors import InputError, is_installed
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
@@ -112,7 +112,7 @@ def finish(out: Path, display: Display) -> None:
     from reinforce_ada import report
 
     display.table(f"{out}", report.summary_table(out))
-    if importlib.util.find_spec("matplotlib") is None:
+    if not is_installed("matplotlib"):
         display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
         return
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
