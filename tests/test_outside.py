@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from reinforce_ada.outside import GarbageError, one_line, parse_json, printable
+from reinforce_ada.outside import GarbageError, is_installed, one_line, parse_json, printable, server_url, without_credentials
 
 GARBAGE = {
     "empty": "",
@@ -53,3 +56,70 @@ def test_printable_text_cannot_steer_a_terminal(text: str, shown: str) -> None:
 def test_one_line_is_one_line_of_bounded_length() -> None:
     assert one_line("a\r\n  b\x1b[2J") == "a b\\x1b[2J"
     assert len(one_line("x" * 10_000)) == 300
+
+
+URLS = {
+    "http://host:8000": "http://host:8000",
+    "https://host/v1/": "https://host",
+    "http://host/behind/a/proxy/": "http://host/behind/a/proxy",
+    "http://[::1]:8000": "http://[::1]:8000",
+    "http://127.0.0.1:65535": "http://127.0.0.1:65535",
+}
+NO_URLS = [
+    *(
+        "",
+        "host",
+        "host:8000",
+        "ftp://host",
+        "http://",
+        "http:///path",
+        "http://:8000",
+        "http://[::1",
+        "http://host name:1",
+        "http://host:x",
+    ),
+    *("http://host:0", "http://host:65536", "http://host:99999999999999999999", "http://host:-1", "http://host?key=1", "http://host#x"),
+    *("http://h\n:1", "http://h\x1b[2J:1", "http://höst:1", "file:///etc/passwd", "http://" + "x" * 10_000 + ":x"),
+]
+SECRETS = [
+    "http://user:secret@host:8000",
+    "https://secret@host",
+    "http://user:secret@[::1]:1/v1",
+    "//:secret@host",
+    "http://u:secret@host:x",
+]
+
+
+@pytest.mark.parametrize("text", URLS)
+def test_the_url_of_a_server(text: str) -> None:
+    assert server_url(text) == URLS[text]
+
+
+@pytest.mark.parametrize("text", [*NO_URLS, *SECRETS])
+def test_what_is_no_url_of_a_server_is_said_in_one_line_without_its_credentials(text: str) -> None:
+    with pytest.raises(GarbageError) as caught:
+        server_url(text)
+    said = str(caught.value)
+    assert one_line(said, 250) == said
+    assert "secret" not in said
+    assert ("credentials" in said) == (text in SECRETS)
+
+
+def test_urls_lose_their_credentials() -> None:
+    assert (
+        without_credentials("see http://a:b@host/x?y=1 and https://c@d; mail me@home")
+        == "see http://host/x?y=1 and https://d; mail me@home"
+    )
+
+
+def test_a_folder_is_no_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ray", "frayed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("ray", "frayed", "nowhere_to_be_found"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        assert not is_installed(name)
+    (tmp_path / "frayed" / "__init__.py").touch()
+    sys.path_importer_cache.pop(str(tmp_path), None)
+    assert is_installed("frayed")
+    assert is_installed("json")
