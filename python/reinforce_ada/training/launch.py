@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -103,7 +102,7 @@ def finish(out: Path, display: Display) -> None:
     from reinforce_ada import report
 
     display.table(f"{out}", report.summary_table(out))
-    if importlib.util.find_spec("matplotlib") is None:
+    if not is_installed("matplotlib"):
         display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
         return
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
