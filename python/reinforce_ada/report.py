@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.training.evaluate import paired_difference
 from reinforce_ada.training.log import read_log
@@ -64,7 +64,7 @@ def draw(run_dir: str | os.PathLike[str]) -> Path:
 
     Returns: its path. Raises: InputError when there is no run, or matplotlib is missing.
     """
-    if not is_installed("matplotlib"):
+    if importlib.util.find_spec("matplotlib") is None:
         raise InputError("report", "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
     path = Path(run_dir) / "figure.png"
     figure = _figure(_read(run_dir), _pools(Path(run_dir) / "rollouts.sqlite"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -23,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
 
 _SCHEMA_VERSION = "2"
@@ -202,7 +202,7 @@ class RolloutStore:
 
         Returns: the path. Raises: InputError when pyarrow is missing.
         """
-        if not is_installed("pyarrow"):
+        if importlib.util.find_spec("pyarrow") is None:
             hint = "pip install 'reinforce-ada[report]'"
             raise InputError("export_parquet", "pyarrow is not installed", "it is needed to write Parquet", hint)
         target = Path(path)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.outside import is_installed
 from reinforce_ada.rewards.answers import extract_answer
 from reinforce_ada.types import Prompt
 
@@ -54,7 +54,7 @@ def _rebuild(dataset: str, config: dict[str, Any]) -> ReasoningGymReward:
 
 
 def _create(dataset: str, config: dict[str, Any]) -> Any:
-    if not is_installed("reasoning_gym"):
+    if importlib.util.find_spec("reasoning_gym") is None:
         raise InputError("reasoning_gym", "the package is not installed", "it is needed for this task", "pip install reasoning-gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS

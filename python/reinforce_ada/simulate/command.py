@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.fit import fit_run, fit_store
 from reinforce_ada.simulate.population import BetaRates, Population, read_rates
@@ -132,7 +132,7 @@ def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
             raise InputError(_WHERE, f"{flag} {path}", "a file in a folder that exists is needed")
     if figure_to is not None and figure_to.suffix != ".png":
         raise InputError(_WHERE, f"--figure {figure_to}", "a file name that ends with .png is needed")
-    if figure_to is not None and not is_installed("matplotlib"):
+    if figure_to is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(_WHERE, "matplotlib is not installed", "it draws the figure", "pip install 'reinforce-ada[report]'")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -102,7 +103,7 @@ def finish(out: Path, display: Display) -> None:
     from reinforce_ada import report
 
     display.table(f"{out}", report.summary_table(out))
-    if not is_installed("matplotlib"):
+    if importlib.util.find_spec("matplotlib") is None:
         display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
         return
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")

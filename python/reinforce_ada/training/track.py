@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import uuid
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.outside import is_installed
 from reinforce_ada.training.event_file import EventFile
 
 PROJECT = "reinforce-ada"
@@ -76,7 +76,7 @@ def check_names(names: str) -> list[str]:
     for name in wanted:
         if name not in _BEGIN:
             raise unknown_name("track", "tracker", name, _BEGIN)
-        if not is_installed(name):
+        if importlib.util.find_spec(name) is None:
             raise InputError("track", f"{name} is not installed", f"pip install {name}", "TensorBoard's files need nothing")
     return wanted
 
