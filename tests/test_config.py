@@ -142,3 +142,20 @@ def test_the_keys_of_a_policy_are_those_that_make_one():
     assert of_sampling - set(config.POLICY_KEYS) == {
         "preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens", "stop", "memory_decay", "memory_from",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["flag", "file", "list"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(form, tmp_path):
+    url = "http://host:1, http://user:secret@host:2"
+    path = tmp_path / "run.toml"
+    path.write_text({"flag": "", "file": f'[engine]\nservers = "{url}"', "list": f'[engine]\nservers = ["{url}"]'}[form])
+    with pytest.raises(InputError) as caught:
+        config.load(path, {"servers": url} if form == "flag" else {})
+    assert "secret" not in str(caught.value)
+    assert "VLLM_API_KEY holds the key" in str(caught.value) or form == "list"
+
+
+@pytest.mark.parametrize("url", ["host:8000", "http://host:99999", "http://host:1,ftp://host"])
+def test_what_is_no_server_is_said(url):
+    with pytest.raises(InputError, match="URLs such as http://host:8000"):
+        config.load(None, {"servers": url})

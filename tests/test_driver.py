@@ -462,3 +462,9 @@ def test_losses_are_events_of_the_journal_too() -> None:
     engine = Deaf(by_seed, deaf=[CompletionId(0, "a", 0)])
     run(sampler_of("a"), engine, plus, journal, request_timeout_s=5, clock=Clock())
     assert [e.id for poll in journal.polls for e in poll if isinstance(e, Lost)] == [CompletionId(0, "a", 0)]
+
+
+@pytest.mark.parametrize("texts", [None, 7, "one text", b"x", [None], [7], [b"x"], ["\ud800"], (t for t in ["+"])])
+def test_what_a_function_returns_must_be_texts(texts):
+    with pytest.raises(InputError, match=r"^FunctionEngine: .* from generate.*needed$"):
+        run(sampler_of("a"), FunctionEngine(lambda prompts, seeds: texts, batch_size=1), plus)

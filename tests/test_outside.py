@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from reinforce_ada.outside import GarbageError, finite, one_line, parse_json, printable, read_text, show
+from reinforce_ada.outside import (
+    GarbageError,
+    finite,
+    one_line,
+    parse_json,
+    printable,
+    read_text,
+    server_url,
+    show,
+    without_credentials,
+)
 
 GARBAGE = {
     "empty": "",
@@ -94,3 +104,57 @@ def test_a_file_that_is_no_text_says_why(tmp_path: Path, name: str, reason: str)
     assert read_text(tmp_path / "file", 100) == "yes"
     with pytest.raises(GarbageError, match=reason):
         read_text(Path(os.path.join(tmp_path, name)), 100)
+
+
+URLS = {
+    "http://host:8000": "http://host:8000",
+    "https://host/v1/": "https://host",
+    "http://host/behind/a/proxy/": "http://host/behind/a/proxy",
+    "http://[::1]:8000": "http://[::1]:8000",
+    "http://127.0.0.1:65535": "http://127.0.0.1:65535",
+}
+NO_URLS = [
+    *(
+        "",
+        "host",
+        "host:8000",
+        "ftp://host",
+        "http://",
+        "http:///path",
+        "http://:8000",
+        "http://[::1",
+        "http://host name:1",
+        "http://host:x",
+    ),
+    *("http://host:0", "http://host:65536", "http://host:99999999999999999999", "http://host:-1", "http://host?key=1", "http://host#x"),
+    *("http://h\n:1", "http://h\x1b[2J:1", "http://höst:1", "file:///etc/passwd", "http://" + "x" * 10_000 + ":x"),
+]
+SECRETS = [
+    "http://user:secret@host:8000",
+    "https://secret@host",
+    "http://user:secret@[::1]:1/v1",
+    "//:secret@host",
+    "http://u:secret@host:x",
+]
+
+
+@pytest.mark.parametrize("text", URLS)
+def test_the_url_of_a_server(text: str) -> None:
+    assert server_url(text) == URLS[text]
+
+
+@pytest.mark.parametrize("text", [*NO_URLS, *SECRETS])
+def test_what_is_no_url_of_a_server_is_said_in_one_line_without_its_credentials(text: str) -> None:
+    with pytest.raises(GarbageError) as caught:
+        server_url(text)
+    said = str(caught.value)
+    assert one_line(said, 250) == said
+    assert "secret" not in said
+    assert ("credentials" in said) == (text in SECRETS)
+
+
+def test_urls_lose_their_credentials() -> None:
+    assert (
+        without_credentials("see http://a:b@host/x?y=1 and https://c@d; mail me@home")
+        == "see http://host/x?y=1 and https://d; mail me@home"
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_scenes import mislead
 
 from reinforce_ada.training import models
 
@@ -19,10 +20,11 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 100 000 weights that nobody has trained."""
+    """A Llama of 100 000 weights that nobody has trained, with sampling settings in its folder that no engine may take."""
     folder = tmp_path_factory.mktemp("tiny_model")
     texts = [f"{a} + {b} =" for a in range(5) for b in range(5)]
     models.build_tiny(folder, models.tiny_tokenizer(texts), [(t, "3") for t in texts], seed=0, num_updates=2)
+    mislead(folder)
     return folder
 
 

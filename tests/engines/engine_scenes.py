@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,16 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
 MAX_TOKENS, MAX_MODEL_LEN = 10, 64
+
+
+# What folders of chat models say, beside their end tokens. Completions that follow it are not those of the policy that is trained.
+MISLEADING = {"do_sample": True, "temperature": 0.6, "top_k": 3, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3}
+
+
+def mislead(folder: Path) -> None:
+    """The folder's generation_config.json says so from now on."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **MISLEADING}))
 
 
 def make_prompts(vocab_size: int = 384) -> list[Prompt]:

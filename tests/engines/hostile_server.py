@@ -97,6 +97,7 @@ class HostileServer:
     def __init__(self, at: str = "nowhere", does: Does = lambda asked: []) -> None:
         self._at, self._does, self._weights = at, does, -1
         self.asked: list[Asked] = []
+        self._has_ended = False
         self._connections: list[tuple[asyncio.Task[None], asyncio.StreamWriter]] = []
 
     async def begin(self) -> None:
@@ -104,6 +105,7 @@ class HostileServer:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def end(self) -> None:
+        self._has_ended = True
         self._server.close()
         for task, writer in self._connections:
             task.cancel()
@@ -115,6 +117,9 @@ class HostileServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections.append((task, writer))
+        if self._has_ended:  # a connection that was on its way
+            writer.transport.abort()
+            return
         with suppress(asyncio.CancelledError):  # which asyncio would log
             await self._talk(reader, writer)
             writer.close()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_scenes import make_prompts
+from engine_scenes import make_prompts, mislead
 from scripted_servers import answers, free_port
 
 from reinforce_ada.driver import run
@@ -35,6 +35,7 @@ PARTS = ("server", "engine core", "whole group")  # what of a replica may be kil
 def build_model(folder: Path) -> str:
     texts = [f"{a} + {b} =" for a in range(5) for b in range(5)]
     models.build_tiny(folder, models.tiny_tokenizer(texts), [(t, "3") for t in texts], seed=0, num_updates=2)
+    mislead(folder)
     return str(folder)
 
 

@@ -3,7 +3,8 @@
 The first token of a completion is the number its weights hold (the tensor "number" of the file it last loaded, -1 as a new server), the
 rest come from the seed. JSON changes what it says: model, max_model_len, version, key, dev (false: no development mode), token_s (seconds
 between tokens), takes_weights, garbage (every so manieth completion is none), tells_cached (all of a prompt but one token),
-certificate (a PEM file with its key: https).
+certificate (a PEM file with its key: https),
+busy (so many times /version answers busy_status).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from safetensors.numpy import load_file
 
 SETTINGS: dict[str, Any] = {
     "model": "scripted", "max_model_len": 4096, "version": "0.32.0", "key": "", "dev": True, "token_s": 0.002, "takes_weights": True,
-    "garbage": 0, "tells_cached": True, "certificate": "",
+    "garbage": 0, "tells_cached": True, "certificate": "", "busy": 0, "busy_status": 503,
 }  # fmt: skip
-COUNTER = count(1)
-STATE = {"weights": -1, "active": 0}
+COUNTER, GREETINGS = count(1), count()
+STATE: dict[str, Any] = {"weights": -1, "active": 0}
 LOCK = threading.Lock()
 
 
@@ -47,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/health":
             self._reply(200, None)
+        elif self.path == "/version" and next(GREETINGS) < SETTINGS["busy"]:
+            self._reply(SETTINGS["busy_status"], None)
         elif self.path == "/version":
             self._reply(200, {"version": SETTINGS["version"]})
         elif self.path == "/active":
@@ -85,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         assert asked["stream"]
         assert asked["return_token_ids"]
         assert asked["model"] == SETTINGS["model"]
+        STATE["asked"] = asked
         tokens, logprobs, text, finish = completion(asked["seed"], STATE["weights"], asked["max_tokens"])
         garbage = SETTINGS["garbage"] and next(COUNTER) % SETTINGS["garbage"] == 0
         self.send_response(200)

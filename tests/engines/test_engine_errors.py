@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_modes import MODES
+from hostile_server import HostileServer, hostile, loop_in_a_thread
 from scripted_servers import servers
 
 from reinforce_ada.cli import main
@@ -28,9 +30,9 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+def said(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 2) -> str:
     """The line of a command that refuses."""
-    assert main([str(a) for a in arguments]) == 2
+    assert main([str(a) for a in arguments]) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reinforce-ada:")]
     assert len(lines) == 1
     return lines[0]
@@ -67,6 +69,39 @@ def test_servers_that_are_not_there(tiny_model: Path, task: Path, capsys: pytest
     assert "reinforce-ada serve starts some" in line
 
 
+@pytest.mark.parametrize(
+    ("mode", "code", "message"),
+    [
+        ("/v1/models is busy", 3, "/v1/models answers 503); the run can be resumed"),
+        ("/v1/models redirects", 2, "/v1/models answers 302: see http://other/"),
+        ("/v1/models says no models", 2, "serves 0 models; one is needed"),
+        ("/v1/models says deep nesting", 2, "is no vLLM server (answered garbage: JSON that is nested too deeply)"),
+        ("/collective_rpc is a teapot", 2, r"418: \x1b[2Jshort and stout"),
+    ],
+)
+def test_servers_that_misbehave(
+    mode: str, code: int, message: str, tiny_model: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with loop_in_a_thread() as loop, hostile(loop, HostileServer(MODES[mode].at, MODES[mode].does)) as (url,):
+        line = said(capsys, *evaluating(tiny_model, task, "openai", "--servers", url, "--give-up-s", 1.5), code=code)
+    assert message in line
+
+
+def test_credentials_of_a_server_are_written_nowhere(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by a new run nor by one that goes on."""
+    url = "http://user:secret@127.0.0.1:9"
+    run, config = tmp_path / "run", tmp_path / "old"
+    config.mkdir()
+    (config / "config.toml").write_text("[engine]\nengine = 'openai'\n")
+    for arguments in (["--task", task, "--out", run, "--engine", "openai"], ["--resume", config]):
+        line = said(capsys, "train", *arguments, "--servers", url)
+        assert "servers: 'http://127.0.0.1:9' came with credentials" in line
+        assert "secret" not in line
+    assert not run.exists()
+    assert [p.name for p in config.iterdir()] == ["config.toml"]
+    assert "secret" not in (config / "config.toml").read_text()
+
+
 @pytest.mark.parametrize("module", ["vllm", "ray"])
 def test_what_is_not_installed(
     module: str, tiny_model: Path, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -76,6 +111,22 @@ def test_what_is_not_installed(
     monkeypatch.setitem(sys.modules, module, None)
     line = said(capsys, *evaluating(tiny_model, task, module))
     assert f'pip install "reinforce-ada[{module}]"' in line
+
+
+@pytest.mark.parametrize("module", ["vllm", "ray"])
+def test_a_folder_of_that_name_is_not_it(
+    module: str, tiny_model: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / module).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / module / "__init__.py").exists())])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    assert f'pip install "reinforce-ada[{module}]"' in said(capsys, *evaluating(tiny_model, task, module))
+
+
+def test_hosts_that_others_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--expose allows it" in said(capsys, "serve", "smollm2", "--host", "0.0.0.0")
+    assert "--host and --port of serve itself" in said(capsys, "serve", "smollm2", "--vllm-args", "--host 0.0.0.0")
 
 
 @pytest.mark.vllm

@@ -255,6 +255,37 @@ def test_what_everyone_drops_ends_it() -> None:
     assert held == ["a", "b"] * 10
 
 
+def test_who_drops_everything_does_not_end_a_run_that_another_can_do() -> None:
+    a, b = Scripted("a", 4), Scripted("b", 1)
+    fleet, _ = ready(a, b)
+    fleet.submit(requests(5))
+    done = []
+    for _ in range(100):
+        for request_id in list(a.running):
+            a.running.clear()
+            a.tell(Dropped(request_id, "no"))
+        done += fleet.poll()
+        if b.running:
+            b.finish()
+        done += fleet.poll()
+    assert sorted(c.id.index for c in done) == [0, 1, 2, 3, 4]
+    assert states(fleet) == ["ready", "ready"]
+
+
+def test_who_asks_for_a_pause_gets_it_within_bounds() -> None:
+    for asked, pause in ((0.0, 1), (7.0, 7), (1e9, 60)):
+        a, b = Scripted("a"), Scripted("b")
+        fleet, clock = ready(a, b)
+        a.tell(Down("busy", asked))
+        fleet.poll()
+        clock.now += pause - 0.01
+        fleet.poll()
+        assert a.num_starts == 1
+        clock.now += 0.02
+        fleet.poll()
+        assert a.num_starts == 2
+
+
 def test_late_answers_and_old_news_are_not_heard() -> None:
     a, b = Scripted("a", 1), Scripted("b", 1)
     fleet, clock = ready(a, b)

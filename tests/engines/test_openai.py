@@ -105,6 +105,25 @@ def test_completions_are_those_of_the_seeds(tmp_path: Path) -> None:
         assert engine.metrics()["engine_prefix_hit_rate"] == (sum(sizes) - len(sizes)) / sum(sizes)
 
 
+# What vLLM's /v1/completions knows of sampling, and the value that leaves the model's own distribution alone.
+FIELDS = {
+    "temperature": 0.7, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+    "logit_bias": None, "allowed_token_ids": None, "bad_words": [], "min_tokens": 0, "max_tokens": MAX_TOKENS, "ignore_eos": False,
+    "stop_token_ids": [], "stop": ["."], "n": 1, "use_beam_search": False, "echo": False, "suffix": None, "seed": 1, "logprobs": 0,
+    "include_stop_str_in_output": False, "skip_special_tokens": True, "spaces_between_special_tokens": True, "truncate_prompt_tokens": None,
+}  # fmt: skip
+
+
+def test_every_field_of_sampling_is_named(tmp_path: Path) -> None:
+    """A server fills what is left out from the folder of its model."""
+    with servers({}) as one, engine_of(one, tmp_path, temperature=0.7, stop=(".",)) as engine:
+        engine.submit([Request(CompletionId(1, "p", 0), PROMPTS[0], 1, VERSION)])
+        until(lambda: engine.poll())
+        asked = ask(f"{one[0].url}/active")["asked"]
+    assert {name: asked[name] for name in FIELDS} == FIELDS
+    assert "best_of" not in asked
+
+
 def test_a_server_that_does_not_say_what_it_cached(tmp_path: Path) -> None:
     with servers({"tells_cached": False}) as one, engine_of(one, tmp_path) as engine:
         engine.submit([Request(CompletionId(1, "p", 0), PROMPTS[0], 1, VERSION)])
@@ -312,6 +331,28 @@ def test_servers_that_are_not_there(tmp_path: Path) -> None:
     assert "no servers" in refusal(lambda: HttpEngine([], tmp_path, **options))
     five = {**options, "stop": list("abcde")}
     assert "5 stop strings; at most 4" in refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, **five))
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_server_that_is_busy_at_the_start_is_waited_for(status: int, tmp_path: Path, undisturbed: SamplingResult) -> None:
+    said: list[str] = []
+    with servers({"busy": 2, "busy_status": status}) as one, engine_of(one, tmp_path, said=said) as engine:
+        assert pools(run(fresh(), engine, reward)) == pools(undisturbed)
+    assert said[0] == f"engine: not there yet: {one[0].url}: /version answers {status}"
+
+
+@pytest.mark.parametrize("key", ["line\nbreak", "schlüssel", "\x1b[2J"])
+def test_a_key_that_no_header_can_hold(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64, vocab_size=9))
+    assert said == "engine: VLLM_API_KEY has characters that no header can hold; printable ASCII"
+
+
+def test_a_proxy_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy:port")
+    said = refusal(lambda: HttpEngine(["http://127.0.0.1:9"], tmp_path, max_tokens=4, max_model_len=64, vocab_size=9))
+    assert said.startswith("engine: HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: ")
+    assert "secret" not in said
 
 
 def test_without_httpx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

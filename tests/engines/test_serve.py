@@ -136,13 +136,72 @@ def test_commands_and_cores() -> None:
     assert "--model folder" in line
     assert "--port 9001" in line
     assert "--logprobs-mode processed_logprobs" in line
+    assert "--generation-config vllm" in line
     assert line.endswith("--quantization fp8")
     bound = [serve.environment_of(serving, i)["VLLM_CPU_OMP_THREADS_BIND"] for i in range(2)]
     cores = sorted(os.sched_getaffinity(0))
     assert set(",".join(bound).split(",")) == set(map(str, cores))
     on_gpus = Serving(model="folder", replicas=2, device="cuda", tensor_parallel=2)
-    assert serve.environment_of(on_gpus, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert "--tensor-parallel-size 2" in " ".join(serve.command_of(on_gpus, 0))
+
+
+# What is inherited, and what each of two servers with two GPUs gets of it; a text: what is said instead.
+MIG = ("MIG-GPU-8f/1/0", "MIG-9a", "GPU-8f", "GPU-9a")
+GPUS: dict[str | None, list[str] | str] = {
+    None: ["0,1", "2,3"],
+    "4,5,6,7": ["4,5", "6,7"],
+    " 7, 6 ,1,0,3 ": ["7,6", "1,0"],
+    ",".join(MIG): [",".join(MIG[:2]), ",".join(MIG[2:])],
+    "4,5": "CUDA_VISIBLE_DEVICES=4,5 for 2 x 2 GPUs; 4 different ones; lower --replicas or --tensor-parallel",
+    "4,5,4,5": "4 different ones",
+    "0,1,2,-1,3": "4 different ones",  # CUDA reads up to the first that names none
+    "": "CUDA_VISIBLE_DEVICES= for 2 x 2 GPUs; 4 different ones",
+    "none": "4 different ones",
+}
+
+
+@pytest.mark.parametrize("inherited", GPUS)
+def test_inherited_gpus_are_dealt_out(inherited: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if inherited is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    serving, expected = Serving(model="m", replicas=2, port=two_free_ports(), device="cuda", tensor_parallel=2), GPUS[inherited]
+    if isinstance(expected, str):
+        assert expected in refusal(lambda: serve.check(serving, needs_vllm=False))
+        return
+    serve.check(serving, needs_vllm=False)
+    assert [serve.environment_of(serving, i)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == expected
+
+
+LOOPBACK, REACHABLE = ("127.0.0.1", "127.0.0.2", "localhost"), ("0.0.0.0", "", "::", "10.0.0.5", "example.org", "127.0.0.1.example.org")
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, *REACHABLE])
+def test_only_this_machine_is_served_unless_it_is_said_aloud(host: str) -> None:
+    def check(expose: bool = False) -> None:
+        serve._check_host(Serving(model="m", host=host, expose=expose))
+
+    if host in REACHABLE:
+        assert "can load weights and run code, with no key; 127.0.0.1; --expose allows it" in refusal(check)
+        check(expose=True)
+    else:
+        check()
+
+
+@pytest.mark.parametrize("words", [["--host", "0.0.0.0"], ["--hos=0.0.0.0"], ["--port=1"], ["--uds", "/x"]])
+def test_the_host_cannot_be_changed_behind_its_back(words: list[str]) -> None:
+    for expose in (False, True):
+        said = refusal(lambda expose=expose: serve.check(Serving(model="m", extra=words, expose=expose), needs_vllm=False))
+        assert said == f"serve: {words[0].split('=')[0]} among the arguments for vLLM; --host and --port of serve itself"
+
+
+def test_ports_that_are_none() -> None:
+    for port in (0, -1, 65536, 10**30):
+        assert f"port {port}" in refusal(lambda port=port: serve.check(Serving(model="m", port=port), needs_vllm=False))
+
+
+def test_ipv6() -> None:
+    assert Serving(model="m", host="::1").url(1) == "http://[::1]:8001"
 
 
 def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from engine_scenes import (
     MAX_MODEL_LEN,
     MAX_TOKENS,
+    MISLEADING,
     abort_and_reissue,
     bad_requests,
     common_texts,
@@ -29,6 +31,7 @@ from engine_scenes import (
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.engines.transformers import TransformersEngine
+from reinforce_ada.errors import EngineLost
 from reinforce_ada.training.models import tiny_config, tiny_tokenizer
 from reinforce_ada.types import CompletionId, Prompt, Request
 
@@ -96,6 +99,30 @@ def test_sampled_tokens_have_the_models_frequencies(llama: Any, tokenizer: Any) 
     assert int(likely.sum()) > 5
     z = (counts - 2000 * p) / (2000 * p * (1 - p)).sqrt()
     assert float(z[likely].abs().max()) < 5
+
+
+def test_settings_of_the_folder_are_not_taken_and_its_end_tokens_are(llama: Any, tokenizer: Any) -> None:
+    expected = sample(make_engine(llama, tokenizer), REQUESTS)
+    module = copy.deepcopy(llama)
+    common = Counter(t for c in expected.values() for t in c.token_ids.tolist()).most_common(1)[0][0]
+    settings = {**MISLEADING, "no_repeat_ngram_size": 2, "suppress_tokens": [3], "forced_eos_token_id": 1, "max_length": 3}
+    for name, value in settings.items():
+        setattr(module.generation_config, name, value)
+    assert tokens(sample(make_engine(module, tokenizer), REQUESTS)) == tokens(expected)
+    module.generation_config.eos_token_id = [1, common]
+    ended = sample(make_engine(module, tokenizer), REQUESTS)
+    assert any(c.token_ids[-1] == common and c.finish_reason == "stop" for c in ended.values())
+    assert not any(common in c.token_ids[:-1] for c in ended.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_has_come_apart_ends_the_run_in_one_line(tokenizer: Any, value: float) -> None:
+    module = make_module("llama")
+    engine = make_engine(module, tokenizer)
+    with torch.no_grad():
+        module.lm_head.weight.fill_(value)
+    with pytest.raises(EngineLost, match=r"^transformers: sampled garbage: a logprob that is not one: nan; the run can be resumed$"):
+        sample(engine, REQUESTS[:2])
 
 
 def test_finish_reasons_and_text(llama: Any, tokenizer: Any) -> None:

@@ -1,5 +1,7 @@
 """Loading a model: what a tokenizer must have, and what a name that is no model is told."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,3 +42,31 @@ def test_a_name_that_is_no_model(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         models.resolve("smolm2")
     assert models.resolve("org/name") == "org/name"
+
+
+CODE = "raise SystemExit('the code of the folder has run')"
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_never_run(folder, where, monkeypatch):
+    """Nor is anybody asked."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    load_with(folder)
+    path = folder / where
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
+    changed = {**json.loads(path.read_text()), "auto_map": classes, "model_type": "foreign", "tokenizer_class": "ForeignTokenizer"}
+    path.write_text(json.dumps(changed))
+    (folder / "code.py").write_text(CODE)
+    with pytest.raises(InputError) as caught:
+        models.load(str(folder), "float32", torch.device("cpu"))
+    said = str(caught.value)
+    assert "needs modelling code of its own" in said
+    assert said.endswith("; a causal LM that transformers has; code that comes with a model is never run")
+
+
+def test_a_model_that_transformers_has_loads_without_the_code_beside_it(folder):
+    load_with(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (folder / "code.py").write_text(CODE)
+    assert models.load(str(folder), "float32", torch.device("cpu")).module.config.model_type == "llama"

@@ -46,7 +46,7 @@ class FunctionEngine:
         texts = self._generate([r.prompt for r in requests], [r.seed for r in requests])
         if isinstance(texts, str | bytes) or not hasattr(texts, "__len__") or len(texts) != len(requests):
             given = f"{len(texts)} texts" if isinstance(texts, list | tuple) else f"a {type(texts).__name__}"
-            raise InputError("FunctionEngine", f"{given} from generate for {len(requests)} prompts", "a list with one text each is needed")
+            raise InputError("FunctionEngine", f"{given} from generate for {len(requests)} prompts", "one each is needed")
         return [self._complete(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _complete(self, request: Request, text: str) -> Completion:

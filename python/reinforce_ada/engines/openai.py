@@ -261,11 +261,12 @@ class HttpReplica:
 
 
 async def _check_status(response: Any, path: str) -> None:
-    """Raises: what a status other than 200 means."""
+    """Raises: what a status other than 200 means, whatever is in its body."""
     status = response.status_code
     if status != 200:
-        where = f"see {response.headers['location']} " if "location" in response.headers else ""
-        said = where + (await answers.body(response)).decode(errors="replace")
+        said = f"see {response.headers['location']} " if "location" in response.headers else ""
+        with suppress(GarbageError):
+            said += (await answers.body(response)).decode(errors="replace")
         raise answers.refusal(status, response.headers.get("retry-after", ""), said, path)
 
 

@@ -197,10 +197,10 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
         raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
     if serving.port < 1:
         raise InputError("serve", f"port {serving.port}", "at least 1")
-    if needs_vllm and not is_installed("vllm"):
-        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
     _check_host(serving)
     _check_gpus(serving)
+    if needs_vllm and not is_installed("vllm"):
+        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     for port in range(serving.port, serving.port + serving.replicas):
         with socket.socket(family) as probe:
