@@ -12,7 +12,7 @@ REINFORCE_ADA_CUDA ?= OFF
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
+.PHONY: demo test test-slow test-engine-kills test-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static test-gpu-mutations gpu-docs \
   gpu-ptx lint format bench bench-docs doctor clean
 
 demo: $(VENV)/.demo
@@ -27,6 +27,10 @@ test-slow: $(VENV)/.dev
 # A real vLLM server is killed at 20 random moments of a step; about 15 minutes on two cores. Writes benchmarks/engine_kills.json.
 test-engine-kills: $(VENV)/.dev
 	PYTHONPATH=tests/engines$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/engines/engine_kills.py
+
+# Whole runs are killed 48 times, over one and two ranks, the launcher included; about 10 minutes on two cores. Writes benchmarks/run_kills.json.
+test-kills: $(VENV)/.dev
+	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/run_kills.py
 
 # A million prompts through the simulator; about two minutes on one core.
 simulate-scale: $(VENV)/.dev

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"reinforce-ada: {e}")
     except EngineLost as e:
         print(f"reinforce-ada: {e}", file=sys.stderr)
-        return 1
+        return 3
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -224,7 +224,7 @@ def _train(given: argparse.Namespace) -> int:
         if given.config is not None:
             raise InputError("train", "--resume and --config", "one of them: a resumed run keeps its configuration")
         saved = given.resume / "config.toml"
-        if not saved.is_file():
+        if not os.path.isfile(saved):
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")
         config = configuration.load(saved, overrides)
     _import_from_here()

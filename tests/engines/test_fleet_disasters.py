@@ -87,7 +87,7 @@ def test_the_command_line_says_it_in_one_line(monkeypatch: pytest.MonkeyPatch, c
         raise EngineLost("engine: no replica for 9 s (r0: killed); the run can be resumed")
 
     monkeypatch.setattr(cli, "_train", lost)
-    assert cli.main(["train"]) == 1
+    assert cli.main(["train"]) == 3
     assert capsys.readouterr().err == "reinforce-ada: engine: no replica for 9 s (r0: killed); the run can be resumed\n"
 
 
