@@ -16,7 +16,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz \
+.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
   test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format bench bench-docs doctor clean
 
@@ -43,6 +43,10 @@ test-fuzz: $(VENV)/.dev
 # A real vLLM server is killed at 20 random moments of a step; about 15 minutes on two cores. Writes benchmarks/engine_kills.json.
 test-engine-kills: $(VENV)/.dev
 	PYTHONPATH=tests/engines$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/engines/engine_kills.py
+
+# Whole runs are killed 48 times, over one and two ranks, the launcher included; about 10 minutes on two cores. Writes benchmarks/run_kills.json.
+test-kills: $(VENV)/.dev
+	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/run_kills.py
 
 # A million prompts through the simulator; about two minutes on one core.
 simulate-scale: $(VENV)/.dev

@@ -264,7 +264,7 @@ def _train(given: argparse.Namespace) -> int:
         if given.config is not None:
             raise InputError("train", "--resume and --config", "one of them: a resumed run keeps its configuration")
         saved = given.resume / "config.toml"
-        if not saved.is_file():
+        if not os.path.isfile(saved):
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")
         config = configuration.load(saved, overrides)
     _import_from_here()

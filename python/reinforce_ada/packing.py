@@ -20,15 +20,16 @@ _WINDOW, _MEMORY = 9, 3
 
 def pack(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> bytes:
     """As many token ids, [L] int32, as logprobs, [L] float32; any values, to the bit. Raises: ValueError for different lengths."""
-    count = ids.size
-    width = max(1, -(-int(np.bitwise_or.reduce(ids)).bit_length() // 8)) if not (ids < 0).any() else 4
-    both = np.empty((2, count), np.dtype("<u4"))
-    both[0], both[1] = ids.view(np.uint32), logprobs.view(np.uint32)
-    planes: bytes = both.view(np.uint8).reshape(2, count, 4).transpose(0, 2, 1).tobytes()
+    if ids.shape != logprobs.shape:
+        raise ValueError(f"{ids.size} token ids and {logprobs.size} logprobs")
+    every_bit = int(np.bitwise_or.reduce(ids))
+    width = 4 if every_bit < 0 else max(1, -(-every_bit.bit_length() // 8))
+    # Slices of bytes: numpy transposes 8 L of them in 12 us at L = 500, which is as long as all of the rest.
+    a, b = ids.astype("<i4", copy=False).tobytes(), logprobs.astype("<f4", copy=False).tobytes()
     packer = zlib.compressobj(1, zlib.DEFLATED, -_WINDOW, _MEMORY, zlib.Z_HUFFMAN_ONLY)
-    coded = [planes[plane * count : (plane + 1) * count] for plane in (*range(1, width), 7)]
+    coded = (*(a[plane::4] for plane in range(1, width)), b[3::4])
     packed = [part for plane in coded for part in (packer.compress(plane), packer.flush(zlib.Z_BLOCK))]
-    return b"".join((bytes([width]), planes[:count], planes[4 * count : 7 * count], *packed, packer.flush()))
+    return b"".join((bytes([width]), a[::4], b[::4], b[1::4], b[2::4], *packed, packer.flush()))
 
 
 def unpack(data: bytes, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

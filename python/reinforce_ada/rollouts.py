@@ -206,10 +206,8 @@ class RolloutStore:
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""
         with self._guarded():
-            rows = self._open_connection().execute(
-                f"SELECT seq, {self._tokens}, {_COLUMNS} FROM events e WHERE step = ? ORDER BY seq", (step,)
-            )
-            return [self._event(*row) for row in rows]
+            query = f"SELECT seq, {self._tokens}, {_COLUMNS} FROM events e WHERE step = ? ORDER BY seq"
+            return [self._event(*row) for row in self._open_connection().execute(query, (step,))]
 
     def last_step(self) -> int | None:
         """The latest step with an event, or None."""

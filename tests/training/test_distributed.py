@@ -230,6 +230,28 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on_later(
     assert {i for i, *_ in before} <= {i for i, *_ in scored(out)}
 
 
+LAUNCHER = """
+import os, signal
+from reinforce_ada.training import distributed
+
+if os.fork() == 0:
+    with distributed.join():
+        print("in", flush=True)
+        signal.pause()
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
+def test_a_launcher_that_is_killed_takes_its_processes_along() -> None:
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, env=environment) as launcher:
+        assert launcher.stdout
+        assert launcher.stdout.readline() == "in\n"
+        launcher.kill()
+        assert launcher.stdout.read() == ""  # ends when the last process that has the pipe does
+
+
 def test_every_way_to_fail_is_tried() -> None:
     (mark,) = (m for m in test_a_rank_that_fails_ends_all_and_the_run_goes_on_later.pytestmark if m.name == "parametrize")
     tried = {getattr(row, "values", row)[0] for row in mark.args[1]}

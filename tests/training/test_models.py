@@ -1,9 +1,12 @@
 """Loading a model: what a tokenizer must have, and what a name that is no model is told."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from damages import EVERY_FILE
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from reinforce_ada.errors import InputError
@@ -70,3 +73,24 @@ def test_a_model_that_transformers_has_loads_without_the_code_beside_it(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
     (folder / "code.py").write_text(CODE)
     assert models.load(str(folder), "float32", torch.device("cpu")).module.config.model_type == "llama"
+
+
+def without_a_tensor(path):
+    tensors = load_file(path)
+    tensors.pop(min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model_is_one_line(folder, name):
+    load_with(folder)
+    kinds = dict(EVERY_FILE)
+    if name == "model.safetensors":
+        kinds["a tensor missing"] = without_a_tensor
+    for kind, damage in kinds.items():
+        copy = folder.with_name(f"{folder.name}-{kind}")
+        shutil.copytree(folder, copy)
+        damage(copy / name)
+        with pytest.raises(InputError, match=r"^model: ") as caught:
+            models.load(str(copy), "float32", torch.device("cpu"))
+        assert "\n" not in str(caught.value), kind

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from reinforce_ada.training.language_model import HuggingFaceModel, token_logpro
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.objectives import Objective
 from reinforce_ada.training.optimizer import MasterAdamW
+from reinforce_ada.training.tasks import load_records
 from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
 
 QUESTIONS = [f"{a} + {b} =" for a in range(4) for b in range(4)]
@@ -375,6 +377,8 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
         ({"task": "absent.jsonl"}, r"^task: cannot read absent.jsonl"),
         ({"model": "absent/../folder"}, r"^model: 'absent/../folder' is no folder"),
         ({"reward": "toy_rewards:absent"}, r"toy_rewards:absent"),
+        ({"clip_low": 5.0}, r"^policy_loss: clip_low=5.0, clip_high=0.28; 0 <= clip_low <= 1"),
+        ({"clip_low": 5.0, "loss": "gspo", "rollout_correction": "sequence-mask"}, r"^policy_loss: clip_low=5.0"),
         ({"memory_from": "absent"}, r"^RolloutStore: absent/rollouts.sqlite does not exist; a store to read is needed$"),
     ],
 )
@@ -402,6 +406,32 @@ def test_an_existing_run_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^RolloutStore: .* was made with .*sampling.group_size=None \(now 2\)"):
         launch.train(configuration.load(None, settings(base, out, group_size=2)), out)
     assert configuration.load(out / "config.toml").sampling.group_size is None
+
+
+@pytest.mark.usefixtures("light")
+def test_a_folder_with_anything_in_it_is_refused_and_stays(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("model/mine", "figure.png", "config.toml"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=r"^train: .* holds config.toml, figure.png, model; an empty folder, or one that is not there yet"):
+        train(base, tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["config.toml", "figure.png", "model", "model/mine"]
+    assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"mine"}
+
+
+def test_a_damaged_base_model_is_made_again(base: Path, tmp_path: Path) -> None:
+    config = configuration.load(None, {**settings(base, tmp_path), "model": "tiny", "num_examples": 0})
+    said: list[str] = []
+    display: Any = SimpleNamespace(line=said.append)
+    records = load_records(config.task, 0)
+    launch._tiny_folder(config, records, tmp_path, display, is_new=True)
+    first = {name: tensor.clone() for name, tensor in weights(tmp_path / "base_model").items()}  # not the file, which changes
+    path = tmp_path / "base_model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    launch._tiny_folder(config, records, tmp_path, display, is_new=False)
+    assert same(weights(tmp_path / "base_model"), first)
+    assert len(said) == 1
+    assert said[0].startswith("base_model is made again: model: ")
 
 
 def test_a_folder_that_cannot_be_written(base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The group is one of our own, not torch's default one: an engine in the process o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -23,6 +24,8 @@ T = TypeVar("T")
 dist: Any = torch_distributed  # which does not export by name all that it documents
 
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG = 1
 _MEET = timedelta(minutes=5)
 _LONGEST_SHARE = timedelta(minutes=30)  # of one minibatch, or loading the model: a rank that takes longer hangs
 # The others wait in a receive while rank 0 samples. A process that dies ends the wait at once.
@@ -145,6 +148,8 @@ def join() -> Iterator[Ranks]:
     The others are let go when rank 0 leaves. Raises: InputError for an environment that is not whole, or ranks that do not come.
     """
     size = world_size()
+    if _LAUNCHED in os.environ:
+        _end_with_launcher()
     if size == 1:
         yield Ranks()
         return
@@ -178,6 +183,12 @@ def join() -> Iterator[Ranks]:
     finally:
         if not ranks.is_ending:
             signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed cannot end its processes: the kernel does, with the signal that the launcher would send. Linux only."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def world_size() -> int:

@@ -99,7 +99,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         trainer = Trainer(parts, config, out, display, ranks, trackers, trace.span if trace else no_span)
         if resume:
             trainer.resume()
-        if not trainer.log.records:
+        if not any(record["kind"] == "run" for record in trainer.log.records):
             trainer.log.write({**_header(config, engine, device, ranks.size), "run_id": store.id})
         trainer.run()
     finish(out, display)
@@ -137,7 +137,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         rewards = stack.enter_context(make_rewards(config, records))
         model = models.load(path, config.model.dtype, device)
         task = render(records, config.task, model.tokenizer)
-        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
+        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir if engine_name == "openai" else "")))
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)

@@ -85,6 +85,9 @@ def existing(path: Path) -> Iterator[RunFolder]:
             for entry in entries:
                 if os.path.lexists(path / entry) and not is_right(path / entry):
                     raise InputError(_WHERE, f"{path / entry} is no {kind}", f"a {kind}", "move it out of the way")
+        if not (path / "rollouts.sqlite").exists() and any(path.glob("checkpoints/step-*")):  # opening it would make an empty one
+            hint = "put that file back; train --model with the model of a checkpoint begins a new run"
+            raise InputError(_WHERE, f"{path / 'rollouts.sqlite'} is not there", "the journal that the checkpoints were trained on", hint)
         _check_whole(path, is_named=bool(_name(lock)))
         clear_leftovers(path)
         yield RunFolder(path, _named(lock))
