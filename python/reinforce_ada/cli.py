@@ -145,8 +145,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(text: str) -> int:
-    """Say it, where torchrun has started several of us once."""
-    if os.environ.get("RANK", "0") == "0":
+    """Say it, where torchrun has started several of us once; a RANK without the rest of torchrun's variables silences nobody."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_one_of_several = rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
+    if not (is_one_of_several and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
         print(text, file=sys.stderr)
     return 2
 
@@ -226,7 +228,7 @@ def _train(given: argparse.Namespace) -> int:
         saved = given.resume / "config.toml"
         if not saved.is_file():
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")
-        config = configuration.load(saved, overrides)
+        config = configuration.load_saved(saved, overrides)
     _import_from_here()
     from reinforce_ada.training import launch
 
@@ -243,7 +245,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     skipped = ("model", "eval_every", "prompts_per_step", "out")
     names = [k for k, s in configuration.section_of().items() if s in ("model", "task", "engine") and k not in skipped]
-    _add_config_flags(parser, [*names, "temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed"])
+    _add_config_flags(parser, [*names, "temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed", "data_seed"])
     parser.set_defaults(run=_eval)
 
 
@@ -252,7 +254,8 @@ def _eval(given: argparse.Namespace) -> int:
     if given.config is None and Path(given.model).is_dir() and beside.is_file():
         print(f"task and engine as in {beside}", file=sys.stderr)
         given.config = beside
-    config = configuration.load(given.config, _overrides(given))
+    load = configuration.load_saved if given.config == beside else configuration.load
+    config = load(given.config, _overrides(given))
     _import_from_here()
     from reinforce_ada.training import launch
 

@@ -35,12 +35,12 @@ class ModelConfig:
 class TaskConfig:
     """What is asked, and how answers are scored."""
 
-    task: str = option("chain_sum", "a reasoning-gym dataset, or a JSONL file of {prompt, answer, ...} records")
+    task: str = option("chain_sum", "a reasoning-gym dataset, or a file of {prompt, answer, ...} records: JSONL, JSON, CSV, Parquet")
     task_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
     )
-    reward: str = option("", 'module:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
     num_examples: int = option(1, "worked examples shown before each question (from the same generator)")
@@ -104,7 +104,9 @@ class EngineConfig:
     sleep: bool = option(True, "cuda: vLLM in this process gives its memory back while the model trains; false: faster where both fit")
     request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
     reward_workers: int = option(1, "processes that score completions")
-    reward_timeout_s: float = option(10.0, "one scoring call at most; then the worker is replaced and the call retried")
+    reward_timeout_s: float = option(
+        10.0, "one scoring call at most, ten times as long for the first of a worker; then the worker is replaced and the call retried"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +121,8 @@ class TrainingConfig:
     minibatches: int = option(1, "optimizer steps per step; above 1 the ratios are to logprobs recomputed before the first")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
     loss: Literal["reinforce", "ppo", "cispo", "gspo", "sapo"] = option("ppo", "policy loss")
-    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = option(
-        "token-mean", "how token losses become one number"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
+        None, "how token losses become one number (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )
     clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
     clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
@@ -136,7 +138,8 @@ class RunConfig:
     """Where the run lives."""
 
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
-    seed: int = option(0, "everything random follows from it")
+    seed: int = option(0, "of training: order of the prompts, sampling, shuffles")
+    data_seed: int = option(0, "of the data: which questions there are and which are held out, and the base model of tiny")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
     track: str = option("", "where numbers go beside log.jsonl and TensorBoard: wandb, mlflow, trackio, by commas")
     profile: str = option(
@@ -201,6 +204,16 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     return config
 
 
+def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration that a run has written into its folder, then `overrides`; what an older run means by it is kept.
+
+    One without a data_seed took its data from `seed`.
+    """
+    run = read_toml(path).get("run")
+    kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
+    return load(path, {**kept, **(overrides or {})})
+
+
 def dump(config: Config) -> str:
     """The configuration as TOML that `load` reads back to an equal one (keys that are None are left out).
 
@@ -262,7 +275,8 @@ def _needed(hint: Any) -> str:
 _AT_LEAST = {
     "prompts_per_step": 1, "eval_prompts": 0, "eval_k": 1, "eval_every": 0, "num_examples": 0, "max_tokens": 1, "max_num_seqs": 1,
     "max_model_len": 2, "reward_workers": 1, "steps": 0, "warmup_steps": 0, "minibatches": 1, "tokens_per_pass": 1,
-    "checkpoint_every": 0, "seed": 0, "weight_decay": 0, "clip_low": 0, "clip_high": 0, "entropy_coef": 0, "request_timeout_s": 0,
+    "checkpoint_every": 0, "seed": 0, "data_seed": 0,
+    "weight_decay": 0, "clip_low": 0, "clip_high": 0, "entropy_coef": 0, "request_timeout_s": 0,
     "replicas": 1, "cpus_per_replica": 1, "tensor_parallel": 1,
 }  # fmt: skip
 _POSITIVE = (

@@ -15,6 +15,7 @@ import tempfile
 from multiprocessing import spawn
 from pathlib import Path
 
+from reinforce_ada.rewards import worker
 from reinforce_ada.rewards.channel import Channel
 from reinforce_ada.rewards.worker import Chunk, Limits, Order, get_progress, set_progress
 
@@ -24,6 +25,7 @@ _BOOT = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from reinforce_ada.rewards.worker import main
 main(*map(int, sys.argv[2:]))"""
+_WORKER = str(Path(worker.__file__))
 _END_S = 5.0  # for a keeper to end its worker; it is killed then, and the kernel ends the worker
 
 
@@ -87,8 +89,8 @@ class WorkerProcess:
 def _start_keeper(fds: list[int]) -> subprocess.Popen[bytes]:
     python = os.fsdecode(spawn.get_executable())
     numbers = [str(fd) for fd in fds]
-    worker = [python, "-c", _BOOT, json.dumps([p for p in sys.path if isinstance(p, str)]), *numbers]
-    keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *worker]
+    command = [python, "-c", _BOOT, json.dumps([p for p in sys.path if isinstance(p, str)]), *numbers]
+    keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
     return subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
 
 
@@ -98,7 +100,18 @@ def _rest_of(fd: int) -> str:
     poller.register(fd, select.POLLIN)
     ready = poller.poll(0)
     text = os.read(fd, 1 << 16).decode(errors="replace") if ready else ""
-    return text if text.startswith("Timeout (") else ""  # else it is what a reward has written where it had no business
+    return _readable(text) if text.startswith("Timeout (") else ""  # else it is what a reward has written where it had no business
+
+
+def _readable(report: str) -> str:
+    """faulthandler's report in the order of a traceback, and without the frames of the worker around the reward."""
+    stacks = []
+    for stack in report.strip().split("\n\n"):
+        lines = stack.replace("most recent call first", "most recent call last").split("\n")
+        frames = [line for line in lines if line.startswith("  File")]
+        shown = [line for line in frames if _WORKER not in line and '"<string>"' not in line]
+        stacks += [*(line for line in lines if line not in frames), *reversed(shown)]
+    return "\n".join(stacks)
 
 
 def exit_text(exit_code: int) -> str:

@@ -16,8 +16,9 @@ class ReasoningGymReward:
     """The dataset's own `score_answer` on the entry in `prompt.data` (question, answer, metadata).
 
     The answer is what `extract_answer` finds in the completion. A text that the scorer raises on is a wrong answer, 0.0, as long as the
-    scorer takes the entry's own answer; where it raises on that too, the failure is its own and comes through. Many datasets give partial credit: set
-    the sampler's positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off the clock.
+    scorer takes the entry's own answer; where it raises on that too, the failure is its own and comes through. Many datasets give partial
+    credit: set the sampler's positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off
+    the clock.
 
     Args:
         dataset: a registered name, "chain_sum" say.

@@ -31,7 +31,7 @@ from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.distributed import Ranks
-from reinforce_ada.training.evaluate import evaluate
+from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
 from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
@@ -199,10 +199,21 @@ class Trainer:
                 on_progress=on_progress,
             )  # fmt: skip
         parts.engine.sleep()
+        self._check_scored(step, result)
+        if stream.num_too_long:
+            self.display.line(f"step {step}: {stream.num_too_long} prompts were too long for --max-model-len and left out")
         parts.store.finish_step(step, result)
         self.memory.update(step, result.pools)
         self.position = stream.position
         return result
+
+    def _check_scored(self, step: int, result: SamplingResult) -> None:
+        """A step of nothing but voids teaches nothing, and leaves nothing: once the reward is mended it is sampled anew."""
+        try:
+            refuse_only_voids(result, self.parts.rewards, f"step {step}")
+        except InputError:
+            self.parts.store.forget(step)
+            raise
 
     def _sync(self) -> None:
         started = time.monotonic()
@@ -274,8 +285,9 @@ def fingerprint(config: Config) -> dict[str, Any]:
     # Keys that stores of earlier versions do not have; at their defaults a run is what it was.
     later = {"memory_decay", "memory_from", "mean_budget", "propose", "objective", "alpha"}
     defaults = {f.name: f.default for f in dataclasses.fields(SamplingConfig) if f.name in later}
+    defaults["data_seed"] = config.run.seed  # one seed was all there was
     sections = dataclasses.asdict(config)
     return {
-        section: {k: v for k, v in values.items() if k not in free and not (k in later and v == defaults[k])}
+        section: {k: v for k, v in values.items() if k not in free and not (k in defaults and v == defaults[k])}
         for section, values in sections.items()
     }
