@@ -236,15 +236,15 @@ def test_a_run_goes_on_from_another_folder_and_says_which_file_has_changed(
     assert cli.main(["train", "--resume", "run", "--steps", "2"]) == 0
     (here / "task.jsonl").rename(there / "moved.jsonl")
     assert cli.main(["train", "--resume", "run", "--steps", "3", "--task", "moved.jsonl"]) == 0
+    assert configuration.load_saved(there / "run/config.toml").task.task == str(there / "moved.jsonl")
     assert [r["step"] for r in read_log(there / "run/log.jsonl") if r["kind"] == "step"] == [1, 2, 3]
     with (there / "moved.jsonl").open("a") as f:
         f.write('{"prompt": "new", "answer": 0}\n')
     capsys.readouterr()
     assert cli.main(["train", "--resume", "run", "--steps", "4", "--task", "moved.jsonl"]) == 2
     err = capsys.readouterr().err
-    said = "moved.jsonl has changed since the run began; the file as it was; put it back, or begin a new run with another --out"
-    assert err == f"reinforce-ada: train: {said}
-"
+    said = f"{there}/moved.jsonl has changed since the run began; the file as it was; put it back, or begin a new run with another --out"
+    assert err == f"reinforce-ada: train: {said}\n"
 
 
 def test_a_prompt_that_is_too_long_ends_no_run(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

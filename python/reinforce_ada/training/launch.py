@@ -69,8 +69,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     track.check_names(config.run.track)
     records = load_records(config.task, config.run.seed, config.run.data_seed)
+    config = _with_whole_paths(config)
     if resume is None:
-        config = _with_whole_paths(config)
         lineage.check_held_out(records, config.model.model)
     out = _existing_run(resume) if resume else _new_run(config)
     with ExitStack() as stack:
@@ -290,7 +290,7 @@ def _longest_prompt(config: Config) -> int:
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """The questions of a run are those of its file, wherever that lies now. Raises: InputError where they have changed."""
     then, now = earlier.get("task", {}), run["task"]
-    if os.path.basename(then.get("reward", "")) == os.path.basename(now["reward"]):
+    if _function(then.get("reward", "")) == _function(now["reward"]):
         now["reward"] = then.get("reward", "")
     if not earlier.get("records") or not run["records"]:
         return
@@ -298,6 +298,11 @@ def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any])
         given = f"{config.task.task} has changed since the run began"
         raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
     now["task"] = then.get("task", now["task"])
+
+
+def _function(reward: str) -> str:
+    """A reward without where its file lies, and whether it is named as a file or as a module."""
+    return os.path.basename(reward).replace(".py:", ":")
 
 
 def _open_store(stack: ExitStack, config: Config, records: Records, out: Path) -> RolloutStore:
