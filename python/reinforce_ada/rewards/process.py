@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import select
@@ -20,11 +19,12 @@ from reinforce_ada.rewards.channel import Channel
 from reinforce_ada.rewards.worker import Chunk, Limits, Order, get_progress, set_progress
 
 _KEEPER = str(Path(__file__).with_name("supervisor.py"))
-# The path travels as an argument: what is imported first must be the very package that this process uses.
-_BOOT = """import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+# The path travels as arguments, and nothing is imported before it is there: the worker must find what this process finds, not a module of
+# the same name in the folder that it is started in.
+_BOOT = """import sys
+fds, sys.path[:] = sys.argv[1:4], sys.argv[4:]
 from reinforce_ada.rewards.worker import main
-main(*map(int, sys.argv[2:]))"""
+main(*map(int, fds))"""
 _WORKER = str(Path(worker.__file__))
 _END_S = 5.0  # for a keeper to end its worker; it is killed then, and the kernel ends the worker
 
@@ -89,7 +89,7 @@ class WorkerProcess:
 def _start_keeper(fds: list[int]) -> subprocess.Popen[bytes]:
     python = os.fsdecode(spawn.get_executable())
     numbers = [str(fd) for fd in fds]
-    command = [python, "-c", _BOOT, json.dumps([p for p in sys.path if isinstance(p, str)]), *numbers]
+    command = [python, "-c", _BOOT, *numbers, *(entry or os.getcwd() for entry in sys.path)]
     keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
     return subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
 
