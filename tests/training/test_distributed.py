@@ -330,7 +330,7 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": ""}, r"^train: LOCAL_RANK= with WORLD_SIZE=2;"),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "99999"},
-            r"^train: MASTER_PORT=99999 with WORLD_SIZE=2; .* 65535",
+            r"^train: MASTER_PORT=99999 with WORLD_SIZE=2;",
         ),
         ({"WORLD_SIZE": ""}, r"^train: WORLD_SIZE=; the number of processes"),
         ({"WORLD_SIZE": "0"}, r"^train: WORLD_SIZE=0; the number of processes"),

@@ -99,7 +99,7 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    needed = "a file of {prompt, answer} records"
+    needed = "a file of {prompt, answer} records, such as a JSONL file"
     try:
         data = path.read_bytes()
         if path.name.lower().endswith(".gz"):
