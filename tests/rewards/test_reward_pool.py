@@ -331,12 +331,12 @@ def test_workers_start_at_the_first_submit_and_no_more_than_needed() -> None:
 @pytest.mark.parametrize("how", ["child", "child with a session", "orphan with a session"])
 @pytest.mark.parametrize("end", ["close", "kill the worker", "time out"])
 def test_what_a_worker_started_ends_with_it(tmp_path: Path, how: str, end: str) -> None:
-    with RewardPool("pool_rewards:starter", num_workers=1, timeout_s=0.4 if end == "time out" else 60.0, retries=0) as pool:
+    with RewardPool("pool_rewards:starter", num_workers=1, timeout_s=0.2 if end == "time out" else 60.0, retries=0) as pool:
         data = {"pid": str(tmp_path / "pid"), "how": how, "then": "hang" if end == "time out" else "return"}
         (result,) = score(pool, ["x"], data=data)
         worker, grandchild = map(int, (tmp_path / "pid").read_text().split())
         if end == "time out":
-            assert result == "timed out after 4 s (1 attempts)"  # it was the worker's first call
+            assert result == "timed out after 2 s (1 attempts)"  # it was the worker's first call
         elif end == "kill the worker":
             os.kill(worker, signal.SIGKILL)
             assert score(pool, ["x"], data={**data, "how": "nothing"}) == [1.0]

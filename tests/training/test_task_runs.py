@@ -80,13 +80,11 @@ def run(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"seed": 7},
         {"data_seed": 1},
         {"data_seed": 2, "eval_prompts": 12},
-        {"num_examples": 3},
         {"eval_prompts": 9, "num_examples": 2, "seed": 3},
     ],
 )
-@pytest.mark.parametrize("place", ["model", "checkpoints/step-000002/model"])
 def test_no_trained_question_is_scored(
-    run: Path, other: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scored: list[str] = []
     evaluate = launch.evaluate
@@ -98,6 +96,7 @@ def test_no_trained_question_is_scored(
     monkeypatch.setattr(launch, "evaluate", spy)
     trained = trained_questions(run)
     assert len(trained) == 12
+    place = "model" if "eval_prompts" in other else "checkpoints/step-000002/model"
     code = cli.main(["eval", str(run / place), "--json", "--config", str(run / "config.toml"), *flags(**other)])
     out, err = capsys.readouterr()
     assert code == 0
@@ -182,13 +181,12 @@ FAILING = {
     "raises": ("raise KeyError('gold')", "KeyError: 'gold'"),
     "exits": ("import sys; sys.exit(3)", "SystemExit: 3"),
     "kills": ("import os; os._exit(5)", "the worker died of exit code 5"),
-    "hangs": ("import time; time.sleep(99)", "timed out after 0.3 s"),
+    "hangs": ("import time; time.sleep(99)", "timed out after 0.2 s"),
     "is_far": ("return 1e39", "ValueError: the reward returned 1e+39, more than 1e+15 in magnitude"),
 }
 
 
-@pytest.mark.parametrize("name", FAILING)
-@pytest.mark.parametrize("eval_prompts", [1, 0])
+@pytest.mark.parametrize(("name", "eval_prompts"), [*((name, 1) for name in FAILING), ("raises", 0), ("kills", 0)])
 def test_a_run_whose_completions_are_all_voids_stops_and_goes_on_once_mended(
     llama: Path, tmp_path: Path, name: str, eval_prompts: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,7 +194,7 @@ def test_a_run_whose_completions_are_all_voids_stops_and_goes_on_once_mended(
     (tmp_path / "rwd.py").write_text(f"def score(prompt, completion):\n    {body}\n")
     monkeypatch.chdir(tmp_path)
     task, out = write_task(tmp_path / "task.jsonl"), tmp_path / "run"
-    small = {"task": task, "prompts_per_step": 1, "steps": 1, "eval_prompts": eval_prompts, "reward_timeout_s": 0.3}
+    small = {"task": task, "prompts_per_step": 1, "steps": 1, "eval_prompts": eval_prompts, "reward_timeout_s": 0.2}
     assert train(llama, out, reward="./rwd.py:score", **small) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reinforce-ada: ")]
     assert f"none of the {1 if eval_prompts else 2} completions of {'the evaluation' if eval_prompts else 'step 1'} could be scored" in line
@@ -210,11 +208,23 @@ def test_a_run_whose_completions_are_all_voids_stops_and_goes_on_once_mended(
     assert (step["num_voids"], step["num_completions_committed"]) == (0, 2)
 
 
-def test_an_async_reward_is_refused_before_anything_is_loaded(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rwd.py").write_text("async def score(prompt, completion):\n    return 1.0\n")
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("async def score(prompt, completion):\n    return 1.0\n", "rwd.py:score' is an async function"),
+        ("raise ValueError('two\\nlines')\n", "rwd.py does not import (ValueError: two lines, at "),
+        ("import none_of_that_name\n", "No module named 'none_of_that_name'; an importable module is needed"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_one_line(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, said: str
+) -> None:
+    (tmp_path / "rwd.py").write_text(code)
     task = write_task(tmp_path / "task.jsonl")
     assert train(llama, tmp_path / "run", task=task, reward=f"{tmp_path}/rwd.py:score") == 2
-    assert "rwd.py:score' is an async function" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
 
 
 # -------------------- files that move or change
