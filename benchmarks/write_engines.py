@@ -99,7 +99,7 @@ def smollm2() -> Setting:
 
     path = models.resolve("smollm2")
     config = TaskConfig(system_prompt="", num_examples=0, eval_prompts=0)
-    task = render(load_records(config, 0), config, AutoTokenizer.from_pretrained(path))
+    task = render(load_records(config, 0, 0), config, AutoTokenizer.from_pretrained(path))
 
     def reward(prompt: Prompt, text: str) -> float:
         return float(bool(re.search(rf"(?<!\d){re.escape(str(prompt.data['answer']))}(?!\d)", text)))

@@ -1,4 +1,4 @@
-"""A reward of your own: `reward = "my_reward:score"` in the configuration, or `--reward my_reward:score`."""
+"""A reward of your own: `reward = "my_reward:score"` in the configuration, or `--reward ./my_reward.py:score`."""
 
 from __future__ import annotations
 

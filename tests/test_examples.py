@@ -113,7 +113,7 @@ def test_the_example_configuration_loads_and_gives_a_task(monkeypatch):
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     c = config.load(Path("train.toml"))
-    task = load_task(c.task, tiny_tokenizer(), c.run.seed)
+    task = load_task(c.task, tiny_tokenizer(), c.run.seed, c.run.data_seed)
     assert len(task.held_out) == c.task.eval_prompts
     assert len({p.data["question"] for p in islice(task.train(0), 20)}) == 20
     assert preset(c.sampling.preset, group_size=c.sampling.group_size, round_size=c.sampling.round_size).cap == 32

@@ -185,8 +185,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(text: str, *, first: str = "") -> int:
-    """Say it on one line, where torchrun has started several of us once; messages quote what was typed, files and servers."""
-    if os.environ.get("RANK", "0") == "0":
+    """Say it on one line, where torchrun has started several of us once; messages quote what was typed, files and servers.
+
+    A RANK without the rest of torchrun's variables silences nobody.
+    """
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_one_of_several = rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
+    if not (is_one_of_several and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
         print(first + one_line(text, most=4000), file=sys.stderr)
     return 2
 
@@ -266,7 +271,7 @@ def _train(given: argparse.Namespace) -> int:
         saved = given.resume / "config.toml"
         if not os.path.isfile(saved):
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")
-        config = configuration.load(saved, overrides)
+        config = configuration.load_saved(saved, overrides)
     _import_from_here()
     from reinforce_ada.training import launch
 
@@ -297,7 +302,8 @@ def _eval(given: argparse.Namespace) -> int:
     if given.config is None and Path(given.model).is_dir() and beside.is_file():
         show(f"task and engine as in {beside}", file=sys.stderr)
         given.config = beside
-    config = configuration.load(given.config, _overrides(given))
+    load = configuration.load_saved if given.config == beside else configuration.load
+    config = load(given.config, _overrides(given))
     _import_from_here()
     with _prints_aside() if given.json else nullcontext():
         from reinforce_ada.training import launch

@@ -42,12 +42,12 @@ class ModelConfig:
 class TaskConfig:
     """What is asked, and how answers are scored."""
 
-    task: str = option("chain_sum", "a reasoning-gym dataset, or a JSONL file of {prompt, answer, ...} records")
+    task: str = option("chain_sum", "a reasoning-gym dataset, or a file of {prompt, answer, ...} records: JSONL, JSON, CSV, Parquet")
     task_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
     )
-    reward: str = option("", 'module:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
     num_examples: int = option(1, "worked examples shown before each question (from the same generator)")
@@ -118,7 +118,9 @@ class EngineConfig:
     sleep: bool = option(True, "cuda: vLLM in this process gives its memory back while the model trains; false: faster where both fit")
     request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
     reward_workers: int = option(1, "processes that score completions")
-    reward_timeout_s: float = option(10.0, "one scoring call at most; then the worker is replaced and the call retried")
+    reward_timeout_s: float = option(
+        10.0, "one scoring call at most, ten times as long for the first of a worker; then the worker is replaced and the call retried"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,8 @@ class TrainingConfig:
     minibatches: int = option(1, "optimizer steps per step; above 1 the ratios are to logprobs recomputed before the first")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
     loss: Literal["reinforce", "ppo", "cispo", "gspo", "sapo"] = option("ppo", "policy loss")
-    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = option(
-        "token-mean", "how token losses become one number"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
+        None, "how token losses become one number (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )
     clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
     clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
@@ -150,7 +152,8 @@ class RunConfig:
     """Where the run lives."""
 
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
-    seed: int = option(0, "everything random follows from it")
+    seed: int = option(0, "of training: order of the prompts, sampling, shuffles")
+    data_seed: int = option(0, "of the data: which questions there are and which are held out, and the base model of tiny")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
     track: str = option("", "where numbers go beside log.jsonl and TensorBoard: wandb, mlflow, trackio, by commas")
     profile: str = option(
@@ -215,6 +218,16 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     config = Config(**{name: _convert(name, cls, merged[name]) for name, cls in sections()})
     _check(config)
     return config
+
+
+def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration that a run has written into its folder, then `overrides`; what an older run means by it is kept.
+
+    One without a data_seed took its data from `seed`.
+    """
+    run = read_toml(path).get("run")
+    kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
+    return load(path, {**kept, **(overrides or {})})
 
 
 def dump(config: Config) -> str:
@@ -378,7 +391,7 @@ _RANGES: Mapping[str, _Range] = {
     "steps": _STEPS, "warmup_steps": _STEPS, "checkpoint_every": _STEPS, "minibatches": _COUNT, "tokens_per_pass": _Range(1, 10**9),
     "learning_rate": _Range(0, 1, above=True), "weight_decay": _Range(0, 100), "max_grad_norm": _Range(0, 1e30, above=True),
     "clip_low": _Range(0, 1), "clip_high": _Range(0, 1e6), "entropy_coef": _Range(0, 1e6), "correction_high": _Range(0, 1e6, above=True),
-    "seed": _Range(0, 2**63 - 1),
+    "seed": _Range(0, 2**63 - 1), "data_seed": _Range(0, 2**63 - 1),
 }  # fmt: skip
 
 

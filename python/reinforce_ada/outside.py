@@ -22,18 +22,21 @@ class GarbageError(ValueError):
     """Text from outside that cannot be used; the message is one line and says why."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises: GarbageError for whatever Python's parser raises on a hostile text: no JSON, no UTF-8, too deep a nesting, an integer of more
-    than 4300 digits, and for half of a surrogate pair, which could not be written anywhere.
+    than 4300 digits, and for half of a surrogate pair, which could not be written anywhere; with `unique_keys` also for an object that has
+    a key twice.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
+    except GarbageError:
+        raise
     except RecursionError:
         raise GarbageError("JSON that is nested too deeply") from None
     except UnicodeDecodeError as e:
@@ -75,6 +78,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise GarbageError(f"the key {one_line(next(k for k in keys if keys.count(k) > 1), 40)!r} is there twice")
+    return found
 
 
 # C0 and C1 control characters but for tab and newline, halves of surrogate pairs, and the characters that turn the direction of a line.

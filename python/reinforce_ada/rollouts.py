@@ -161,6 +161,11 @@ class RolloutStore:
         with self._guarded():
             self._open_connection().execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def forget(self, step: int) -> None:
+        """Remove the events of a step that is not finished, all of them: it will be sampled anew."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM events WHERE step = ? AND step NOT IN (SELECT step FROM finished_steps)", (step,))
+
     def remember(self, earlier: RolloutStore) -> None:
         """Copy what an earlier run's pools say of their prompts, its last step as step 0; a store remembers one run, once."""
         rows = list(earlier.seen())
@@ -202,6 +207,19 @@ class RolloutStore:
             rows = connection.execute(own, (_LAST_STEP if last_step is None else last_step,))
             for step, key, num_correct, num_wrong in itertools.chain(remembered, rows):
                 yield Seen(step, _str(key), num_correct, num_wrong)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The data of the prompts of all finished steps, each once, as JSON keeps it."""
+        with self._guarded():
+            for (data,) in self._open_connection().execute("SELECT DISTINCT data FROM pools"):
+                yield parse_json(data)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The configuration that the store was made with."""
+        with self._guarded():
+            row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'run'").fetchone()
+        return dict(parse_json(row[0])) if row else {}
 
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""

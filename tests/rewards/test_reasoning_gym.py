@@ -77,3 +77,19 @@ def test_importing_the_rewards_imports_neither_torch_nor_reasoning_gym() -> None
     code = "import sys, reinforce_ada.rewards; print(sorted({'torch', 'reasoning_gym'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+HOSTILE = ["", "x", "answer: 2 x 3", "[1,2", "{", "9" * 60, "None", "1/0", "\x00", "-1"]
+
+
+@pytest.mark.parametrize("dataset", ["prime_factorization", "boxnet", "rush_hour", "graph_color", "chain_sum"])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_that_the_scorer_raises_on_is_a_wrong_answer(dataset: str, text: str) -> None:
+    (entry,) = make_entries(dataset, 1, 1)
+    assert 0.0 <= ReasoningGymReward(dataset)(Prompt("p", data=entry), text) < 1.0
+
+
+def test_a_failure_of_the_scorer_itself_comes_through() -> None:
+    (entry,) = make_entries("prime_factorization", 1, 1)
+    with pytest.raises(KeyError, match="answer"):
+        ReasoningGymReward("prime_factorization")(Prompt("p", data={k: v for k, v in entry.items() if k != "answer"}), "2")

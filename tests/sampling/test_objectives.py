@@ -39,7 +39,7 @@ from reinforce_ada.sampling import (
 )
 from reinforce_ada.sampling.statistics import Terminal, samples, terminals_of
 from reinforce_ada.training.batching import Batch, collate
-from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with_advantages
+from reinforce_ada.training.objectives import Objective, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
 from reinforce_ada.types import CompletionId, SamplingResult
 
 POS, BALANCE, EXACT = "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"
@@ -580,17 +580,20 @@ def test_published_weights_keep_their_own_count() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({}, ["loss_agg 'token-mean' has a denominator that depends on the outcomes"]),
+        ({}, ["approximate here: gradients longer than max_grad_norm 1 are cut, the longer the more (max_grad_norm 1e6)"]),
+        ({"max_grad_norm": 1e6}, []),
+        ({"max_grad_norm": 1e6, "preset": BALANCE, "objective": "mean"}, []),
+        ({"loss_agg": "token-mean"}, ["loss_agg 'token-mean' has a denominator that depends on the outcomes", "max_grad_norm 1 "]),
         ({"loss_agg": "seq-mean-token-mean"}, ["loss_agg 'seq-mean-token-mean'"]),
-        ({"loss_agg": "seq-mean-token-sum"}, []),
-        ({"loss_agg": "seq-mean-token-sum-norm"}, []),
+        ({"loss_agg": "seq-mean-token-sum", "max_grad_norm": 1e6}, []),
+        ({"loss_agg": "seq-mean-token-sum-norm", "max_grad_norm": 1e6}, []),
         (
             {"loss_agg": "seq-mean-token-sum", "minibatches": 4},
             ["the second of 4 minibatches", "no longer those that sampled"],
         ),
         ({"loss_agg": "seq-mean-token-sum", "minibatches": 4, "loss": "reinforce"}, ["the second of 4 minibatches"]),
         ({"loss_agg": "seq-mean-token-sum", "entropy_coef": 0.01}, ["entropy_coef 0.01 adds an objective of its own"]),
-        ({"minibatches": 2}, ["token-mean", "of 2 minibatches"]),
+        ({"minibatches": 2}, ["of 2 minibatches", "max_grad_norm 1 "]),
         ({"objective": "log"}, []),
         ({"preset": BALANCE}, []),
     ],
@@ -601,3 +604,17 @@ def test_the_trainer_says_what_is_not_exact(overrides: dict, said: list[str]) ->
     assert bool(line) == bool(said)
     assert all(text in line for text in said)
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"preset": EXACT}, "seq-mean-token-sum-norm"),
+        ({"preset": BALANCE, "objective": "log"}, "seq-mean-token-sum-norm"),
+        ({"preset": BALANCE}, "token-mean"),
+        ({"preset": EXACT, "loss_agg": "token-mean"}, "token-mean"),
+    ],
+)
+def test_an_objective_brings_the_aggregation_that_it_needs(overrides: dict, expected: str) -> None:
+    config = configuration.load(None, overrides)
+    assert loss_agg_of(config) == Objective.from_config(config).loss_agg == expected

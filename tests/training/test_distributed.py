@@ -329,7 +329,7 @@ def test_torchrun_with_a_rank_killed_and_resumed(tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "RANK"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with distributed.join() as ranks:
         assert (ranks.rank, ranks.size, ranks.exchange("x"), ranks.together(lambda: 3)) == (0, 1, ["x"], 3)
@@ -342,17 +342,41 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -
             {"WORLD_SIZE": "2"},
             r"^train: WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; all that torchrun sets; torchrun ",
         ),
+        ({"RANK": "1"}, r"^train: RANK=1 without WORLD_SIZE; all that torchrun sets, or none of it; unset RANK=1$"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, r"^train: RANK=1 LOCAL_RANK=1 without WORLD_SIZE;"),
+        ({"LOCAL_RANK": "0", "MASTER_PORT": "1"}, r"^train: LOCAL_RANK=0 without WORLD_SIZE;"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, r"^train: RANK=1 with WORLD_SIZE=1; a number up to 0, as torchrun sets it$"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, r"^train: RANK=2 with WORLD_SIZE=2; a number up to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, r"^train: RANK=-1 with WORLD_SIZE=2;"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, r"^train: RANK=x with WORLD_SIZE=2;"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": ""}, r"^train: LOCAL_RANK= with WORLD_SIZE=2;"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "99999"},
+            r"^train: MASTER_PORT=99999 with WORLD_SIZE=2;",
+        ),
+        ({"WORLD_SIZE": ""}, r"^train: WORLD_SIZE=; the number of processes"),
+        ({"WORLD_SIZE": "0"}, r"^train: WORLD_SIZE=0; the number of processes"),
         ({"WORLD_SIZE": "two"}, r"^train: WORLD_SIZE=two; the number of processes, as torchrun sets it$"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, r"^train: WORLD_SIZE=2 without MASTER_PORT;"),
     ],
 )
 def test_an_environment_that_is_not_whole(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message), distributed.join():
         pass
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_half_an_environment_silences_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--model", "tiny"]) == 2
+    assert capsys.readouterr().err.startswith(f"reinforce-ada: train: {'RANK=1' if len(environment) == 1 else 'WORLD_SIZE='}")
 
 
 def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +410,7 @@ def test_eval_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["eval", "smollm2"]) == 2
     assert capsys.readouterr().err == "reinforce-ada: eval: WORLD_SIZE=2; one process: only train works with several; no torchrun\n"
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["eval", "smollm2"]) == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""  # rank 0 says it

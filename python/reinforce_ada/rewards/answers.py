@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)answer>", re.ASCII | re.IGNORECASE)
 _LABEL = re.compile(r"\banswer\s*:", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str:
-    """The answer in a completion, stripped: the last <answer>…</answer>, else what follows the last "answer:", else all."""
-    tagged = _TAGGED.findall(text)
-    if tagged:
-        return str(tagged[-1]).strip()
-    return _LABEL.split(text)[-1].strip()
+    """The answer in a completion, stripped: the last <answer>…</answer>, else what follows the last "answer:", else all.
+
+    Of several <answer> before one </answer> the last counts. The time is linear in the text.
+    """
+    opened: int | None = None
+    found: tuple[int, int] | None = None
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            opened = tag.end()
+        elif opened is not None:
+            found, opened = (opened, tag.start()), None
+    if found is not None:
+        return text[slice(*found)].strip()
+    labels = list(_LABEL.finditer(text))
+    return (text[labels[-1].end() :] if labels else text).strip()

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.answers import extract_answer
 from reinforce_ada.types import Prompt
 
+# ASCII digits, in groups of three or in none; a point and an exponent as Python writes them; U+2212 is the minus sign of typeset text.
+_NUMBER = re.compile(r"[+\-\u2212]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?")
+
 
 def exact_match(prompt: Prompt, completion: str) -> float:
-    """1.0 when the completion's answer equals `prompt.data["answer"]`, else 0.0.
+    """1.0 when the completion's answer equals `prompt.data["answer"]`, or one of them where that is a list; else 0.0.
 
-    Both are stripped; where both read as finite numbers they are compared as numbers: "12.0" and "1,200" match 12 and "1200".
-    The completion's answer is what `extract_answer` finds.
+    Both are stripped; where both are numbers they are compared as numbers, exactly: "12.0" and "1,200" match 12 and "1200", but "1,2"
+    and "1_200" are no numbers and match only themselves. The completion's answer is what `extract_answer` finds.
 
     Args:
-        prompt: its data holds "answer", a string or a number.
+        prompt: its data holds "answer", a string or a number, or a list of them.
         completion: the sampled text.
     Raises: InputError when there is no "answer".
     """
     if "answer" not in prompt.data:
         raise InputError("exact_match", f"prompt {prompt.prompt_id!r} has no answer", 'data["answer"] is needed')
-    given, expected = extract_answer(completion), str(prompt.data["answer"]).strip()
-    given_number, expected_number = _number(given), _number(expected)
-    if given_number is not None and expected_number is not None:
-        return float(given_number == expected_number)
-    return float(given == expected)
+    answer = prompt.data["answer"]
+    accepted = answer if isinstance(answer, Sequence) and not isinstance(answer, (str, bytes)) else [answer]
+    given = extract_answer(completion)
+    number = _number(given)
+    return float(any(_equal(given, number, str(one).strip()) for one in accepted))
 
 
-def _number(text: str) -> int | float | None:
-    """The finite number a text spells, exact for integers (past 2**53 a float would call neighbours equal)."""
-    plain = text.replace(",", "")
-    with contextlib.suppress(ValueError):  # also past the 4300 digits int() reads
-        return int(plain)
-    with contextlib.suppress(ValueError):
-        value = float(plain)
-        return value if math.isfinite(value) else None
-    return None
+def _equal(given: str, number: Decimal | None, expected: str) -> bool:
+    if given == expected:
+        return True
+    return number is not None and number == _number(expected)
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that a text spells, exactly: past 2**53 a float would call neighbours equal."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return Decimal(text.replace(",", "").replace("\u2212", "-"))
+    except InvalidOperation:  # an exponent past what a decimal holds
+        return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.rewards.loading import as_reward, check_reward
 from reinforce_ada.rewards.protocol import Reward
-from reinforce_ada.rewards.worker import as_reward
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 _log = logging.getLogger("reinforce_ada")
@@ -16,17 +17,19 @@ _log = logging.getLogger("reinforce_ada")
 class InlineRewards:
     """A RewardRunner around a plain callable (prompt, text) -> float.
 
-    An exception or a result that is no finite float is tried again, `max_attempts` times in all, and then becomes a Failed. The first
-    traceback is logged as a warning; of later ones only the message is kept, in the event.
+    An exception, a `sys.exit()` or a result that is no finite float is tried again, `max_attempts` times in all, and then becomes a Failed.
+    The first traceback is logged as a warning; of later ones only the message is kept, in the event.
+    Raises: InputError for what is not callable so, an async function say.
     """
 
     def __init__(self, reward: Reward, *, max_attempts: int = 3) -> None:
         if max_attempts < 1:
             raise InputError("InlineRewards", f"max_attempts {max_attempts}", "at least 1 is needed")
+        check_reward(reward, repr(reward))
         self._reward = reward
         self._max_attempts = max_attempts
         self._pending: list[tuple[Prompt, Completion]] = []
-        self._warned = False
+        self.last_traceback = ""  # of the attempt that failed last
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
         """Start scoring; prompts[i] is the prompt of completions[i]."""
@@ -46,12 +49,14 @@ class InlineRewards:
         for _ in range(self._max_attempts):
             try:
                 return Scored(completion, as_reward(self._reward(prompt, completion.text)))
-            except Exception as error:  # whatever a reward raises is its own failure, not the run's
-                reason = f"{type(error).__name__}: {error}"
-                self._warn(reason, error)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # whatever a reward raises is its own failure, not the run's
+                reason = " ".join(traceback.format_exception_only(type(error), error)[-1].split())[:300]
+                self._note(reason, error)
         return Failed(completion.id, completion.policy_version, f"{reason} ({self._max_attempts} attempts)")
 
-    def _warn(self, reason: str, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
+    def _note(self, reason: str, error: BaseException) -> None:
+        if not self.last_traceback:
             _log.warning("a reward failed (shown once): %s", reason, exc_info=error)
+        self.last_traceback = "".join(traceback.format_exception(error))[-2000:]

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import inspect
 import logging
 import math
-import multiprocessing
-import os
 import pickle
-import signal
+import selectors
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.rewards.loading import check_reward, resolve
+from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
-from reinforce_ada.rewards.worker import START_TIMEOUT_S, Loaded, Score, resolve, work
+from reinforce_ada.rewards.worker import START_TIMEOUT_S, Limits, Loaded, Score
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 _MAX_CHUNK = 16  # completions in one message: enough to keep a worker busy while a slow engine holds the driver
 _SILENCE_S = 5.0  # the worker ends its own overdue calls; only a stopped process is silent for so much longer
 _MAX_FAILED_STARTS = 3  # in a row, without one worker that got as far as loading the reward
+_MAX_IDLE_DEATHS = 3  # in a row, of workers that had not taken up what they were sent: nobody's fault, unless it never ends
+_FIRST_CALL = 10  # times the time-out is what a worker's first call may take: models and tables are often loaded there
+_MAX_SLOW_STARTS = 2  # in a row; after so many first calls that ran over even that, a first call is a call like any other
+_MAX_PICKLES = 4096  # of prompts, kept for their next completions
+_LONGEST_WAIT_S = 1e5  # an epoll takes no number of seconds past 2.1e6
 
 _log = logging.getLogger("reinforce_ada")
 
@@ -46,50 +45,59 @@ class RewardCounters:
     last_traceback: str = ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     """One completion on its way."""
 
     completion: Completion
-    payload: bytes  # pickled (prompt, text)
+    prompt: bytes  # pickled; one object for all completions of a prompt, so that a message holds it once
     num_attempts: int = 0  # that failed
     travels_alone: bool = False  # it was part of something that failed
 
 
 @dataclass(eq=False)
 class _Worker:
-    process: SpawnProcess
-    answers: Connection
-    hang_report: Connection
+    process: WorkerProcess
+    limits: Limits
     is_loaded: bool = False
+    has_scored: bool = False  # so its first call is over
     chunk: deque[_Job] = field(default_factory=deque)  # sent and not yet answered, in order
+    num_answered: int = 0  # of the chunk
     is_joint_call: bool = False  # the chunk is one call of a batch form, and no single completion is to blame
     silent_since: float = 0.0
+    selected: int = selectors.EVENT_READ
 
     @property
     def is_idle(self) -> bool:
         return self.is_loaded and not self.chunk
 
-    def silent_until(self, timeout_s: float) -> float:
+    @property
+    def limit_s(self) -> float:
+        """Of what it is at."""
+        if not self.is_loaded:
+            return START_TIMEOUT_S
+        return self.limits.call_s if self.has_scored else self.limits.first_call_s
+
+    @property
+    def silent_until(self) -> float:
         """When a worker that has not said a word counts as stopped."""
-        if self.is_idle:
-            return math.inf
-        return self.silent_since + (timeout_s if self.is_loaded else START_TIMEOUT_S) + _SILENCE_S
+        return math.inf if self.is_idle else self.silent_since + self.limit_s * 1.1 + _SILENCE_S
 
 
 class RewardPool:
-    """Scores completions in `num_workers` spawned processes; a RewardRunner.
+    """Scores completions in `num_workers` processes of their own; a RewardRunner.
 
     Every submitted completion yields exactly one event: Scored with a finite reward, or, after `1 + retries` failed attempts,
     Failed with the reason. An attempt fails when the reward raises, returns anything but a finite number, runs over its time,
-    or takes its worker down. Such a worker is replaced. Workers start at the first `submit` and load while the caller goes on.
+    or takes its worker down. Such a worker is replaced. Workers start at the first `submit` and load while the caller goes on;
+    no method waits for a worker that does not read or answer.
 
     Args:
-        reward: (prompt, completion text) -> float; a callable that pickles, or "module:function". With a `batch` method, one
-            call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and no
-            completion loses an attempt by it.
+        reward: (prompt, completion text) -> float; a callable that pickles, "module:function" or "file.py:function". With a `batch`
+            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and
+            no completion loses an attempt by it.
         num_workers: processes.
-        timeout_s: seconds for one call, counted in the worker from the call's start.
+        timeout_s: seconds for one call, counted in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 
     Raises: InputError when the reward is not callable so, cannot be imported or pickled, or a setting is out of range; from
@@ -105,17 +113,20 @@ class RewardPool:
         self._retries = retries
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
         self._events: list[Scored | Failed] = []
         self._failed_starts = 0
+        self._slow_starts = 0
+        self._idle_deaths = 0
         self._is_closed = False
+        self._pickles: dict[int, tuple[Prompt, bytes]] = {}  # by the prompt's identity; holding it keeps that from being another's
         self.counters = RewardCounters()
-        # Before multiprocessing's own exit handler (last registered, first run), which would wait for the workers for ever.
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
         """Start scoring; prompts[i] is the prompt of completions[i]. Raises InputError when a prompt does not pickle."""
         self._check_open()
-        self._queue += [_Job(c, _payload(p, c)) for p, c in zip(prompts, completions, strict=True)]
+        self._queue += [_Job(c, self._pickled(p)) for p, c in zip(prompts, completions, strict=True)]
         self._dispatch()
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
@@ -133,18 +144,24 @@ class RewardPool:
         """Completions submitted whose event has not been handed out."""
         return len(self._queue) + sum(len(w.chunk) for w in self._workers) + len(self._events)
 
+    @property
+    def last_traceback(self) -> str:
+        """Of the attempt that failed last, or ""."""
+        return self.counters.last_traceback
+
     def close(self) -> None:
-        """Stop the workers, hung ones too. What was not scored yields no event. May be called twice."""
+        """Stop the workers, hung ones too, and all they started. What was not scored yields no event. May be called twice."""
         if self._is_closed:
             return
         self._is_closed = True
+        self._selector.close()
         for worker in self._workers:
-            worker.answers.close()  # an idle worker leaves by itself
+            worker.process.leave()  # an idle worker leaves by itself
         leave_until = time.monotonic() + 1.0
         for worker in self._workers:
             if worker.is_idle:
-                wait([worker.process.sentinel], max(0.0, leave_until - time.monotonic()))
-            _end(worker)
+                worker.process.wait(leave_until - time.monotonic())
+            worker.process.end()
         self._workers.clear()
 
     def __enter__(self) -> RewardPool:
@@ -161,59 +178,91 @@ class RewardPool:
         if self._is_closed:
             raise InputError("RewardPool", "it is closed", "an open pool is needed")
 
+    # -------------------- what workers say
+
     def _advance(self, wait_s: float) -> None:
         """Read what the workers say, end those that fell silent, hand out work."""
-        next_silence = min((w.silent_until(self._timeout_s) for w in self._workers), default=math.inf)
-        by_connection = {w.answers: w for w in self._workers}
-        ready = wait(by_connection, max(0.0, min(wait_s, next_silence - time.monotonic())))
-        for connection in ready:
-            self._read(by_connection[connection])  # type: ignore[index]
+        next_silence = min((w.silent_until for w in self._workers), default=math.inf)
+        for key, mask in self._selector.select(max(0.0, min(wait_s, next_silence - time.monotonic(), _LONGEST_WAIT_S))):
+            self._serve(key.data, mask)
         now = time.monotonic()
-        for worker in [w for w in self._workers if w.silent_until(self._timeout_s) < now]:
-            self._replace(worker, f"timed out after {self._timeout_s:g} s")
+        for worker in [w for w in self._workers if w.silent_until < now]:
+            self._replace(worker, is_timeout=True)
         self._dispatch()
 
-    def _read(self, worker: _Worker) -> None:
+    def _serve(self, worker: _Worker, mask: int) -> None:
         try:
-            while worker.answers.poll():
-                self._take(worker, worker.answers.recv())
+            if mask & selectors.EVENT_WRITE and worker.process.channel.flush():
+                worker.silent_since = time.monotonic()  # it reads
+            if mask & selectors.EVENT_READ:
+                for message in worker.process.channel.receive():
+                    self._take(worker, message)
+            self._select(worker)
         except (EOFError, OSError):
             self._replace(worker)
 
-    def _take(self, worker: _Worker, message: Loaded | Score) -> None:
+    def _select(self, worker: _Worker) -> None:
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.process.channel.has_unsent else 0)
+        if wanted != worker.selected and worker in self._workers:
+            worker.selected = wanted
+            self._selector.modify(worker.process.channel, wanted, worker)
+
+    def _take(self, worker: _Worker, message: Loaded | list[Score]) -> None:
         worker.silent_since = time.monotonic()
         if isinstance(message, Loaded):
             if message.failure:
-                self._give_up(message.failure, message.traceback)
+                self._give_up(message.failure, message.traceback, message.hint)
             worker.is_loaded = True
             self._failed_starts = 0
             return
-        job = worker.chunk.popleft()
-        if message.reward is None:
-            self._attempt_failed(job, worker, message.failure, message.traceback)
-        else:
-            self.counters.num_scored += 1
-            self._events.append(Scored(job.completion, message.reward))
+        worker.has_scored = True
+        self._slow_starts = self._idle_deaths = 0
+        for score in message:
+            if not worker.chunk:
+                raise EOFError("more answers than questions: something else has written them")
+            job = worker.chunk.popleft()
+            worker.num_answered += 1
+            if score.reward is None:
+                self._attempt_failed(job, worker, score.failure, score.traceback)
+            else:
+                self.counters.num_scored += 1
+                self._events.append(Scored(job.completion, score.reward))
 
-    def _replace(self, worker: _Worker, reason: str = "") -> None:
+    def _replace(self, worker: _Worker, *, is_timeout: bool = False) -> None:
         """Bury a worker that died or fell silent; the completion it was at has failed, the rest of its chunk waits again."""
         self._workers.remove(worker)
-        hang = _read_hang_report(worker)
-        reason = reason or (f"timed out after {self._timeout_s:g} s" if hang else "")
-        exit_code = _end(worker)
+        self._selector.unregister(worker.process.channel)
+        if not is_timeout:
+            worker.process.wait(1.0)  # let it finish writing and dying
+        progress = worker.process.progress
+        exit_code, hang = worker.process.end()
         self.counters.num_workers_replaced += 1
         if not worker.is_loaded:
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS:
-                died = f"{self._failed_starts} workers in a row died of {_exit_text(exit_code)} before they had it"
-                self._give_up(died, hang, "a script that starts a pool needs `if __name__ == '__main__':`")
-        if not worker.chunk:
+            self._start_failed(exit_code, hang)
+        jobs = list(worker.chunk)
+        if jobs and progress < 0 and not (is_timeout or hang) and self._idle_deaths < _MAX_IDLE_DEATHS:
+            self._idle_deaths += 1
+            self._queue.extendleft(reversed(jobs))
             return
-        self.counters.num_timeouts += bool(reason)
-        num_at = len(worker.chunk) if worker.is_joint_call else 1
-        for job in list(worker.chunk)[:num_at]:
-            self._attempt_failed(job, worker, reason or f"the worker died of {_exit_text(exit_code)}", hang)
-        self._queue.extendleft(list(worker.chunk)[: num_at - 1 : -1])
+        at = max(0, min(progress - worker.num_answered, len(jobs) - 1))
+        failed = jobs if worker.is_joint_call else jobs[at : at + 1]
+        self._queue.extendleft(reversed([job for job in jobs if job not in failed]))
+        if failed:
+            self._call_failed(worker, failed, f"the worker died of {exit_text(exit_code)}", hang, is_timeout or bool(hang))
+
+    def _call_failed(self, worker: _Worker, jobs: Sequence[_Job], reason: str, hang: str, is_timeout: bool) -> None:
+        if is_timeout:
+            reason = f"timed out after {worker.limit_s:g} s"
+            self.counters.num_timeouts += 1
+            self._slow_starts += not worker.has_scored
+        for job in jobs:
+            self._attempt_failed(job, worker, reason, hang)
+
+    def _start_failed(self, exit_code: int, trace: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            died = f"{self._failed_starts} workers in a row died of {exit_text(exit_code)} before they had it"
+            self._give_up(died, trace)
 
     def _attempt_failed(self, job: _Job, worker: _Worker, reason: str, trace: str) -> None:
         counters = self.counters
@@ -235,13 +284,38 @@ class RewardPool:
         self.close()
         raise InputError("RewardPool", f"a worker cannot load the reward ({failure})", "a reward that a fresh process can import", hint)
 
+    # -------------------- what workers get
+
     def _dispatch(self) -> None:
+        if not self._queue:
+            return
         for worker in [w for w in self._workers if w.is_idle]:
             if self._queue:
                 self._send(worker, self._next_chunk())
         num_coming = sum(not w.is_loaded for w in self._workers)
         for _ in range(min(self._num_workers - len(self._workers), len(self._queue) - num_coming)):
-            self._workers.append(_start(self._reward, self._timeout_s))
+            self._workers.append(self._start())
+
+    def _start(self) -> _Worker:
+        is_patient = self._slow_starts < _MAX_SLOW_STARTS
+        limits = Limits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
+        worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
+        self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
+        self._select(worker)
+        return worker
+
+    def _pickled(self, prompt: Prompt) -> bytes:
+        known = self._pickles.get(id(prompt))
+        if known is None:
+            if len(self._pickles) >= _MAX_PICKLES:
+                self._pickles.clear()
+            try:
+                known = prompt, pickle.dumps(prompt, protocol=5)
+            except Exception as error:  # PicklingError, AttributeError or TypeError, by what is in it
+                given = f"prompt {prompt.prompt_id!r} does not pickle ({error})"
+                raise InputError("RewardPool", given, "Prompt.data must pickle") from error
+            self._pickles[id(prompt)] = known
+        return known[1]
 
     def _next_chunk(self) -> list[_Job]:
         """A fair share of the queue; what failed before travels alone, so that it takes no other down."""
@@ -253,13 +327,15 @@ class RewardPool:
 
     def _send(self, worker: _Worker, chunk: list[_Job]) -> None:
         try:
-            worker.answers.send([job.payload for job in chunk])
+            worker.process.send_chunk([(job.prompt, job.completion.text) for job in chunk])
         except OSError:  # it died idle, and nobody's fault: the end of file on its connection says so at the next look
             self._queue.extendleft(reversed(chunk))
             return
         worker.chunk.extend(chunk)
+        worker.num_answered = 0
         worker.is_joint_call = self._has_batch_form and len(chunk) > 1
         worker.silent_since = time.monotonic()
+        self._select(worker)
 
 
 def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
@@ -274,100 +350,14 @@ def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
 def _portable(reward: Reward | str) -> str | bytes:
     """The reward as it travels to a worker, checked here so that a typo costs no process."""
     if isinstance(reward, str):
-        _check_callable(_resolved(reward), repr(reward))
+        check_reward(resolve(reward), repr(reward))
         return reward
-    _check_callable(reward, repr(reward))
+    check_reward(reward, repr(reward))
     try:
         return pickle.dumps(reward)
-    except Exception as error:  # PicklingError, AttributeError or TypeError, by what is in it
+    except Exception as error:  # whatever is in it raises
         hint = "define it at the top level of a module, not as a lambda or inside a function"
         raise InputError("RewardPool", f"reward {reward!r} does not pickle ({error})", "workers need a pickle", hint) from error
-
-
-def _resolved(spec: str) -> object:
-    module, _, name = spec.partition(":")
-    if not module or not name:
-        raise InputError("RewardPool", f"reward {spec!r}", 'the form "module:function" is needed')
-    try:
-        return resolve(spec)
-    except ModuleNotFoundError as error:
-        raise InputError("RewardPool", f"reward {spec!r}: {error}", "an importable module is needed") from error
-    except AttributeError as error:
-        raise InputError("RewardPool", f"reward {spec!r}: {error}", "a function of that module is needed") from error
-
-
-def _check_callable(reward: object, shown: str) -> None:
-    if not callable(reward):
-        raise InputError("RewardPool", f"reward {shown} is not callable", "(prompt, completion text) -> float is needed")
-    try:
-        signature = inspect.signature(reward)
-    except ValueError:  # some builtins have none to look at
-        return
-    try:
-        signature.bind(None, "")
-    except TypeError as error:
-        raise InputError("RewardPool", f"reward {shown}: {error}", "(prompt, completion text) -> float is needed") from error
-
-
-def _payload(prompt: Prompt, completion: Completion) -> bytes:
-    try:
-        return pickle.dumps((prompt, completion.text))
-    except Exception as error:  # as above
-        raise InputError("RewardPool", f"prompt {prompt.prompt_id!r} does not pickle ({error})", "Prompt.data must pickle") from error
-
-
-def _start(reward: str | bytes, timeout_s: float) -> _Worker:
-    """A new worker process, loading; returns without waiting for it."""
-    context = multiprocessing.get_context("spawn")  # never fork: OpenMP and vLLM have threads
-    ours, theirs = context.Pipe()
-    hang_report, hang_report_in = context.Pipe(duplex=False)
-    args: tuple[Any, ...] = (theirs, hang_report_in, reward, timeout_s)
-    process = context.Process(target=work, args=args, name="reward-worker")
-    with _sigint_blocked():
-        process.start()
-    theirs.close()  # or its death would not be an end of file here
-    hang_report_in.close()
-    return _Worker(process, ours, hang_report, silent_since=time.monotonic())
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """A child starts with this mask, so a Ctrl-C while it imports does not end it with a traceback on the terminal."""
-    resource_tracker.ensure_running()  # starting it unblocks SIGINT, so it has to be there before
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _end(worker: _Worker) -> int:
-    """Kill the worker and what it started, reap it, and return its exit code (its own, where it had one)."""
-    process = worker.process
-    if process.pid is not None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # before the reaping: a zombie keeps its number from being given to another
-        except ProcessLookupError:  # too young to have a group
-            process.kill()
-    process.join()
-    exit_code = process.exitcode
-    process.close()
-    worker.answers.close()
-    worker.hang_report.close()
-    return exit_code if exit_code is not None else 0
-
-
-def _read_hang_report(worker: _Worker) -> str:
-    """The stack the worker wrote when its time limit ended it, or ""."""
-    wait([worker.process.sentinel], 1.0)  # let it finish writing and dying
-    if not worker.hang_report.poll():
-        return ""
-    threads = os.read(worker.hang_report.fileno(), 1 << 16).decode(errors="replace").split("\n\n")
-    return "\n".join(stack for stack in threads if "_end_with_parent" not in stack)  # the worker's own thread hangs nowhere
-
-
-def _exit_text(exit_code: int) -> str:
-    return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
 
 
 def _close_at_exit(reference: weakref.ref[RewardPool]) -> None:

@@ -22,6 +22,16 @@ class BatchReward(Protocol):
 
 
 @runtime_checkable
+class Diagnosed(Protocol):
+    """A RewardRunner that keeps what went wrong."""
+
+    @property
+    def last_traceback(self) -> str:
+        """The end of the traceback of the attempt that failed last, or ""."""
+        ...
+
+
+@runtime_checkable
 class RewardRunner(Protocol):
     """What the driver loop needs: hand over completions, collect scores. Every submitted completion yields exactly one event."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,10 @@ from reinforce_ada.types import Prompt
 class ReasoningGymReward:
     """The dataset's own `score_answer` on the entry in `prompt.data` (question, answer, metadata).
 
-    The answer is what `extract_answer` finds in the completion. Many datasets give partial credit: set the sampler's
-    positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off the clock.
+    The answer is what `extract_answer` finds in the completion. A text that the scorer raises on is a wrong answer, 0.0, as long as the
+    scorer takes the entry's own answer; where it raises on that too, the failure is its own and comes through. Many datasets give partial
+    credit: set the sampler's positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off
+    the clock.
 
     Args:
         dataset: a registered name, "chain_sum" say.
@@ -29,7 +32,15 @@ class ReasoningGymReward:
         self._task = _create(dataset, config)
 
     def __call__(self, prompt: Prompt, completion: str) -> float:
-        return float(self._task.score_answer(extract_answer(completion), dict(prompt.data)))
+        try:
+            return self._score(extract_answer(completion), prompt)
+        except Exception:  # several parse the text as what they expect: a number, a list, a move
+            own = prompt.data.get("answer")
+            self._score("" if own is None else str(own), prompt)
+            return 0.0
+
+    def _score(self, answer: str, prompt: Prompt) -> float:
+        return float(self._task.score_answer(answer, copy.deepcopy(dict(prompt.data))))
 
     def __reduce__(self) -> tuple[Callable[..., ReasoningGymReward], tuple[str, dict[str, Any]]]:
         return _rebuild, (self._dataset, self._config)

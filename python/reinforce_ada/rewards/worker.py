@@ -1,7 +1,7 @@
-"""The reward worker: a spawned process that loads one reward and scores what it is sent. Imports no torch.
+"""The reward worker: a process that loads one reward and scores what it is sent. Imports no torch.
 
-It takes a chunk (a list of pickled (prompt, text) pairs), answers one `Score` per completion, and times every call itself, so
-that a time-out does not wait for the parent to look. The timer is faulthandler's, which needs no GIL: `9**9**9`, which holds it
+It takes a chunk (a list of (pickled prompt, text) pairs), answers one `Score` per completion, several in one message, and times every call
+itself, so that a time-out does not wait for the parent to look. The timer is faulthandler's, which needs no GIL: `9**9**9`, which holds it
 in C, ends on time like `while True` does.
 """
 
@@ -9,32 +9,55 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib
-import math
-import multiprocessing
-import numbers
+import mmap
 import os
 import pickle
+import select
 import signal
-import threading
+import socket
+import struct
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from multiprocessing import process, spawn
+from typing import Any, NamedTuple, TypeAlias
 
+from reinforce_ada.rewards.channel import Channel
+from reinforce_ada.rewards.loading import as_reward, resolve
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Prompt
 
 START_TIMEOUT_S = 300.0  # loading a reward may mean importing torch and a model
-_TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the 64 KiB of a pipe, or the worker waits for the parent to read
+_LONGEST_S = 1e9  # a timer of the C library takes no number of seconds past 9.2e9
+_SLACK = 0.05  # of a limit: the timer is set anew after so much of it, not for every call, which would cost a thread each (50 us)
+_FLUSH_S = 0.005  # scores wait for others so long, not for a slow call
+_TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the buffer of a socket, or the worker waits for the parent to read
+_PROGRESS = struct.Struct("q")
+Chunk: TypeAlias = Sequence[tuple[bytes, str]]  # pickled prompt, completion text
+
+
+class Limits(NamedTuple):
+    """Seconds for a call, and for the first one of a worker."""
+
+    call_s: float
+    first_call_s: float
+
+
+class Order(NamedTuple):
+    """The first message to a worker."""
+
+    preparation: dict[str, Any]  # what `multiprocessing` has a spawned process do first: path, folder, the script's own functions
+    reward: str | bytes
+    limits: Limits
 
 
 class Loaded(NamedTuple):
-    """The worker's first message: the reward is loaded, or why it is not."""
+    """The first message of a worker: the reward is loaded, or why it is not."""
 
     failure: str = ""
     traceback: str = ""
+    hint: str = ""
 
 
 class Score(NamedTuple):
@@ -45,115 +68,148 @@ class Score(NamedTuple):
     traceback: str = ""
 
 
-def as_reward(value: object) -> float:
-    """A reward function's result as a finite float.
-
-    Args:
-        value: what the function returned: a real number (bool and numpy scalars too) or a 0-dimensional array or tensor.
-    Returns: the float.
-    Raises: TypeError for anything else (None, str, a longer array), ValueError for NaN and infinities, OverflowError for an integer
-        past the floats.
-    """
-    scalar: Any = value
-    if getattr(scalar, "ndim", None) == 0:
-        scalar = scalar.item()
-    if not isinstance(scalar, numbers.Real):
-        raise TypeError(f"the reward returned {type(value).__name__} {value!r:.80}, not a float")
-    number = float(scalar)
-    if not math.isfinite(number):
-        raise ValueError(f"the reward returned {number}, not a finite float")
-    return number
+def get_progress(shared: mmap.mmap) -> int:
+    """The place in the chunk of the present call, which the worker keeps in memory that it shares with the pool."""
+    return int(_PROGRESS.unpack_from(shared)[0])
 
 
-def resolve(spec: str) -> Callable[..., object]:
-    """The object a "module:function" string names. Raises ImportError or AttributeError as the import does."""
-    module, _, names = spec.partition(":")
-    found: Any = importlib.import_module(module)
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found  # type: ignore[no-any-return]
+def set_progress(shared: mmap.mmap, place: int) -> None:
+    """Write it."""
+    _PROGRESS.pack_into(shared, 0, place)
 
 
-def work(answers: Connection, hang_report: Connection, reward: str | bytes, timeout_s: float) -> None:
-    """The process's main: load `reward` ("module:function", or a pickle), then score chunks until the parent hangs up."""
-    os.setpgrp()  # Ctrl-C in the terminal is the parent's; and the parent ends whatever the reward started with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def main(connection: int, hang_report: int, progress: int) -> None:
+    """The process's main, with the file descriptors it was given: load the reward, then score chunks until the parent hangs up."""
+    for fd in (connection, hang_report, progress):
+        os.set_inheritable(fd, False)
+    channel = Channel(socket.socket(fileno=connection), is_waiting=True)
+    timer = _Timer(hang_report)
+    shared = mmap.mmap(progress, mmap.PAGESIZE)
     with contextlib.suppress(OSError, EOFError):  # the parent hung up
-        with _time_limit(START_TIMEOUT_S, hang_report):
-            function = _load(reward, answers)
-        while function is not None:
-            chunk: list[bytes] = answers.recv()
-            for score in _score(function, chunk, timeout_s, hang_report):
-                answers.send(score)
+        (order,) = _wait(channel)
+        timer.set(START_TIMEOUT_S)
+        function = _load(order, channel)
+        timer.cancel()
+        if function is not None:
+            _Scorer(function, order.limits, channel, timer, shared).run()
 
 
-def _load(reward: str | bytes, answers: Connection) -> Any:
+def _wait(channel: Channel) -> list[Any]:
+    while True:
+        if messages := channel.receive():
+            return messages
+
+
+def _load(order: Order, channel: Channel) -> Any:
+    hint = "a script that starts a pool needs `if __name__ == '__main__':`"
     try:
-        function: Any = resolve(reward) if isinstance(reward, str) else pickle.loads(reward)
+        current: Any = process.current_process()
+        current._inheriting = True  # so that an unguarded script does not start pools without end
+        spawn.prepare(order.preparation)
+        del current._inheriting
+        hint = ""
+        function: Any = resolve(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
     except BaseException as error:
-        answers.send(Loaded(*_describe(error)))
+        channel.send(Loaded(*_describe(error), hint))
         return None
-    answers.send(Loaded())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also after a module that changes it: Ctrl-C is the parent's
+    channel.send(Loaded())
     return function
 
 
-def _score(function: Any, chunk: Sequence[bytes], timeout_s: float, hang_report: Connection) -> Iterator[Score]:
-    """One timed call per completion; with a batch form, one timed call for the chunk."""
-    batch = getattr(function, "batch", None)
-    if batch is not None:
-        yield from _attempt(partial(_call_batch, batch, chunk), len(chunk), timeout_s, hang_report)
-        return
-    for payload in chunk:
-        yield from _attempt(partial(_call, function, payload), 1, timeout_s, hang_report)
+class _Timer:
+    """Ends the process when a call has run too long, with the stack it hung in written to `hang_report`."""
+
+    def __init__(self, hang_report: int) -> None:
+        self._file = hang_report
+        self._limit_s, self._set_at = 0.0, 0.0
+
+    def set(self, limit_s: float) -> None:
+        """From now on `limit_s`, and at most 5 % more."""
+        now = time.monotonic()
+        if limit_s != self._limit_s or now - self._set_at > _SLACK * limit_s:
+            faulthandler.dump_traceback_later(min(limit_s * (1 + _SLACK), _LONGEST_S), exit=True, file=self._file)
+            self._limit_s, self._set_at = limit_s, now
+
+    def cancel(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._limit_s = 0.0
+
+    @property
+    def slack_s(self) -> float:
+        """How long it may stay set while nothing is called."""
+        return max(0.0, self._set_at + _SLACK * self._limit_s - time.monotonic()) if self._limit_s else 0.0
 
 
-def _call(function: Reward, payload: bytes) -> list[object]:
-    return [function(*pickle.loads(payload))]
+class _Scorer:
+    """Scores chunk after chunk."""
+
+    def __init__(self, function: Any, limits: Limits, channel: Channel, timer: _Timer, progress: mmap.mmap) -> None:
+        self._function, self._batch = function, getattr(function, "batch", None)
+        self._channel, self._timer, self._progress = channel, timer, progress
+        self._limit_s, self._call_s = limits.first_call_s, limits.call_s
+        self._pid = os.getpid()
+
+    def run(self) -> None:
+        while True:
+            if not self._next_comes_soon():
+                self._timer.cancel()
+            for chunk in _wait(self._channel):
+                self._score(chunk)
+
+    def _next_comes_soon(self) -> bool:
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        return bool(poller.poll(1000 * min(self._timer.slack_s, 0.01)))
+
+    def _score(self, chunk: Chunk) -> None:
+        """One timed call per completion; with a batch form, one timed call for the chunk."""
+        set_progress(self._progress, 0)
+        if self._batch is not None:
+            self._channel.send(self._attempt(partial(_call_batch, self._batch, chunk), len(chunk)))
+            return
+        scores: list[Score] = []
+        sent_at = time.monotonic()
+        for place, pair in enumerate(chunk):
+            if scores and (scores[-1].reward is None or time.monotonic() - sent_at > _FLUSH_S):
+                self._channel.send(scores)
+                scores, sent_at = [], time.monotonic()
+            set_progress(self._progress, place)
+            scores += self._attempt(partial(_call, self._function, *pair), 1)
+        self._channel.send(scores)
+
+    def _attempt(self, call: Callable[[], list[object]], count: int) -> list[Score]:
+        self._timer.set(self._limit_s)
+        try:
+            scores = [_checked(value) for value in call()]
+        except BaseException as error:  # SystemExit too: a reward that calls sys.exit() must not end the worker unseen
+            scores = [Score(None, *_describe(error))] * count
+        if os.getpid() != self._pid:  # the reward has forked, and this is the copy
+            os._exit(0)
+        self._limit_s = self._call_s
+        return scores
 
 
-def _call_batch(batch: Callable[..., Sequence[object]], chunk: Sequence[bytes]) -> list[object]:
-    pairs: list[tuple[Prompt, str]] = [pickle.loads(payload) for payload in chunk]
-    values = list(batch([prompt for prompt, _ in pairs], [text for _, text in pairs]))
+def _call(function: Reward, prompt: bytes, text: str) -> list[object]:
+    return [function(pickle.loads(prompt), text)]  # a prompt of its own for every call: what one does to it, none other sees
+
+
+def _call_batch(batch: Callable[..., Sequence[object]], chunk: Chunk) -> list[object]:
+    prompts: list[Prompt] = [pickle.loads(prompt) for prompt, _ in chunk]
+    values = list(batch(prompts, [text for _, text in chunk]))
     if len(values) != len(chunk):
         raise ValueError(f"the batch reward returned {len(values)} values for {len(chunk)} completions")
     return values
-
-
-def _attempt(call: Callable[[], list[object]], count: int, timeout_s: float, hang_report: Connection) -> list[Score]:
-    try:
-        with _time_limit(timeout_s, hang_report):
-            return [_checked(value) for value in call()]
-    except BaseException as error:  # SystemExit too: a reward that calls sys.exit() must not end the worker unseen
-        return [Score(None, *_describe(error))] * count
 
 
 def _checked(value: object) -> Score:
     try:
         return Score(as_reward(value))
     except Exception as error:  # what it returned may raise anything when looked at
-        return Score(None, str(error))
+        return Score(None, str(error)[:300])
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
     """(one line, the end of the traceback)."""
     line = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
     return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
-
-
-@contextlib.contextmanager
-def _time_limit(limit_s: float, hang_report: Connection) -> Iterator[None]:
-    """Ends the process after `limit_s`, with the stack it hung in written to `hang_report`."""
-    faulthandler.dump_traceback_later(limit_s, exit=True, file=hang_report.fileno())
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-    os.killpg(0, signal.SIGKILL)

@@ -151,9 +151,11 @@ def join() -> Iterator[Ranks]:
     if _LAUNCHED in os.environ:
         _end_with_launcher()
     if size == 1:
+        _check_environment(size)
         yield Ranks()
         return
     given = f"WORLD_SIZE={size}"
+    _check_environment(size)
     if absent := [name for name in _ENVIRONMENT if name not in os.environ]:
         raise InputError(
             "train", f"{given} without {', '.join(absent)}", "all that torchrun sets", "torchrun -m reinforce_ada.cli train ..."
@@ -192,11 +194,23 @@ def _end_with_launcher() -> None:
 
 
 def world_size() -> int:
-    """How many processes a launcher says it has started; 1 without one."""
-    text = os.environ.get("WORLD_SIZE", "1")
+    """How many processes a launcher says it has started; 1 without one. Raises: InputError for half of a launcher's environment."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        if given := [f"{name}={os.environ[name]}" for name in ("RANK", "LOCAL_RANK") if name in os.environ]:
+            raise InputError("train", f"{' '.join(given)} without WORLD_SIZE", "all that torchrun sets, or none of it", f"unset {given[0]}")
+        return 1
     if not text.isdecimal() or int(text) < 1:
         raise InputError("train", f"WORLD_SIZE={text}", "the number of processes, as torchrun sets it")
     return int(text)
+
+
+def _check_environment(size: int) -> None:
+    """Raises: InputError for a variable of the launcher that is no number, or out of its range."""
+    for name, most in (("RANK", size - 1), ("LOCAL_RANK", size - 1), ("MASTER_PORT", 65535)):
+        text = os.environ.get(name)
+        if text is not None and not (text.isdecimal() and int(text) <= most):
+            raise InputError("train", f"{name}={text[:80]} with WORLD_SIZE={size}", f"a number up to {most}, as torchrun sets it")
 
 
 def local_device(kind: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.protocol import RewardRunner
+from reinforce_ada.outside import one_line
+from reinforce_ada.rewards.protocol import Diagnosed, RewardRunner
 from reinforce_ada.sampling import AdaptiveSampler, Progress, preset
-from reinforce_ada.types import Prompt
+from reinforce_ada.types import Failed, Prompt, SamplingResult
 
 _STEP = -1  # evaluations are no training step; always the same one, so that before and after draw from the same seeds
 
@@ -46,12 +48,16 @@ def evaluate(
     request_timeout_s: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Sample k completions of every prompt and count the correct ones (reward > positive_threshold)."""
+    """Sample k completions of every prompt and count the correct ones (reward > positive_threshold).
+
+    Raises: InputError without prompts, and where not one completion could be scored.
+    """
     if not prompts:
         raise InputError("evaluate", "no prompts", "at least one", "raise --eval-prompts")
     policy = preset("grpo", group_size=k, positive_threshold=positive_threshold)
     sampler = AdaptiveSampler(prompts, policy, step=_STEP, policy_version=policy_version, seed=seed)
     result = run(sampler, engine, rewards, request_timeout_s=request_timeout_s, on_progress=on_progress)
+    refuse_only_voids(result, rewards, "the evaluation")
     counts = [(pool.count, pool.num_correct) for pool in result.pools]
     shares = tuple(c / n if n else math.nan for n, c in counts)
     known = [s for s in shares if not math.isnan(s)]
@@ -64,6 +70,18 @@ def evaluate(
         num_tokens=int(result.metrics["tokens_committed"]),
         num_voids=int(result.metrics["num_voids"]),
     )
+
+
+def refuse_only_voids(result: SamplingResult, rewards: RewardRunner, what: str) -> None:
+    """Raises: InputError where every completion of `what` is a void, with the commonest reason and the end of the last traceback."""
+    reasons = [outcome.reason for pool in result.pools for outcome in pool.outcomes if isinstance(outcome, Failed)]
+    if not reasons or any(pool.count for pool in result.pools):
+        return
+    trace = rewards.last_traceback if isinstance(rewards, Diagnosed) else ""
+    ends = " | ".join(line.strip() for line in trace.strip().split("\n")[-4:])
+    hint = "mend what fails, then train --resume goes on" + (f"; its traceback ends: {one_line(ends, 600)}" if ends else "")
+    given = f"none of the {len(reasons)} completions of {what} could be scored: {one_line(Counter(reasons).most_common(1)[0][0])}"
+    raise InputError("reward", given, "a reward that gives a number for at least one", hint)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

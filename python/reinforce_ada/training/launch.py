@@ -9,9 +9,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import is_installed
 from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rewards.loading import is_file
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import checkpoint, distributed, models, run_folder, track
+from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
@@ -34,11 +34,11 @@ from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.objectives import Objective
 from reinforce_ada.training.run_folder import RunFolder
-from reinforce_ada.training.tasks import Records, Task, load_records, render
+from reinforce_ada.training.task_files import answer_of, names_a_file
+from reinforce_ada.training.tasks import PromptStream, Records, Task, load_records, render
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store, fingerprint
-
-_WARM_START_EXAMPLES = 512
+from reinforce_ada.types import Prompt
 
 
 def train(config: Config, resume: Path | None = None) -> None:
@@ -72,7 +72,10 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     precision = _precision(config.model.dtype, device)
     config = with_dtype(config, device)
     track.check_names(config.run.track)
-    records = load_records(config.task, config.run.seed)
+    records = load_records(config.task, config.run.seed, config.run.data_seed)
+    config = _with_whole_paths(config)
+    if resume is None:
+        lineage.check_held_out(records, config.model.model)
     Objective.from_config(config)  # what it refuses is better known before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
@@ -86,7 +89,9 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
-        task = render(records, config.task, model.tokenizer)
+        task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
+        for note in task.notes:
+            display.line(note)
         weights = out / "weights"
         if engine_name == "openai" and config.engine.weights_dir:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
@@ -129,14 +134,17 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     config = with_dtype(config, device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
-    records = load_records(config.task, config.run.seed)
+    records = load_records(config.task, config.run.seed, config.run.data_seed)
     if not records.held_out:
         raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
     path = models.resolve(model_name)
+    records, left_out = lineage.without_trained(records, path)
     with ExitStack() as stack:
         rewards = stack.enter_context(make_rewards(config, records))
         model = models.load(path, config.model.dtype, device)
-        task = render(records, config.task, model.tokenizer)
+        task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
+        for note in filter(None, (*task.notes, left_out)):
+            display.line(note)
         scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir if engine_name == "openai" else "")))
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
@@ -289,9 +297,54 @@ def _scratch(weights_dir: str) -> Iterator[str]:
         yield scratch
 
 
+def _with_whole_paths(config: Config) -> Config:
+    """Files of task and reward by their whole paths: a resume may come from another folder."""
+    task, reward = config.task.task, config.task.reward
+    if names_a_file(task) or os.path.isdir(task):
+        task = str(Path(task).absolute())
+    module, colon, function = reward.rpartition(":")
+    here = Path(f"{module.replace('.', os.sep)}.py").absolute()
+    if is_file(module):
+        reward = f"{Path(module).absolute()}{colon}{function}"
+    elif "." not in module and here.is_file() and _origin(module) == str(here):  # a module that only this folder has
+        reward = f"{here}{colon}{function}"
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, task=task, reward=reward))
+
+
+def _origin(module: str) -> str | None:
+    found = importlib.util.find_spec(module)
+    return found.origin if found else None
+
+
+def _longest_prompt(config: Config) -> int:
+    return config.engine.max_model_len - config.sampling.max_tokens
+
+
+def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """The questions of a run are those of its file, wherever that lies now. Raises: InputError where they have changed."""
+    then, now = earlier.get("task", {}), run["task"]
+    if _function(then.get("reward", "")) == _function(now["reward"]):
+        now["reward"] = then.get("reward", "")
+    if not earlier.get("records") or not run["records"]:
+        return
+    if earlier["records"] != run["records"]:
+        given = f"{config.task.task} has changed since the run began"
+        raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
+    now["task"] = then.get("task", now["task"])
+
+
+def _function(reward: str) -> str:
+    """A reward without where its file lies, and whether it is named as a file or as a module."""
+    return os.path.basename(reward).replace(".py:", ":")
+
+
 def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunFolder) -> RolloutStore:
     run = {**fingerprint(config), "records": records.digest}
-    store = stack.enter_context(RolloutStore(folder.path / "rollouts.sqlite", run=run, compared=compared))
+    path = folder.path / "rollouts.sqlite"
+    if path.is_file():
+        with RolloutStore(path, read_only=True) as earlier:
+            _check_file(config, run, earlier.run)
+    store = stack.enter_context(RolloutStore(path, run=run, compared=compared))
     folder.begin(config)
     return store
 
@@ -300,13 +353,20 @@ def _tiny_folder(config: Config, records: Records, out: Path, display: Display, 
     """The warm-started tiny Llama of this run, built when it is new, and again when it is damaged."""
     folder = out / "base_model"
     if is_new or not _loads(folder, config, display):
-        prompts = list(islice(render(records, config.task, models.tiny_tokenizer()).train(0), _WARM_START_EXAMPLES))
-        if any("answer" not in p.data for p in prompts):
-            raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
+        prompts = _warm_up(records, config)
         tokenizer = models.tiny_tokenizer([p.text for p in prompts])
-        examples = [(p.text, str(p.data["answer"])) for p in prompts]
-        checkpoint.write_folder(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.seed))
+        examples = [(p.text, answer_of(p.data) or "") for p in prompts]
+        checkpoint.write_folder(folder, lambda aside: models.build_tiny(aside, tokenizer, examples, seed=config.run.data_seed))
     return str(folder)
+
+
+def _warm_up(records: Records, config: Config) -> list[Prompt]:
+    first = render(records, config.task, models.tiny_tokenizer())
+    stream = PromptStream(records.warm_up, records.excluded, first.make, 0)
+    prompts = lineage.warm_up_prompts(records, stream)
+    if not prompts:
+        raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
+    return prompts
 
 
 def _loads(folder: Path, config: Config, display: Display) -> bool:

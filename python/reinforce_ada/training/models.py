@@ -62,10 +62,16 @@ def _smollm2_gguf() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    module = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16, trust_remote_code=False)
+    # Asked for by name where it can be: with the package `kernels` installed the weights would stay packed. Older versions always unpack.
+    has_choice = hasattr(transformers, "GgufConfig")
+    form = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
+    module = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, trust_remote_code=False, **form
+    )
     # The loader marks the module as quantised although it has dequantised every weight; saving would be refused.
     module.hf_quantizer = None
     module.is_quantized = False

@@ -14,7 +14,7 @@ from torch import Tensor
 from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.ops import RolloutCorrection
-from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy
+from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel
 from reinforce_ada.types import SamplingResult
@@ -49,18 +49,31 @@ def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Pol
     return len(minibatch)
 
 
+_NO_CLIPPING = 1e6  # a max_grad_norm from here on is none
+
+
+def loss_agg_of(config: Config) -> str:
+    """The configured aggregation; left open, the one with a fixed denominator where an `ObjectiveWeight` needs it, else token-mean."""
+    if config.training.loss_agg is not None:
+        return config.training.loss_agg
+    return "seq-mean-token-sum-norm" if isinstance(configured(config.sampling).weight, ObjectiveWeight) else "token-mean"
+
+
 def inexact(config: Config, policy: Policy) -> str:
     """What in the configuration keeps objective "mean" from being exact, in one line; "" where nothing does."""
     t, weight = config.training, policy.weight
     if not (isinstance(weight, ObjectiveWeight) and weight.objective == "mean"):
         return ""
     causes = []
-    if not t.loss_agg.startswith("seq-mean-token-sum"):
-        causes.append(f"loss_agg {t.loss_agg!r} has a denominator that depends on the outcomes (seq-mean-token-sum and -norm do not)")
+    loss_agg = loss_agg_of(config)
+    if not loss_agg.startswith("seq-mean-token-sum"):
+        causes.append(f"loss_agg {loss_agg!r} has a denominator that depends on the outcomes (seq-mean-token-sum and -norm do not)")
     if t.minibatches > 1:
         causes.append(f"from the second of {t.minibatches} minibatches on the weights are no longer those that sampled (minibatches 1)")
     if t.entropy_coef:
         causes.append(f"entropy_coef {t.entropy_coef} adds an objective of its own (entropy_coef 0)")
+    if t.max_grad_norm < _NO_CLIPPING:
+        causes.append(f"gradients longer than max_grad_norm {t.max_grad_norm:g} are cut, the longer the more (max_grad_norm 1e6)")
     return f'objective "mean" is only approximate here: {"; ".join(causes)}' if causes else ""
 
 
@@ -87,7 +100,7 @@ class Objective:
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
         objective = cls(
             loss=t.loss,
-            loss_agg=t.loss_agg,
+            loss_agg=loss_agg_of(config),
             clip_low=t.clip_low,
             clip_high=t.clip_high,
             entropy_coef=t.entropy_coef,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,33 @@ import numpy as np
 
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.outside import one_line
+from reinforce_ada.training.task_files import Record, answer_of, digest_of, names_a_file, question_of, read_records, turns_of
 from reinforce_ada.types import Prompt
-
-Record = Mapping[str, Any]
-Render = Callable[[Sequence[tuple[str, str]], str], tuple[str, tuple[int, ...]]]
 
 # One-digit sums of two terms: small models answer about 1 in 16 of them at first, which is where adaptive sampling has most to do.
 _STARTING_OPTIONS: dict[str, dict[str, Any]] = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
 _EPOCH = 1 << 20  # records of a generator before its order is drawn anew
-_MAX_SKIPS = 10_000  # consecutive held-out questions before we conclude that nothing else exists
+_MAX_SKIPS = 10_000  # consecutive questions that are held out or too long before we conclude that nothing else exists
+_MAX_EXAMPLES_LOOKED_AT = 64  # records of a generator without an answer before we conclude that none has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Records:
     """A task before any tokenizer: training records by position, worked examples, held-out records, and the reward."""
 
-    train: Source
+    train: Source  # in the order of the run's seed
+    warm_up: Source  # the same in the order of the data's seed: what a base model may see does not depend on the run's
     examples: Sequence[Record]
     held_out: Sequence[Record]
-    reward: Any  # a picklable callable, or "module:function"
+    reward: Any  # a picklable callable, "module:function" or "file.py:function"
     digest: str = ""  # of the file they came from: a run must not resume on other questions
+    notes: tuple[str, ...] = ()  # what is to be said of them, a line each
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """The questions that are never trained on."""
+        return frozenset(question_of(r) for r in (*self.held_out, *self.examples))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,22 +50,42 @@ class Task:
     name: str
     train: Callable[[int], PromptStream]  # position -> a stream of prompts from there
     held_out: tuple[Prompt, ...]
-    reward: Any  # a picklable callable, or "module:function"
+    reward: Any  # a picklable callable, "module:function" or "file.py:function"
+    make: Callable[[str, Record], Prompt]  # (name, record) -> its prompt
+    notes: tuple[str, ...] = ()  # what is to be said of it, a line each
 
 
 class PromptStream(Iterator[Prompt]):
-    """Training prompts in a seeded order, without end; `position` is all there is to resume."""
+    """Training prompts in a seeded order, without end; `position` is all there is to resume. `num_too_long` have been left out.
 
-    def __init__(self, source: Source, excluded: frozenset[str], make: Callable[[str, Record], Prompt], position: int) -> None:
+    Args:
+        source: records by position.
+        excluded: questions that never come.
+        make: (name, record) -> the prompt.
+        position: where to begin.
+        longest: most tokens of a prompt; longer ones are left out, whenever they come. None: no limit.
+    """
+
+    def __init__(
+        self, source: Source, excluded: frozenset[str], make: Callable[[str, Record], Prompt], position: int, longest: int | None = None
+    ) -> None:
         self.position = position
-        self._source, self._excluded, self._make = source, excluded, make
+        self.num_too_long = 0
+        self._source, self._excluded, self._make, self._longest = source, excluded, make, longest
 
     def __next__(self) -> Prompt:
+        was_long = self.num_too_long
         for _ in range(_MAX_SKIPS):
             name, record = self._source.at(self.position)
             self.position += 1
-            if record["question"] not in self._excluded:
-                return self._make(name, record)
+            if question_of(record) in self._excluded:
+                continue
+            prompt = self._make(name, record)
+            if self._longest is None or len(prompt.token_ids) <= self._longest:
+                return prompt
+            self.num_too_long += 1
+        if self.num_too_long > was_long:
+            raise InputError("task", f"{_MAX_SKIPS} questions in a row are too long", f"{self._longest} tokens at most", "--max-model-len")
         raise InputError("task", "every training question is also held out", "a larger task", "lower eval_prompts")
 
 
@@ -77,30 +105,80 @@ class Source:
         return f"{index}" if epoch == 0 else f"{index}@{epoch}", self.get(index)
 
 
-def chat_renderer(tokenizer: Any, system_prompt: str, template: str) -> Render:
-    """(examples, question) -> (text, token ids), through the tokenizer's chat template or as plain lines.
+# -------------------- rendering
 
-    Raises: InputError when a chat template is needed and there is none.
+
+class Renderer:
+    """Conversations as text, through the tokenizer's chat template or as plain lines.
+
+    A template that raises on a system message, or leaves it out, gets its text at the head of the first user message instead;
+    `has_folded` says that this has happened.
+
+    Raises: InputError when a chat template is needed and there is none, or it cannot take a user's message.
     """
-    if template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise InputError("task", "the tokenizer has no chat template", "one", "--template plain writes questions as lines of text")
 
-    def messages(examples: Sequence[tuple[str, str]], question: str) -> list[dict[str, str]]:
-        turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        for asked, answered in examples:
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return [*turns, {"role": "user", "content": question}]
+    def __init__(self, tokenizer: Any, system_prompt: str, template: str) -> None:
+        if template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise InputError("task", "the tokenizer has no chat template", "one", "--template plain writes questions as lines of text")
+        self._tokenizer, self._system_prompt, self._is_chat = tokenizer, system_prompt, template == "chat"
+        self._folds = self._is_chat and self._must_fold()
+        self.has_folded = False
 
-    def chat(examples: Sequence[tuple[str, str]], question: str) -> tuple[str, tuple[int, ...]]:
-        text = tokenizer.apply_chat_template(messages(examples, question), tokenize=False, add_generation_prompt=True)
-        return text, tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    def text(self, examples: Sequence[Record], record: Record) -> str:
+        """Examples with their answers, then what the record asks. Raises: InputError where the template raises on this conversation."""
+        turns = self._conversation(examples, record)
+        if not self._is_chat:
+            return "\n".join(turn["content"] for turn in turns) + "\n"
+        try:
+            return self._apply(turns)
+        except Exception as e:  # a template is a program of its own: it may raise anything
+            given = f"the chat template raises on {one_line(question_of(record), 60)!r}: {one_line(str(e), 200)}"
+            raise InputError("task", given, "a conversation that it takes", "--template plain writes lines of text") from e
 
-    def plain(examples: Sequence[tuple[str, str]], question: str) -> tuple[str, tuple[int, ...]]:
-        lines = [m["content"] for m in messages(examples, question)]
-        text = "\n".join(lines) + "\n"
-        return text, tuple(tokenizer(text).input_ids)
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Of a text that `text` has made."""
+        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids if self._is_chat else self._tokenizer(text).input_ids)
 
-    return chat if template == "chat" else plain
+    def _conversation(self, examples: Sequence[Record], record: Record) -> list[dict[str, str]]:
+        turns = turns_of(record)
+        system = [turn for turn in turns if turn["role"] == "system"]
+        if not system and self._system_prompt:
+            system = [{"role": "system", "content": self._system_prompt}]
+        shown: list[dict[str, str]] = []
+        for example in examples:
+            shown += [turn for turn in turns_of(example) if turn["role"] != "system"]
+            shown.append({"role": "assistant", "content": answer_of(example) or ""})
+        rest = [*shown, *(turn for turn in turns if turn["role"] != "system")]
+        if not (self._folds and system):
+            return [*system, *rest]
+        self.has_folded = True
+        return _folded(system, rest)
+
+    def _must_fold(self) -> bool:
+        """Whether the template has no place for a system message."""
+        system, user = ({"role": role, "content": f"the {role}'s part"} for role in ("system", "user"))
+        try:
+            alone = self._apply([user])
+        except Exception as e:
+            given = f"the chat template raises on a user's message: {one_line(str(e), 200)}"
+            raise InputError("task", given, "a template for messages", "--template plain writes questions as lines of text") from e
+        if user["content"] not in alone:
+            raise InputError("task", "the chat template leaves out the user's message", "one that shows it", "--template plain")
+        try:
+            return system["content"] not in self._apply([system, user])
+        except Exception:
+            return True
+
+    def _apply(self, turns: list[dict[str, str]]) -> str:
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _folded(system: Sequence[dict[str, str]], rest: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The system's text at the head of the first user message."""
+    texts, turns = [turn["content"] for turn in system], list(rest)
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+    turns[first] = {"role": "user", "content": "\n\n".join([*texts, turns[first]["content"]])}
+    return turns
 
 
 def content_key(record: Record) -> str:
@@ -108,125 +186,164 @@ def content_key(record: Record) -> str:
 
     64 bits: among a million records two meet with a chance of 3e-8.
     """
-    content = json.dumps([record["question"], record.get("answer")], sort_keys=True, default=repr)
+    content = json.dumps([question_of(record), record.get("answer")], sort_keys=True, default=repr)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def load_task(config: TaskConfig, tokenizer: Any, seed: int) -> Task:
+# -------------------- records
+
+
+def load_task(config: TaskConfig, tokenizer: Any, seed: int, data_seed: int) -> Task:
     """The task of the configuration as prompts for one tokenizer; see `load_records` and `render`."""
-    return render(load_records(config, seed), config, tokenizer)
+    return render(load_records(config, seed, data_seed), config, tokenizer)
 
 
-def load_records(config: TaskConfig, seed: int) -> Records:
-    """The records of the configured task: a JSONL file where `task` names one, else a reasoning-gym dataset.
+def load_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
+    """The records of the configured task: a file where `task` names one, else a reasoning-gym dataset.
 
-    Raises: InputError for an unknown dataset, a malformed or answerless JSONL line, or too few records to hold any out.
+    Args:
+        config: which task, and how much of it is shown or held out.
+        seed: the order in which training records come.
+        data_seed: which records there are, and which of them are shown and held out.
+    Raises: InputError for an unknown dataset, a malformed or answerless record, or too few records to hold any out.
     """
-    if config.task.endswith((".jsonl", ".json")):
-        return _jsonl_records(config, seed)
-    return _reasoning_gym_records(config, seed)
+    if names_a_file(config.task):
+        return _file_records(config, seed, data_seed)
+    return _reasoning_gym_records(config, seed, data_seed)
 
 
-def render(records: Records, config: TaskConfig, tokenizer: Any) -> Task:
+def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int | None = None) -> Task:
     """Records as prompts: system prompt, worked examples, question, through the tokenizer.
 
-    Raises: InputError for a tokenizer without chat template where one is asked for.
+    Args:
+        longest: most tokens of a prompt. Longer training prompts are never drawn; those of a file are counted here.
+    Raises: InputError for a tokenizer without chat template where one is asked for, for a held-out prompt that is too long, and where
+        most training prompts of a file are.
     """
-    renderer = chat_renderer(tokenizer, config.system_prompt, config.template)
-    shown = [(e["question"], str(e["answer"])) for e in records.examples]
+    renderer = Renderer(tokenizer, config.system_prompt, config.template)
 
     def make(name: str, record: Record) -> Prompt:
-        text, ids = renderer(shown, record["question"])
-        return Prompt(prompt_id=name, token_ids=ids, text=text, data=record, key=content_key(record))
+        text = renderer.text(records.examples, record)
+        return Prompt(prompt_id=name, token_ids=renderer.token_ids(text), text=text, data=record, key=content_key(record))
 
-    excluded = frozenset(r["question"] for r in (*records.held_out, *records.examples))
+    held_out = tuple(make(f"held-out-{i}", r) for i, r in enumerate(records.held_out))
+    notes = list(records.notes)
+    if longest is not None:
+        _check_held_out(held_out, longest)
+        notes += _check_lengths(records, renderer, longest)
+    if renderer.has_folded:
+        notes.append("the chat template has no place for a system message: its text stands at the head of the first user message")
+    excluded = records.excluded
 
     def stream(position: int) -> PromptStream:
-        return PromptStream(records.train, excluded, make, position)
+        return PromptStream(records.train, excluded, make, position, longest)
 
-    return Task(
-        name=Path(config.task).stem,
-        train=stream,
-        held_out=tuple(make(f"held-out-{i}", r) for i, r in enumerate(records.held_out)),
-        reward=records.reward,
-    )
+    return Task(Path(config.task).stem, stream, held_out, records.reward, make, tuple(notes))
 
 
-def _reasoning_gym_records(config: TaskConfig, seed: int) -> Records:
+def _check_held_out(held_out: Sequence[Prompt], longest: int) -> None:
+    too_long = [prompt for prompt in held_out if len(prompt.token_ids) > longest]
+    if too_long:
+        first, most = too_long[0], max(len(prompt.token_ids) for prompt in too_long)
+        shown = one_line(question_of(first.data), 60)
+        given = f"{len(too_long)} of {len(held_out)} held-out prompts are too long, such as {shown!r} with {len(first.token_ids)} tokens"
+        hint = f"--max-model-len takes them when it is higher by {most - longest}"
+        raise InputError("task", given, f"at most max_model_len - max_tokens = {longest} tokens", hint)
+
+
+def _check_lengths(records: Records, renderer: Renderer, longest: int) -> list[str]:
+    """What is to be said of training prompts that are too long, where they come from a file."""
+    if not records.digest:  # a generator's are looked at when they are drawn
+        return []
+    size, lengths = records.train.size, []
+    for index in range(size):
+        text = renderer.text(records.examples, records.train.get(index))
+        if len(text.encode()) > longest:  # no tokenizer makes more tokens than there are bytes, but for a few special ones
+            lengths.append(len(renderer.token_ids(text)))
+    too_long = [length for length in lengths if length > longest]
+    if not too_long:
+        return []
+    said = f"{len(too_long)} of {size} training prompts are longer than max_model_len - max_tokens = {longest} tokens"
+    hint = f"--max-model-len takes them when it is higher by {max(too_long) - longest}"
+    if 2 * len(too_long) > size:
+        raise InputError("task", said, "most of them to fit", hint)
+    return [f"{said} and are never drawn; {hint}"]
+
+
+def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     from reinforce_ada.rewards.reasoning_gym import ReasoningGymReward
 
     if config.task not in DATASETS:
+        if os.path.isdir(config.task):
+            return _file_records(config, seed, data_seed)
         raise unknown_name("task", "reasoning-gym dataset", config.task, DATASETS)
     options = {**_STARTING_OPTIONS.get(config.task, {}), **config.task_options}
 
     def dataset(part: int, size: int) -> Any:
         # reasoning-gym seeds record i with seed + i: the parts must be further apart than they are long.
         try:
-            return reasoning_gym.create_dataset(config.task, seed=seed + part * (_EPOCH * 4), size=size, **options)
+            return reasoning_gym.create_dataset(config.task, seed=data_seed + part * (_EPOCH * 4), size=size, **options)
         except (TypeError, AssertionError, ValueError) as e:
-            raise InputError("task", f"{config.task} does not take {options}", str(e) or "valid options") from e
+            raise InputError("task", f"{config.task} does not take {options}", one_line(str(e)) or "valid options") from e
 
     train = dataset(0, _EPOCH)
-    examples = _distinct(dataset(1, _MAX_SKIPS), config.num_examples, frozenset())
-    shown = frozenset(e["question"] for e in examples)
-    held_out = _distinct(dataset(2, _MAX_SKIPS), config.eval_prompts, shown)
+    examples = _examples(dataset(1, _MAX_SKIPS), config.num_examples)
+    shown = frozenset(question_of(e) for e in examples)
+    held_out = _distinct(map(dataset(2, _MAX_SKIPS).__getitem__, range(_MAX_SKIPS)), config.eval_prompts, shown)
     reward = config.reward or ReasoningGymReward(config.task, **options)
-    return Records(Source(train.__getitem__, _EPOCH, seed), examples, held_out, reward)
+    ordered, warm_up = (Source(train.__getitem__, _EPOCH, s) for s in (seed, data_seed))
+    return Records(ordered, warm_up, examples, held_out, reward, notes=_examples_note(examples, config))
 
 
-def _distinct(dataset: Any, count: int, excluded: frozenset[str]) -> list[Record]:
-    """The first `count` records with different questions (fewer where there are no more)."""
+def _examples(dataset: Any, count: int) -> list[Record]:
+    """The first `count` records with different questions that have an answer to show."""
     found: dict[str, Record] = {}
+    since_found = 0
     for i in range(_MAX_SKIPS):
-        if len(found) == count:
+        if len(found) == count or since_found == _MAX_EXAMPLES_LOOKED_AT:
             break
         record = dataset[i]
-        if record["question"] not in excluded:
-            found.setdefault(record["question"], record)
+        since_found += 1
+        if answer_of(record) is not None:
+            found.setdefault(question_of(record), record)
+            since_found = 0
     return list(found.values())
 
 
-def _jsonl_records(config: TaskConfig, seed: int) -> Records:
+def _examples_note(examples: Sequence[Record], config: TaskConfig) -> tuple[str, ...]:
+    if len(examples) >= config.num_examples:
+        return ()
+    return (f"{len(examples)} worked examples instead of {config.num_examples}: no more records of {config.task} have an answer to show",)
+
+
+def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -> list[Record]:
+    """The first `count` records with different questions (fewer where there are no more)."""
+    found: dict[str, Record] = {}
+    while len(found) < count and (record := next(records, None)) is not None:
+        if question_of(record) not in excluded:
+            found.setdefault(question_of(record), record)
+    return list(found.values())
+
+
+def _file_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
     from reinforce_ada.rewards.exact import exact_match
 
-    records = read_jsonl(Path(config.task), needs_answer=not config.reward)
-    order = np.random.default_rng([seed, 1]).permutation(len(records))
+    path = Path(config.task)
+    records = read_records(path, needs_answer=not config.reward)
     spent = config.num_examples + config.eval_prompts
     if spent >= len(records):
         raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
-    shuffled = [records[i] for i in order]
-    examples, held_out, rest = shuffled[: config.num_examples], shuffled[config.num_examples : spent], shuffled[spent:]
-    if any(e.get("answer") is None for e in examples):
-        raise InputError("task", "a worked example has no answer", "answers in the file, or --num-examples 0")
-    digest = hashlib.blake2b(Path(config.task).read_bytes(), digest_size=16).hexdigest()
-    return Records(Source(rest.__getitem__, len(rest), seed), examples, held_out, config.reward or exact_match, digest)
-
-
-def read_jsonl(path: Path, *, needs_answer: bool) -> list[Record]:
-    """Records of a JSONL file, `prompt` renamed to `question`.
-
-    Raises: InputError naming file and line for anything that is not an object with a prompt (and an answer where one is needed).
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError("task", f"cannot read {path}: {e}", "a JSONL file of {prompt, answer} records") from e
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError("task", f"{path}:{number} is not JSON ({e.msg})", 'one {"prompt": ..., "answer": ...} per line') from e
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-            raise InputError("task", f"{path}:{number} has no prompt", 'a non-empty text under "prompt"')
-        if needs_answer and record.get("answer") is None:
-            raise InputError("task", f"{path}:{number} has no answer", 'an "answer", or --reward module:function that needs none')
-        records.append({**record, "question": record["prompt"]})
-    if not records:
-        raise InputError("task", f"{path} holds no prompts", "at least one record")
-    return records
+    shuffled = [records[i] for i in np.random.default_rng([data_seed, 1]).permutation(len(records))]
+    examples = _distinct((r for r in shuffled if answer_of(r) is not None), config.num_examples, frozenset())
+    held_out = _distinct(iter(shuffled), config.eval_prompts, frozenset(question_of(e) for e in examples))
+    taken = {id(record) for record in (*examples, *held_out)}
+    rest = [record for record in shuffled if id(record) not in taken]
+    train, warm_up = (Source(rest.__getitem__, len(rest), s) for s in (seed, data_seed))
+    notes = _examples_note(examples, config)
+    found = Records(train, warm_up, examples, held_out, config.reward or exact_match, digest_of(path), notes)
+    if all(question_of(record) in found.excluded for record in rest):
+        raise InputError("task", f"{config.task}: every training question is also held out", "a larger task", "lower eval_prompts")
+    return found

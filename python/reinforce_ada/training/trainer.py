@@ -34,7 +34,7 @@ from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_m
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.distributed import Ranks
-from reinforce_ada.training.evaluate import evaluate
+from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
 from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
@@ -250,6 +250,9 @@ class Trainer:
                 on_progress=on_progress,
             )  # fmt: skip
         parts.engine.sleep()
+        self._check_scored(step, result)
+        if stream.num_too_long:
+            self.display.line(f"step {step}: {stream.num_too_long} prompts were too long for --max-model-len and left out")
         parts.store.finish_step(step, result)
         self.memory.update(step, result.pools)
         self.position = stream.position
@@ -263,6 +266,14 @@ class Trainer:
             self.display.line(f"step {step}: {len(wrong)} completions of the journal cannot be the model's: they are sampled again")
             store.take_back(wrong)
         return store.events(step)
+
+    def _check_scored(self, step: int, result: SamplingResult) -> None:
+        """A step of nothing but voids teaches nothing, and leaves nothing: once the reward is mended it is sampled anew."""
+        try:
+            refuse_only_voids(result, self.parts.rewards, f"step {step}")
+        except InputError:
+            self.parts.store.forget(step)
+            raise
 
     def _sync(self) -> None:
         started = time.monotonic()
@@ -356,8 +367,10 @@ def fingerprint(config: Config) -> dict[str, Any]:
 def compared(run: Mapping[str, Any]) -> dict[str, Any]:
     """A `fingerprint` that a store has, of this or an earlier version: without what is free now, and with what is new at its default."""
     out = dict(run)
+    one_seed = run.get("run", {}).get("seed", 0)  # a run without a data_seed took its data from that
     for section, defaults in dataclasses.asdict(Config()).items():
         given = run.get(section)
+        new = {"data_seed": one_seed} if section == "run" else {}
         if isinstance(given, Mapping):
-            out[section] = {k: v for k, v in {**defaults, **given}.items() if k not in _FREE[section]}
+            out[section] = {k: v for k, v in {**defaults, **new, **given}.items() if k not in _FREE[section]}
     return out

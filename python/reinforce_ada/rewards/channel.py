@@ -1,0 +1,92 @@
+"""Messages between the pool and a worker, over a socket: neither end waits for the other where it was told not to."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+from typing import Any
+
+_HEADER = struct.Struct("!Q")
+_READ_BYTES = 1 << 16
+_LARGEST = 1 << 40  # a longer message is no message: something else has written to the socket
+
+
+class Channel:
+    """Pickled messages, each behind its length in 8 bytes, over a connected socket.
+
+    With `is_waiting` (the worker's end) `send` returns when all is written and `receive` waits for something; without (the pool's end)
+    neither ever waits, and what did not fit is written by `flush`.
+
+    Raises: EOFError from `receive` when the other end is closed or sends no messages; OSError when it is gone.
+    """
+
+    def __init__(self, connection: socket.socket, *, is_waiting: bool) -> None:
+        self._socket = connection
+        self._socket.setblocking(is_waiting)
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+
+    def fileno(self) -> int:
+        """Of the socket, for a selector."""
+        return self._socket.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether `flush` has something left to write."""
+        return bool(self._outgoing)
+
+    def send(self, message: Any) -> None:
+        """Write a message, or what fits of it now."""
+        data = pickle.dumps(message, protocol=5)
+        self._outgoing += _HEADER.pack(len(data))
+        self._outgoing += data
+        self.flush()
+
+    def flush(self) -> int:
+        """Write on; the number of bytes that went out."""
+        before = len(self._outgoing)
+        try:
+            while self._outgoing:
+                with memoryview(self._outgoing) as view:
+                    num_sent = self._socket.send(view[: 1 << 20])
+                del self._outgoing[:num_sent]
+        except BlockingIOError:
+            pass
+        return before - len(self._outgoing)
+
+    def receive(self) -> list[Any]:
+        """The messages that have come whole."""
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise EOFError("the other end is closed")
+        self._incoming += data
+        return self._whole()
+
+    def _whole(self) -> list[Any]:
+        messages, start = [], 0
+        while len(self._incoming) - start >= _HEADER.size:
+            (size,) = _HEADER.unpack_from(self._incoming, start)
+            if size > _LARGEST:
+                raise EOFError("the other end sends no messages")
+            end = start + _HEADER.size + size
+            if len(self._incoming) < end:
+                break
+            messages.append(_loaded(self._incoming[start + _HEADER.size : end]))
+            start = end
+        del self._incoming[:start]
+        return messages
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def _loaded(data: bytearray) -> Any:
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # whatever bytes that are no pickle raise
+        raise EOFError("the other end sends no messages") from error

@@ -1,0 +1,93 @@
+"""What a model has been trained on: the questions of the run beside its folder, and of the runs its base model came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from reinforce_ada import config as configuration
+from reinforce_ada.config import Config
+from reinforce_ada.errors import InputError
+from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.training.task_files import question_of
+from reinforce_ada.training.tasks import PromptStream, Records, load_records
+from reinforce_ada.types import Prompt
+
+WARM_UP_EXAMPLES = 512  # training questions that the tiny model has seen with their answers before the run
+
+
+def run_beside(model: str) -> Path | None:
+    """The run folder that a model folder lies in, such as RUN of RUN/model and of RUN/checkpoints/step-000030/model."""
+    if not Path(model).is_dir():
+        return None
+    for folder in list(Path(model).resolve().parents)[:3]:
+        if (folder / "config.toml").is_file() and any((folder / name).is_file() for name in ("rollouts.sqlite", "log.jsonl")):
+            return folder
+    return None
+
+
+def warm_up_prompts(records: Records, task: PromptStream) -> list[Prompt]:
+    """The prompts that the base model of `tiny` learns from, with their answers: training questions, never held-out ones."""
+    return [p for p in islice(task, min(WARM_UP_EXAMPLES, records.warm_up.size)) if p.data.get("answer") is not None]
+
+
+def without_trained(records: Records, model: str) -> tuple[Records, str]:
+    """The records without those held-out questions that the model was trained on, and what is to be said of that ("": nothing).
+
+    Raises: InputError where none is left, or it cannot be known because the run beside the model has lost its store.
+    """
+    held_out, said = list(records.held_out), []
+    for run in _ancestry(model):
+        trained = _trained_on(run)
+        left = [record for record in held_out if question_of(record) not in trained]
+        if len(left) < len(held_out):
+            said.append(f"{len(held_out) - len(left)} of {len(records.held_out)} held-out questions are left out: {run} trained on them")
+        held_out = left
+    if records.held_out and not held_out:
+        raise InputError("eval", "; ".join(said), "questions that it was not trained on", f"the split of {_split_of(run)}")
+    return dataclasses.replace(records, held_out=held_out), "; ".join(said)
+
+
+def check_held_out(records: Records, model: str) -> None:
+    """Raises: InputError where a run that begins with this model would hold out questions that the model was trained on."""
+    for run in _ancestry(model):
+        trained = _trained_on(run)
+        if found := sum(question_of(record) in trained for record in records.held_out):
+            given = f"{found} of {len(records.held_out)} held-out questions were trained on by {run}, where the model comes from"
+            raise InputError("train", given, "held-out questions that are new to it", f"the split of {_split_of(run)}, or another task")
+
+
+def _ancestry(model: str) -> Iterator[Path]:
+    """The run beside the model, the one beside the model that it began with, and so on."""
+    seen: set[Path] = set()
+    run = run_beside(model)
+    while run is not None and run not in seen:
+        seen.add(run)
+        yield run
+        run = run_beside(configuration.load_saved(run / "config.toml").model.model)
+
+
+def _trained_on(run: Path) -> frozenset[str]:
+    if not (run / "rollouts.sqlite").is_file():
+        given = f"{run} has a configuration and a log but no rollouts.sqlite"
+        raise InputError("lineage", given, "the store, which knows what was trained on", "copy the model out of the run folder")
+    with RolloutStore(run / "rollouts.sqlite", read_only=True) as store:
+        questions = {question_of(record) for record in store.records()}
+    config = configuration.load_saved(run / "config.toml")
+    if config.model.model == "tiny":
+        questions |= _warm_up_questions(config)
+    return frozenset(questions)
+
+
+def _warm_up_questions(config: Config) -> set[str]:
+    records = load_records(config.task, config.run.seed, config.run.data_seed)
+    stream = PromptStream(records.warm_up, records.excluded, lambda name, record: Prompt(name, data=record), 0)
+    return {question_of(prompt.data) for prompt in warm_up_prompts(records, stream)}
+
+
+def _split_of(run: Path) -> str:
+    config = configuration.load_saved(run / "config.toml")
+    task, data_seed = config.task, config.run.data_seed
+    return f"that run is --data-seed {data_seed} --eval-prompts {task.eval_prompts} --num-examples {task.num_examples}"

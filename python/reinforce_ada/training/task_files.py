@@ -1,0 +1,248 @@
+"""Records from files: JSON lines and arrays, CSV, Parquet, folders of `datasets`; whatever is wrong with one is said with its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib.util
+import io
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import GarbageError, one_line, parse_json
+
+Record = Mapping[str, Any]
+
+_LINES, _COLUMNS, _PARQUET = (".jsonl", ".ndjson", ".json"), (".csv",), (".parquet",)
+SUPPORTED = ".jsonl, .ndjson, .json, .csv (each also with .gz), .parquet, or a folder that `datasets` saved"
+_ROLES = ("system", "user", "assistant")
+_DEEPEST = 64  # levels of nesting: what is deeper cannot be pickled for a reward, or written to the store, on every stack
+
+
+def suffix_of(path: Path) -> str:
+    """The kind of a file by its name, without regard to case or a last .gz: ".jsonl" of "A.JSONL.gz"."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def names_a_file(task: str) -> bool:
+    """Whether a task is meant as a file or folder, not as the name of a generator."""
+    return os.sep in task or suffix_of(Path(task)) != ""
+
+
+def question_of(record: Record) -> str:
+    """What a record asks, as the text that tells it from others: its "prompt", else its "messages", else its "question"."""
+    asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
+    return asked if isinstance(asked, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
+
+
+def turns_of(record: Record) -> list[dict[str, str]]:
+    """The conversation of a record that ends where the model is to go on."""
+    asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
+    if isinstance(asked, str):
+        return [{"role": "user", "content": asked}]
+    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in asked]
+
+
+def answer_of(record: Record) -> str | None:
+    """The answer to show, the first where any of several is right; None where there is none."""
+    answer = record.get("answer")
+    if isinstance(answer, (list, tuple)):
+        answer = answer[0] if answer else None
+    return None if answer is None else str(answer)
+
+
+def digest_of(path: Path) -> str:
+    """Of the bytes of a file, or of all files of a folder with their names."""
+    found = hashlib.blake2b(digest_size=16)
+    if not os.path.isdir(path):
+        found.update(path.read_bytes())
+        return found.hexdigest()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        found.update(repr(str(file.relative_to(path))).encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
+    """The records of a file, in its order. One without a field "question" gets it: the text of what it asks.
+
+    Raises: InputError naming file and place for anything that is not a record with a prompt (and an answer where one is needed), and for
+    a file that cannot be read or is of another kind.
+    """
+    records = [_checked(where, raw, needs_answer) for where, raw in _raw(path)]
+    if not records:
+        raise InputError("task", f"{path} holds no prompts", "at least one record")
+    return records
+
+
+def _raw(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every record."""
+    if os.path.isdir(path):
+        yield from _rows(path, _dataset(path))
+        return
+    suffix = suffix_of(path)
+    if suffix in _PARQUET and path.name.lower().endswith(".parquet"):
+        yield from _rows(path, _parquet(path))
+    elif suffix in _LINES:
+        yield from _json(path, _text(path))
+    elif suffix in _COLUMNS:
+        yield from _csv(path, _text(path))
+    else:
+        raise InputError("task", f"{path} is of no kind that is read", SUPPORTED)
+
+
+def _text(path: Path) -> str:
+    needed = "a file of {prompt, answer} records, such as a JSONL file"
+    try:
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise InputError("task", f"{path}:{line} is not UTF-8 (byte {data[e.start]:#04x})", needed, "save it as UTF-8") from e
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise InputError("task", f"cannot read {path}: no whole gzip file ({e})", needed) from e
+    except (OSError, ValueError) as e:  # a name with a zero byte
+        raise InputError("task", f"cannot read {path}: {getattr(e, 'strerror', None) or e}", needed) from e
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if text.lstrip()[:1] == "[" and suffix_of(path) == ".json":
+        array = _parsed(str(path), text, "an array of {prompt, answer} records")
+        yield from ((f"{path}, record {number}", value) for number, value in enumerate(array, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _parsed(where, line, 'one {"prompt": ..., "answer": ...} per line')
+
+
+def _parsed(where: str, text: str, needed: str) -> Any:
+    try:
+        return parse_json(text, unique_keys=True)
+    except GarbageError as e:
+        problem = str(e).removeprefix("not JSON: ")
+        raise InputError("task", f"{where} is not JSON ({one_line(problem, 200)})", needed) from None
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise InputError("task", f"{path}:1 has a column twice", "columns with different names")
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError("task", f"{where} has not the {len(header)} columns of the first line", "as many on each line")
+            yield where, {key: value for key, value in row.items() if value != ""}
+    except csv.Error as e:
+        given = f"{path}:{reader.reader.line_num} is not CSV ({one_line(str(e), 100)})"
+        raise InputError("task", given, "columns prompt and answer, named in the first line") from e
+
+
+def _rows(path: Path, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", {key: value for key, value in row.items() if value is not None}
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    _needs("pyarrow", path)
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as file:
+            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+        return rows
+    except OSError as e:
+        raise InputError("task", f"cannot read {path}: {one_line(e.strerror or str(e))}", "a Parquet file") from e
+    except Exception as e:  # pyarrow has errors of its own, by what is damaged
+        raise InputError("task", f"{path} is not Parquet ({one_line(str(e), 100)})", "a Parquet file") from e
+
+
+def _dataset(path: Path) -> Sequence[Any]:
+    if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        raise InputError("task", f"{path} is a folder that `datasets` has not saved", SUPPORTED)
+    _needs("datasets", path)
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as e:  # by what is damaged
+        raise InputError("task", f"cannot read {path}: {one_line(str(e), 200)}", "a folder that `datasets` saved") from e
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise InputError("task", f"{path} has the parts {', '.join(found)}", 'one called "train"', "name the folder of one part")
+        found = found["train"]
+    return list(found)
+
+
+def _needs(package: str, path: Path) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError("task", f"{path} needs {package}, which is not installed", f"pip install {package}", "or write it as .jsonl")
+
+
+# -------------------- what a record must be
+
+
+def _checked(where: str, raw: Any, needs_answer: bool) -> Record:
+    if not isinstance(raw, dict):
+        raise InputError("task", f"{where} is no object", 'one {"prompt": ..., "answer": ...} each')
+    if _depth(raw) > _DEEPEST:
+        raise InputError("task", f"{where} is nested more than {_DEEPEST} levels deep", "a flatter record")
+    _check_prompt(where, raw)
+    if raw.get("answer") is not None:
+        _check_answer(where, raw["answer"])
+    elif needs_answer:
+        raise InputError("task", f"{where} has no answer", 'an "answer", or --reward module:function that needs none')
+    return {"question": question_of(raw), **raw}
+
+
+def _check_prompt(where: str, raw: dict[str, Any]) -> None:
+    key = next((key for key in ("prompt", "messages", "question") if raw.get(key) is not None), None)
+    if key is None:
+        known = one_line(", ".join(map(repr, raw)), 80) or "nothing"
+        raise InputError("task", f"{where} has no prompt (it has {known})", 'a text or a list of messages under "prompt" or "messages"')
+    asked = raw[key]
+    if isinstance(asked, str):
+        if not asked.strip():
+            raise InputError("task", f"{where} has no prompt: it is empty", f'a text under "{key}"')
+        return
+    form = f'{{"role": "user", "content": "..."}} each under "{key}"'
+    if not isinstance(asked, list) or not asked:
+        raise InputError("task", f"{where} has no prompt: {one_line(repr(asked), 60)} under {key!r}", f"a text, or messages: {form}")
+    for turn in asked:
+        if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not isinstance(turn.get("content"), str):
+            raise InputError("task", f"{where}: {one_line(repr(turn), 60)} is no message", f"{form}; roles are {', '.join(_ROLES)}")
+    if asked[-1]["role"] != "user":
+        raise InputError("task", f"{where}: the last message is the {asked[-1]['role']}'s", "the user's, which the model is to answer")
+
+
+def _check_answer(where: str, answer: Any) -> None:
+    accepted = answer if isinstance(answer, list) else [answer]
+    needed = "a text or a number, or a list of those of which any is right"
+    if not accepted:
+        raise InputError("task", f"{where} has an empty list of answers", needed)
+    for one in accepted:
+        is_number = isinstance(one, (int, float, Decimal)) and not isinstance(one, bool) and math.isfinite(one)
+        if not is_number and not (isinstance(one, str) and one.strip()):
+            raise InputError("task", f"{where} has the answer {one_line(repr(one), 60)}", needed)
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion up to one more than is allowed."""
+    level, depth = [value], 0
+    while level and depth <= _DEEPEST:
+        depth += 1
+        inner = [v for v in level if isinstance(v, (dict, list))]
+        level = [child for v in inner for child in (v.values() if isinstance(v, dict) else v)]
+    return depth
