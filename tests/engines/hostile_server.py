@@ -106,6 +106,11 @@ class HostileServer:
 
     async def end(self) -> None:
         self._has_ended = True
+        # In Python 3.11 a connection that is being taken when the server closes is never closed itself: take no more, and let those pass.
+        for listening in self._server.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        for _ in range(5):
+            await asyncio.sleep(0)
         self._server.close()
         for task, writer in self._connections:
             task.cancel()
