@@ -25,8 +25,9 @@ class Display:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns under a title."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", show_header=False)
+        table = Table(title=Text(title), title_justify="left", show_header=False)
         for name, value in rows:
             table.add_row(name, value)
         self._console.print(table)
