@@ -44,7 +44,7 @@ test-fuzz: $(VENV)/.dev
 test-engine-kills: $(VENV)/.dev
 	PYTHONPATH=tests/engines$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/engines/engine_kills.py
 
-# Whole runs are killed 48 times, over one and two ranks, the launcher included; about 10 minutes on two cores. Writes benchmarks/run_kills.json.
+# Whole runs are killed 48 times, over one and two ranks, the launcher included; some minutes on two cores. Writes benchmarks/run_kills.json.
 test-kills: $(VENV)/.dev
 	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/run_kills.py
 

@@ -175,7 +175,7 @@ BAD = [
     (f"{TRAIN} --group-size 0", "config: group_size = 0", "at least 1"),
     (f"{TRAIN} --group-size 33", "group_size 33", "cap"),
     (f"{TRAIN} --preset grpo --round-size 4", "round_size", "grpo"),
-    (f"{TRAIN} --out a_run", "train: a_run holds a run already", "--resume a_run goes on with it"),
+    (f"{TRAIN} --out a_run", "train: a_run holds log.jsonl", "an empty folder, or one that is not there yet"),
     (f"{TRAIN} --out file/below", "train: cannot write to file/below", "a writable folder"),
     (f"{TRAIN} --model folder", "model: folder has no config.json", "a folder that transformers' save_pretrained wrote"),
     (f"{TRAIN} --model ./none", "model: './none' is no folder", "smollm2, tiny, a model folder or a hub id"),

@@ -37,7 +37,7 @@ _REMEMBERED = "CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct 
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
+    seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
     policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB);
 CREATE INDEX events_by_step ON events (step);
