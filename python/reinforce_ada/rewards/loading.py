@@ -95,7 +95,7 @@ def _module(where: str, spec: str) -> ModuleType:
 
 def _from_file(path: Path, spec: str) -> ModuleType:
     path = path.absolute()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError("RewardPool", f"reward {spec!r}: there is no file {path}", "a Python file is needed")
     # One name for one file: what it defines then pickles, and two files of the same name do not meet, nor an installed module.
     name = f"{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
@@ -119,7 +119,7 @@ def _from_file(path: Path, spec: str) -> ModuleType:
 def _hint(where: str, module: ModuleType, names: str) -> str:
     """Where a file of the name lies here and another module was found, how to name the file."""
     here = Path(f"{where.replace('.', os.sep)}.py")
-    if here.is_file() and str(here.absolute()) != getattr(module, "__file__", None):
+    if os.path.isfile(here) and str(here.absolute()) != getattr(module, "__file__", None):
         return f"another module has that name; ./{here}:{names} loads the file"
     return ""
 

@@ -96,7 +96,7 @@ def _end_descendants() -> None:
         while True:
             os.waitpid(-1, os.WNOHANG)  # raises when there is no child left
             for child in _children():
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # gone, or another user's
                     os.kill(child, signal.SIGKILL)
             os.waitpid(-1, 0)
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.objectives import Objective
 from reinforce_ada.training.run_folder import RunFolder
-from reinforce_ada.training.task_files import answer_of, names_a_file
-from reinforce_ada.training.tasks import PromptStream, Records, Task, load_records, render
+from reinforce_ada.training.task_files import answer_of
+from reinforce_ada.training.tasks import Records, Task, load_records, render
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store, fingerprint
 from reinforce_ada.types import Prompt
@@ -73,7 +73,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = with_dtype(config, device)
     track.check_names(config.run.track)
     records = load_records(config.task, config.run.seed, config.run.data_seed)
-    config = _with_whole_paths(config)
+    config = _with_whole_paths(config, records)
     if resume is None:
         lineage.check_held_out(records, config.model.model)
     Objective.from_config(config)  # what it refuses is better known before anything is made
@@ -297,23 +297,28 @@ def _scratch(weights_dir: str) -> Iterator[str]:
         yield scratch
 
 
-def _with_whole_paths(config: Config) -> Config:
-    """Files of task and reward by their whole paths: a resume may come from another folder."""
-    task, reward = config.task.task, config.task.reward
-    if names_a_file(task) or os.path.isdir(task):
+def _with_whole_paths(config: Config, records: Records) -> Config:
+    """Files of task and reward and the folder of a model by their whole paths: a resume may come from another folder."""
+    task, reward, model = config.task.task, config.task.reward, config.model.model
+    if records.digest:
         task = str(Path(task).absolute())
     module, colon, function = reward.rpartition(":")
-    here = Path(f"{module.replace('.', os.sep)}.py").absolute()
+    here = str(Path(f"{module}.py").absolute())
     if is_file(module):
         reward = f"{Path(module).absolute()}{colon}{function}"
-    elif "." not in module and here.is_file() and _origin(module) == str(here):  # a module that only this folder has
+    elif "." not in module and os.path.isfile(here) and _origin(module) == here:  # a module that only this folder has
         reward = f"{here}{colon}{function}"
-    return dataclasses.replace(config, task=dataclasses.replace(config.task, task=task, reward=reward))
+    if os.path.isdir(model) and model not in ("smollm2", "tiny"):
+        model = str(Path(model).absolute())
+    changed = dataclasses.replace(config.task, task=task, reward=reward)
+    return dataclasses.replace(config, task=changed, model=dataclasses.replace(config.model, model=model))
 
 
 def _origin(module: str) -> str | None:
-    found = importlib.util.find_spec(module)
-    return found.origin if found else None
+    with suppress(ValueError):  # a module that is there without a file
+        found = importlib.util.find_spec(module)
+        return found.origin if found else None
+    return None
 
 
 def _longest_prompt(config: Config) -> int:
@@ -321,10 +326,13 @@ def _longest_prompt(config: Config) -> int:
 
 
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """The questions of a run are those of its file, wherever that lies now. Raises: InputError where they have changed."""
+    """A run's questions, reward and model are those of its files, wherever they lie now. Raises: InputError where the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
     if _function(then.get("reward", "")) == _function(now["reward"]):
         now["reward"] = then.get("reward", "")
+    model = earlier.get("model", {}).get("model", "")
+    if os.path.basename(model) == os.path.basename(run["model"]["model"]):
+        run["model"]["model"] = model
     if not earlier.get("records") or not run["records"]:
         return
     if earlier["records"] != run["records"]:
@@ -361,9 +369,7 @@ def _tiny_folder(config: Config, records: Records, out: Path, display: Display, 
 
 
 def _warm_up(records: Records, config: Config) -> list[Prompt]:
-    first = render(records, config.task, models.tiny_tokenizer())
-    stream = PromptStream(records.warm_up, records.excluded, first.make, 0)
-    prompts = lineage.warm_up_prompts(records, stream)
+    prompts = lineage.warm_up_prompts(records, render(records, config.task, models.tiny_tokenizer()).make)
     if not prompts:
         raise InputError("model", "tiny with a task that has no answers", "answers to warm it up on", "--model another one")
     return prompts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.training.task_files import question_of
+from reinforce_ada.training.task_files import Record, answer_of, question_of
 from reinforce_ada.training.tasks import PromptStream, Records, load_records
 from reinforce_ada.types import Prompt
 
@@ -20,7 +21,7 @@ WARM_UP_EXAMPLES = 512  # training questions that the tiny model has seen with t
 
 def run_beside(model: str) -> Path | None:
     """The run folder that a model folder lies in, such as RUN of RUN/model and of RUN/checkpoints/step-000030/model."""
-    if not Path(model).is_dir():
+    if not os.path.isdir(model):
         return None
     for folder in list(Path(model).resolve().parents)[:3]:
         if (folder / "config.toml").is_file() and any((folder / name).is_file() for name in ("rollouts.sqlite", "log.jsonl")):
@@ -28,9 +29,10 @@ def run_beside(model: str) -> Path | None:
     return None
 
 
-def warm_up_prompts(records: Records, task: PromptStream) -> list[Prompt]:
+def warm_up_prompts(records: Records, make: Callable[[str, Record], Prompt]) -> list[Prompt]:
     """The prompts that the base model of `tiny` learns from, with their answers: training questions, never held-out ones."""
-    return [p for p in islice(task, min(WARM_UP_EXAMPLES, records.warm_up.size)) if p.data.get("answer") is not None]
+    stream = PromptStream(records.warm_up, records.excluded, make, 0)
+    return [prompt for prompt in islice(stream, WARM_UP_EXAMPLES) if answer_of(prompt.data) is not None]
 
 
 def without_trained(records: Records, model: str) -> tuple[Records, str]:
@@ -72,7 +74,7 @@ def _ancestry(model: str) -> Iterator[Path]:
 def _trained_on(run: Path) -> frozenset[str]:
     if not (run / "rollouts.sqlite").is_file():
         given = f"{run} has a configuration and a log but no rollouts.sqlite"
-        raise InputError("lineage", given, "the store, which knows what was trained on", "copy the model out of the run folder")
+        raise InputError("model", given, "the store, which knows what was trained on", "copy the model out of the run folder")
     with RolloutStore(run / "rollouts.sqlite", read_only=True) as store:
         questions = {question_of(record) for record in store.records()}
     config = configuration.load_saved(run / "config.toml")
@@ -83,8 +85,7 @@ def _trained_on(run: Path) -> frozenset[str]:
 
 def _warm_up_questions(config: Config) -> set[str]:
     records = load_records(config.task, config.run.seed, config.run.data_seed)
-    stream = PromptStream(records.warm_up, records.excluded, lambda name, record: Prompt(name, data=record), 0)
-    return {question_of(prompt.data) for prompt in warm_up_prompts(records, stream)}
+    return {question_of(prompt.data) for prompt in warm_up_prompts(records, lambda name, record: Prompt(name, data=record))}
 
 
 def _split_of(run: Path) -> str:

@@ -269,6 +269,8 @@ class Trainer:
 
     def _check_scored(self, step: int, result: SamplingResult) -> None:
         """A step of nothing but voids teaches nothing, and leaves nothing: once the reward is mended it is sampled anew."""
+        if step in self.parts.store.finished_steps():  # trained again as it was
+            return
         try:
             refuse_only_voids(result, self.parts.rewards, f"step {step}")
         except InputError:
