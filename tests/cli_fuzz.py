@@ -26,7 +26,7 @@ from pathlib import Path
 
 from reinforce_ada import cli
 
-LIMIT_S = 60  # for one input; the slowest good one, `explain` at a cap of 1000, takes 5 on a quiet core
+LIMIT_S = 120  # for one input; the slowest good one, `explain` at a cap of 1000, takes 5 on a quiet core; a busy one is ten times as slow
 MEMORY_BYTES = 12 << 30  # of address space, of which torch alone maps several
 
 NUMBERS = [
