@@ -69,7 +69,7 @@ def test_the_figure_is_drawn(capsys, tmp_path: Path) -> None:
 
 def test_names_in_the_figure_are_no_formulas(capsys, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    rates = tmp_path / "$x_{$ [/b] 😀.csv"
+    rates = tmp_path / "$x_{$ [bold] 😀.csv"
     rates.write_text("0.5\n0.2\n")
     assert simulate(capsys, *SMALL, "--population", rates, "--figure", tmp_path / "$a_{$.png")[0] == 0
     assert (tmp_path / "$a_{$.png").read_bytes().startswith(b"\x89PNG")

@@ -97,7 +97,7 @@ def test_words_for_a_population(tmp_path: Path) -> None:
     assert population("beta:.5,2.5") == BetaRates(0.5, 2.5)
     for text, message in (
         ("beta:1", "population 'beta:1'; beta:A,B with two numbers is needed"),
-        ("beta:0,1", "BetaRates: a 0; a finite number of at least 1e-06 is needed"),
+        ("beta:0,1", "BetaRates: a 0.0; a finite number of at least 1e-06 is needed"),
         ("no.csv", "simulate: cannot read no.csv: No such file or directory; a file of pass rates is needed"),
         (str(tmp_path), "does not exist; a store to read is needed"),
     ):
