@@ -40,14 +40,9 @@ def common_case(
     shape = rewards.shape
     if len(shape) != 1 or group_of.shape != shape or not (rewards.is_cpu and group_of.is_cpu):
         return None
-    if not (
-        type(ddof) is int
-        and ddof >= 0
-        and 0 <= eps < math.inf
-        and rewards.is_contiguous()
-        and group_of.is_contiguous()
-        and not rewards.is_neg()
-    ):
+    if not (type(ddof) is int and ddof >= 0 and 0 <= eps < math.inf):
+        return None
+    if not (rewards.is_contiguous() and group_of.is_contiguous()) or rewards.is_neg():
         return None
     out = torch.empty_like(rewards)
     wrong = cpu.group_advantages(
