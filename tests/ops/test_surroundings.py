@@ -132,13 +132,19 @@ WORDS = (
 COMPILED = [name for name in CALLS if name.split(" ", 1)[1] in WORDS]
 
 
-SLOW_TO_TRACE = [pytest.param("reference", marks=pytest.mark.slow)]  # 10 to 25 s each: as many graph nodes as the loss has operations
+# Tracing takes seconds, and for the reference, with as many graph nodes as the loss has operations, up to 25.
+QUICK = ("token_logprobs everything", "linear_token_logprobs everything", "group_advantages offsets", "policy_loss corrected sequence",
+         "linear_policy_loss ppo")  # fmt: skip
+TRACED = [
+    pytest.param(name, form, marks=() if form == "cpu" and name in QUICK else pytest.mark.slow)
+    for name in COMPILED
+    for form in ("cpu", "reference")
+]
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")  # by torch's tracer
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", ["cpu", *SLOW_TO_TRACE])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "form"), TRACED)
 def test_compiles_with_sizes_that_change(name: str, form: str) -> None:
     """One graph for all token counts, with the values of eager calls."""
     call = CALLS[name]

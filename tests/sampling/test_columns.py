@@ -180,7 +180,7 @@ def test_a_result_is_a_snapshot() -> None:
         now = index == index[~answered].min()
         sampler.receive(prompt_of[now], index[now], index[now] % 2.0)
         answered |= now
-    assert 0 < np.count_nonzero(~answered)
+    assert np.count_nonzero(~answered) > 0
     result = sampler.result()
 
     def contents(result) -> dict[str, list]:

@@ -504,7 +504,7 @@ def test_rewards_are_centred_before_they_are_rounded(base: float) -> None:
     """base, base + 1, base + 1 under "balance": -2/3 and twice +1/3, whatever the base is."""
     policy = dataclasses.replace(preset("reinforce-ada-balance", group_size=3), positive_threshold=base + 0.5)
     sampler = AdaptiveSampler(prompts_of(["p"]), policy)
-    result = finish(sampler, lambda id: scored(id, base + (id.index % 4 > 0)))
+    result = finish(sampler, lambda request: scored(request, base + (request.index % 4 > 0)))
     (group,) = samples_with_advantages(result, policy)
     low, high = min(s.advantage for s in group), max(s.advantage for s in group)
     assert high - low == pytest.approx(1, abs=1e-6)
