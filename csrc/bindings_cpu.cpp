@@ -48,17 +48,16 @@ PYBIND11_MODULE(_cpu, m) {
     // token_logprobs
     m.def("first_invalid_token", RA_KERNEL(first_invalid_token), "token_ids"_a, "num_tokens"_a, "vocab"_a, release_gil());
     m.def("token_logprobs_forward", RA_KERNEL(token_logprobs_forward), "logits"_a, "dtype"_a, "num_tokens"_a, "vocab"_a, "row_stride"_a,
-          "token_ids"_a, "temperatures"_a, "temperature"_a, "logit_scale"_a, "soft_cap"_a, "logprobs"_a, "log2_normalizer"_a, "entropy"_a,
+          "token_ids"_a, "temperatures"_a, "temperature"_a, "logit_scale"_a, "soft_cap"_a, "logprobs"_a, "normalizers"_a, "entropy"_a,
           "sum_p2"_a, "num_threads"_a, release_gil());
     m.def("token_logprobs_add_piece", RA_KERNEL(token_logprobs_add_piece), "logits"_a, "dtype"_a, "num_tokens"_a, "piece_size"_a,
           "row_stride"_a, "first_id"_a, "token_ids"_a, "temperatures"_a, "temperature"_a, "logit_scale"_a, "soft_cap"_a, "state"_a,
           "with_entropy"_a, "with_sum_p2"_a, "num_threads"_a, release_gil());
-    m.def("token_logprobs_finish", RA_KERNEL(token_logprobs_finish), "state"_a, "num_tokens"_a, "logprobs"_a, "log2_normalizer"_a,
-          "entropy"_a, "sum_p2"_a, release_gil());
+    m.def("token_logprobs_finish", RA_KERNEL(token_logprobs_finish), "state"_a, "num_tokens"_a, "logprobs"_a, "normalizers"_a, "entropy"_a,
+          "sum_p2"_a, release_gil());
     m.def("token_logprobs_gradient_piece", RA_KERNEL(token_logprobs_gradient_piece), "logits"_a, "dtype"_a, "num_tokens"_a, "piece_size"_a,
-          "row_stride"_a, "first_id"_a, "token_ids"_a, "temperatures"_a, "temperature"_a, "logit_scale"_a, "soft_cap"_a,
-          "log2_normalizer"_a, "entropy"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad"_a, "grad_row_stride"_a, "grad_bias"_a,
-          "num_threads"_a, release_gil());
+          "row_stride"_a, "first_id"_a, "token_ids"_a, "temperatures"_a, "temperature"_a, "logit_scale"_a, "soft_cap"_a, "normalizers"_a,
+          "entropy"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad"_a, "grad_row_stride"_a, "grad_bias"_a, "num_threads"_a, release_gil());
 
     // linear_token_logprobs, linear_policy_loss
     m.def("pack_hidden", RA_KERNEL(pack_hidden), "hidden"_a, "dtype"_a, "num_tokens"_a, "width"_a, "hidden_stride"_a, "packed"_a,

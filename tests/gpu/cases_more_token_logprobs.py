@@ -44,7 +44,22 @@ def check_infinite_temperature(backend: str, device: str) -> None:
         assert not result[[0, 2]].isnan().any()
 
 
+def check_logits_as_large_as_the_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Whole blocks at the smallest number before the first other one, and two at the largest."""
+    smallest, largest = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits = torch.full((4, 8300), smallest)
+    logits[0, 8192:] = torch.randn(108)
+    logits[1, :] = torch.where(torch.rand(8300) < 0.5, logits[1], torch.randn(8300))
+    logits[2, [5, 8299]] = largest
+    logits, ids, ones = logits.to(dtype), torch.tensor([8200, 7, 5, 3]), torch.ones(4)
+    out = scores(logits.to(device), ids.to(device), ones.to(device), ones.to(device), backend=backend)
+    truth = scores(logits.double(), ids, ones.double(), ones.double(), backend="reference")
+    for a, exact in zip(out, truth, strict=True):
+        torch.testing.assert_close(a.float().cpu(), exact.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 CASES = [
+    *each(check_logits_as_large_as_the_dtype, (torch.float32,), (torch.bfloat16,)),
     *each(check_infinity_under_a_cap),
     *each(check_scale_that_float32_has_not, (1.3,), (-1.3,)),
     *each(check_wrong_id_without_gradient),

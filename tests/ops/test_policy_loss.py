@@ -403,7 +403,8 @@ LOSSES_OF_TRAINERS: list[tuple[str, dict[str, Any], Callable[[Trainer], Tensor]]
     ("TRL bnpo", TRL, lambda t: t.mean(t.trl_clipped())),
     ("TRL dr_grpo", {**TRL, **ROWS, "loss_agg": "seq-mean-token-sum-norm", "norm_length": 32},
      lambda t: (t.trl_clipped() * t.m).sum() / (t.rows * 32)),
-    ("TRL dapo", {**TRL, "num_tokens_global": 90 / 2}, lambda t: (t.trl_clipped() * t.m).sum() / (90 / 2)),
+    ("TRL dapo", {**TRL, "num_tokens_global": 90 / 2 * 4 / 8},  # gradient_accumulation_steps=4, steps_per_generation=8
+     lambda t: (t.trl_clipped() * t.m).sum() / (90 / 2 * (4 / 8))),
     ("TRL luspo", {**TRL, **ROWS, "ratio_level": "sequence", "loss_agg": "seq-mean-token-sum"},
      lambda t: (t.trl_clipped("sequence") * t.m).sum(1).mean()),
     ("TRL cispo", {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1, "log_ratio_bound": None},  # epsilon_high=1.1
@@ -423,8 +424,8 @@ LOSSES_OF_TRAINERS: list[tuple[str, dict[str, Any], Callable[[Trainer], Tensor]]
     ("TRL token_truncate, sequence level", {**TRL, "ratio_level": "sequence",
                                             "rollout_correction": RolloutCorrection("token", "truncate", low=0.9, high=1.1)},
      lambda t: t.mean(t.trl_clipped("sequence") * t.trl_weight("token_truncate", 0.9, 1.1))),
-    ("OpenRLHF gspo", {"clip_high": 0.2, "ratio_level": "sequence", "loss_agg": "seq-mean-token-mean", "num_seqs_global": 5},
-     lambda t: t.row_mean(t.trl_clipped("sequence").expand_as(t.m)).mean()),
+    ("OpenRLHF gspo", {"clip_high": 0.2, "ratio_level": "sequence", "loss_agg": "seq-mean-token-mean"},
+     lambda t: t.row_mean(t.trl_clipped("sequence").expand_as(t.m))[t.m.any(1)].mean()),
     ("Reinforce-Ada", {"dual_clip": 10.0}, lambda t: t.mean(t.verl_vanilla(0.2, 0.28, 10.0))),
 ]  # fmt: skip
 

@@ -171,6 +171,29 @@ def test_selection_is_asked_once_for_each_row_of_rewards() -> None:
     assert result.num_void.tolist() == [0, 0, 1, 1]
 
 
+def test_a_result_is_a_snapshot() -> None:
+    """Answers that come after the last exit change nothing of a result that was taken, and nothing of one that is taken then."""
+    sampler = ColumnSampler(3, preset("reinforce-ada-balance"), window=16)
+    prompt_of, index = sampler.next_requests(48)
+    answered = np.zeros(len(index), bool)
+    while not sampler.done:
+        now = index == index[~answered].min()
+        sampler.receive(prompt_of[now], index[now], index[now] % 2.0)
+        answered |= now
+    assert np.count_nonzero(~answered) > 0
+    result = sampler.result()
+
+    def contents(result) -> dict[str, list]:
+        columns = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "metrics"}
+        return {name: np.nan_to_num(column.astype(float), nan=-7.0).tolist() for name, column in columns.items()}
+
+    before, metrics = contents(result), dict(result.metrics)
+    sampler.receive(prompt_of[~answered], index[~answered], np.full(np.count_nonzero(~answered), 5.0))
+    assert contents(result) == before
+    assert dict(result.metrics) == metrics
+    assert contents(sampler.result()) == before
+
+
 # -------------------- errors
 
 

@@ -528,6 +528,21 @@ def test_completion_order_would_be_biased() -> None:
     assert cosine(mean_gradient(np.array(theta), kept), Timed.gradient) < 0.99
 
 
+# -------------------- rewards of any size
+
+
+@pytest.mark.parametrize("base", [0.0, 1e9, -1e9, 1e12])
+def test_rewards_are_centred_before_they_are_rounded(base: float) -> None:
+    """base, base + 1, base + 1 under "balance": -2/3 and twice +1/3, whatever the base is."""
+    policy = dataclasses.replace(preset("reinforce-ada-balance", group_size=3), positive_threshold=base + 0.5)
+    sampler = AdaptiveSampler(prompts_of(["p"]), policy)
+    result = finish(sampler, lambda request: scored(request, base + (request.index % 4 > 0)))
+    (group,) = samples_with_advantages(result, policy)
+    low, high = min(s.advantage for s in group), max(s.advantage for s in group)
+    assert high - low == pytest.approx(1, abs=1e-6)
+    assert low < 0 < high
+
+
 # -------------------- the fixed denominator
 
 

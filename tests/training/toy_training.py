@@ -120,7 +120,7 @@ def toy_config(out: Path, **overrides: Any) -> Config:
     base = {
         "steps": 5, "prompts_per_step": 4, "group_size": 4, "round_size": 4, "max_rounds": 3, "minibatches": 2, "learning_rate": 0.02,
         "warmup_steps": 1, "eval_k": 2, "eval_prompts": 3, "checkpoint_every": 2, "max_tokens": MAX_TOKENS, "tokens_per_pass": 24,
-        "eval_every": 2,
+        "eval_every": 2, "dtype": "float32",
     }  # fmt: skip
     return configuration.load(None, {**base, "out": str(out), **overrides})
 

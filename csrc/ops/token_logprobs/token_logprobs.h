@@ -26,11 +26,12 @@ constexpr std::int64_t kIgnored = -100;
 // The first row whose id is neither in [0, vocab) nor kIgnored; -1 when there is none.
 RA_DECLARE_KERNEL(std::int64_t first_invalid_token(const std::int64_t* token_ids, std::int64_t num_tokens, std::int64_t vocab))
 
-// Writes logprobs [num_tokens] and log2_normalizer [num_tokens]; entropy and sum_p2 [num_tokens] unless null.
+// Writes logprobs [num_tokens] and normalizers [num_tokens, 2], an anchor and the log2 of the normalizer relative to it; entropy and
+// sum_p2 [num_tokens] unless null.
 RA_DECLARE_KERNEL(void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab,
                                               std::int64_t row_stride, const std::int64_t* token_ids, const float* temperatures,
-                                              double temperature, double logit_scale, double soft_cap, float* logprobs,
-                                              double* log2_normalizer, float* entropy, float* sum_p2, int num_threads))
+                                              double temperature, double logit_scale, double soft_cap, float* logprobs, double* normalizers,
+                                              float* entropy, float* sum_p2, int num_threads))
 
 // Adds a piece of each row to its six doubles in `state` [num_tokens, 6], which are all 0 before the first piece: what RowState in
 // common/logits_sweep.h says. Entropy and sum_p2 are summed only with_entropy and with_sum_p2, which is the same for all pieces.
@@ -41,7 +42,7 @@ RA_DECLARE_KERNEL(void token_logprobs_add_piece(const void* logits, int dtype, s
 
 // The results of rows whose pieces have all been added: as token_logprobs_forward. It reads the state and leaves it. A state that is still
 // all 0 (an ignored row) gives 0; a token that no piece contained gives a NaN logprob.
-RA_DECLARE_KERNEL(void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* log2_normalizer,
+RA_DECLARE_KERNEL(void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* normalizers,
                                              float* entropy, float* sum_p2))
 
 // Writes the gradient of the logits as given, before scale and cap: grad [num_tokens, piece_size] of `dtype`, rows
@@ -52,7 +53,7 @@ RA_DECLARE_KERNEL(void token_logprobs_finish(const double* state, std::int64_t n
 RA_DECLARE_KERNEL(void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size,
                                                      std::int64_t row_stride, std::int64_t first_id, const std::int64_t* token_ids,
                                                      const float* temperatures, double temperature, double logit_scale, double soft_cap,
-                                                     const double* log2_normalizer, const float* entropy, const float* grad_logprobs,
+                                                     const double* normalizers, const float* entropy, const float* grad_logprobs,
                                                      const float* grad_entropy, void* grad, std::int64_t grad_row_stride, double* grad_bias,
                                                      int num_threads))
 

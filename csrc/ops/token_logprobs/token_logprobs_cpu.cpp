@@ -35,10 +35,12 @@ struct Rows {
     }
 
     template <class Out>
-    void write_gradient(std::int64_t t, double log2_normalizer, double entropy, double g, double h, bool streams, Out* out) const {
+    void write_gradient(std::int64_t t, const Normalizer& normalizer, double entropy, double g, double h, bool streams, Out* out) const {
         const Head head = this->head(t);
-        const RowGradient row(head, log2_normalizer, entropy, g, h);
-        reinforce_ada::RA_ISA::write_gradient(piece(t), head, token(t), row, h != 0, streams, out);
+        with_constant(is_far(normalizer.anchor), [&](auto far) {
+            const RowGradient<far> row(head, normalizer, entropy, g, h);
+            reinforce_ada::RA_ISA::write_gradient(piece(t), head, token(t), row, h != 0, streams, out);
+        });
     }
 };
 
@@ -71,8 +73,8 @@ std::int64_t first_invalid_token(const std::int64_t* token_ids, std::int64_t num
 
 void token_logprobs_forward(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t vocab, std::int64_t row_stride,
                             const std::int64_t* token_ids, const float* temperatures, double temperature, double logit_scale,
-                            double soft_cap, float* logprobs, double* log2_normalizer, float* entropy, float* sum_p2, int num_threads) {
-    const Outputs out{logprobs, log2_normalizer, entropy, sum_p2};
+                            double soft_cap, float* logprobs, double* normalizers, float* entropy, float* sum_p2, int num_threads) {
+    const Outputs out{logprobs, reinterpret_cast<Normalizer*>(normalizers), entropy, sum_p2};
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
         const Rows<T> rows{logits, vocab, row_stride, 0, token_ids, temperatures, temperature, logit_scale, soft_cap};
@@ -103,9 +105,9 @@ void token_logprobs_add_piece(const void* logits, int dtype, std::int64_t num_to
     });
 }
 
-void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* log2_normalizer, float* entropy,
+void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* logprobs, double* normalizers, float* entropy,
                            float* sum_p2) {
-    const Outputs out{logprobs, log2_normalizer, entropy, sum_p2};
+    const Outputs out{logprobs, reinterpret_cast<Normalizer*>(normalizers), entropy, sum_p2};
     for (std::int64_t t = 0; t < num_tokens; ++t) {
         RowState row;
         std::memcpy(&row, state + t * kStateSize, sizeof row);
@@ -115,7 +117,7 @@ void token_logprobs_finish(const double* state, std::int64_t num_tokens, float* 
 
 void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t num_tokens, std::int64_t piece_size, std::int64_t row_stride,
                                    std::int64_t first_id, const std::int64_t* token_ids, const float* temperatures, double temperature,
-                                   double logit_scale, double soft_cap, const double* log2_normalizer, const float* entropy,
+                                   double logit_scale, double soft_cap, const double* normalizers, const float* entropy,
                                    const float* grad_logprobs, const float* grad_entropy, void* grad, std::int64_t grad_row_stride,
                                    double* grad_bias, int num_threads) {
     with_element_type(dtype, [&](auto* element) {
@@ -135,7 +137,7 @@ void token_logprobs_gradient_piece(const void* logits, int dtype, std::int64_t n
                     if (rows.ignored(t) || (g == 0 && h == 0))
                         std::memset(static_cast<void*>(out), 0, static_cast<std::size_t>(piece_size) * sizeof(T));
                     else
-                        rows.write_gradient(t, log2_normalizer[t], h != 0 ? entropy[t] : 0, g, h, streams, out);
+                        rows.write_gradient(t, {normalizers[2 * t], normalizers[2 * t + 1]}, h != 0 ? entropy[t] : 0, g, h, streams, out);
                 }
                 if (streams) stream_fence();
             });

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
-from reinforce_ada.ops._torch import DTYPE_CODES, address
+from reinforce_ada.ops._torch import DTYPE_CODES, address, row_address
 
 LANES = 16  # packed hidden states are padded to a multiple of the widest vector
 _TILE = 32  # bfloat16 values in a row of an AMX tile
@@ -66,7 +66,7 @@ class Hidden:
         """into [V', D] += dz^T hidden, or = where it is the `first`; rounded to its dtype, that of hidden, once a call."""
         if self._packed is not None:
             cpu.linear_grad_weight(
-                address(dz),
+                row_address(dz),
                 dz.stride(0),
                 *_matrix(self.rows),
                 dz.shape[0],
@@ -87,7 +87,7 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
     """into [T, D] float32 += dz weight."""
     if dz.dtype == torch.float32:
         cpu.linear_grad_hidden(
-            address(dz),
+            row_address(dz),
             dz.stride(0),
             *_matrix(weight),
             dz.shape[0],
@@ -114,11 +114,11 @@ def _apart(left: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:
-    return address(x), DTYPE_CODES[x.dtype]
+    return row_address(x), DTYPE_CODES[x.dtype]
 
 
 def _pack(rows: Tensor) -> Tensor:
     num_tokens, width = rows.shape
-    packed = torch.empty(-(-num_tokens // LANES) * LANES * width, dtype=torch.float32)
+    packed = rows.new_empty(-(-num_tokens // LANES) * LANES * width, dtype=torch.float32)
     cpu.pack_hidden(*_matrix(rows), num_tokens, width, rows.stride(0), address(packed), torch.get_num_threads())
     return packed

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+
+from reinforce_ada.errors import InputError
 
 NAMESPACE = "reinforce_ada"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
@@ -21,7 +23,7 @@ _traced, _modes, _transformed = torch.compiler.is_compiling, torch._C._len_torch
 
 def is_eager(args: Sequence[Any]) -> bool:
     """Whether a call may pass torch's dispatcher by: nothing traces or transforms it, and every tensor is a plain one."""
-    if _traced() or _modes() or _transformed():
+    if _traced() or _modes() or _transformed() or forward_ad._current_level >= 0:
         return False
     for a in args:  # noqa: SIM110  all() over a generator takes three times as long
         if type(a) not in _PLAIN and isinstance(a, Tensor):
@@ -29,9 +31,100 @@ def is_eager(args: Sequence[Any]) -> bool:
     return True
 
 
+def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor as a kernel may read it, in `dtype` where one is given: a plain array without gaps, itself where it is one.
+
+    Whoever takes its `address` must hold what this returns: it may be the only reference to a copy.
+    """
+    if dtype is not None and tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor.resolve_neg().contiguous()
+
+
+def constant(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`dense`, without gradient and tangent."""
+    return dense(tensor.detach() if tensor.requires_grad or forward_ad._current_level >= 0 else tensor, dtype)
+
+
 def address(tensor: Tensor | None) -> int:
-    """What a native kernel takes for a tensor: its address, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """What a native kernel takes for a tensor: its address, 0 for none. A kernel knows no strides, so there may be none to know."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"a kernel was handed a tensor of shape {list(tensor.shape)} with strides {tensor.stride()}: use dense()")
+    return tensor.data_ptr()
+
+
+def row_address(matrix: Tensor) -> int:
+    """The address of a matrix whose rows lie any distance apart, `matrix.stride(0)`, which the kernel is told too."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise RuntimeError(f"a kernel was handed rows of shape {list(matrix.shape)} with strides {matrix.stride()}")
+    return matrix.data_ptr()
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices whose rows are contiguous have an element in common; not known, and False, while tracing."""
+    if _traced() or not a.numel() or not b.numel() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    start = [x.storage_offset() for x in (a, b)]
+    stop = [x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + x.shape[1] for x in (a, b)]
+    if start[0] >= stop[1] or start[1] >= stop[0]:
+        return False
+    stride = a.stride(0)
+    if a.shape[0] > 1 and b.shape[0] > 1 and b.stride(0) == stride:  # side by side in the rows of a larger matrix
+        shift = (start[1] - start[0]) % stride
+        return shift < a.shape[1] or shift > stride - b.shape[1]
+    return True
+
+
+def refuse_transforms(where: str, tensors: Sequence[Any]) -> None:
+    """Raises where a transform of torch.func is active or a tensor carries a tangent: a native form would lose it without a word."""
+    if _transformed():
+        given = "a call inside a transform of torch.func (grad, vjp, jvp, vmap, ...)"
+    elif has_tangent(tensors):
+        given = "a tensor with a tangent (forward-mode AD)"
+    else:
+        return
+    raise InputError(where, given, "reverse-mode autograd, as in loss.backward()", 'or backend="reference", plain PyTorch')
+
+
+def has_tangent(tensors: Sequence[Any]) -> bool:
+    """Whether one of them is a dual tensor of forward-mode AD."""
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return any(isinstance(x, Tensor) and unpack(x).tangent is not None for x in tensors)
+
+
+def once(where: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd.Function whose gradients can be used and kept, but not be differentiated: that raises.
+
+    torch's `once_differentiable` raises only where the incoming gradient requires one. Otherwise it returns constants, and a penalty on
+    the gradient, added to a loss, would count for nothing.
+    """
+
+    def run(ctx: Any, *incoming: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *incoming)
+        # What the gradients depend on, as far as it is at hand: whoever asks for a derivative in it shall meet the error.
+        sources = [x for x in (*incoming, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        with torch.no_grad():
+            grads = backward(ctx, *incoming)
+        final: Any = _Final.apply
+        return tuple(None if grad is None else final(where, grad.detach().requires_grad_(), *sources) for grad in grads)
+
+    return run
+
+
+class _Final(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, where: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        ctx.where = where
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError(f'{ctx.where}: trying to differentiate twice; backend="reference", plain PyTorch, has second derivatives')
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -74,6 +167,7 @@ class NativeOp:
             f"{NAMESPACE}::{name}", forward, mutates_args=tuple(mutates), device_types=device_type, schema=schema
         )
         self.op.register_fake(fake)
+        self._name = name
         self._forward = forward
         self._written = [i for i, argument in enumerate(self.op._opoverload._schema.arguments) if argument.name in mutates]
         self._function: Any = None
@@ -83,6 +177,8 @@ class NativeOp:
 
     def __call__(self, *args: Any) -> Any:
         if not is_eager(args):
+            if not _traced():
+                refuse_transforms(self._name, args)
             return self.op(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             # Without a formula torch's own path runs: it raises when someone differentiates through it (a double backward).
@@ -102,6 +198,5 @@ def _thin_function(name: str, forward: Callable[..., Any], setup_context: Callab
             setup_context(ctx, args, output)
         return output
 
-    # A second derivative through the incoming gradient alone would be a part of the truth: it raises.
-    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(once_differentiable(backward))}
+    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(once(name, backward))}
     return type(name, (torch.autograd.Function,), methods)

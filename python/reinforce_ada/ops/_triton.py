@@ -40,6 +40,12 @@ def tanh(x):
 
 
 @triton.jit
+def vanishing(down):
+    """What a maximum has risen by, in log2 and negative, kept at a size whose exp2 is 0 too: infinity could not be multiplied with that."""
+    return tl.clamp(down, -1e4, 0.0)
+
+
+@triton.jit
 def head(x, logit_scale, soft_cap, HAS_CAP: tl.constexpr):
     """z of the logits x: scaled, then under the soft cap."""
     z = x.to(tl.float32) * logit_scale

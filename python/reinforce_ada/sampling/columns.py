@@ -517,37 +517,31 @@ class ColumnSampler:
             given = f"{self._num_active} of {self._num_entered} prompts still active"
             raise InputError(f"{_WHERE}.result", given, "every prompt must have exited", "drive the sampler until .done")
         rows, num = _Rows(self._policy), self._num_entered
-        pattern_of = np.concatenate([self._patterns(first, rows) for first in range(0, num, _CHUNK)])
+        rewards, committed = self._rewards[:num].copy(), self._committed[:num].copy()  # a snapshot: answers may still come
+        pattern_of = np.concatenate([_patterns(rewards[i : i + _CHUNK], committed[i : i + _CHUNK], rows) for i in range(0, num, _CHUNK)])
         mean, m2, low, high, first_reward = np.array(rows.statistics)[pattern_of].T
-        exit_, void = self._exit[:num].copy(), self._committed - self._correct - self._wrong
+        exit_, void = self._exit[:num].copy(), committed - self._correct[:num] - self._wrong[:num]
         has_group = (exit_ != _DROPPED) & ((low < high) if self._policy.degenerate == "drop" else (low <= high))
         kept = rows.kept()[pattern_of]
         kept[~has_group] = -1
         result = ColumnResult(
             num_correct=self._correct[:num].copy(),
             num_wrong=self._wrong[:num].copy(),
-            num_void=void[:num],
+            num_void=void,
             mean=mean,
             m2=m2,
             min=low,
             max=high,
             num_issued=self._num_issued[:num].copy(),
-            committed=self._committed[:num].copy(),
+            committed=committed,
             exit=exit_,
             cap=self._cap[:num].copy(),
-            rewards=self._rewards[:num],
+            rewards=rewards,
             has_group=has_group,
             kept=kept,
             metrics={},
         )
         return replace(result, metrics=_metrics(result, self._policy, self._num_wanted, self._tally, first_reward))
-
-    def _patterns(self, first: int, rows: _Rows) -> NDArray[np.int64]:
-        """The pattern of each of a chunk of prompts; rewards past the pool become nan."""
-        last = min(first + _CHUNK, self._num_entered)
-        rewards, committed = self._rewards[first:last], self._committed[first:last]
-        rewards[np.arange(self._policy.cap) >= committed[:, None]] = np.nan
-        return rows.of(rewards, committed)
 
 
 # -------------------- parts
@@ -637,6 +631,12 @@ class _Rows:
         for row, kept in zip(table, self._kept, strict=True):
             row[: len(kept)] = kept
         return table
+
+
+def _patterns(rewards: NDArray[np.float64], committed: NDArray[np.int32], rows: _Rows) -> NDArray[np.int64]:
+    """The pattern of each of a chunk of prompts; rewards past the pool become nan."""
+    rewards[np.arange(rewards.shape[1]) >= committed[:, None]] = np.nan
+    return rows.of(rewards, committed)
 
 
 def _breadth_first(prompts: Ints, issued: Ints, room: Ints, num: int) -> Ints:

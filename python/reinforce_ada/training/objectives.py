@@ -27,7 +27,7 @@ def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list
     raw = np.array([s.reward for g in result.groups for s in g.kept])
     group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
     spec = policy.weight(result.groups, policy)
-    rewards = torch.from_numpy(spec.rewards(raw)).float()
+    rewards = torch.as_tensor(spec.rewards(raw), dtype=torch.float64)  # float32 would not tell 1e9 from 1e9 + 1
     advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **_arguments(spec)).tolist())
     return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
 
@@ -132,6 +132,7 @@ class Objective:
             "old_logprobs": old_logprobs,
             "rollout_logprobs": batch.rollout_logprobs,
             "cu_seqlens": batch.cu_seqlens,
+            "advantages_per": "sequence",
             "loss": self.loss,
             "loss_agg": self.loss_agg,
             "clip_low": self.clip_low,

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._torch import has_tangent
 from reinforce_ada.ops.group_advantages import cpu, gpu, reference
 from reinforce_ada.ops.group_advantages.checks import (
     BASELINES,
@@ -97,6 +99,8 @@ def group_advantages(
             return result
     check_rows(rewards, group_of, cu_seqlens)
     check_choices(baseline, scale, ddof, eps, singleton)
+    if has_tangent((rewards,)):
+        raise InputError(WHERE, "rewards with a tangent (forward-mode AD)", "rewards.detach(): advantages are constants")
     per_group = cu_seqlens is not None or pool is not None or class_weights is not None or isinstance(baseline, Tensor)
     num_groups = count_groups(cu_seqlens, pool, baseline, class_weights) if per_group else None
     form = resolve(WHERE, backend, rewards.device, rewards.dtype)

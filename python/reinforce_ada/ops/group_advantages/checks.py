@@ -79,10 +79,10 @@ def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: st
 
 
 def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None, groups: int | None) -> tuple[Tensor, int]:
-    """(group_of, G) from either way to say which rows belong together, with their values checked."""
-    rows = rewards.shape[0]
+    """(group_of, G) from either way to say which rows belong together, with their values checked; a traced tensor has none to check."""
+    rows, traced = rewards.shape[0], torch.compiler.is_compiling()
     if cu_seqlens is not None:
-        at = first_wrong_offset(cu_seqlens, rows)
+        at = None if traced else first_wrong_offset(cu_seqlens, rows)
         if at is not None:
             raise wrong_offset(WHERE, cu_seqlens, at, rows)
         return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows), cu_seqlens.shape[0] - 1
@@ -91,7 +91,7 @@ def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor |
     if num_groups is None:
         num_groups = int(group_of.max()) + 1 if rows else 0
     outside = (group_of < 0) | (group_of >= num_groups)
-    if outside.any():
+    if not traced and outside.any():
         raise wrong_group(group_of, int(outside.nonzero()[0]), groups)
     return group_of, num_groups
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._native import cpu, missing
 from reinforce_ada.ops._ragged import wrong_offset
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, is_eager
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, is_eager
 from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES, SINGLETONS, WHERE, wrong_group
 from reinforce_ada.types import PoolStats
 
@@ -40,7 +40,9 @@ def common_case(
     shape = rewards.shape
     if len(shape) != 1 or group_of.shape != shape or not (rewards.is_cpu and group_of.is_cpu):
         return None
-    if not (type(ddof) is int and ddof >= 0 and 0 <= eps < math.inf and rewards.is_contiguous() and group_of.is_contiguous()):
+    if not (type(ddof) is int and ddof >= 0 and 0 <= eps < math.inf):
+        return None
+    if not (rewards.is_contiguous() and group_of.is_contiguous()) or rewards.is_neg():
         return None
     out = torch.empty_like(rewards)
     wrong = cpu.group_advantages(
@@ -87,9 +89,9 @@ def arguments(
     """What an operator of `SCHEMA` takes for those of the public function, on the device of the rewards."""
     device = rewards.device
     return (
-        rewards.detach().contiguous(),
-        None if group_of is None else group_of.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+        constant(rewards),
+        None if group_of is None else dense(group_of),
+        None if cu_seqlens is None else dense(cu_seqlens, torch.int64),
         num_groups,
         *(_NO_POOL if pool is None else _pool(pool, baseline, scale, singleton, device)),
         _float64(baseline, device) if isinstance(baseline, Tensor) else None,
@@ -120,11 +122,10 @@ def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str, d
 
 def _float64(x: Any, device: torch.device) -> Tensor:
     """A contiguous float64 tensor on the device, without gradient."""
-    tensor = x if isinstance(x, Tensor) else torch.as_tensor(x)
-    if tensor.dtype is not torch.float64 or tensor.device != device:
-        tensor = tensor.to(device, torch.float64)
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    return tensor.contiguous()
+    tensor = x if isinstance(x, Tensor) and x.dtype is torch.float64 else torch.as_tensor(x, dtype=torch.float64, device=device)
+    if tensor.device != device:
+        tensor = tensor.to(device)
+    return constant(tensor)
 
 
 def _forward(
@@ -148,7 +149,7 @@ def _forward(
     out = torch.empty_like(rewards)
     rows = rewards.shape[0]
     wrong = cpu.group_advantages(
-        rewards.data_ptr(),
+        address(rewards),
         DTYPE_CODES[rewards.dtype],
         address(group_of),
         address(cu_seqlens),
@@ -166,7 +167,7 @@ def _forward(
         ddof,
         eps,
         keep_single,
-        out.data_ptr(),
+        address(out),
         _num_threads(),
     )
     if wrong >= 0:

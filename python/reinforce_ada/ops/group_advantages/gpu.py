@@ -104,7 +104,7 @@ def segments(group_of: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
         first = torch.ones_like(numbers, dtype=torch.bool)
         first[1:] = numbers[1:] != numbers[:-1]
         numbers, num_groups = (first & (numbers >= 0)).cumsum(0) - 1, numbers.shape[0]
-    return order, torch.searchsorted(numbers, torch.arange(num_groups + 1, device=numbers.device))
+    return order, torch.searchsorted(numbers, torch.arange(num_groups + 1, dtype=torch.int64, device=numbers.device))
 
 
 _forms: dict[str, Form] = {}

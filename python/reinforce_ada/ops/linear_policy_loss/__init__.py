@@ -10,12 +10,13 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
-from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
 from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, Settings
-from reinforce_ada.ops.token_logprobs.checks import check_bias, check_matrix, check_temperature, check_values, describe
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values, describe
 
 __all__ = ["linear_policy_loss"]
 
@@ -47,6 +48,7 @@ def linear_policy_loss(
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     loss: str = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
@@ -81,7 +83,8 @@ def linear_policy_loss(
             token_ids[t]: the shift by one is the caller's. Hidden states and ids where the mask is 0 never matter.
         weight: [V, D], of the same dtype.
         token_ids: [T] or [N, L], int64 or int32, in [0, V) where the mask is 1.
-        advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens: as in `policy_loss`, for tokens of that shape.
+        advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens, advantages_per: as in `policy_loss`, for tokens of
+            that shape.
         bias: [V], of the same dtype.
         logit_scale, soft_cap, temperature: as in `linear_token_logprobs`; a temperature tensor has the shape of token_ids.
         entropy_coef: factor of the entropy bonus.
@@ -103,8 +106,9 @@ def linear_policy_loss(
 
     Source: `linear_token_logprobs` and `policy_loss`; the entropy bonus as in arXiv 1602.01783.
     """
-    num_seqs = check_layout(_WHERE, "token_ids", token_ids, cu_seqlens)
+    check_layout(_WHERE, "token_ids", token_ids, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
+    check_tensors(_WHERE, token_ids, mask, others)
     settings = Settings(
         loss=loss,
         ratio_level=ratio_level,
@@ -122,7 +126,7 @@ def linear_policy_loss(
         kl_weighting=kl_weighting,
         kl_bound=kl_bound,
         entropy_coef=entropy_coef,
-        advantages_per_token=check_tensors(_WHERE, token_ids, num_seqs, advantages, mask, others),
+        advantages_per_token=advantages_are_per_token(_WHERE, token_ids, cu_seqlens, advantages, advantages_per),
     )
     check_settings(_WHERE, settings, others)
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
@@ -176,9 +180,9 @@ def _check_head(
         raise InputError(_WHERE, f"temperature is {describe(temperature)}", f"a number, or {list(token_ids.shape)}")
     flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     check_temperature(_WHERE, flat, token_ids.numel(), hidden.device)
-    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf) or not math.isfinite(entropy_coef):
-        given = f"logit_scale={logit_scale}, soft_cap={soft_cap}, entropy_coef={entropy_coef}"
-        raise InputError(_WHERE, given, "finite numbers, the soft cap positive or None")
+    check_head(_WHERE, logit_scale, soft_cap)
+    if not -math.inf < entropy_coef < math.inf:
+        raise InputError(_WHERE, f"entropy_coef={entropy_coef}", "a finite number")
 
 
 def _check_weight_grad(weight: Tensor, weight_grad: Tensor | None) -> None:
@@ -190,3 +194,5 @@ def _check_weight_grad(weight: Tensor, weight_grad: Tensor | None) -> None:
         raise InputError(_WHERE, f"weight_grad is {describe(weight_grad)}", needed)
     if torch.compiler.is_compiling():
         raise InputError(_WHERE, "weight_grad under torch.compile", "an eager call")
+    if share_memory(weight_grad, weight):
+        raise InputError(_WHERE, "weight_grad in the memory of the weight", "memory of its own")

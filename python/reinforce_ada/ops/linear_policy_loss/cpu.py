@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype
-from reinforce_ada.ops._torch import NativeOp, is_eager
+from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
 from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
 from reinforce_ada.ops.policy_loss import cpu as policy
@@ -51,17 +51,17 @@ def linear_policy_loss(
     """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     onto = weight_grad if wanted[1] else None
-    run = _op if onto is None else partial(_OntoWeightGrad.apply, onto)
+    run = _op if onto is None else partial(_onto_weight_grad, onto)
     value, metrics, *_ = run(
-        hidden.flatten(0, -2),
-        weight,
+        hidden.flatten(0, -2).resolve_neg(),
+        weight.resolve_neg(),
         bias,
-        token_ids.flatten().long(),
-        temperature.flatten().float() if isinstance(temperature, Tensor) else None,
-        advantages.float().contiguous(),
-        (mask != 0).contiguous(),
-        *(None if x is None else x.contiguous() for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
-        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+        constant(token_ids.flatten(), torch.int64),
+        dense(temperature.flatten(), torch.float32) if isinstance(temperature, Tensor) else None,
+        constant(advantages, torch.float32),
+        constant(mask != 0),
+        *(None if x is None else constant(x) for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
+        None if cu_seqlens is None else constant(cu_seqlens, torch.int64),
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         float(logit_scale),
         float(soft_cap or 0),
@@ -113,13 +113,14 @@ class Batch:
     def shares(self, aggregation: list[float]) -> Tensor:
         """[T], of each token in the aggregate."""
         plain = replace(self, advantages=torch.full_like(self.advantages, -1), old=None, rollout=None, ref=None)
-        return plain.evaluate(torch.zeros(self.mask.shape), None, aggregation)[2].flatten()
+        zeros = self.advantages.new_zeros(self.mask.shape)
+        return plain.evaluate(zeros, None, aggregation)[2].flatten()
 
     def tokens(self, index: Tensor) -> Batch:
         """These tokens as one sequence."""
         old, rollout, ref = (None if x is None else rows_of(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
-        mask = torch.ones(len(index), dtype=torch.bool)
-        return Batch(rows_of(self.advantages, index), True, mask, old, rollout, ref, torch.tensor([0, len(index)]))
+        mask, cu_seqlens = self.mask.new_ones(len(index)), index.new_tensor([0, len(index)])
+        return Batch(rows_of(self.advantages, index), True, mask, old, rollout, ref, cu_seqlens)
 
     def each_token(self) -> Batch:
         """With one advantage a token, [T]."""
@@ -176,12 +177,12 @@ def _forward(
             )
             value, metrics, _, _ = batch.evaluate(logprobs, entropy, numbers)
             return value, metrics, *results, factor
-        logprobs, log2_normalizer, entropy, _ = linear.score(hidden, head, ids, with_entropy, False, extra_bytes)
+        logprobs, normalizers, entropy, _ = linear.score(hidden, head, ids, with_entropy, False, extra_bytes)
         value, metrics, g, h = batch.evaluate(logprobs, entropy if with_entropy else None, numbers)
         if wanted:
             factor = factor if onto is not None else _factor(g, hidden.dtype)
             slopes = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
-            scored = Scored(ids, log2_normalizer, entropy, *slopes)
+            scored = Scored(ids, normalizers, entropy, *slopes)
             linear.add_gradients(hidden, head, scored, grads, extra_bytes, onto_weight=onto is not None)
         return value, metrics, *results, factor
 
@@ -194,7 +195,7 @@ def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
     """
     total = derivatives.abs().sum(dtype=torch.float64).item() if dtype == torch.float16 else 0
     exponent = 4 - math.ceil(math.log2(total)) if 0 < total < math.inf else 0
-    return torch.tensor(2.0**exponent, dtype=torch.float64)
+    return derivatives.new_tensor(2.0**exponent, dtype=torch.float64)
 
 
 def _score_with_gradients(
@@ -212,24 +213,24 @@ def _score_with_gradients(
     """Writes the gradients; returns logprobs and entropy [T], 0 where a token is ignored."""
     grad_hidden, grad_weight, grad_bias = grads
     grad_hidden.zero_()
-    bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
-    logprobs = torch.zeros(len(token_ids))
-    entropy = torch.zeros(len(token_ids)) if with_entropy else None
+    bias_sums = grad_bias.new_zeros(len(grad_bias), dtype=torch.float64)
+    logprobs = shares.new_zeros(len(token_ids))
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
     room = linear.for_logits(extra_bytes, hidden.dtype, bias_sums.nbytes + head.bias_bytes)
     tokens = _tokens_of_chunk(len(active), head.weight, room)
-    buffer = torch.empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
+    buffer = hidden.new_empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
     for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
         rows, ids, head_at = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.at(index)
         dz = rows.logits(head.weight, head.bias, buffer)
-        logp, log2_normalizer, h, _ = linear.score_logits(dz, ids, head_at, with_entropy)
+        logp, normalizers, h, _ = linear.score_logits(dz, ids, head_at, with_entropy)
         _, _, *slopes = batch.tokens(index).evaluate(logp, h if with_entropy else None, numbers)
         incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
-        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, log2_normalizer, h, *incoming), head_at, bias_sums)
+        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, normalizers, h, *incoming), head_at, bias_sums)
         if len(grad_weight):
             rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and not onto_weight)
         if len(grad_hidden):
-            sums = torch.zeros(rows.rows.shape)
+            sums = rows.rows.new_zeros(rows.rows.shape, dtype=torch.float32)
             add_hidden_gradient(dz, head.weight, sums)
             grad_hidden[index] = sums.to(grad_hidden.dtype)
         logprobs[index] = logp
@@ -292,6 +293,7 @@ class _OntoWeightGrad(torch.autograd.Function):
         return output
 
     @staticmethod
+    @partial(once, _WHERE)
     def backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_value is not None and grad_value != 1:
             given = f"weight_grad and a loss that is multiplied by {grad_value.item():g} afterwards"
@@ -302,6 +304,12 @@ class _OntoWeightGrad(torch.autograd.Function):
         grad_hidden, _, grad_bias, _ = ctx.saved_tensors
         of_hidden, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * 20
+
+
+def _onto_weight_grad(onto: Tensor, *inputs: Any) -> Any:
+    refuse_transforms(_WHERE, inputs)
+    run: Any = _OntoWeightGrad.apply
+    return run(onto, *inputs)
 
 
 _op = NativeOp(

@@ -7,11 +7,13 @@ here a tile of logits never leaves the registers, so there are none to keep.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.linear_token_logprobs import gpu as linear
 from reinforce_ada.ops.policy_loss import gpu as policy
 from reinforce_ada.ops.policy_loss.settings import Settings
@@ -50,6 +52,7 @@ def linear_policy_loss(
         max_extra_bytes,
     )
     if weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
+        refuse_transforms("linear_policy_loss", inputs)
         logprobs, _, _, entropy, _ = _OntoWeightGrad.apply(weight_grad, *inputs)
     else:
         logprobs, _, _, entropy, _ = linear.scored(*inputs)
@@ -78,7 +81,7 @@ class _OntoWeightGrad(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @partial(once, "linear_policy_loss")
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         of_hidden, _, of_bias = ctx.needs_input_grad[1:4]
         grad_hidden, grad_bias = linear.gradients_onto(ctx, incoming, ctx.onto, of_hidden, of_bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype, scratch_bytes
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
 from reinforce_ada.ops.token_logprobs import cpu as whole_rows
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
@@ -61,7 +61,7 @@ class Scored(NamedTuple):
     """Tokens with what the gradient of their logits needs; None for an incoming gradient that is 0."""
 
     ids: Tensor
-    log2_normalizer: Tensor
+    normalizers: Tensor
     entropy: Tensor  # empty where grad_entropy is None
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
@@ -70,14 +70,14 @@ class Scored(NamedTuple):
         """These of them."""
         entropy = rows_of(self.entropy, index) if len(self.entropy) else self.entropy
         g, h = (None if grad is None else rows_of(grad, index) for grad in (self.grad_logprobs, self.grad_entropy))
-        return Scored(rows_of(self.ids, index), rows_of(self.log2_normalizer, index), entropy, g, h)
+        return Scored(rows_of(self.ids, index), rows_of(self.normalizers, index), entropy, g, h)
 
 
 def head_of(
     weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, soft_cap: float
 ) -> Head:
     """With the bias in the dtype of the logits."""
-    bias = None if bias is None else bias.to(logits_dtype(weight.dtype)).contiguous()
+    bias = None if bias is None else dense(bias, logits_dtype(weight.dtype))
     return Head(weight, bias, temperatures, temperature, logit_scale, soft_cap)
 
 
@@ -94,13 +94,11 @@ def linear_token_logprobs(
     max_extra_bytes: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32; see the public function."""
-    temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+    temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     extra = DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes
-    ids = token_ids.long().contiguous()
-    logprobs, _, h, s = _forward_op(
-        hidden, weight, bias, ids, temperatures, scalar, float(logit_scale), float(soft_cap or 0), entropy, sum_p2, extra
-    )
+    rows = (hidden.resolve_neg(), weight.resolve_neg(), bias, constant(token_ids, torch.int64))
+    logprobs, _, h, s = _forward_op(*rows, temperatures, scalar, float(logit_scale), float(soft_cap or 0), entropy, sum_p2, extra)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
@@ -139,8 +137,8 @@ class Plan:
     def pieces(self, vocab: int) -> Iterator[slice]:
         return (slice(i, min(i + self.piece, vocab)) for i in range(0, vocab, self.piece))
 
-    def buffer(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.tokens * self.piece, dtype=logits_dtype(dtype))
+    def buffer(self, hidden: Tensor) -> Tensor:
+        return hidden.new_empty(self.tokens * self.piece, dtype=logits_dtype(hidden.dtype))
 
 
 def for_logits(extra_bytes: int, dtype: torch.dtype, held: int = 0) -> int:
@@ -181,14 +179,14 @@ def score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, log2 of the normalizer, entropy, sum_p2), each [T]; zero for ignored tokens, empty where not asked for."""
     num_tokens = hidden.shape[0]
-    state = torch.zeros(num_tokens, _STATE, dtype=torch.float64)
+    state = hidden.new_zeros((num_tokens, _STATE), dtype=torch.float64)
     active = (token_ids != IGNORED).nonzero().squeeze(1)
     room = for_logits(extra_bytes, hidden.dtype, head.bias_bytes)
     plan = Plan.of(len(active), head.weight, room, backward=False, gathered=len(active) < num_tokens)
-    buffer = plan.buffer(hidden.dtype)
+    buffer = plan.buffer(hidden)
     for index in plan.chunks(active):
         rows, ids, head_at = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.at(index)
-        sums = torch.zeros(len(index), _STATE, dtype=torch.float64)
+        sums = state.new_zeros((len(index), _STATE))
         for piece in plan.pieces(head.vocab):
             _add_piece(rows.logits(*head.piece(piece), buffer), piece.start, ids, head_at, sums, entropy, sum_p2)
         state[index] = sums
@@ -197,7 +195,7 @@ def score(
 
 def score_logits(logits: Tensor, ids: Tensor, head: Head, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `score`, of logits [T, V] that are all there."""
-    sums = torch.zeros(len(ids), _STATE, dtype=torch.float64)
+    sums = logits.new_zeros((len(ids), _STATE), dtype=torch.float64)
     _add_piece(logits, 0, ids, head, sums, entropy, False)
     return _finish(sums, entropy, False)
 
@@ -211,7 +209,7 @@ def _finish(state: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor,
 def _add_piece(logits: Tensor, first_id: int, ids: Tensor, head: Head, sums: Tensor, entropy: bool, sum_p2: bool) -> None:
     temperatures, temperature, logit_scale, soft_cap = head.scoring
     cpu.token_logprobs_add_piece(
-        address(logits),
+        row_address(logits),
         DTYPE_CODES[logits.dtype],
         logits.shape[0],
         logits.shape[1],
@@ -234,14 +232,14 @@ def _add_piece(logits: Tensor, first_id: int, ids: Tensor, head: Head, sums: Ten
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, token_ids, temperatures, *ctx.scalars, _, _, ctx.extra_bytes = inputs
-    _, log2_normalizer, entropy, sum_p2 = output
-    ctx.save_for_backward(hidden, weight, bias, token_ids, temperatures, log2_normalizer, entropy)
-    ctx.mark_non_differentiable(log2_normalizer, sum_p2)
+    _, normalizers, entropy, sum_p2 = output
+    ctx.save_for_backward(hidden, weight, bias, token_ids, temperatures, normalizers, entropy)
+    ctx.mark_non_differentiable(normalizers, sum_p2)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
-    g, h = (None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy))
+    g, h = (None if grad is None else dense(grad) for grad in (grad_logprobs, grad_entropy))
     needed = list(ctx.needs_input_grad[:3])
     grads = _gradient_op(*ctx.saved_tensors, *ctx.scalars, g, h, *needed, ctx.extra_bytes)
     return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), *(None,) * 8
@@ -253,7 +251,7 @@ def _gradient(
     bias: Tensor | None,
     token_ids: Tensor,
     temperatures: Tensor | None,
-    log2_normalizer: Tensor,
+    normalizers: Tensor,
     entropy: Tensor,
     temperature: float,
     logit_scale: float,
@@ -270,7 +268,7 @@ def _gradient(
         add_gradients(
             hidden,
             head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap),
-            Scored(token_ids, log2_normalizer, entropy, grad_logprobs, grad_entropy),
+            Scored(token_ids, normalizers, entropy, grad_logprobs, grad_entropy),
             grads,
             extra_bytes,
         )
@@ -305,13 +303,13 @@ def add_gradients(
     active = _with_gradient(scored)
     if not len(active) and not onto_weight:
         grad_weight.zero_()
-    bias_sums = torch.zeros(len(grad_bias), dtype=torch.float64)
+    bias_sums = grad_bias.new_zeros(len(grad_bias), dtype=torch.float64)
     room = for_logits(extra_bytes, hidden.dtype, bias_sums.nbytes + head.bias_bytes)
     plan = Plan.of(len(active), head.weight, room, backward=True, gathered=len(active) < len(hidden))
-    buffer = plan.buffer(hidden.dtype)
+    buffer = plan.buffer(hidden)
     for chunk, index in enumerate(plan.chunks(active)):
         rows, scored_at, head_at = Hidden(rows_of(hidden, index)), scored.at(index), head.at(index)
-        sums = torch.zeros(rows.rows.shape if len(grad_hidden) else 0, dtype=torch.float32)
+        sums = hidden.new_zeros(rows.rows.shape if len(grad_hidden) else 0, dtype=torch.float32)
         for piece in plan.pieces(head.vocab):
             dz = rows.logits(*head.piece(piece), buffer)
             gradient_over_logits(dz, piece, scored_at, head_at, bias_sums)
@@ -340,7 +338,7 @@ def gradient_over_logits(logits: Tensor, piece: slice, scored: Scored, head: Hea
         logits,
         scored.ids,
         *head.scoring,
-        scored.log2_normalizer,
+        scored.normalizers,
         scored.entropy,
         scored.grad_logprobs,
         scored.grad_entropy,
@@ -351,7 +349,7 @@ def gradient_over_logits(logits: Tensor, piece: slice, scored: Scored, head: Hea
 
 _gradient_op = NativeOp(
     "linear_token_logprobs_gradient",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? temperatures, Tensor log2_normalizer, Tensor entropy, "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? temperatures, Tensor normalizers, Tensor entropy, "
     "float temperature, float logit_scale, float soft_cap, Tensor? grad_logprobs, Tensor? grad_entropy, bool of_hidden, "
     "bool of_weight, bool of_bias, int extra_bytes) -> (Tensor, Tensor, Tensor)",
     _gradient,
@@ -362,7 +360,7 @@ _forward_op = NativeOp(
     "linear_token_logprobs",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, "
     "float soft_cap, bool entropy, bool sum_p2, int extra_bytes) "
-    "-> (Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
+    "-> (Tensor logprobs, Tensor normalizers, Tensor entropy, Tensor sum_p2)",
     _forward,
     lambda hidden, *rest: whole_rows.empty_results(hidden, *rest[-3:-1]),
     setup_context=_setup_context,

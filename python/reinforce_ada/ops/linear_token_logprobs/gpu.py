@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard, triton_devices
-from reinforce_ada.ops._torch import NativeOp
+from reinforce_ada.ops._torch import NativeOp, constant, dense
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 DEFAULT_EXTRA_BYTES = 256_000_000  # at 8192 tokens 15,000 entries of the vocabulary at a time: long products, and 1/10 of the logits
@@ -120,12 +120,12 @@ def arguments(
     max_extra_bytes: int | None,
 ) -> tuple[Any, ...]:
     """What the operator takes for those of the public function."""
-    temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+    temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else dense(bias)
     head = (temperatures, scalar, float(logit_scale), float(soft_cap or 0))
     extra = DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes
-    return hidden, weight, bias, token_ids.long().contiguous(), *head, entropy, sum_p2, extra
+    return hidden.resolve_neg(), weight.resolve_neg(), bias, constant(token_ids, torch.int64), *head, entropy, sum_p2, extra
 
 
 # The device
@@ -266,7 +266,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def incoming_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
     """Of logprobs and entropy."""
     # An entropy that was not asked for is empty, and so would be its gradient.
-    g, h = (None if grad is None else grad.contiguous() for grad in (grads[0], grads[3] if ctx.with_entropy else None))
+    g, h = (None if grad is None else dense(grad) for grad in (grads[0], grads[3] if ctx.with_entropy else None))
     return g, h
 
 

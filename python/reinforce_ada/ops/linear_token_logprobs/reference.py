@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.token_logprobs import reference
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
@@ -35,6 +37,8 @@ def linear_token_logprobs(
             x = F.linear(hidden, weight, bias)
             return reference.token_logprobs(x, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2)
         args = (hidden, weight, bias, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, chunk)
+        if not torch.compiler.is_compiling():
+            refuse_transforms("linear_token_logprobs with max_extra_bytes", args)
         results: tuple[Tensor, Tensor | None, Tensor | None] = _Chunked.apply(*args)  # type: ignore[no-untyped-call]
         return results
 
@@ -60,6 +64,7 @@ class _Chunked(torch.autograd.Function):
         return results
 
     @staticmethod
+    @partial(once, "linear_token_logprobs with max_extra_bytes")
     def backward(ctx: Any, g: Tensor, h: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         with torch.autocast(g.device.type, enabled=False):
             return *_chunked_gradients(ctx, g, h), *(None,) * 7

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope
+from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, vanishing
 
 IGNORED = tl.constexpr(-100)  # token_logprobs.checks.IGNORED
 
@@ -158,6 +158,7 @@ def partial_scores(
         d = (z - anchor[:, None]) * factor[:, None]
         e = tl.math.exp2(d)
         down = tl.where(highest == float("-inf"), 0.0, (highest - higher) * factor)
+        down = vanishing(down)
         shrink = tl.math.exp2(down)
         if MOMENTS:
             weighted = (weighted + down * total) * shrink + tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1)
@@ -217,6 +218,7 @@ def combined_scores(
         part = tl.load(at + field, mask=there, other=1.0)
         own += tl.load(at + 2 * field, mask=there, other=0.0)
         down = tl.where(top == float("-inf"), 0.0, (top - highest) * factor)
+        down = vanishing(down)
         shrink = tl.math.exp2(down)
         total += part * shrink
         if entropy is not None:

@@ -9,7 +9,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.policy_loss import cpu, gpu, reference
-from reinforce_ada.ops.policy_loss.checks import check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
     KL_ESTIMATORS,
@@ -46,6 +46,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    advantages_per: str | None = None,
     loss: str = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
@@ -99,7 +100,7 @@ def policy_loss(
     Args:
         logprobs: l, packed [T] with `cu_seqlens`, or padded [N, L] without; float32, bfloat16, float16 or float64. The loss is
             differentiable in it.
-        advantages: [N], or one a token in the shape of logprobs. [N] wins where both fit.
+        advantages: [N], or one a token in the shape of logprobs.
         mask: shape of logprobs; bool or floating point in {0, 1}. Values where it is 0, NaN included, never matter.
         old_logprobs: l_old of the policy that ratios refer to, shape of logprobs, any floating dtype like the next three. None is
             on-policy: r = 1, with gradient.
@@ -107,6 +108,8 @@ def policy_loss(
         ref_logprobs: l_ref, with `kl`.
         entropy: H, of each token's distribution in nats. The loss is differentiable in it too, with a non-zero entropy_coef.
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
+        advantages_per: "sequence" or "token", what there is one advantage for; None: as their shape says. Packed advantages of as many
+            tokens as sequences fit both, and have to say it unless every sequence is seen to have one token.
         loss: "reinforce", "ppo", "cispo", "gspo" or "sapo".
         ratio_level: "token" or "sequence", not with "gspo", whose ratio is of the sequence in its own way.
         clip_low, clip_high: widths of the clip below and above 1.
@@ -141,8 +144,9 @@ def policy_loss(
     """
     if logprobs.dtype not in (*_DTYPES, torch.float64):
         raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32, bfloat16, float16 or float64")
-    num_seqs = check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
+    check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+    check_tensors(WHERE, logprobs, mask, others)
     settings = Settings(
         loss=loss,
         ratio_level=ratio_level,
@@ -160,7 +164,7 @@ def policy_loss(
         kl_weighting=kl_weighting,
         kl_bound=kl_bound,
         entropy_coef=entropy_coef,
-        advantages_per_token=check_tensors(WHERE, logprobs, num_seqs, advantages, mask, others),
+        advantages_per_token=advantages_are_per_token(WHERE, logprobs, cu_seqlens, advantages, advantages_per),
     )
     check_settings(WHERE, settings, others)
     if entropy_coef != 0 and entropy is None:

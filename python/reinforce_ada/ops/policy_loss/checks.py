@@ -10,6 +10,7 @@ from torch import Tensor
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
 from reinforce_ada.ops.policy_loss.settings import (
+    ADVANTAGES_PER,
     KL_ESTIMATORS,
     KL_WEIGHTINGS,
     LOSS_AGGS,
@@ -17,33 +18,49 @@ from reinforce_ada.ops.policy_loss.settings import (
     RATIO_LEVELS,
     Settings,
 )
-from reinforce_ada.ops.token_logprobs.checks import describe
+from reinforce_ada.ops.token_logprobs.checks import FLOATING, describe
 
 
-def check_layout(where: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Packed [T] with cu_seqlens or padded [N, L] without; the number of sequences."""
+def check_layout(where: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Packed [T] with cu_seqlens or padded [N, L] without."""
     if tokens.ndim != (2 if cu_seqlens is None else 1):
         given = f"{name} of shape {list(tokens.shape)} with{'out' if cu_seqlens is None else ''} cu_seqlens"
         raise InputError(where, given, "packed [T] with cu_seqlens, or padded [N, L] without")
-    if cu_seqlens is None:
-        return tokens.shape[0]
-    check_cu_seqlens(where, cu_seqlens, tokens.device)
-    return cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        check_cu_seqlens(where, cu_seqlens, tokens.device)
 
 
-def check_tensors(where: str, tokens: Tensor, num_seqs: int, advantages: Tensor, mask: Tensor, others: Mapping[str, Tensor | None]) -> bool:
-    """One value a token, in the shape of `tokens` and on its device; whether the advantages are so too, or one a sequence."""
+def check_tensors(where: str, tokens: Tensor, mask: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """One value a token, in the shape of `tokens` and on its device."""
     shape, device = tokens.shape, tokens.device
-    if mask.shape != shape or mask.device != device or not (mask.dtype == torch.bool or mask.is_floating_point()):
+    if mask.shape != shape or mask.device != device or mask.dtype not in (torch.bool, *FLOATING):
         raise InputError(where, f"mask is {describe(mask)}", f"{list(shape)} bool or floating on {device}")
     for name, x in others.items():
-        if x is not None and (x.shape != shape or x.device != device or not x.is_floating_point()):
+        if x is not None and (x.shape != shape or x.device != device or x.dtype not in FLOATING):
             raise InputError(where, f"{name} is {describe(x)}", f"{list(shape)} floating on {device}, one value a token")
-    per_token = tuple(advantages.shape) != (num_seqs,)
-    if (per_token and advantages.shape != shape) or advantages.device != device or not advantages.is_floating_point():
-        needed = f"floating on {device}, [{num_seqs}] (one a sequence) or {list(shape)} (one a token)"
+
+
+def advantages_are_per_token(where: str, tokens: Tensor, cu_seqlens: Tensor | None, advantages: Tensor, per: str | None) -> bool:
+    """Whether there is one advantage a token, and not one a sequence: `per` says so, or else the shape."""
+    if per not in (None, *ADVANTAGES_PER):
+        raise unknown_name(where, "advantages_per", per, ADVANTAGES_PER)
+    shape, num_seqs = tokens.shape, tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    of_tokens, of_sequences = advantages.shape == shape and per != "sequence", tuple(advantages.shape) == (num_seqs,) and per != "token"
+    if not (of_tokens or of_sequences) or advantages.device != tokens.device or advantages.dtype not in FLOATING:
+        forms = {"sequence": f"[{num_seqs}] (one a sequence)", "token": f"{list(shape)} (one a token)"}
+        needed = f"floating on {tokens.device}, {forms[per] if per else ' or '.join(forms.values())}"
         raise InputError(where, f"advantages is {describe(advantages)}", needed)
-    return per_token
+    if of_tokens and of_sequences and cu_seqlens is not None and not _of_one_token_each(cu_seqlens):
+        given = f"advantages {list(shape)} for as many tokens as sequences"
+        raise InputError(where, given, "to know which of them they belong to", 'advantages_per="sequence" or advantages_per="token"')
+    return of_tokens and not of_sequences
+
+
+def _of_one_token_each(cu_seqlens: Tensor) -> bool:
+    """Whether so many tokens are known to be one for each sequence; on another device, and where it is traced, more than one is not."""
+    if cu_seqlens.shape[0] <= 2 or torch.compiler.is_compiling() or not cu_seqlens.is_cpu:
+        return cu_seqlens.shape[0] <= 2
+    return bool((cu_seqlens.diff() == 1).all())
 
 
 def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._ragged import wrong_offset
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, is_eager
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, is_eager
 from reinforce_ada.ops.policy_loss.settings import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
@@ -55,24 +55,20 @@ def arguments(
 ) -> tuple[Any, ...]:
     """What an operator of `SCHEMA` takes for those of the public function."""
     return (
-        logprobs.contiguous(),
-        advantages.float().contiguous(),
-        mask.contiguous() if mask.dtype in (torch.bool, torch.float32) else mask != 0,
-        _readable(old_logprobs),
-        _readable(rollout_logprobs),
-        _readable(ref_logprobs),
-        _readable(entropy),
-        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+        dense(logprobs),
+        constant(advantages, torch.float32),
+        constant(mask if mask.dtype in (torch.bool, torch.float32) else mask != 0),
+        *(None if x is None else constant(x, _readable(x)) for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
+        None if entropy is None else dense(entropy, _readable(entropy)),
+        None if cu_seqlens is None else constant(cu_seqlens, torch.int64),
         settings.advantages_per_token,
         entropy is not None and entropy.requires_grad and settings.entropy_coef != 0,
         numbers(settings),
     )
 
 
-def _readable(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    return (x if x.dtype in DTYPE_CODES else x.float()).contiguous()
+def _readable(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in DTYPE_CODES else torch.float32
 
 
 def numbers(s: Settings) -> list[float]:
@@ -156,7 +152,7 @@ def evaluate(
 
 
 def _stream(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
+    return (0, 0) if x is None else (address(x), DTYPE_CODES[x.dtype])
 
 
 def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -60,4 +60,4 @@ def evaluate(
 
 
 def _stream(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
+    return (0, 0) if x is None else (address(x), DTYPE_CODES[x.dtype])

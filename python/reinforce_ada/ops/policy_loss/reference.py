@@ -127,8 +127,10 @@ def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
     total = seqs.clean(x).sum() / num_seqs
     if settings.loss_agg == "seq-mean-token-sum":
         return total
-    longest = torch.as_tensor(seqs.longest).clamp(min=1)
-    return total / (settings.norm_length or longest)
+    if settings.norm_length is not None:
+        return total / settings.norm_length
+    longest = seqs.longest
+    return total / (longest.clamp(min=1) if isinstance(longest, Tensor) else max(longest, 1))
 
 
 def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:

@@ -17,6 +17,7 @@ CORRECTION_LEVELS = ("token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
 RATIO_LEVELS = ("token", "sequence")
 KL_WEIGHTINGS = ("none", "ratio")
+ADVANTAGES_PER = ("sequence", "token")
 
 LOG_RATIO_BOUND = 20.0  # verl's: e^20 = 4.9e8, a log-ratio past it says nothing more
 SEQUENCE_LOG_RATIO_BOUND = 10.0  # gspo's bound on the mean log-ratio, above only

@@ -10,6 +10,7 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.token_logprobs import cpu, gpu, reference
 from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values, describe
 
@@ -162,3 +163,5 @@ def _check_grad_out(grad_out: Tensor, logits: Tensor, inplace_backward: bool) ->
     num_tokens, vocab = logits.shape
     if (vocab > 1 and grad_out.stride(1) != 1) or (num_tokens > 1 and abs(grad_out.stride(0)) < vocab):
         raise InputError(_WHERE, f"grad_out has stride {grad_out.stride()}", "stride 1 in the last dimension and rows of their own")
+    if share_memory(grad_out, logits):
+        raise InputError(_WHERE, "grad_out in the memory of the logits", "memory of its own", "or inplace_backward=True")

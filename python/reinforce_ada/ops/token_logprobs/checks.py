@@ -10,6 +10,7 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 
 IGNORED = -100  # torch's ignore_index; csrc/ops/token_logprobs/token_logprobs.h
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of numbers that kernels take
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,18 +36,18 @@ def check_tokens(where: str, token_ids: Tensor, num_tokens: int, device: torch.d
 def check_temperature(where: str, temperature: float | Tensor, num_tokens: int, device: torch.device) -> None:
     """A positive finite number, or [T] of a floating dtype without gradient; values of a tensor are checked by `check_values`."""
     if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point() or tuple(temperature.shape) != (num_tokens,) or temperature.device != device:
+        if temperature.dtype not in FLOATING or tuple(temperature.shape) != (num_tokens,) or temperature.device != device:
             given = f"temperature is {describe(temperature)}"
             raise InputError(where, given, f"a number, or a floating tensor [{num_tokens}] on {device}")
         if temperature.requires_grad:
             raise InputError(where, "temperature requires a gradient", "one without: it is a constant here", "temperature.detach()")
-    elif not 0 < temperature < math.inf:
-        raise InputError(where, f"temperature={temperature}", "a positive finite number")
+    elif not _SMALLEST <= temperature <= _LARGEST:
+        raise InputError(where, f"temperature={temperature}", "a positive finite number", "of float32's range")
 
 
 def check_head(where: str, logit_scale: float, soft_cap: float | None) -> None:
     """A finite scale, and a positive finite soft cap or None."""
-    if not math.isfinite(logit_scale) or (soft_cap is not None and not 0 < soft_cap < math.inf):
+    if not -_LARGEST <= logit_scale <= _LARGEST or (soft_cap is not None and not _SMALLEST <= soft_cap <= _LARGEST):
         given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
         raise InputError(where, given, "a finite scale, and None or a positive finite soft cap")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
 from reinforce_ada.ops.token_logprobs.checks import check_temperature_values, wrong_token
 
 _WHERE = "token_logprobs"
@@ -27,9 +27,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32; see the public function."""
     per_token = isinstance(temperature, Tensor)
-    temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+    temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
-    logprobs, _, h, s = _forward_op(logits, token_ids.long().contiguous(), *head, entropy, sum_p2, inplace_backward, grad_out)
+    ids = constant(token_ids, torch.int64)
+    logprobs, _, h, s = _forward_op(logits.resolve_neg(), ids, *head, entropy, sum_p2, inplace_backward, grad_out)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
@@ -47,9 +48,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = logits.shape
     check_values(_WHERE, token_ids, vocab, temperatures)
-    logprobs, log2_normalizer, h, s = empty_results(logits, entropy, sum_p2)
+    logprobs, normalizers, h, s = empty_results(logits, entropy, sum_p2)
     cpu.token_logprobs_forward(
-        address(logits),
+        row_address(logits),
         DTYPE_CODES[logits.dtype],
         num_tokens,
         vocab,
@@ -60,12 +61,12 @@ def _forward(
         logit_scale,
         soft_cap,
         address(logprobs),
-        address(log2_normalizer),
+        address(normalizers),
         address(h),
         address(s),
         torch.get_num_threads(),
     )
-    return logprobs, log2_normalizer, h, s
+    return logprobs, normalizers, h, s
 
 
 def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor | None) -> None:
@@ -78,11 +79,11 @@ def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor
 
 
 def empty_results(rows: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, log2_normalizer, entropy, sum_p2) for each of the `rows`, empty where not asked for."""
+    """(logprobs, normalizers [T, 2], entropy, sum_p2) for each of the `rows`, empty where not asked for."""
     num_tokens = rows.shape[0]
     return (
         rows.new_empty(num_tokens, dtype=torch.float32),
-        rows.new_empty(num_tokens, dtype=torch.float64),
+        rows.new_empty((num_tokens, 2), dtype=torch.float64),
         rows.new_empty(num_tokens if entropy else 0, dtype=torch.float32),
         rows.new_empty(num_tokens if sum_p2 else 0, dtype=torch.float32),
     )
@@ -90,16 +91,16 @@ def empty_results(rows: Tensor, entropy: bool, sum_p2: bool) -> tuple[Tensor, Te
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, token_ids, temperatures, *ctx.head, _, _, ctx.inplace_backward, grad_out = inputs
-    _, log2_normalizer, entropy, sum_p2 = output
-    ctx.save_for_backward(logits, token_ids, temperatures, log2_normalizer, entropy, grad_out)
-    ctx.mark_non_differentiable(log2_normalizer, sum_p2)
+    _, normalizers, entropy, sum_p2 = output
+    ctx.save_for_backward(logits, token_ids, temperatures, normalizers, entropy, grad_out)
+    ctx.mark_non_differentiable(normalizers, sum_p2)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, _: None, grad_entropy: Tensor | None, __: None) -> tuple[Any, ...]:
-    logits, token_ids, temperatures, log2_normalizer, entropy, grad_out = ctx.saved_tensors
-    g, h = (None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy))
-    rest = (token_ids, temperatures, *ctx.head, log2_normalizer, entropy, g, h)
+    logits, token_ids, temperatures, normalizers, entropy, grad_out = ctx.saved_tensors
+    g, h = (None if grad is None else dense(grad) for grad in (grad_logprobs, grad_entropy))
+    rest = (token_ids, temperatures, *ctx.head, normalizers, entropy, g, h)
     if ctx.inplace_backward:
         grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises
         _gradient_over_logits_op(grad, *rest)
@@ -119,7 +120,7 @@ def write_gradient(
     temperature: float,
     logit_scale: float,
     soft_cap: float,
-    log2_normalizer: Tensor,
+    normalizers: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -128,7 +129,7 @@ def write_gradient(
 ) -> None:
     """Writes the gradient of logits that begin at the vocabulary's `first_id`, and adds its columns to `bias_sums` (float64)."""
     cpu.token_logprobs_gradient_piece(
-        address(logits),
+        row_address(logits),
         DTYPE_CODES[logits.dtype],
         logits.shape[0],
         logits.shape[1],
@@ -139,11 +140,11 @@ def write_gradient(
         temperature,
         logit_scale,
         soft_cap,
-        address(log2_normalizer),
+        address(normalizers),
         address(entropy),
         address(grad_logprobs),
         address(grad_entropy),
-        address(grad),
+        row_address(grad),
         grad.stride(0),
         address(bias_sums),
         torch.get_num_threads(),
@@ -162,7 +163,7 @@ def _gradient_over_logits(logits: Tensor, *rest: Any) -> None:
 
 _SAVED = (
     "Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, float soft_cap, "
-    "Tensor log2_normalizer, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy"
+    "Tensor normalizers, Tensor entropy, Tensor? grad_logprobs, Tensor? grad_entropy"
 )
 
 _gradient_op = NativeOp(
@@ -192,7 +193,7 @@ _forward_op = NativeOp(
     "token_logprobs",
     "(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, float logit_scale, float soft_cap, "
     "bool entropy, bool sum_p2, bool inplace_backward, Tensor? grad_out) -> "
-    "(Tensor logprobs, Tensor log2_normalizer, Tensor entropy, Tensor sum_p2)",
+    "(Tensor logprobs, Tensor normalizers, Tensor entropy, Tensor sum_p2)",
     _forward,
     lambda logits, *settings: empty_results(logits, *settings[5:7]),
     setup_context=_setup_context,

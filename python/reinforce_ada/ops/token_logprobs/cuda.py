@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import cuda, stream
-from reinforce_ada.ops._torch import DTYPE_CODES, address
+from reinforce_ada.ops._torch import DTYPE_CODES, address, row_address
 
 
 def forward(
@@ -25,7 +25,7 @@ def forward(
     cuda.token_logprobs_forward(
         logits.get_device(),
         stream(logits),
-        address(logits),
+        row_address(logits),
         DTYPE_CODES[logits.dtype],
         logits.shape[0],
         logits.shape[1],
@@ -61,9 +61,9 @@ def gradient(
     cuda.token_logprobs_gradient(
         logits.get_device(),
         stream(logits),
-        address(grad),
+        row_address(grad),
         grad.stride(0),
-        address(logits),
+        row_address(logits),
         DTYPE_CODES[logits.dtype],
         logits.shape[0],
         logits.shape[1],

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops._torch import NativeOp, run_when_traced
+from reinforce_ada.ops._torch import NativeOp, constant, dense, run_when_traced
 
 
 class Kernels(Protocol):
@@ -81,10 +81,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32, by the form `backend`; see the public function."""
     per_token = isinstance(temperature, Tensor)
-    temperatures = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+    temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
     run = form(backend).forward
-    logprobs, _, _, h, s = run(logits, token_ids.long().contiguous(), *head, entropy, sum_p2, inplace_backward, grad_out)
+    logprobs, _, _, h, s = run(logits.resolve_neg(), constant(token_ids, torch.int64), *head, entropy, sum_p2, inplace_backward, grad_out)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
@@ -141,7 +141,7 @@ class Form:
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         logits, token_ids, temperatures, row_max, log2_sum, entropy, grad_out = ctx.saved_tensors
-        g, h = (None if grad is None else grad.contiguous() for grad in (grads[0], grads[3] if ctx.with_entropy else None))
+        g, h = (None if grad is None else dense(grad) for grad in (grads[0], grads[3] if ctx.with_entropy else None))
         rest = (token_ids, temperatures, *ctx.head, row_max, log2_sum, entropy, g, h)
         if ctx.inplace_backward:
             grad = logits.detach()  # shares memory and version: whoever still needs the logits then finds them changed, and raises

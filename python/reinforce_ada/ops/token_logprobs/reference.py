@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 
@@ -23,7 +25,7 @@ def token_logprobs(
     ignored = token_ids == IGNORED
     # Before anything else, so that a NaN in an ignored row reaches neither the results nor, as 0 * NaN, the gradient.
     z = head(logits.masked_fill(ignored[:, None], 0), logit_scale, soft_cap)
-    log_p = (z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)).log_softmax(-1)
+    log_p = (z / (temperature.to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)).log_softmax(-1)
     logprobs = log_p.gather(1, token_ids.clamp(min=0)[:, None]).squeeze(1).masked_fill(ignored, 0)
     h = _entropy(log_p).masked_fill(ignored, 0) if entropy else None
     s = (2 * log_p.detach()).exp().sum(-1).masked_fill(ignored, 0) if sum_p2 else None
@@ -39,6 +41,8 @@ def head(x: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
 
 def with_gradient_in(out: Tensor, logits: Tensor) -> Tensor:
     """The logits, whose gradient will be copied into `out` and be that memory."""
+    if not torch.compiler.is_compiling():
+        refuse_transforms("token_logprobs with grad_out", (logits,))
     x: Tensor = _GradientIn.apply(logits, out)  # type: ignore[no-untyped-call]
     return x
 
@@ -50,6 +54,7 @@ class _GradientIn(torch.autograd.Function):
         return logits.view_as(logits)
 
     @staticmethod
+    @partial(once, "token_logprobs with grad_out")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors  # raises if it was written to, by an earlier backward too
         return out.copy_(grad).detach(), None

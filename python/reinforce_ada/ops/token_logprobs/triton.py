@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch
+from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch, vanishing
 from reinforce_ada.ops.token_logprobs import checks
 
 THREADS = 256
@@ -242,6 +242,7 @@ def _add(z, log2_scale, largest, total, weighted, squares, WITH_ENTROPY: tl.cons
 def _shift(largest, new, log2_scale):
     """What d changes by when the largest logit does, and 2 to that; nothing where no logit was seen that could count."""
     shift = tl.where(largest == float("-inf"), 0.0, (largest - _anchor(new)) * log2_scale)
+    shift = vanishing(shift)
     return shift, tl.math.exp2(shift)
 
 
