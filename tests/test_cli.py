@@ -177,7 +177,7 @@ BAD = [
     (f"{TRAIN} --preset grpo --round-size 4", "round_size", "grpo"),
     (f"{TRAIN} --out a_run", "train: a_run holds log.jsonl", "an empty folder, or one that is not there yet"),
     (f"{TRAIN} --out file/below", "train: cannot write to file/below", "a writable folder"),
-    (f"{TRAIN} --model folder", "model: folder has no config.json", "a folder that transformers' save_pretrained wrote"),
+    (f"{TRAIN} --model folder", "folder has no config.json", "a folder that transformers' save_pretrained wrote"),
     (f"{TRAIN} --model ./none", "model: './none' is no folder", "smollm2, tiny, a model folder or a hub id"),
     (f"{TRAIN} --model smollm", "model: 'smollm' is no folder", "smollm2, tiny, a model folder or a hub id"),
     (f"{TRAIN} --task chain_sums", "unknown reasoning-gym dataset 'chain_sums'", "did you mean 'chain_sum'?"),
@@ -352,7 +352,7 @@ def shown_defaults(command) -> dict[str, str]:
 @pytest.mark.parametrize("cls", [EngineModel, LengthModel, Serving])
 def test_defaults_in_the_help_are_those_of_the_models(cls):
     shown = shown_defaults("serve" if cls is Serving else "simulate")
-    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("model", "extra", "dtype")}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("model", "extra", "dtype", "expose")}
     assert {name: shown.get(name) for name in defaults} == {
         name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in defaults.items()
     }

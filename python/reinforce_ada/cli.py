@@ -284,7 +284,7 @@ def _train(given: argparse.Namespace) -> int:
 
 # What an evaluation does not read of the tables about model, task and engine, and what it reads of others.
 _NOT_OF_EVAL = {"model", "eval_every"}
-_OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed"}
+_OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed", "data_seed"}
 
 
 def _add_eval(commands: Any) -> None:

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ class Remembering:
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Trackers, Remembering, list[str]]]:
     def make(fails_at: int = -1) -> tuple[Trackers, Remembering, list[str]]:
         tracker, said = Remembering(fails_at), []
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
         monkeypatch.setattr(track, "_BEGIN", {"wandb": lambda out, config: tracker})
         return Trackers("wandb", tmp_path, {}, said.append), tracker, said
 
@@ -145,7 +146,7 @@ def test_a_tracker_that_cannot_begin_is_refused(monkeypatch: pytest.MonkeyPatch,
     def no_key(out: Path, config: Mapping[str, Any]) -> Any:
         raise RuntimeError("api_key not configured (no-tty)\ncall wandb.login")
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
     monkeypatch.setattr(track, "_BEGIN", {"wandb": no_key})
     message = (
         r"^track: wandb cannot be used: RuntimeError: api_key not configured \(no-tty\) call wandb.login; a tracker that is set up; or"
