@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 TOGETHER = ("engines", "gpu")  # folders whose files share costly fixtures: real vLLM, and processes that run two at a time
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several workers run the suite, the tests of a file stay together, and those of the folders above."""
     for item in items:
