@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 import torch._inductor.config as inductor
 from conformance import left_out, threads, using
 
@@ -33,6 +34,6 @@ def fresh_compiler() -> Iterator[None]:
     """torch.compile forgets what earlier tests compiled, also on disk: its cache does not see what an operator of ours returns, and hands
     out graphs of older sources."""
     torch.compiler.reset()
-    with inductor.patch(force_disable_caches=True):
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
     torch.compiler.reset()
