@@ -39,7 +39,15 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 2) -> 
 
 
 def evaluating(model: Path, task: Path, engine: str, *more: Any) -> list[Any]:
-    settings = {"task": task, "engine": engine, "dtype": "float32", "eval-prompts": 2, "eval-k": 1, "max-model-len": 64}
+    settings = {
+        "task": task,
+        "engine": engine,
+        "dtype": "float32",
+        "eval-prompts": 2,
+        "eval-k": 1,
+        "max-model-len": 64,
+        "system-prompt": "",
+    }
     return ["eval", model, *(word for key, value in settings.items() for word in (f"--{key}", value)), *more]
 
 

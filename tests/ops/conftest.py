@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._functorch.config as functorch
+import torch._inductor.config as inductor
 from conformance import threads, using
 
 
@@ -24,7 +26,9 @@ def _seeded_and_single() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """torch.compile forgets what earlier tests compiled."""
+    """torch.compile forgets what earlier tests compiled, also on disk: its cache does not see what an operator of ours returns, and hands
+    out graphs of older sources."""
     torch.compiler.reset()
-    yield
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
     torch.compiler.reset()

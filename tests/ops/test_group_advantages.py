@@ -482,7 +482,9 @@ def test_edges(backend: str) -> None:
         ({"baseline": "pol"}, "unknown baseline 'pol'; known: group, leave-one-out, pool; did you mean 'pool'"),
         ({"scale": "std"}, "unknown scale 'std'"),
         ({"singleton": "rewards"}, "unknown singleton 'rewards'; known: reward, zero; did you mean 'reward'"),
-        ({"ddof": -1}, "ddof=-1, eps=1e-06; both at least 0, ddof an integer and eps finite"),
+        ({"ddof": -1}, "ddof=-1, eps=1e-06; both at least 0 and below 2147483648, ddof an integer"),
+        ({"ddof": 2**70}, "both at least 0 and below 2147483648, ddof an integer"),
+        ({"eps": 10**400}, "both at least 0 and below 2147483648, ddof an integer"),
         ({"ddof": 0.5}, "ddof=0.5"),
         ({"eps": math.nan}, "eps=nan"),
         ({"eps": math.inf}, "eps=inf"),
@@ -529,3 +531,19 @@ def test_compiles_whole(backend: str) -> None:
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(rewards, group_of, cu)
     assert_same_bits(compiled, run(rewards, group_of, cu))
+
+
+@every_build
+@pytest.mark.parametrize("base", [2**20, 2**33, 2**62], ids=["2^20", "2^33", "2^62"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_group_numbers_like_hashes(backend: str, base: int, scale: str) -> None:
+    """Numbers that no table could have a place for each name groups as small ones do, in any order; the largest int64 too."""
+    rewards = torch.randn(40)
+    small = torch.randint(5, (40,))
+    names = torch.tensor([0, base, 2**63 - 1, base - 1, 7])
+    expected = group_advantages(rewards, small, scale=scale, backend=backend)
+    assert torch.equal(group_advantages(rewards, names[small], scale=scale, backend=backend), expected)
+    order = names[small].argsort(stable=True)
+    torch.testing.assert_close(group_advantages(rewards[order], names[small][order], scale=scale, backend=backend), expected[order])
+    with pytest.raises(InputError, match=r"group_of\[3\] = -1"):
+        group_advantages(rewards, torch.cat([names[small][:3], torch.tensor([-1]), names[small][4:]]), backend=backend)

@@ -452,6 +452,9 @@ int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t
     return -1;
 }
 
+// A table of so many groups is small whatever the number of rows.
+constexpr int64_t kFewGroups = 65536;
+
 // The same where num_groups may be -1.
 int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t num_groups, int num_threads) {
     if (num_groups >= 0) return any_rows(rule, rows, ids, num_groups, false, num_threads);
@@ -460,7 +463,15 @@ int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids
     if (roomy && any_rows(rule, rows, ids, rows.count, false, num_threads) < 0) return -1;
     const std::uint64_t most = largest(ids, rows.count);
     if (static_cast<int64_t>(most) < 0) return first_outside(ids, rows.count, std::numeric_limits<int64_t>::max());
-    return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, true, num_threads);
+    if (static_cast<int64_t>(most) < 4 * rows.count + kFewGroups)
+        return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, true, num_threads);
+    // Numbers like hashes, of which a table would not fit any memory: their ranks name the same groups.
+    std::vector<int64_t> numbers(ids, ids + rows.count), ranks(static_cast<std::size_t>(rows.count));
+    std::sort(numbers.begin(), numbers.end());
+    numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+    std::transform(ids, ids + rows.count, ranks.begin(),
+                   [&](int64_t id) { return std::lower_bound(numbers.begin(), numbers.end(), id) - numbers.begin(); });
+    return any_rows(rule, rows, ranks.data(), static_cast<int64_t>(numbers.size()), true, num_threads);
 }
 
 // to[i] = from[i] for fp32 and narrower types.

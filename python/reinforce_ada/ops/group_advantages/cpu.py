@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from reinforce_ada.ops._native import cpu, missing
 from reinforce_ada.ops._ragged import wrong_offset
 from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, is_eager
-from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES, SINGLETONS, WHERE, wrong_group
+from reinforce_ada.ops.group_advantages.checks import BASELINES, MOST, SCALES, SINGLETONS, WHERE, wrong_group
 from reinforce_ada.types import PoolStats
 
 _VALUES = len(BASELINES)  # Baseline::values in csrc/ops/group_advantages/group_advantages.h
@@ -40,7 +39,7 @@ def common_case(
     shape = rewards.shape
     if len(shape) != 1 or group_of.shape != shape or not (rewards.is_cpu and group_of.is_cpu):
         return None
-    if not (type(ddof) is int and ddof >= 0 and 0 <= eps < math.inf):
+    if not (type(ddof) is int and 0 <= ddof < MOST and 0 <= eps < MOST):
         return None
     if not (rewards.is_contiguous() and group_of.is_contiguous()) or rewards.is_neg():
         return None
