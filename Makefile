@@ -28,10 +28,10 @@ demo-as-avx2: $(VENV)/.demo
 
 # One worker per core. To see the output of a test as it comes: make test WORKERS=0
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 test-as-avx2: $(VENV)/.dev
-	$(AS_AVX2) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	$(AS_AVX2) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,16 +11,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is built on the
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every forked or spawned child
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread mostly waits for the first
 
-TESTS = Path(__file__).parent
-TOGETHER = ("engines", "gpu")  # folders whose files share costly fixtures: real vLLM, and processes that run two at a time
+TOGETHER = ("tests/engines/", "tests/gpu/")  # their files share costly fixtures: real vLLM, and processes that run two at a time
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several workers run the suite, the tests of a file stay together, and those of the folders above."""
-    for item in items:
-        top, *below = item.path.relative_to(TESTS).parts if item.path.is_relative_to(TESTS) else ("elsewhere",)
-        item.add_marker(pytest.mark.xdist_group(top if top in TOGETHER else "/".join((top, *below))))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several workers run the suite, one of them runs all tests of a file, and all those of the folders above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+
+    return ByFile(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
