@@ -29,7 +29,7 @@ from engine_scenes import (
 )
 from real_servers import Serving, engine_of, killed_step, serving, step, wait_until_ready
 
-from reinforce_ada.engines import openai
+from reinforce_ada.engines import answers
 from reinforce_ada.training import models
 
 pytestmark = [
@@ -110,13 +110,13 @@ def test_stop_strings(two: Serving, folder: Path, module: Any) -> None:
 def test_tokens_come_in_few_messages(two: Serving, folder: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token, the rest up to 16 at a time, the counts: one by one they take this process's time."""
     messages: list[Any] = []
-    add = openai._Answer.add
+    add = answers.Answer.add
 
     def counted(answer: Any, message: Any) -> None:
         messages.append(message)
         add(answer, message)
 
-    monkeypatch.setattr(openai._Answer, "add", counted)
+    monkeypatch.setattr(answers.Answer, "add", counted)
     requests = make_requests(make_prompts())
     with scenes(two, folder) as engine:
         engine.sync_weights(weights(module), 0)

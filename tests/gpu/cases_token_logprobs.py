@@ -243,7 +243,7 @@ def check_offsets_past_int32(backend: str, device: str) -> None:
     logits.copy_(values)
     want = scores(values, ids, *ones, backend=backend)
     leaf = logits.detach().requires_grad_()
-    out = token_logprobs(leaf, ids, entropy=True, sum_p2=True, backend=backend, grad_out=logits.detach())
+    out = token_logprobs(leaf, ids, entropy=True, sum_p2=True, backend=backend, inplace_backward=True)
     (out.logprobs + out.entropy).sum().backward()  # over the logits, which are also the memory of the gradient
     assert_same_up_to_alignment(backend, [*(x.detach() for x in out), logits.detach()], want)
 

@@ -146,8 +146,11 @@ def test_shapes(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], c
     inputs = make(*shape, dtype)
     options = {"backend": backend, "max_extra_bytes": shape[2] * 40 if chunked else None}
     truth, plain = evaluate(inputs, {}, torch.float64, backend="reference"), evaluate(inputs, {}, backend="reference")
+    # In chunks a sum is rounded in pieces. A chunk of the reference is one token here, and torch adds the V terms of one row one after
+    # another on some CPUs: an error of 4e-5 at V = 30001 with AMX, where three rows at once have 3e-6.
+    steps = 3 * math.sqrt(shape[2]) if chunked and backend == "reference" else 3 if chunked else 0
     for a, t, p in zip(evaluate(inputs, {}, **options), truth, plain, strict=True):
-        assert_no_worse(a, t, p, 2e-6 + 3 * torch.finfo(dtype).eps * (t.abs().max().item() if t.numel() and chunked else 0))
+        assert_no_worse(a, t, p, 2e-6 + steps * torch.finfo(dtype).eps * (t.abs().max().item() if t.numel() else 0))
 
 
 @every_build

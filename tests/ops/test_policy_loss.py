@@ -500,7 +500,9 @@ def test_conforms(backend: str, loss: str, loss_agg: str) -> None:
             wide = run(rows, torch.float32, backend=backend, **options, **norm)
             each = run({**batch, "advantages": per_token}, torch.float32, backend=backend, **options)
             for again, kept in ((wide, wide[2][rows["mask"]]), (each, each[2][batch["mask"]])):
-                torch.testing.assert_close(kept, got[2][batch["mask"]], rtol=1e-6, atol=1e-9)
+                # Torch sums rows of another length in another order: with AVX-512 the reference differs by 3.8e-9 at 1.2e-3.
+                atol = 1e-6 * got[2].abs().max().item() if backend == "reference" else 1e-9
+                torch.testing.assert_close(kept, got[2][batch["mask"]], rtol=1e-6, atol=atol)
                 torch.testing.assert_close(again[0], got[0], rtol=1e-6, atol=1e-9)
 
 

@@ -254,6 +254,9 @@ def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype, width: int) ->
 
 @dtypes
 def test_what_hidden_states_hold_beside_them(dtype: torch.dtype) -> None:
-    rows = Hidden(torch.zeros(LANES * 2, 7, dtype=dtype))
-    held = 0 if rows._packed is None else rows._packed.nbytes
-    assert held == Hidden.bytes_per_token(dtype, 7) * LANES * 2
+    for width in (7, 32, 33):
+        given = torch.zeros(LANES * 2, width, dtype=dtype)
+        rows = Hidden(given)
+        copied = 0 if rows.rows is given else rows.rows.untyped_storage().nbytes()
+        held = copied + (0 if rows._packed is None else rows._packed.nbytes)
+        assert held == Hidden.bytes_per_token(dtype, width) * LANES * 2

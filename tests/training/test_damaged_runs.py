@@ -195,7 +195,7 @@ ENDS: dict[str, set[str]] = {
     "figure.png": {"a folder"},
     "rollouts.parquet": {"a folder"},
 }
-PERHAPS = {"config.toml": {"empty"}, "log.jsonl": {"cut", "odd"}, DB: {"cut", "empty", "deleted"}}
+PERHAPS = {"config.toml": {"cut", "empty"}, "log.jsonl": {"cut", "odd"}, DB: {"cut", "empty", "deleted"}}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(toy_run: Runner, 
         ("before a journal transaction", 1),  # nothing journaled at all
         ("before a journal transaction", 40),
         ("between the journal and the sampler", 3),  # before any checkpoint
-        ("between the journal and the sampler", 77),
+        ("between the journal and the sampler", 60),
         ("between sampling and update", 3),
         ("between two parameters", 2),
         ("between two parameters", 5),

@@ -38,7 +38,9 @@ class Hidden:
 
     @staticmethod
     def bytes_per_token(dtype: torch.dtype, width: int) -> int:
-        return 0 if dtype == torch.bfloat16 else 4 * width
+        if dtype != torch.bfloat16:
+            return 4 * width
+        return 0 if width % _TILE == 0 else 2 * _whole_tiles(width)
 
     def logits(self, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
         """[T, V'] for V' rows of the weight, at the start of the flat `buffer`; bias and buffer are of `logits_dtype`."""
@@ -98,7 +100,11 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
             torch.get_num_threads(),
         )
     else:
-        into.add_(_apart(dz) @ weight)
+        whole = dz.shape[1] - dz.shape[1] % _TILE  # so that only the last columns are copied
+        if whole:
+            into.add_(dz[:, :whole] @ weight[:whole])
+        if whole < dz.shape[1]:
+            into.add_(_apart(dz[:, whole:]) @ weight[whole:])
 
 
 def _apart(left: Tensor) -> Tensor:
@@ -110,7 +116,11 @@ def _apart(left: Tensor) -> Tensor:
     num_rows, width = left.shape
     if width % _TILE == 0:
         return left
-    return left.new_zeros(num_rows, -(-width // _TILE) * _TILE)[:, :width].copy_(left)
+    return left.new_zeros(num_rows, _whole_tiles(width))[:, :width].copy_(left)
+
+
+def _whole_tiles(width: int) -> int:
+    return -(-width // _TILE) * _TILE
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:
