@@ -16,12 +16,18 @@ from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._torch import DTYPE_CODES, address, row_address
 
 LANES = 16  # packed hidden states are padded to a multiple of the widest vector
-_TILE = 32  # bfloat16 values in a row of an AMX tile
+TILE = 32  # bfloat16 values in a row of an AMX tile
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the logits of a head of `dtype` are computed in: bfloat16 as it is, as a model does; everything else in float32."""
     return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def gradient_bytes(dtype: torch.dtype, vocab: int) -> int:
+    """What the gradient of one logit takes while that of hidden is computed: with a copy where rows are not whole tiles, see `_apart`."""
+    copied = dtype == torch.bfloat16 and vocab % TILE != 0
+    return logits_dtype(dtype).itemsize * (2 if copied else 1)
 
 
 def scratch_bytes(dtype: torch.dtype) -> int:
@@ -40,7 +46,7 @@ class Hidden:
     def bytes_per_token(dtype: torch.dtype, width: int) -> int:
         if dtype != torch.bfloat16:
             return 4 * width
-        return 0 if width % _TILE == 0 else 2 * _whole_tiles(width)
+        return 0 if width % TILE == 0 else 2 * _whole_tiles(width)
 
     def logits(self, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
         """[T, V'] for V' rows of the weight, at the start of the flat `buffer`; bias and buffer are of `logits_dtype`."""
@@ -100,11 +106,7 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
             torch.get_num_threads(),
         )
     else:
-        whole = dz.shape[1] - dz.shape[1] % _TILE  # so that only the last columns are copied
-        if whole:
-            into.add_(dz[:, :whole] @ weight[:whole])
-        if whole < dz.shape[1]:
-            into.add_(_apart(dz[:, whole:]) @ weight[whole:])
+        into.add_(_apart(dz) @ weight)
 
 
 def _apart(left: Tensor) -> Tensor:
@@ -114,13 +116,13 @@ def _apart(left: Tensor) -> Tensor:
     infinity in the next row, or in memory that is not ours, becomes NaN in this one (torch 2.13, K = 97 or 100; not K = 96).
     """
     num_rows, width = left.shape
-    if width % _TILE == 0:
+    if width % TILE == 0:
         return left
     return left.new_zeros(num_rows, _whole_tiles(width))[:, :width].copy_(left)
 
 
 def _whole_tiles(width: int) -> int:
-    return -(-width // _TILE) * _TILE
+    return -(-width // TILE) * TILE
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:

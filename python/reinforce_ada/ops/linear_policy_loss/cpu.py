@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype
+from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype
 from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
 from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
@@ -247,7 +247,7 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, room: int) -> int:
     vocab, width = weight.shape
     dtype = weight.dtype
     # Beside the logits: what the products hold, the gathered hidden states, the sum of their gradient, and that rounded to half.
-    token = vocab * logits_dtype(dtype).itemsize + Hidden.bytes_per_token(dtype, width) + 8 * width
+    token = vocab * gradient_bytes(dtype, vocab) + Hidden.bytes_per_token(dtype, width) + 8 * width
     tokens = max(1, min(num_tokens, _MOST_TOKENS, room // token))
     tile = LANES if dtype == torch.bfloat16 else 3 * LANES  # tokens that the products take at a time
     return tokens if tokens < tile or tokens == num_tokens else tokens // tile * tile

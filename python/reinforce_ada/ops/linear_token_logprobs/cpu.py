@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
-from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, logits_dtype, scratch_bytes
+from reinforce_ada.ops._products import TILE, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype, scratch_bytes
 from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
 from reinforce_ada.ops.token_logprobs import cpu as whole_rows
 from reinforce_ada.ops.token_logprobs.checks import IGNORED
@@ -117,7 +117,7 @@ class Plan:
         """In `room` bytes. `gathered`: the hidden states of a chunk do not lie together and are copied."""
         vocab, width = weight.shape
         dtype = weight.dtype
-        logit = logits_dtype(dtype).itemsize
+        logit = gradient_bytes(dtype, vocab) if backward else logits_dtype(dtype).itemsize
         # Beside the logits: packed hidden states, and in the backward the float32 sum and, in two bytes, the product added to it or the
         # result that it becomes.
         token = Hidden.bytes_per_token(dtype, width) + (dtype.itemsize * width if gathered else 0)
@@ -125,10 +125,10 @@ class Plan:
             token += 4 * width + (2 * width if dtype.itemsize == 2 else 0)
         least = min(vocab, 256)
         # torch's product takes 4 % longer over 4096 rows of the weight at a time than over 16384; the native ones do not care.
-        most = 256 if logit == 2 and not backward else _MOST_TOKENS
+        most = 256 if dtype == torch.bfloat16 and not backward else _MOST_TOKENS
         tokens = max(1, min(num_tokens, most, room // (token + least * logit)))
         piece = max(1, min(vocab, _MOST_PIECE, (room - tokens * token) // (tokens * logit)))
-        return Plan(tokens, piece if piece == vocab or piece < LANES else piece // LANES * LANES)
+        return Plan(tokens, piece if piece == vocab or piece < TILE else piece // TILE * TILE)
 
     def chunks(self, active: Tensor) -> Iterator[Tensor]:
         """Indices of the tokens of each chunk."""
