@@ -9,7 +9,8 @@ CXX_SOURCES := $(shell find csrc tests/gpu -name '*.cpp' -o -name '*.h' -o -name
 # The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
 REINFORCE_ADA_CUDA ?= OFF
 WORKERS ?= $(shell nproc)
-# As on a processor without AVX-512; see tests/as_avx2/sitecustomize.py. What it cannot show is the speed of such a processor's memory.
+# As on a processor without AVX-512; see tests/as_avx2/sitecustomize.py. What it cannot show is the speed of such a processor: its memory, its
+# caches, and how many AVX2 units it has.
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 REINFORCE_ADA_ISA=avx2 \
   PYTHONPATH=$(CURDIR)/tests/as_avx2$${PYTHONPATH:+:$$PYTHONPATH}
 
@@ -20,11 +21,12 @@ unexport PYTHONDONTWRITEBYTECODE
   test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format bench bench-docs doctor clean
 
+# float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
 demo: $(VENV)/.demo
-	$(BIN)/reinforce-ada train $(DEMO_FLAGS)
+	$(BIN)/reinforce-ada train --dtype float32 $(DEMO_FLAGS)
 
 demo-as-avx2: $(VENV)/.demo
-	$(AS_AVX2) $(BIN)/reinforce-ada train $(DEMO_FLAGS)
+	$(AS_AVX2) $(BIN)/reinforce-ada train --dtype float32 $(DEMO_FLAGS)
 
 # One worker per core. To see the output of a test as it comes: make test WORKERS=0
 test: $(VENV)/.dev
