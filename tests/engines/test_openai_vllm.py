@@ -112,9 +112,10 @@ def test_tokens_come_in_few_messages(two: Serving, folder: Path, module: Any, mo
     messages: list[Any] = []
     add = answers.Answer.add
 
-    def counted(answer: Any, message: Any) -> None:
-        messages.append(message)
-        add(answer, message)
+    def counted(answer: Any, line: bytes) -> bool:
+        if line.startswith(b"data: {"):
+            messages.append(line)
+        return add(answer, line)
 
     monkeypatch.setattr(answers.Answer, "add", counted)
     requests = make_requests(make_prompts())
