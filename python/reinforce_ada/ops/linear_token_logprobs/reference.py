@@ -34,7 +34,8 @@ def linear_token_logprobs(
     """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 inputs); `chunk` tokens at a time."""
     with torch.autocast(hidden.device.type, enabled=False):
         if chunk is None:
-            x = F.linear(hidden, weight, bias)
+            # MKL multiplies strided matrices with other kernels, whose results differ in the last bits.
+            x = F.linear(hidden.contiguous(), weight.contiguous(), bias)
             return reference.token_logprobs(x, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2)
         args = (hidden, weight, bias, token_ids, temperature, logit_scale, soft_cap, entropy, sum_p2, chunk)
         if not torch.compiler.is_compiling():
