@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := constraints-cpu.txt
 NATIVE := CMakeLists.txt $(shell find csrc cmake -type f)
-CXX_SOURCES := $(shell find csrc tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/gpu tests/ops/avx512 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
 REINFORCE_ADA_CUDA ?= OFF
 WORKERS ?= $(shell nproc)
@@ -18,7 +18,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
-  test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-gpu-static \
+  test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -62,15 +62,24 @@ simulate-docs: $(VENV)/.dev
 engines-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/write_engines.py
 
+CONFIGURE := cmake -DREINFORCE_ADA_CUDA=OFF -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -S .
+WITH_OTHER_BUILD := PYTHONPATH=tests/ops$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -p other_build
+
 # The preloaded libraries must come before everything else in the process; --capture=sys leaves the sanitizer's report on the terminal.
 # Leaks are not looked for: Python and torch keep what they allocate until the end.
 test-sanitize: $(VENV)/.dev
-	cmake -S . -B build/sanitize -DREINFORCE_ADA_SANITIZE=ON -DREINFORCE_ADA_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(CONFIGURE) -B build/sanitize -DREINFORCE_ADA_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/ops$${PYTHONPATH:+:$$PYTHONPATH} \
-	  $(BIN)/python -m pytest -p sanitized tests/ops --capture=sys $(PYTEST_FLAGS)
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  NATIVE_BUILD=sanitize $(WITH_OTHER_BUILD) tests/ops --capture=sys $(PYTEST_FLAGS)
+
+# The avx512 build on a processor with AVX2 only: its code, with each intrinsic done by tests/ops/avx512/emulated.h.
+test-avx512: $(VENV)/.dev
+	$(CONFIGURE) -B build/avx512 -DREINFORCE_ADA_EMULATE_AVX512=ON
+	cmake --build build/avx512 --parallel
+	NATIVE_BUILD=avx512 $(WITH_OTHER_BUILD) -n $(WORKERS) -k avx512 tests/ops $(PYTEST_FLAGS)
 
 # Everything about the GPU forms that needs no GPU: their kernels interpreted, run on the CPU, and compiled for every target.
 test-gpu-static: $(VENV)/.dev

@@ -27,6 +27,11 @@ py::dict build_info() {
 #else
     info["sanitized"] = false;
 #endif
+#ifdef RA_EMULATED_AVX512
+    info["emulated_avx512"] = true;
+#else
+    info["emulated_avx512"] = false;
+#endif
 #ifdef _OPENMP
     info["openmp"] = true;
 #else

@@ -19,8 +19,12 @@ bool cpu_has(Isa isa) {
     // __builtin_cpu_supports also asks the operating system to save the wide registers. It has no "f16c" in every compiler,
     // but no CPU has AVX2 with FMA and lacks F16C.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#ifdef RA_EMULATED_AVX512
+    const bool avx512 = avx2;
+#else
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
     return isa == Isa::baseline || (isa == Isa::avx2 ? avx2 : avx512);
 #else
     return isa == Isa::baseline;

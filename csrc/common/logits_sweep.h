@@ -187,12 +187,14 @@ BlockSums sum_block(const T* x, std::int64_t n, float inner, const Distance<kIsF
     Sums sums[kUnroll];
     const auto d = [&](F32 x) { return distance(y_of<kCapped>(x, inner)); };
     std::int64_t i = 0;
-    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+        prefetch_ahead<kUnroll * kLanes>(x + i);
         for (int k = 0; k < kUnroll; k += 2) {
             const Pair y = y_of<kCapped>(load_pair(x + i + k * kLanes), inner);
             Sums::add(sums[k], distance(y.first));
             Sums::add(sums[k + 1], distance(y.second));
         }
+    }
     for (; i + kLanes <= n; i += kLanes) Sums::add(sums[0], d(load(x + i)));
     if (i < n) {
         const int rest = static_cast<int>(n - i);
@@ -326,6 +328,7 @@ void write_gradient(const Piece<T>& piece, const Head& head, std::int64_t token,
     // Copies: for all that the compiler knows, a store to `out` changes what a reference refers to.
     const auto of = [row = row](F32 y) { return gradient<kCapped, kEntropy>(y, row); };
     const auto of_pair = [of, x, inner = head.inner](std::int64_t i) {
+        prefetch_ahead<2 * kLanes>(x + i);
         const Pair y = y_of<kCapped>(load_pair(x + i), inner);
         return Pair{of(y.first), of(y.second)};
     };

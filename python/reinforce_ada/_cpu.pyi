@@ -9,6 +9,7 @@ class BuildInfo(TypedDict):
     selected_isa: str
     openmp: bool
     sanitized: bool
+    emulated_avx512: bool
 
 def build_info() -> BuildInfo: ...
 def select_isa(name: str) -> None: ...

@@ -57,7 +57,9 @@ def left_out() -> list[str]:
     instruction sets."""
     info = _native.cpu.build_info() if _native.missing() is None else {"built_isas": [], "usable_isas": []}
     unusable = [isa for isa in info["built_isas"] if isa not in info["usable_isas"]]
-    isas = [f"cpu: no test runs the {isa} build, which this CPU (or REINFORCE_ADA_ISA) lacks" for isa in unusable]
+    isas = [
+        f"cpu: no test runs the {isa} build, which this CPU (or REINFORCE_ADA_ISA) lacks; make test-avx512 emulates it" for isa in unusable
+    ]
     return isas + [
         f"{op}: {name} takes tensors on {' or '.join(form.devices or ())} ({form.missing() or 'tests/gpu runs it'})"
         for op in _dispatch.table()

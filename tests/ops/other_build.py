@@ -1,12 +1,13 @@
-"""A pytest plugin for `make test-sanitize`: puts the sanitized native module in the place of the normal one, and says so.
+"""A pytest plugin for `make test-sanitize` and `make test-avx512`: puts another native module in the place of the normal one, and says so.
 
-    python -m pytest -p sanitized tests/ops
+    NATIVE_BUILD=sanitize|avx512 python -m pytest -p other_build tests/ops
 
-with build/sanitize built, this folder on PYTHONPATH and the sanitizer's library preloaded.
+with build/$NATIVE_BUILD built and this folder on PYTHONPATH; a sanitized module needs the sanitizer's library preloaded.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401  brings its libgomp first, as in ops._native
 
-FOLDER = Path(__file__).parents[2] / "build/sanitize"
+BUILD = os.environ["NATIVE_BUILD"]
+SAYS = {"sanitize": "sanitized", "avx512": "emulated_avx512"}[BUILD]
 
 
 def _load() -> Path:
-    path = next(FOLDER.glob("_cpu.*.so"))
+    path = next((Path(__file__).parents[2] / "build" / BUILD).glob("_cpu.*.so"))
     spec = spec_from_file_location("reinforce_ada._cpu", path)
     assert spec is not None
     assert spec.loader is not None
@@ -34,11 +36,12 @@ def pytest_sessionstart() -> None:
     from reinforce_ada.ops._native import cpu
 
     assert cpu.__file__ == str(PATH), f"the operators took {cpu.__file__}"
-    assert cpu.build_info()["sanitized"], f"{PATH} is not sanitized"
+    assert cpu.build_info()[SAYS], f"{PATH} is not {SAYS}"  # type: ignore[literal-required]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from reinforce_ada.ops._native import cpu
 
     info = cpu.build_info()
-    terminalreporter.write_line(f"sanitized: {info['sanitized']} ({cpu.__file__}; {info['compiler']}; {', '.join(info['usable_isas'])})")
+    says = f"{SAYS}: {info[SAYS]}"  # type: ignore[literal-required]
+    terminalreporter.write_line(f"{says} ({cpu.__file__}; {info['compiler']}; {', '.join(info['usable_isas'])})")
