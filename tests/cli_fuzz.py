@@ -125,6 +125,8 @@ MEANT = {
     ("simulate", "--population"): [*(f"beta:{pair}" for pair in _PAIRS), *_FILES],
     ("simulate", "--window"): _WINDOWS,
     ("simulate", "--fit"): _FILES,
+    ("train", "--task"): _FILES,
+    ("eval", "--task"): _FILES,
     ("train", "--reward"): ["os:getcwd", "json:loads", ".:f", "./file:f", "file:f", "os", "os:", ":f", "os:environ", "os.path:join:x"],
     ("train", "--task-options"): STRUCTURES,
     ("train", "--stop"): STRUCTURES,

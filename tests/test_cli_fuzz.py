@@ -190,7 +190,7 @@ def test_every_number_has_a_range() -> None:
         for f in config.dataclasses.fields(cls)
         if re.search(r"\b(int|float)\b", str(f.type))
     }  # fmt: skip
-    assert numbers == set(config._RANGES)
+    assert numbers == set(config.RANGES)
 
 
 # -------------------- files of pass rates

@@ -358,7 +358,7 @@ def _needed(hint: Any) -> str:
     return f"{'an integer or ' if int in kinds else ''}one of {', '.join(words)}" if words else ""
 
 
-class _Range(NamedTuple):
+class Range(NamedTuple):
     """Numbers from `least` (above it) to `most`."""
 
     least: float
@@ -374,24 +374,24 @@ class _Range(NamedTuple):
         return f"at most {self.most:.10g}" if value > self.most else ""
 
 
-_COUNT, _OPTIONAL_COUNT = _Range(1, 10**6), _Range(0, 10**6)
-_STEPS = _Range(0, 10**9)
-_SECONDS = _Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, which ends at 2 147 483 s
+_COUNT, _OPTIONAL_COUNT = Range(1, 10**6), Range(0, 10**6)
+_STEPS = Range(0, 10**9)
+_SECONDS = Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, which ends at 2 147 483 s
 # Every number of the configuration. Where a preset or an operator knows a narrower range it says so itself.
-_RANGES: Mapping[str, _Range] = {
-    "num_examples": _Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": _Range(1, 2048), "eval_every": _STEPS,
+RANGES: Mapping[str, Range] = {
+    "num_examples": Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": Range(1, 2048), "eval_every": _STEPS,
     "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
-    "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "positive_threshold": _Range(-1e30, 1e30), "alpha": _Range(0, 100, above=True),
-    "memory_decay": _Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
-    "temperature": _Range(0.01, 100),  # below, vLLM samples at another temperature than it is asked for
-    "replicas": _Range(1, 1024), "cpus_per_replica": _Range(1, 4096), "tensor_parallel": _Range(1, 1024),
-    "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": _Range(0, 10**6),
-    "max_num_seqs": _Range(1, 65536), "max_model_len": _Range(2, 10**7), "memory_fraction": _Range(0, 1, above=True),
-    "reward_workers": _Range(1, 1024),
-    "steps": _STEPS, "warmup_steps": _STEPS, "checkpoint_every": _STEPS, "minibatches": _COUNT, "tokens_per_pass": _Range(1, 10**9),
-    "learning_rate": _Range(0, 1, above=True), "weight_decay": _Range(0, 100), "max_grad_norm": _Range(0, 1e30, above=True),
-    "clip_low": _Range(0, 1), "clip_high": _Range(0, 1e6), "entropy_coef": _Range(0, 1e6), "correction_high": _Range(0, 1e6, above=True),
-    "seed": _Range(0, 2**63 - 1), "data_seed": _Range(0, 2**63 - 1),
+    "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "positive_threshold": Range(-1e30, 1e30), "alpha": Range(0, 100, above=True),
+    "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
+    "temperature": Range(0.01, 100),  # below, vLLM samples at another temperature than it is asked for
+    "replicas": Range(1, 1024), "cpus_per_replica": Range(1, 4096), "tensor_parallel": Range(1, 1024),
+    "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": Range(0, 10**6),
+    "max_num_seqs": Range(1, 65536), "max_model_len": Range(2, 10**7), "memory_fraction": Range(0, 1, above=True),
+    "reward_workers": Range(1, 1024),
+    "steps": _STEPS, "warmup_steps": _STEPS, "checkpoint_every": _STEPS, "minibatches": _COUNT, "tokens_per_pass": Range(1, 10**9),
+    "learning_rate": Range(0, 1, above=True), "weight_decay": Range(0, 100), "max_grad_norm": Range(0, 1e30, above=True),
+    "clip_low": Range(0, 1), "clip_high": Range(0, 1e6), "entropy_coef": Range(0, 1e6), "correction_high": Range(0, 1e6, above=True),
+    "seed": Range(0, 2**63 - 1), "data_seed": Range(0, 2**63 - 1),
 }  # fmt: skip
 
 
@@ -401,7 +401,7 @@ def _check(config: Config) -> None:
     for key, value in values.items():
         if isinstance(value, str):
             _check_text(key, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := _RANGES[key].needed(value)):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
             raise InputError("config", f"{key} = {_shown(value)}", needed)
     sampling = config.sampling
     if sampling.window is not None and sampling.schedule == "rounds":

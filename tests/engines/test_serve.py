@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import signal
 import socket
@@ -127,7 +129,6 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.listen()
         said = refusal(lambda: serve.check(Serving(model="m", port=taken.getsockname()[1], logs=tmp_path), needs_vllm=False))
     assert "--port names the first of them" in said
-    assert "at least 1" in refusal(lambda: serve.check(Serving(model="m", replicas=0)))
 
 
 def test_commands_and_cores() -> None:
@@ -195,9 +196,28 @@ def test_the_host_cannot_be_changed_behind_its_back(words: list[str]) -> None:
         assert said == f"serve: {words[0].split('=')[0]} among the arguments for vLLM; --host and --port of serve itself"
 
 
-def test_ports_that_are_none() -> None:
-    for port in (0, -1, 65536, 10**30):
-        assert f"port {port}" in refusal(lambda port=port: serve.check(Serving(model="m", port=port), needs_vllm=False))
+NUMBERS = {
+    "port": (0, -1, 65536, 10**30),
+    "replicas": (0, -1, 1025),
+    "max_model_len": (0, 1, 10**30),
+    "max_num_seqs": (0, 65537),
+    "tensor_parallel": (0, -2, 10**30),
+    "memory_fraction": (0.0, -0.5, 1.5, math.nan, math.inf),
+    "kv_cache_mb": (0, -1, 10**30),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name: str) -> None:
+    for value in NUMBERS[name]:
+        said = refusal(lambda value=value: serve.check(Serving(model="m", **{name: value}), needs_vllm=False))
+        assert said.startswith(f"serve: {name} = {value}; ")
+    assert set(NUMBERS) == {f.name for f in dataclasses.fields(Serving) if f.type in ("int", "float")}
+
+
+def test_the_last_port_is_one() -> None:
+    said = refusal(lambda: serve.check(Serving(model="m", port=65535, replicas=2), needs_vllm=False))
+    assert said == "serve: 2 replicas from port 65535 on; a last port of at most 65535"
 
 
 def test_ipv6() -> None:

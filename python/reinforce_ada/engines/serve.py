@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from reinforce_ada import machine
+from reinforce_ada.config import RANGES, Range
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import is_installed, one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # for a server to end by itself
+
+# What the configuration of a run also has is as there.
+_RANGES = {name: RANGES[name] for name in ("replicas", "tensor_parallel", "memory_fraction", "max_model_len", "max_num_seqs")} | {
+    "port": Range(1, 65535),
+    "kv_cache_mb": Range(1, 10**7),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,10 +200,12 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
 
 def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     """Raises: InputError for what cannot be served here."""
-    if serving.replicas < 1:
-        raise InputError("serve", f"{serving.replicas} replicas", "at least 1")
-    if serving.port < 1:
-        raise InputError("serve", f"port {serving.port}", "at least 1")
+    for name, allowed in _RANGES.items():
+        if needed := allowed.needed(value := getattr(serving, name)):
+            raise InputError("serve", f"{name} = {one_line(str(value))}", needed)
+    last = serving.port + serving.replicas - 1
+    if needed := _RANGES["port"].needed(last):
+        raise InputError("serve", f"{serving.replicas} replicas from port {serving.port} on", f"a last port of {needed}")
     _check_host(serving)
     _check_gpus(serving)
     if needs_vllm and not is_installed("vllm"):

@@ -17,8 +17,14 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     RATIO_LEVELS,
     Settings,
+    check_integers,
 )
 from reinforce_ada.ops.token_logprobs.checks import FLOATING, describe
+
+_NUMBERS = (
+    *("clip_low", "clip_high", "dual_clip", "log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length"),
+    *("kl_coef", "kl_bound", "entropy_coef"),
+)
 
 
 def check_layout(where: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -66,6 +72,7 @@ def _of_one_token_each(cu_seqlens: Tensor) -> bool:
 def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:
     """Names and numbers, and that settings come together with the tensors they read."""
     _check_names(where, s)
+    check_integers(where, s, _NUMBERS)
     if not (0 <= s.clip_low <= 1 and s.clip_high >= 0):
         raise InputError(where, f"clip_low={s.clip_low}, clip_high={s.clip_high}", "0 <= clip_low <= 1 and clip_high >= 0")
     if s.dual_clip is not None and not (s.loss == "ppo" and s.dual_clip > 1):

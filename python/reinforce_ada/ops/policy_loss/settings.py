@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +25,7 @@ LOG_RATIO_BOUND = 20.0  # verl's: e^20 = 4.9e8, a log-ratio past it says nothing
 SEQUENCE_LOG_RATIO_BOUND = 10.0  # gspo's bound on the mean log-ratio, above only
 KL_BOUND = 10.0  # verl's, of the k3 estimate
 KL_LOG_RATIO_BOUND = 20.0  # of what k3 is computed from, where it is bounded
+_LARGEST_INTEGER = int(sys.float_info.max)
 SAPO_TAU = (1.0, 1.05)  # temperature for advantage > 0, and for the others
 
 # Every form returns these in this order; those that do not apply are left out of the dictionary the caller gets.
@@ -45,6 +48,14 @@ METRICS = (
     "kl",
     "entropy",
 )
+
+
+def check_integers(where: str, of: object, names: Sequence[str]) -> None:
+    """Kernels compute with floats: an integer that none of them holds raises InputError."""
+    for name in names:
+        value = getattr(of, name)
+        if type(value) is int and abs(value) > _LARGEST_INTEGER:
+            raise InputError(where, f"{name} is an integer of {value.bit_length()} bits", "a number that a float holds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,7 @@ class RolloutCorrection:
 
     def __post_init__(self) -> None:
         where = "RolloutCorrection"
+        check_integers(where, self, ("low", "high", "normalizer"))
         if self.level not in CORRECTION_LEVELS:
             raise unknown_name(where, "level", self.level, CORRECTION_LEVELS)
         if self.mode not in CORRECTION_MODES:
