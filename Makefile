@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
   test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
-  test-gpu-mutations gpu-docs gpu-ptx lint format bench bench-docs doctor clean
+  test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
 demo: $(VENV)/.demo
@@ -107,6 +107,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+sdist: $(VENV)/.dev
+	$(BIN)/python -m build --sdist --outdir dist .
 
 bench: $(VENV)/.bench
 	$(BIN)/reinforce-ada bench $(BENCH_FLAGS)

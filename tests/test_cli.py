@@ -11,11 +11,13 @@ import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import reinforce_ada
 from reinforce_ada import cli, config
+from reinforce_ada.commands import doctor, flags, train
 from reinforce_ada.engines.serve import Serving
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.sampling import PRESETS
@@ -43,53 +45,16 @@ def test_help_answers_within_half_a_second_without_torch():
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "reinforce_ada.cli", "--help"], capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, "-m", "reinforce_ada", "--help"], capture_output=True, text=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)  # of the processor: another test may run beside
         assert done.returncode == 0
         assert all(command in done.stdout for command in COMMANDS)
     assert statistics.median(seconds) < 0.5
-    trace = [sys.executable, "-X", "importtime", "-m", "reinforce_ada.cli", "train", "--help"]
+    trace = [sys.executable, "-X", "importtime", "-m", "reinforce_ada", "train", "--help"]
     loaded = subprocess.run(trace, capture_output=True, text=True, env=environment, check=True).stderr
     assert "reinforce_ada.config" in loaded
     assert not re.search(r"\| +(torch|numpy|transformers|msgspec|vllm)$", loaded, re.MULTILINE)
-
-
-def flags_in_help(capsys, command) -> set[str]:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
-    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
-
-
-def test_train_has_a_flag_for_every_key(capsys):
-    keys = {f"--{key.replace('_', '-')}" for key in config.section_of()}
-    assert flags_in_help(capsys, "train") == keys | {"--help", "--config", "--resume"}
-
-
-def test_eval_has_the_flags_that_an_evaluation_reads(capsys):
-    flags = flags_in_help(capsys, "eval")
-    assert {"--help", "--config", "--json", "--task", "--reward", "--eval-k", "--temperature", "--max-tokens", "--engine"} <= flags
-    assert not flags & {"--steps", "--learning-rate", "--out", "--prompts-per-step", "--loss"}
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("report", {"--help"}),
-        ("bench", {"--help", "--case", "--device", "--json", "--quick", "--list"}),
-        ("doctor", {"--help", "--check", "--json"}),
-    ],
-)
-def test_the_other_commands_have_their_flags(capsys, command, flags):
-    assert flags_in_help(capsys, command) == flags
-
-
-def test_every_flag_gives_its_key():
-    values = {"task_options": "{}"}
-    line = [part for key in config.section_of() for part in (f"--{key.replace('_', '-')}", values.get(key, "7"))]
-    given = cli._parser().parse_args(["train", *line])
-    assert cli._overrides(given) == {key: values.get(key, "7") for key in config.section_of()}
 
 
 # -------------------- what argparse finds
@@ -227,7 +192,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.setattr(train, "run", interrupted)
     code, error = say(capsys, "train")
     assert code == 130
     assert "--resume DIR" in error
@@ -258,7 +223,7 @@ ENDS = [
 
 @pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=[type(e).__name__ for e, *_ in ENDS])
 def test_ends_are_one_line_that_a_terminal_shows_as_it_is(monkeypatch, capsys, error, code, line):
-    monkeypatch.setattr(cli, "_doctor", raises(error))
+    monkeypatch.setattr(doctor, "run", raises(error))
     ended, said = say(capsys, "doctor")
     assert ended == code
     assert said.startswith(line)
@@ -274,7 +239,7 @@ def raises(error):
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError("No module", name="ours"), OSError(107, "not connected"), ValueError("ours")])
 def test_errors_that_say_nothing_to_a_user_are_kept(monkeypatch, error):
-    monkeypatch.setattr(cli, "_doctor", raises(error))
+    monkeypatch.setattr(doctor, "run", raises(error))
     with pytest.raises(type(error)):
         cli.main(["doctor"])
 
@@ -299,7 +264,7 @@ def test_the_output_of_eval_json_is_one_object_whatever_a_reward_prints(world):
     reward = "import sys\nprint('loaded')\n\ndef loud(prompt, text):\n    print('scoring', flush=True)\n    return 1.0\n"
     (world / "loud_reward.py").write_text(reward)
     line = "eval model --task good.jsonl --eval-prompts 1 --eval-k 2 --reward loud_reward:loud --engine transformers --device cpu --json"
-    command = [sys.executable, "-m", "reinforce_ada.cli", *line.split(), "--dtype", "float32", "--max-tokens", "2"]
+    command = [sys.executable, "-m", "reinforce_ada", *line.split(), "--dtype", "float32", "--max-tokens", "2"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(reinforce_ada.__file__))}
     done = subprocess.run(command, capture_output=True, text=True, cwd=world, env=environment)
     assert done.returncode == 0, done.stderr
@@ -312,15 +277,15 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch):
     def broken(given):
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(cli, "_doctor", broken)
+    monkeypatch.setattr(doctor, "run", broken)
     with pytest.raises(RuntimeError, match="ours"):
         cli.main(["doctor"])
 
 
 def test_the_module_of_a_reward_is_found_in_the_working_folder(world):
     assert str(world) not in sys.path
-    cli._import_from_here()
-    cli._import_from_here()
+    flags.import_from_here()
+    flags.import_from_here()
     assert sys.path.count(str(world)) == 1
     import cli_reward
 
@@ -332,11 +297,21 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, unbuffered):
     """As in `reinforce-ada doctor | head -0`: no traceback, whenever the text is written."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "reinforce_ada.cli", "doctor"]
+    command = [sys.executable, "-m", "reinforce_ada", "doctor"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_version_is_the_one_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    stated = re.search(r'^version = "(.+)"$', pyproject, re.MULTILINE)[1]
+    assert capsys.readouterr().out == f"reinforce-ada {stated}\n"
+    assert reinforce_ada.__version__ == stated
 
 
 # -------------------- lists that stand twice

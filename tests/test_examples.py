@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from reinforce_ada import cli, config
+from reinforce_ada.commands import bench, doctor, evaluate, explain, report, simulate, train
 from reinforce_ada.driver import run
 from reinforce_ada.engines.function import FunctionEngine
 from reinforce_ada.rewards import RewardPool
@@ -84,8 +85,8 @@ def test_readme_has_the_two_blocks_for_use_as_a_library(here, capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_lines_are_accepted(line, monkeypatch):
     seen = []
-    for name in ("_train", "_eval", "_explain", "_report", "_simulate", "_bench", "_doctor"):
-        monkeypatch.setattr(cli, name, lambda given: seen.append(given) or 0)
+    for command in (train, evaluate, explain, report, simulate, bench, doctor):
+        monkeypatch.setattr(command, "run", lambda given: seen.append(given) or 0)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert len(seen) == 1
 
@@ -93,7 +94,7 @@ def test_command_lines_are_accepted(line, monkeypatch):
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.values[0].split()[1] == "simulate"])
 def test_simulations_have_settings(line, monkeypatch):
     found = []
-    monkeypatch.setattr(cli, "_simulate", lambda given: found.extend(settings(given.policies, given.schedule, given.window)) or 0)
+    monkeypatch.setattr(simulate, "run", lambda given: found.extend(settings(given.policies, given.schedule, given.window)) or 0)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert found
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from reinforce_ada import ops
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
@@ -24,12 +26,16 @@ _HOME = {
     "run": "reinforce_ada.driver",
 }
 
-__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "ops", "preset", "run"]
+__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "__version__", "ops", "preset", "run"]
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("reinforce-ada")
     if name == "ops":
         return import_module("reinforce_ada.ops")
     if name in _HOME:

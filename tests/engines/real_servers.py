@@ -96,7 +96,7 @@ def serving(model: str, folder: Path) -> Iterator[Serving]:
     while answers(f"http://127.0.0.1:{port + 1}"):
         port = free_port()
     command = [
-        *(sys.executable, "-m", "reinforce_ada.cli", "serve", model, "--replicas", "2", "--port", str(port), "--dtype", "float32"),
+        *(sys.executable, "-m", "reinforce_ada", "serve", model, "--replicas", "2", "--port", str(port), "--dtype", "float32"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--kv-cache-mb", "64", "--logs", str(folder / "logs")),
     ]
     log = folder / "serve.log"

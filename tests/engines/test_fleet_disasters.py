@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scripted_replicas import DISASTERS, ScriptedReplica, WatchedFleet, World
 
 from reinforce_ada import cli
+from reinforce_ada.commands import train
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import metrics_of
 from reinforce_ada.engines.fleet import Down
@@ -86,7 +87,7 @@ def test_the_command_line_says_it_in_one_line(monkeypatch: pytest.MonkeyPatch, c
     def lost(given: Any) -> int:
         raise EngineLost("engine: no replica for 9 s (r0: killed); the run can be resumed")
 
-    monkeypatch.setattr(cli, "_train", lost)
+    monkeypatch.setattr(train, "run", lost)
     assert cli.main(["train"]) == 3
     assert capsys.readouterr().err == "reinforce-ada: engine: no replica for 9 s (r0: killed); the run can be resumed\n"
 

@@ -30,7 +30,7 @@ def odd_length(prompt, completion):
 
 
 def cli(folder: Path, *arguments: str, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *under, "-m", "reinforce_ada.cli", *arguments]
+    command = [sys.executable, *under, "-m", "reinforce_ada", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
 
 

@@ -21,7 +21,7 @@ def test_a_million_prompts_on_ten_thousand_slots_within_five_minutes_and_4_gb(tm
     to = tmp_path / "study.json"
     size = ["--prompts", "1000000", "--slots", "10000", "--poll-fraction", "0.01", "--json", str(to)]
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "reinforce_ada.cli", "simulate", *SETTINGS, *size], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "reinforce_ada", "simulate", *SETTINGS, *size], check=True, capture_output=True)
     seconds = time.monotonic() - started
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     ((row,),) = [study["rows"] for study in json.loads(to.read_text())]

@@ -293,7 +293,7 @@ def test_torchrun_with_a_rank_killed_and_resumed(tmp_path: Path) -> None:
 
     def torchrun(*arguments: str) -> subprocess.Popen[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launcher, "-m", "reinforce_ada.cli", "train", *arguments]
+        command = [*launcher, "-m", "reinforce_ada", "train", *arguments]
         path = [str(Path(reinforce_ada.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -157,9 +157,7 @@ def join() -> Iterator[Ranks]:
     given = f"WORLD_SIZE={size}"
     _check_environment(size)
     if absent := [name for name in _ENVIRONMENT if name not in os.environ]:
-        raise InputError(
-            "train", f"{given} without {', '.join(absent)}", "all that torchrun sets", "torchrun -m reinforce_ada.cli train ..."
-        )
+        raise InputError("train", f"{given} without {', '.join(absent)}", "all that torchrun sets", "torchrun -m reinforce_ada train ...")
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_MEET))
         store = dist.PrefixStore("reinforce_ada", store)

@@ -7,11 +7,9 @@ committed transaction; a power loss may lose the last ones, never the file.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import itertools
 import json
-import math
 import os
 import sqlite3
 import uuid
@@ -20,48 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from reinforce_ada.errors import InputError, differences
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, parse_json
-from reinforce_ada.packing import pack, unpack
-from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, SamplingResult, Scored
+from reinforce_ada.rollouts.parquet import write_parquet
+from reinforce_ada.rollouts.rows import COLUMNS, INSERT, INSERT_POOL, TOKENS, event_of, pool_row, row_of, sql_text, str_of
+from reinforce_ada.rollouts.schema import FROM_1, FROM_2, PAGES, READABLE, SCHEMA, VERSION, connect, input_error, take_lock
+from reinforce_ada.types import CompletionId, Event, SamplingResult
 
-_SCHEMA_VERSION = "3"
-_READABLE = ("1", "2", _SCHEMA_VERSION)
-_REMEMBERED = "CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL)"
-# The long columns come last, so that a query on the short ones does not read through them.
-# `reward` and the texts have no affinity: a REAL column would turn -0.0 into 0.0, and a text with a lone surrogate is kept as bytes.
-_SCHEMA = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
-    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB);
-CREATE INDEX events_by_step ON events (step);
-CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
-CREATE TABLE pools (
-    step INTEGER NOT NULL, position INTEGER NOT NULL, prompt_id NOT NULL, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL,
-    num_void INTEGER NOT NULL, num_issued INTEGER NOT NULL, exit TEXT NOT NULL, key, text, data TEXT NOT NULL,
-    PRIMARY KEY (step, prompt_id)) WITHOUT ROWID;
-CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
-{_REMEMBERED};
-"""
-# Version 1 has no keys: its prompts go by their ids. Up to version 2 token ids and logprobs are two columns; those rows stay as they are.
-_FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
-_FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
-# A row of 500 tokens takes 2.5 KB: of the usual pages of 4 KB it would fill one. The write-ahead log holds 4 MB, as it usually does.
-_PAGES = ("PRAGMA page_size = 32768", "PRAGMA journal_mode = WAL")
-_PAGES_IN_LOG = 128
-_COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text"
-_INSERT = f"INSERT INTO events ({_COLUMNS}, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_TOKENS = ("tokens", "token_ids", "rollout_logprobs")
-_POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
-_INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _LAST_STEP = 2**63 - 1  # of SQLite's integers
-_UNDAMAGED = "an undamaged rollout store is needed"
 _DIFFERENT_CONFIG = "a store belongs to one configuration"
 
 
@@ -107,16 +72,16 @@ class RolloutStore:
     ) -> None:  # fmt: skip
         self._path, self._compared = Path(path), compared
         self._has_keys = True
-        self._tokens = ""  # the columns of `_TOKENS`, NULL for those that it does not have
+        self._tokens = ""  # the columns of `TOKENS`, NULL for those that it does not have
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         if read_only and not self._path.is_file():
             raise InputError("RolloutStore", f"{self._path} does not exist", "a store to read is needed")
         try:
             if not read_only:
-                self._lock = _take_lock(self._path)
+                self._lock = take_lock(self._path)
             with self._guarded():
-                self._connection = _connect(self._path, read_only)
+                self._connection = connect(self._path, read_only)
                 self._open(run, read_only)
         except BaseException:
             self.close()
@@ -126,9 +91,9 @@ class RolloutStore:
 
     def append(self, events: Sequence[Event], /) -> Sequence[Event]:
         """Write these events in one transaction and return them."""
-        rows = [_row(event) for event in events]
+        rows = [row_of(event) for event in events]
         with self._transaction() as connection:
-            connection.executemany(_INSERT, rows)
+            connection.executemany(INSERT, rows)
         return events
 
     def finish_step(self, step: int, result: SamplingResult) -> None:
@@ -141,8 +106,8 @@ class RolloutStore:
             outcomes = [o for pool in result.pools for o in pool.outcomes]
             members = [(seq_of[(o.id, o.policy_version)], o.id in kept) for o in outcomes if (o.id, o.policy_version) in seq_of]
             connection.executemany("INSERT INTO committed (seq, kept) VALUES (?, ?)", members)
-            rows = [_pool_row(step, position, pool) for position, pool in enumerate(result.pools)]
-            connection.executemany(_INSERT_POOL, rows)
+            rows = [pool_row(step, position, pool) for position, pool in enumerate(result.pools)]
+            connection.executemany(INSERT_POOL, rows)
             connection.execute("INSERT OR REPLACE INTO finished_steps (step) VALUES (?)", (step,))
 
     def take_back(self, ids: Iterable[CompletionId]) -> None:
@@ -152,7 +117,7 @@ class RolloutStore:
         where = "step = ? AND prompt_id = ? AND idx = ? AND kind = 'scored'"
         with self._transaction() as connection:
             for step, prompt_id, index in ids:
-                whose = (step, _sql_text(prompt_id), index)
+                whose = (step, sql_text(prompt_id), index)
                 connection.execute(f"DELETE FROM committed WHERE seq IN (SELECT seq FROM events WHERE {where})", whose)
                 connection.execute(f"UPDATE events SET kind = 'aborted', {cleared} WHERE {where}", whose)
 
@@ -172,7 +137,7 @@ class RolloutStore:
         last = max((row.step for row in rows), default=0)
         with self._transaction() as connection:
             if not self._remembers(connection):
-                shifted = ((row.step - last, _sql_text(row.key), row.num_correct, row.num_wrong) for row in rows)
+                shifted = ((row.step - last, sql_text(row.key), row.num_correct, row.num_wrong) for row in rows)
                 connection.executemany("INSERT INTO remembered VALUES (?, ?, ?, ?)", shifted)
                 connection.execute("INSERT INTO meta VALUES ('remembers', ?)", (str(earlier._path),))
 
@@ -206,7 +171,7 @@ class RolloutStore:
             )
             rows = connection.execute(own, (_LAST_STEP if last_step is None else last_step,))
             for step, key, num_correct, num_wrong in itertools.chain(remembered, rows):
-                yield Seen(step, _str(key), num_correct, num_wrong)
+                yield Seen(step, str_of(key), num_correct, num_wrong)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The data of the prompts of all finished steps, each once, as JSON keeps it."""
@@ -224,8 +189,8 @@ class RolloutStore:
     def events(self, step: int) -> list[Event]:
         """The step's events in journal order, equal to what was appended to the bit."""
         with self._guarded():
-            query = f"SELECT seq, {self._tokens}, {_COLUMNS} FROM events e WHERE step = ? ORDER BY seq"
-            return [self._event(*row) for row in self._open_connection().execute(query, (step,))]
+            query = f"SELECT seq, {self._tokens}, {COLUMNS} FROM events e WHERE step = ? ORDER BY seq"
+            return [event_of(self._path, *row) for row in self._open_connection().execute(query, (step,))]
 
     def last_step(self) -> int | None:
         """The latest step with an event, or None."""
@@ -244,29 +209,9 @@ class RolloutStore:
         with self._guarded():
             rows = self._open_connection().execute(f"SELECT {columns} FROM pools ORDER BY step, position")
             return [
-                PoolCounts(step, _str(prompt_id), right, wrong, void, issued, _str(key))
+                PoolCounts(step, str_of(prompt_id), right, wrong, void, issued, str_of(key))
                 for step, prompt_id, right, wrong, void, issued, key in rows
             ]
-
-    def _event(self, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
-        step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
-        id_ = CompletionId(step, _str(prompt_id), index)
-        if kind == "scored":
-            arrays = self._arrays(seq, num_tokens, tokens, token_ids, logprobs)
-            return Scored(Completion(id_, *arrays, _str(text), finish_reason, policy_version), reward)
-        if kind == "aborted":
-            return Aborted(id_, policy_version, num_tokens)
-        return (Failed if kind == "failed" else Lost)(id_, policy_version, _str(reason))
-
-    def _arrays(self, seq: int, count: int, tokens: bytes | None, *plain: bytes | None) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Token ids and logprobs of an event, [count] each. Raises: InputError for bytes that are not those of as many."""
-        try:
-            if tokens is not None:
-                return unpack(tokens, count)
-            ids, logprobs = (np.frombuffer(data or b"", dtype, count) for data, dtype in zip(plain, ("<i4", "<f4"), strict=True))
-            return ids.astype(np.int32), logprobs.astype(np.float32)
-        except (ValueError, TypeError) as e:
-            raise InputError("RolloutStore", f"{self._path}: event {seq} is damaged: {e}", _UNDAMAGED, "use a new folder") from e
 
     def export_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per scored or void completion, by step, in journal order.
@@ -283,27 +228,8 @@ class RolloutStore:
         target = Path(path)
         with self._guarded():
             connection = self._open_connection()
-            replace_file(target, lambda aside: self._write_parquet(connection, aside), where="export_parquet")
+            replace_file(target, lambda aside: write_parquet(connection, self._tokens, self._path, aside), where="export_parquet")
         return target
-
-    def _write_parquet(self, connection: sqlite3.Connection, path: Path) -> None:
-        """A row group per step, so that memory holds one step."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema = _parquet_schema()
-        steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
-        with pq.ParquetWriter(path, schema) as writer:
-            for step in steps:
-                rows = [self._export_row(*row) for row in connection.execute(_EXPORT.format(tokens=self._tokens), (step,))]
-                writer.write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema))
-
-    def _export_row(self, seq: int, num_tokens: int | None, *row: Any) -> tuple[Any, ...]:
-        tokens, row = row[:3], row[3:]
-        step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, data = row
-        arrays = (None, None) if num_tokens is None else self._arrays(seq, num_tokens, *tokens)
-        texts = (_utf8(prompt_text), _utf8(text))
-        return (step, _utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
 
     # -------------------- life cycle
 
@@ -339,21 +265,21 @@ class RolloutStore:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
         except sqlite3.OperationalError:  # no such table
             meta = {}
-        if meta.get("schema_version") not in _READABLE:
+        if meta.get("schema_version") not in READABLE:
             given = f"{self._path} has schema version {meta.get('schema_version')}"
-            raise InputError("RolloutStore", given, f"a rollout store of version {_SCHEMA_VERSION} is needed")
+            raise InputError("RolloutStore", given, f"a rollout store of version {VERSION} is needed")
         if run is not None and (difference := self._difference(meta, run)):
             raise InputError("RolloutStore", f"{self._path} {difference}", _DIFFERENT_CONFIG, "use a new folder")
         version = meta["schema_version"]
-        if version != _SCHEMA_VERSION and not read_only:
+        if version != VERSION and not read_only:
             self._upgrade(version)
-            version = _SCHEMA_VERSION
+            version = VERSION
         self._has_keys = version != "1"
         self._look_at_columns()
 
     def _look_at_columns(self) -> None:
         there = {row[1] for row in self._open_connection().execute("PRAGMA table_info(events)")}
-        self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in _TOKENS)
+        self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in TOKENS)
 
     def _difference(self, meta: Mapping[str, str], run: Mapping[str, Any]) -> str:
         try:
@@ -366,17 +292,17 @@ class RolloutStore:
     def _upgrade(self, version: str) -> None:
         """From an earlier version, all of it or nothing."""
         with self._transaction() as connection:
-            for statement in (*(_FROM_1 if version == "1" else ()), *_FROM_2):
+            for statement in (*(FROM_1 if version == "1" else ()), *FROM_2):
                 connection.execute(statement)
             connection.execute("INSERT INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
-            connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (_SCHEMA_VERSION,))
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (VERSION,))
 
     def _create(self, run: Mapping[str, Any] | None) -> None:
-        meta = {"schema_version": _SCHEMA_VERSION, "id": uuid.uuid4().hex, "run": _canonical(run or {})}
-        for statement in _PAGES:
+        meta = {"schema_version": VERSION, "id": uuid.uuid4().hex, "run": _canonical(run or {})}
+        for statement in PAGES:
             self._open_connection().execute(statement)
         with self._transaction() as connection:
-            for statement in _SCHEMA.split(";\n"):
+            for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
@@ -400,117 +326,15 @@ class RolloutStore:
         try:
             yield
         except sqlite3.Error as error:
-            raise _input_error(self._path, error) from error
-
-
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
-    connection = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)  # explicit transactions only
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_IN_LOG}")
-    return connection
-
-
-def _take_lock(path: Path) -> int:
-    """The writer's lock, beside the file: SQLite's own would keep readers out. It ends with the process, however that ends."""
-    try:
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError("RolloutStore", f"{path}: {error.strerror}", "a file in a writable folder is needed") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise InputError("RolloutStore", f"{path} is open for writing elsewhere", "one writer at a time") from error
-    return lock
-
-
-def _input_error(path: Path, error: sqlite3.Error) -> InputError:
-    text = str(error)
-    if "is full" in text:
-        hint = "free some and resume: what was committed before is safe"
-        return InputError("RolloutStore", f"{path}: {text}", "space for the rollouts is needed", hint)
-    if "malformed" in text or "not a database" in text:
-        return InputError("RolloutStore", f"{path}: {text}", _UNDAMAGED, "use a new folder")
-    return InputError("RolloutStore", f"{path}: {text}", "a store that can be read and written is needed")
-
-
-# -------------------- rows
-
-
-def _row(event: Event) -> tuple[Any, ...]:
-    head = (event.id.step, _sql_text(event.id.prompt_id), event.id.index)
-    if isinstance(event, Scored):
-        if not math.isfinite(event.reward):
-            raise InputError("RolloutStore.append", f"reward {event.reward} for {tuple(event.id)}", "a finite reward is needed")
-        c = event.completion
-        if c.token_ids.shape != c.rollout_logprobs.shape:
-            given = f"{c.token_ids.size} token ids and {c.rollout_logprobs.size} logprobs for {tuple(event.id)}"
-            raise InputError("RolloutStore.append", given, "as many logprobs as token ids")
-        short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
-        return (*head, "scored", *short, None, _sql_text(c.text), pack(c.token_ids, c.rollout_logprobs))
-    if isinstance(event, Aborted):
-        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None)
-    kind = "failed" if isinstance(event, Failed) else "lost"
-    return (*head, kind, event.policy_version, None, None, None, _sql_text(event.reason), None, None)
+            raise input_error(self._path, error) from error
 
 
 def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[CompletionId, int], int]:
     """(id, policy version) -> the row the sampler took: the first answer; later ones are duplicates to it."""
     query = "SELECT seq, prompt_id, idx, policy_version FROM events WHERE step = ? AND kind IN ('scored', 'failed') ORDER BY seq DESC"
     rows = connection.execute(query, (step,))
-    return {(CompletionId(step, _str(prompt_id), index), version): seq for seq, prompt_id, index, version in rows}
-
-
-def _pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
-    counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
-    data = json.dumps(dict(pool.prompt.data), default=repr)
-    key = pool.prompt.key or pool.prompt.prompt_id
-    return (step, position, _sql_text(pool.prompt.prompt_id), *counts, _sql_text(key), _sql_text(pool.prompt.text), data)
-
-
-def _sql_text(text: str) -> str | bytes:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but not a reason to stop a run
-        return text.encode("utf-8", "surrogatepass")
-    return text
-
-
-def _str(stored: str | bytes) -> str:
-    return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
-
-
-# -------------------- configuration
+    return {(CompletionId(step, str_of(prompt_id), index), version): seq for seq, prompt_id, index, version in rows}
 
 
 def _canonical(run: Mapping[str, Any]) -> str:
     return json.dumps(dict(run), sort_keys=True, default=str)
-
-
-# -------------------- Parquet
-
-_EXPORT = """
-SELECT e.seq, e.num_tokens, {tokens}, e.step, e.prompt_id, e.idx, p.text, e.text, e.reward,
-       COALESCE(c.kept, 0), c.seq IS NOT NULL, e.policy_version, e.finish_reason, p.data
-FROM events e
-LEFT JOIN committed c ON c.seq = e.seq
-LEFT JOIN pools p ON p.step = e.step AND p.prompt_id = e.prompt_id
-WHERE e.step = ? AND e.kind IN ('scored', 'failed') ORDER BY e.seq
-"""
-
-
-def _parquet_schema() -> Any:
-    import pyarrow as pa
-
-    columns = {
-        "step": pa.int64(), "prompt_id": pa.string(), "index": pa.int64(), "prompt_text": pa.string(), "text": pa.string(),
-        "reward": pa.float64(), "kept": pa.bool_(), "committed": pa.bool_(), "policy_version": pa.int64(), "finish_reason": pa.string(),
-        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "data": pa.string(),
-    }  # fmt: skip
-    return pa.schema(list(columns.items()))
-
-
-def _utf8(stored: str | bytes | None) -> str | None:
-    """A lone surrogate becomes U+FFFD."""
-    return stored.decode(errors="replace") if isinstance(stored, bytes) else stored

@@ -1,0 +1,24 @@
+"""`reinforce-ada doctor`: what works on this machine and what does not."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from reinforce_ada.commands.flags import add_command
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    about = "Which operators, engines and packages work here, and why not where they do not."
+    parser = add_command(commands, "doctor", about)
+    parser.add_argument("--check", action="store_true", help="run every usable form of every operator against the reference")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Print the findings; the exit status."""
+    from reinforce_ada import doctor
+
+    return doctor.main(check=given.check, as_json=given.json)

@@ -1,0 +1,28 @@
+"""`reinforce-ada report`: the figure and the Parquet export of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from reinforce_ada.commands.flags import add_command
+from reinforce_ada.outside import show
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "report", "Redraw the figure of a run and export its rollouts to Parquet.")
+    parser.add_argument("run_dir", type=Path, metavar="DIR", help="a folder that `reinforce-ada train` wrote")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Write the figure and the export and print the summary; 0."""
+    from reinforce_ada import report
+
+    for path in report.report(given.run_dir):
+        show(str(path))
+    for name, value in report.summary_table(given.run_dir):
+        show(f"{name:<28} {value}")
+    return 0

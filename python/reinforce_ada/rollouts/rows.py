@@ -1,0 +1,92 @@
+"""Events and pools as rows of the store, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.packing import pack, unpack
+from reinforce_ada.rollouts.schema import UNDAMAGED
+from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, Scored
+
+COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text"
+INSERT = f"INSERT INTO events ({COLUMNS}, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+TOKENS = ("tokens", "token_ids", "rollout_logprobs")
+_POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
+INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def row_of(event: Event) -> tuple[Any, ...]:
+    """The values of `INSERT`. Raises: InputError for a reward that is not finite and for logprobs that do not match the token ids."""
+    head = (event.id.step, sql_text(event.id.prompt_id), event.id.index)
+    if isinstance(event, Scored):
+        if not math.isfinite(event.reward):
+            raise InputError("RolloutStore.append", f"reward {event.reward} for {tuple(event.id)}", "a finite reward is needed")
+        c = event.completion
+        if c.token_ids.shape != c.rollout_logprobs.shape:
+            given = f"{c.token_ids.size} token ids and {c.rollout_logprobs.size} logprobs for {tuple(event.id)}"
+            raise InputError("RolloutStore.append", given, "as many logprobs as token ids")
+        short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
+        return (*head, "scored", *short, None, sql_text(c.text), pack(c.token_ids, c.rollout_logprobs))
+    if isinstance(event, Aborted):
+        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None)
+    kind = "failed" if isinstance(event, Failed) else "lost"
+    return (*head, kind, event.policy_version, None, None, None, sql_text(event.reason), None, None)
+
+
+def event_of(path: Path, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
+    """The event of a row of `COLUMNS`, which follow its place in the store and the three columns of tokens."""
+    step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
+    id_ = CompletionId(step, str_of(prompt_id), index)
+    if kind == "scored":
+        arrays = arrays_of(path, seq, num_tokens, tokens, token_ids, logprobs)
+        return Scored(Completion(id_, *arrays, str_of(text), finish_reason, policy_version), reward)
+    if kind == "aborted":
+        return Aborted(id_, policy_version, num_tokens)
+    return (Failed if kind == "failed" else Lost)(id_, policy_version, str_of(reason))
+
+
+def arrays_of(
+    path: Path, seq: int, count: int, tokens: bytes | None, *plain: bytes | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Token ids and logprobs of an event, [count] each. Raises: InputError for bytes that are not those of as many."""
+    try:
+        if tokens is not None:
+            return unpack(tokens, count)
+        ids, logprobs = (np.frombuffer(data or b"", dtype, count) for data, dtype in zip(plain, ("<i4", "<f4"), strict=True))
+        return ids.astype(np.int32), logprobs.astype(np.float32)
+    except (ValueError, TypeError) as e:
+        raise InputError("RolloutStore", f"{path}: event {seq} is damaged: {e}", UNDAMAGED, "use a new folder") from e
+
+
+def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
+    """The values of `INSERT_POOL`."""
+    counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
+    data = json.dumps(dict(pool.prompt.data), default=repr)
+    key = pool.prompt.key or pool.prompt.prompt_id
+    return (step, position, sql_text(pool.prompt.prompt_id), *counts, sql_text(key), sql_text(pool.prompt.text), data)
+
+
+def sql_text(text: str) -> str | bytes:
+    """A text as SQLite keeps it: one with a lone surrogate as bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but not a reason to stop a run
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def str_of(stored: str | bytes) -> str:
+    """The text that `sql_text` was given."""
+    return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
+
+
+def utf8(stored: str | bytes | None) -> str | None:
+    """A stored text as UTF-8 can hold it: a lone surrogate becomes U+FFFD."""
+    return stored.decode(errors="replace") if isinstance(stored, bytes) else stored
