@@ -12,7 +12,7 @@ from reinforce_ada.outside import is_installed, one_line
 # The extra that brings each package which a base install lacks, by the name it is imported under; tests hold it to pyproject.toml.
 EXTRA_OF = {
     **dict.fromkeys(("accelerate", "gguf", "httpx", "reasoning_gym", "rich", "safetensors", "tomli", "tomli_w", "transformers"), "train"),
-    **dict.fromkeys(("matplotlib", "pyarrow"), "report"),
+    **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
     "ray": "ray",
     "vllm": "vllm",

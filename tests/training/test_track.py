@@ -1,4 +1,4 @@
-"""Event files to the byte, and trackers that are asked for, missing, or fail."""
+"""Event files as TensorBoard reads them, and trackers that are asked for, missing, or fail."""
 
 from __future__ import annotations
 
@@ -15,40 +15,54 @@ import pytest
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.training import track
-from reinforce_ada.training.event_file import EventFile, crc32c
+from reinforce_ada.training.event_file import EventFile
 from reinforce_ada.training.log import RunLog, read_log
 from reinforce_ada.training.track import Trackers, check_names, numbers_of
 
-# Written by tensorboard 2.21 (RecordWriter, Event.SerializeToString): its version; train/loss = .25 and ü = -2 at step 300; a start at 2.
-WRITTEN = bytes.fromhex(
-    "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c2c00000000000000f4aecc4509000000000000f8"
-    "3f10ac022a1e0a110a0a747261696e2f6c6f7373150000803e0a090a02c3bc15000000c03efb2b900f000000000000006d532b0909000000000000f8"
-    "3f10023a0208010ed75a29"
-)
 
+def events_of(folder: Path) -> Iterator[Any]:
+    """The events of the only file in the folder, from its frames: length, checksum, data, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
 
-def frames(data: bytes) -> Iterator[bytes]:
-    """The events of a file."""
+    (path,) = folder.iterdir()
+    data = path.read_bytes()
     while data:
         (size,) = struct.unpack("<Q", data[:8])
         assert len(data) >= size + 16
-        yield data[12 : 12 + size]
+        yield Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
 
 
-def test_the_checksum_is_castagnolis() -> None:
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA
+def scalars_of(event: Any) -> dict[str, float]:
+    return {value.tag: value.simple_value for value in event.summary.value}
 
 
-def test_the_file_is_what_tensorboard_itself_writes(tmp_path: Path) -> None:
-    events = EventFile(tmp_path / "tensorboard", now=lambda: 1.5)
+def test_what_tensorboard_reads(tmp_path: Path) -> None:
+    events = EventFile(tmp_path / "tensorboard")
     events.scalars({"train/loss": 0.25, "ü": -2.0}, 300)
     events.restart(2)
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    assert path.read_bytes() == WRITTEN  # before it is closed: a killed run has it all
-    assert path.name.startswith("events.out.tfevents.0000000001.")
+    version, numbers, start = events_of(tmp_path / "tensorboard")  # before it is closed: a killed run has it all
+    assert version.file_version == "brain.Event:2"
+    assert (numbers.step, scalars_of(numbers)) == (300, {"train/loss": 0.25, "ü": -2.0})
+    assert (start.step, start.session_log.status) == (2, start.session_log.START)
     events.close()
+
+
+def test_two_files_of_one_second_are_two(tmp_path: Path) -> None:
+    for _ in range(3):
+        EventFile(tmp_path).close()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_without_the_package_a_run_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said: list[str] = []
+    trackers = Trackers("", tmp_path, {}, said.append)
+    trackers.log({"kind": "step", "step": 1, "loss": 0.5})
+    trackers.cut_after(0)
+    trackers.close()
+    assert said == ['track: tensorboardX is not installed; pip install "reinforce-ada[report]"; without it there are no TensorBoard files']
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -59,13 +73,15 @@ def test_the_file_is_what_tensorboard_itself_writes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_numbers_past_float32_are_written_as_the_largest(tmp_path: Path, given: float, written: float) -> None:
-    events = EventFile(tmp_path, now=lambda: 1.5)
-    events.scalars({"train/\ud800reward": given}, 2**70 - 1)
+    events = EventFile(tmp_path)
+    events.scalars({"train/\ud800reward": given}, 2**63 - 1)
     events.restart(-1)
     events.close()
-    (path,) = tmp_path.iterdir()
-    _, event, _ = frames(path.read_bytes())
-    assert event.endswith(struct.pack("<f", written))
+    _, event, _ = events_of(tmp_path)
+    ((tag, number),) = scalars_of(event).items()
+    assert number == pytest.approx(written, rel=1e-7)
+    assert math.copysign(1, number) == math.copysign(1, written)
+    assert tag.startswith("train/")
 
 
 def test_an_integer_past_float64_is_no_finite_number() -> None:
@@ -125,12 +141,10 @@ def test_the_log_goes_everywhere(make: Callable[..., Any], tmp_path: Path) -> No
     assert [r["kind"] for r in read_log(tmp_path / "log.jsonl")] == ["run", "eval"]
     assert tracker.seen == [(0, {"eval/k": 2.0, "eval/avg_at_k": 0.5}), (1, {"train/grad": 2.0})]
     assert (tracker.closed, said) == (1, [])
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    version, zero, one, start = frames(path.read_bytes())
-    assert version.endswith(b"brain.Event:2")
-    assert zero.endswith(b"eval/avg_at_k\x15" + struct.pack("<f", 0.5))
-    assert one.endswith(b"train/grad\x15" + struct.pack("<f", 2.0))
-    assert start.endswith(b"\x10\x01:\x02\x08\x01")
+    _, zero, one, start = events_of(tmp_path / "tensorboard")
+    assert (zero.step, scalars_of(zero)) == (0, {"eval/k": 2.0, "eval/avg_at_k": 0.5})
+    assert (one.step, scalars_of(one)) == (1, {"train/grad": 2.0})
+    assert (start.step, start.session_log.status) == (1, start.session_log.START)
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make: Callable[..., Any]) -> None:
@@ -160,7 +174,9 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^track: unknown tracker 'wanbd'; known: mlflow, trackio, wandb; did you mean 'wandb'\?$"):
         check_names("wanbd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^track: mlflow is not installed; pip install mlflow; TensorBoard's files need nothing$"):
+    with pytest.raises(
+        InputError, match=r"^track: mlflow is not installed; pip install mlflow; TensorBoard needs tensorboardX only$"
+    ):
         check_names(" mlflow, ")
 
 

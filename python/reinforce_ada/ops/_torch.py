@@ -21,9 +21,14 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, bool))
 _traced, _modes, _transformed = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 
 
+def is_watched() -> bool:
+    """Whether something traces or transforms what is called now: torch.compile, a dispatch mode, torch.func, forward-mode AD."""
+    return _traced() or _modes() > 0 or _transformed() or forward_ad._current_level >= 0
+
+
 def is_eager(args: Sequence[Any]) -> bool:
-    """Whether a call may pass torch's dispatcher by: nothing traces or transforms it, and every tensor is a plain one."""
-    if _traced() or _modes() or _transformed() or forward_ad._current_level >= 0:
+    """Whether a call may pass torch's dispatcher by: nothing watches it, and every tensor is a plain one."""
+    if is_watched():
         return False
     for a in args:  # noqa: SIM110  all() over a generator takes three times as long
         if type(a) not in _PLAIN and isinstance(a, Tensor):

@@ -1,4 +1,4 @@
-"""The run's numbers where people look at them: TensorBoard always; Weights & Biases, MLflow and trackio where they are asked for."""
+"""The numbers of a run for TensorBoard (where tensorboardX is installed) and, on request, Weights & Biases, MLflow and trackio."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from reinforce_ada.errors import InputError, needs, unknown_name
+from reinforce_ada.errors import InputError, needs, not_installed, unknown_name
 from reinforce_ada.files import replace_file
-from reinforce_ada.outside import GarbageError, one_line, parse_json
+from reinforce_ada.outside import GarbageError, is_installed, one_line, parse_json
 from reinforce_ada.training.event_file import EventFile
 
 PROJECT = "reinforce-ada"
@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Gives every record of the log to all trackers. One that fails during the run is said to, and left out from then on.
+    """Gives every record of the log to all trackers. A tracker that fails during the run is reported and dropped.
 
     Args:
         names: of trackers beside TensorBoard, separated by commas.
@@ -44,16 +44,15 @@ class Trackers:
         self._say = say
         wanted = check_names(names)
         self._trackers: dict[str, Tracker] = {name: _begin(name, out, config) for name in wanted}
-        try:
-            self._events = EventFile(out / "tensorboard")
-        except OSError as e:
-            given = f"cannot write to {out / 'tensorboard'}: {e.strerror}"
-            raise InputError("track", given, "a folder for TensorBoard's files", "move what has that name out of the way") from e
+        self._events = _event_file(out / "tensorboard")
+        if self._events is None:
+            say(str(not_installed("track", "tensorboardX", "without it there are no TensorBoard files")))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """The numbers of a record of the log."""
         values, step = dict(numbers_of(record)), int(record["step"])
-        self._events.scalars(values, step)
+        if self._events is not None:
+            self._events.scalars(values, step)
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(values, step)
@@ -63,16 +62,29 @@ class Trackers:
 
     def cut_after(self, step: int) -> None:
         """The steps after `step` come again."""
-        self._events.restart(step + 1)
+        if self._events is not None:
+            self._events.restart(step + 1)
 
     def close(self) -> None:
         """The run ends, or the process does."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         for name, tracker in self._trackers.items():
             try:
                 tracker.close()
             except Exception as e:
                 self._say(f"track: {name} did not end well: {_one_line(e)}")
+
+
+def _event_file(folder: Path) -> EventFile | None:
+    """A new file for TensorBoard, None where tensorboardX is not installed."""
+    if not is_installed("tensorboardX"):
+        return None
+    try:
+        return EventFile(folder)
+    except OSError as e:
+        given = f"cannot write to {folder}: {e.strerror}"
+        raise InputError("track", given, "a folder for TensorBoard's files", "move what has that name out of the way") from e
 
 
 def check_names(names: str) -> list[str]:
@@ -81,7 +93,7 @@ def check_names(names: str) -> list[str]:
     for name in wanted:
         if name not in _BEGIN:
             raise unknown_name("track", "tracker", name, _BEGIN)
-        needs("track", name, "TensorBoard's files need nothing")
+        needs("track", name, "TensorBoard needs tensorboardX only")
     return wanted
 
 

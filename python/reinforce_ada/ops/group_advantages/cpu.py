@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._native import cpu, missing
 from reinforce_ada.ops._ragged import wrong_offset
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, is_eager
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, is_eager, is_watched
 from reinforce_ada.ops.group_advantages.checks import BASELINES, MOST, SCALES, SINGLETONS, WHERE, wrong_group
 from reinforce_ada.types import PoolStats
 
@@ -31,10 +31,10 @@ def common_case(
 
     One look at each thing that the checks and conversions of the long way look at several times: 4 us instead of 7 at N = 512.
     """
-    if type(baseline) is not str or not is_eager((rewards, group_of)) or missing() is not None:
+    if type(rewards) is not Tensor or type(group_of) is not Tensor or type(baseline) is not str or is_watched() or missing() is not None:
         return None
     codes, dtype = _CODES.get((baseline, scale, singleton)), DTYPE_CODES.get(rewards.dtype)
-    if codes is None or dtype is None or group_of is None or group_of.dtype is not _int64:
+    if codes is None or dtype is None or group_of.dtype is not _int64:
         return None
     shape = rewards.shape
     if len(shape) != 1 or group_of.shape != shape or not (rewards.is_cpu and group_of.is_cpu):
