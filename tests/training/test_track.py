@@ -174,9 +174,7 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^track: unknown tracker 'wanbd'; known: mlflow, trackio, wandb; did you mean 'wandb'\?$"):
         check_names("wanbd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"^track: mlflow is not installed; pip install mlflow; TensorBoard needs tensorboardX only$"
-    ):
+    with pytest.raises(InputError, match=r"^track: mlflow is not installed; pip install mlflow; TensorBoard needs tensorboardX only$"):
         check_names(" mlflow, ")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from reinforce_ada.errors import EngineLost, InputError
@@ -66,6 +67,21 @@ def metrics_of(engine: Engine) -> dict[str, float]:
     """
     metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
     return metrics()
+
+
+class Launch(NamedTuple):
+    """What a run gives the function `launch` of an engine's module, which returns the engine."""
+
+    settings: Any  # the table [engine] of the configuration
+    path: str  # of the model: a folder or a hub id
+    dtype: str
+    device: str  # "cpu" or "cuda"
+    module: Any  # the trainer's own model, for an engine that shares its weights
+    tokenizer: Any
+    vocab_size: int
+    weights: Path  # a folder for weights that other processes load
+    limits: Mapping[str, Any]  # max_tokens, max_model_len, max_num_seqs, temperature and stop, as keywords of every engine
+    say: Callable[[str], None]  # takes a line for the user
 
 
 class Placement(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 
 from reinforce_ada.engines import answers
 from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
-from reinforce_ada.engines.base import check_prompt_length, too_old
+from reinforce_ada.engines.base import Launch, check_prompt_length, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_folder
@@ -455,3 +455,12 @@ def _check(replicas: Sequence[HttpReplica], greetings: Sequence[Future[str]], sa
         raise InputError("engine", shown, "the same model on every server")
     for line in silent:
         say(f"engine: not there yet: {line}")
+
+
+def launch(run: Launch) -> HttpEngine:
+    """The engine of a run."""
+    servers = [url.strip() for url in run.settings.servers.split(",") if url.strip()]
+    patience = {"hung_after_s": run.settings.hung_after_s, "give_up_s": run.settings.give_up_s}
+    engine = HttpEngine(servers, run.weights, vocab_size=run.vocab_size, say=run.say, **patience, **run.limits)
+    run.say(f"engine: {len(servers)} servers, weights in {run.weights}")
+    return engine

