@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import damages
@@ -22,13 +21,6 @@ from reinforce_ada.packing import pack
 from reinforce_ada.training.track import Trackers, _known
 
 DB, NEWEST, BEFORE = "rollouts.sqlite", "checkpoints/step-000004", "checkpoints/step-000002"
-
-
-@pytest.fixture(scope="module")
-def toy_run() -> Iterator[Runner]:
-    runner = Runner()
-    yield runner
-    runner.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -41,13 +41,6 @@ from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.types import Completion, CompletionId, Prompt
 
 QUESTIONS = [f"{a} + {b} =" for a in range(4) for b in range(4)]
-
-
-@pytest.fixture(scope="module")
-def toy_run() -> Iterator[Runner]:
-    runner = Runner()
-    yield runner
-    runner.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from reinforce_ada.training.trainer import compared, fingerprint
 from reinforce_ada.types import Prompt
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def toy_run() -> Iterator[Runner]:
-    runner = Runner()
-    yield runner
-    runner.close()
 
 
 @pytest.fixture(scope="module")
