@@ -58,7 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_all(world: Path, cases: list[tuple[list[str], str]]) -> None:
     """Every case ends well or in the one line; and in that line exactly where the command cannot do without."""
-    text = json.dumps([(packages, line.split()) for packages, line in cases])
+    places = [["--out", f"runs/{i}"] if line.startswith("train") else [] for i, (_, line) in enumerate(cases)]  # some of them begin a run
+    text = json.dumps([(packages, line.split() + place) for (packages, line), place in zip(cases, places, strict=True)])
     worker = [sys.executable, str(ROOT / "tests/without_packages.py")]
     done = subprocess.run(worker, input=text, capture_output=True, text=True, cwd=world, check=True)
     for (packages, line), (code, _, error) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):

@@ -18,15 +18,21 @@ from cli_fuzz import run_line
 COMMON = ("torch", "reinforce_ada.ops", "transformers", "safetensors.torch", "rich.progress", "matplotlib.figure")
 
 
+# transformers remembers what it found when it was imported.
+REMEMBERS = {"transformers": {"accelerate", "gguf", "safetensors"}}
+
+
 class Without:
-    """A finder that finds none of these packages, first in line."""
+    """A finder that finds what another does, but for these packages, as if they were not there."""
 
-    def __init__(self, packages: Sequence[str]) -> None:
-        self._packages = packages
+    def __init__(self, finder: Any, packages: Sequence[str]) -> None:
+        self._finder, self._packages = finder, packages
 
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name.partition(".")[0] in self._packages:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def find_spec(self, name: str, *more: Any) -> Any:
+        return None if name.partition(".")[0] in self._packages else self._finder.find_spec(name, *more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
 
 
 def run_without(packages: Sequence[str], line: list[str]) -> tuple[int | None, str, str]:
@@ -35,9 +41,10 @@ def run_without(packages: Sequence[str], line: list[str]) -> tuple[int | None, s
     child = os.fork()
     if child == 0:
         os.close(read)
-        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        stale = {*packages, *(top for top, found in REMEMBERS.items() if found & set(packages))}
+        for name in [name for name in sys.modules if name.partition(".")[0] in stale]:
             del sys.modules[name]
-        sys.meta_path.insert(0, Without(packages))  # type: ignore[arg-type]
+        sys.meta_path[:] = [Without(finder, packages) for finder in sys.meta_path]
         ended = run_line(line)
         with os.fdopen(write, "w") as answer:
             json.dump([ended.code, ended.out, ended.error], answer)

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(f"reinforce-ada: {e}")
         return 3
     except ModuleNotFoundError as e:
-        package = (e.name or "").partition(".")[0]
-        if package not in EXTRA_OF:
+        package = _missing_package(e)
+        if package is None:
             raise
         return _fail(f"reinforce-ada: {not_installed(given.command, package)}")
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
@@ -53,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is train.run else ""
         _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}", first="\n")
         return 130
+
+
+def _missing_package(e: BaseException | None) -> str | None:
+    """The package of an extra that this error, or what caused it, lacks: transformers imports lazily and wraps such errors."""
+    while e is not None:
+        package = (getattr(e, "name", None) or "").partition(".")[0]
+        if isinstance(e, ModuleNotFoundError) and package in EXTRA_OF:
+            return package
+        e = e.__cause__
+    return None
 
 
 def _readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
