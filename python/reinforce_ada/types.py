@@ -33,7 +33,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()  # [prompt length]
     text: str = ""  # rendered, as the engine sees it
     data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
-    key: str = ""  # identifies the prompt in memory: the same whenever it comes again, whatever its id; "" is prompt_id
+    key: str = ""  # identifies the prompt across steps and runs, for a memory; "" is prompt_id
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -416,7 +416,7 @@ class Fleet:
             self._say(f"engine: {member.replica.name} did not close: {one_line(str(error))}")
 
     def _reject(self, member: Member, reason: str, least_pause_s: float = 0.0) -> None:
-        """Treat a replica as down that does not know it, and stop its requests, which go to others."""
+        """Mark a replica as down by the fleet's verdict. It does not know, so the requests that others get now are aborted there."""
         ids = list(member.running)
         self._fail(member, reason, least_pause_s)
         if ids:

@@ -39,7 +39,7 @@ class PoolCounts(NamedTuple):
     num_wrong: int
     num_void: int
     num_issued: int
-    key: str  # identifies the prompt in memory
+    key: str  # identifies the prompt across steps and runs
 
 
 class Seen(NamedTuple):

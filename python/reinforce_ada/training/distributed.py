@@ -132,7 +132,7 @@ class Ranks:
 
     @contextmanager
     def _naming(self, rank: int | None) -> Iterator[None]:
-        """Name the rank in an error: a broken connection means that it is gone, a silent one that it hangs."""
+        """Raise RankError naming the rank: a broken connection means that it is gone, a silent one that it hangs."""
         try:
             yield
         except RuntimeError as e:
