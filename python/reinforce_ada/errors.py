@@ -31,7 +31,7 @@ class InputError(ValueError):
 
 
 class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
-    """No replica of an engine could be used for too long; what was scored is in the journal."""
+    """No replica of an engine was available for too long; everything that was scored is in the journal."""
 
 
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
