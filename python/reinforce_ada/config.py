@@ -287,7 +287,7 @@ _LONGEST = 100_000  # characters of a text
 
 
 def _as(kind: Any, value: Any) -> Any:
-    """Return `value` as one plain kind, or None if it is not of that kind."""
+    """Return `value` as one plain type, or None if it cannot be one."""
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         return value if value in typing.get_args(kind) and isinstance(value, str) else None

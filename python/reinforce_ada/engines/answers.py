@@ -1,4 +1,4 @@
-"""Check what a server sends once, as it arrives: statuses, bodies and the messages of a stream. Nothing of it is trusted."""
+"""Checks of everything that a server sends, once, as it arrives: statuses, bodies, messages of a stream. None of it is trusted."""
 
 from __future__ import annotations
 

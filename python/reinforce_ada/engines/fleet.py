@@ -195,8 +195,7 @@ class Fleet:
 
     @property
     def free_slots(self) -> int:
-        """Return the free slots of the ready replicas. If none is ready, count all, so that requests wait here; without members, one may
-        wait."""
+        """Return the free slots of the ready replicas; if none is ready, of all, so that requests wait here. Without any one may wait."""
         if not self.members:
             return 0 if self._waiting else 1
         there = [m for m in self.members if m.state is State.ready] or self.members

@@ -82,7 +82,7 @@ class Background:
 
 async def _cancel_all() -> None:
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    # Most have been cancelled already; a second time while they close their connections would leave sockets open.
+    # Most have been cancelled already; cancelling them again while they close their connections would leave sockets open.
     pending = (await asyncio.wait(others, timeout=_END_S))[1] if others else set()
     for task in pending:
         task.cancel()

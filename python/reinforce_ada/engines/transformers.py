@@ -27,12 +27,12 @@ class _Row:
 
 
 class TransformersEngine:
-    """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll. `poll` raises EngineLost for NaN
-    logits.
+    """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll.
 
     A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or are
     aborted leave the batch immediately. The engine takes only the end tokens from the model's generation_config: top_k, penalties and so on
     would sample from another distribution than the one that is trained. It is slower than vLLM, but needs nothing else installed.
+    `poll` raises EngineLost for NaN logits.
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).

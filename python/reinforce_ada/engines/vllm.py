@@ -24,8 +24,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 class VllmEngine:
-    """A vLLM engine in this process that samples from the model's own distribution: the sampling fields of generation_config.json are
-    ignored.
+    """A vLLM engine in this process that samples from the model's own distribution and ignores that of generation_config.json.
 
     Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
     of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
@@ -96,8 +95,7 @@ class VllmEngine:
                 generation_config="vllm",  # only the end tokens are taken from the folder's own
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
-                # If the prefill of a seeded request is split across steps, it rewinds its generator, which a CPU generator cannot do
-                # (0.32).
+                # A seeded request whose prefill is split across steps rewinds its generator, and a CPU generator cannot do that (0.32).
                 enable_chunked_prefill=self._on_gpu,
                 max_num_batched_tokens=max(8192, max_model_len),
                 enable_prefix_caching=True,

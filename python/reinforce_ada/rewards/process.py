@@ -30,10 +30,10 @@ _END_S = 5.0  # for a keeper to end its worker; then the keeper is killed, and t
 
 
 class WorkerProcess:
-    """A process that loads `reward` ("module:function", or a pickle) and scores what arrives over `channel`. The constructor does not wait
-    for it.
+    """A process that loads `reward` ("module:function", or a pickle) and scores what arrives over `channel`.
 
-    Between the two is a keeper (see `supervisor`); `pid` is the keeper's. Raises: RuntimeError if this process must not start others yet.
+    The constructor does not wait for the process. Between the two is a keeper (see `supervisor`), to which `pid` belongs.
+    Raises: RuntimeError if this process must not start others yet.
     """
 
     def __init__(self, reward: str | bytes, limits: Limits) -> None:

@@ -29,8 +29,7 @@ CREATE TABLE pools (
 CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
 {_REMEMBERED};
 """
-# Version 1 has no keys: its prompts are identified by their ids. Up to version 2 token ids and logprobs are two columns; those rows stay as
-# they are.
+# Version 1 has no keys: its prompts are identified by their ids. Up to version 2 token ids and logprobs are two columns, which are kept.
 FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
 FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
 # A row of 500 tokens takes 2.5 KB, of which only one fits on the default page of 4 KB. The write-ahead log holds 4 MB, as by default.

@@ -97,8 +97,7 @@ class RolloutStore:
         return events
 
     def finish_step(self, step: int, result: SamplingResult) -> None:
-        """Write which events make up the step's pools and groups, and that the step is finished. A second call for a step replaces the
-        first."""
+        """Write which events make up the step's pools and groups, and that the step is finished. A second call replaces the first."""
         kept = {scored.id for group in result.groups for scored in group.kept}
         with self._transaction() as connection:
             seq_of = _first_outcomes(connection, step)

@@ -82,8 +82,7 @@ def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: S
 
 
 def shares_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
-    """Return `count` lists with about equal numbers of tokens to compute. The completions of a prompt stay together; some lists may be
-    empty.
+    """Return `count` lists with about equal numbers of tokens to compute, the completions of a prompt together. Some may be empty.
 
     The largest group goes first, and each group to the smallest list, so no list is above the mean by more than the largest group.
     """

@@ -76,8 +76,7 @@ class Display:
 
 
 def _literal(text: str) -> Any:
-    """Return text that rich prints literally: names of files, tasks and servers contain brackets, and texts of rewards may contain
-    anything."""
+    """Return text that rich prints literally: names of files, tasks and servers contain brackets, and rewards print anything."""
     from rich.text import Text
 
     return Text(printable(text))

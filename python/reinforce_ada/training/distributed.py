@@ -170,8 +170,7 @@ def join() -> Iterator[Ranks]:
         return
 
     def interrupt(*_: Any) -> None:
-        # A launcher that has seen a rank die sends SIGTERM to the others; a rank that is already ending for that reason must not be
-        # disturbed.
+        # A launcher that has seen a rank die sends SIGTERM to the others; it must not disturb a rank that is already ending for that.
         if not ranks.is_ending:
             ranks.is_ending = True
             raise KeyboardInterrupt("by SIGTERM: another rank has ended, or the launcher was stopped")

@@ -1,5 +1,4 @@
-"""The part of training that every rank does: forward and backward over its share of each minibatch, then the same optimizer step as the
-others."""
+"""The work of every rank: forward and backward over its share of each minibatch, then the same optimizer step as the others."""
 
 from __future__ import annotations
 

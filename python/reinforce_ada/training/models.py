@@ -66,8 +66,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    # Dequantization is requested explicitly if possible: with the package `kernels` installed the weights would stay packed. Older versions
-    # always unpack.
+    # Explicit where the option exists: with the package `kernels` installed the weights would stay packed. Older versions always unpack.
     has_choice = hasattr(transformers, "GgufConfig")
     form = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
     module = AutoModelForCausalLM.from_pretrained(

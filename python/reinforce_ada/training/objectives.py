@@ -21,7 +21,7 @@ from reinforce_ada.types import SamplingResult
 
 
 def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
-    """Return the groups with an advantage on each completion, as the policy's weight hook specifies over the whole pools."""
+    """Return the groups with an advantage on each completion, computed over whole pools as the policy's weight hook specifies."""
     if not any(g.kept for g in result.groups):
         return []
     raw = np.array([s.reward for g in result.groups for s in g.kept])

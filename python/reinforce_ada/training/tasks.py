@@ -182,8 +182,7 @@ def _folded(system: Sequence[dict[str, str]], rest: Sequence[dict[str, str]]) ->
 
 
 def content_key(record: Record) -> str:
-    """Return the key by which a record is remembered: 16 hexadecimal digits of its question and answer, not of its place in a file or an
-    epoch.
+    """Return the key by which a record is remembered: 16 hexadecimal digits of its question and answer, wherever it stands.
 
     The key has 64 bits: among a million records two collide with a chance of 3e-8.
     """

@@ -339,7 +339,7 @@ def impossible(completion: Completion, vocabulary: int) -> bool:
 
 
 def _unbroken(steps: Sequence[int]) -> int:
-    """Return the last of 1, 2, 3, .. without a gap."""
+    """Return the last step before the first gap in 1, 2, 3, .."""
     return next((n - 1 for n, step in enumerate(steps, 1) if n != step), len(steps))
 
 
