@@ -195,7 +195,7 @@ class Fleet:
 
     @property
     def free_slots(self) -> int:
-        """Return the free slots of the ready replicas; if none is ready, of all, so that requests wait here. Without any one may wait."""
+        """Return the free slots of the ready replicas, or of all if none is ready, so that requests wait here; 1 if there are none."""
         if not self.members:
             return 0 if self._waiting else 1
         there = [m for m in self.members if m.state is State.ready] or self.members
@@ -399,7 +399,7 @@ class Fleet:
         self._call(member, partial(member.replica.load, self._weights, self._version))
 
     def _call(self, member: Member, call: Callable[[], None]) -> None:
-        """Call a replica, which is down if it raises; an InputError goes on to the user."""
+        """Call a replica, which is down if it raises; an InputError is passed on to the user."""
         try:
             call()
         except InputError:

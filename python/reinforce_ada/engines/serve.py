@@ -221,7 +221,7 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
 
 
 def _check_host(serving: Serving) -> None:
-    """Refuse an exposed host. Anyone who reaches the port can load weights and run methods of vLLM, since the key guards /v1 only."""
+    """Refuse a host that others reach, unless `expose`: they can load weights and run methods of vLLM, as the key guards /v1 only."""
     for word in serving.extra:
         flag = word.split("=")[0].replace("_", "-")
         if len(flag) > 3 and any(name.startswith(flag) for name in ("--host", "--port", "--uds")):
