@@ -294,7 +294,7 @@ def _longest_prompt(config: Config) -> int:
 
 
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """Compare files by content, not by path, since they may have been moved. Raises: InputError if the questions changed."""
+    """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
     if _function(then.get("reward", "")) == _function(now["reward"]):
         now["reward"] = then.get("reward", "")
