@@ -34,8 +34,8 @@ class Batch:
     input_ids: Tensor  # [R, S] int64
     position_ids: Tensor  # [R, S] int64
     segment_of: Tensor  # [R, S] int64: PAD, 0 (prompt) or 1.. (completion)
-    row_of: Tensor  # the row of the state that predicts each completion token
-    column_of: Tensor  # the column of that state
+    row_of: Tensor  # [T] int64: row of the state that predicts each completion token
+    column_of: Tensor  # [T] int64: column of that state
     token_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [N + 1] int64
     advantages: Tensor  # [N] fp32
