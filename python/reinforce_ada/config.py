@@ -1,6 +1,6 @@
 """One typed configuration: defaults < TOML file < command-line flags. Every key is also a flag of `reinforce-ada train`.
 
-Stdlib only, so that `--help` stays fast and a base install reads every configuration.
+It needs the standard library alone, so that `--help` stays fast and a base install reads every configuration.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _DEEPEST = 16  # tables in tables of task_options
 
 
 def option(default: Any, about: str) -> Any:
-    """A configuration key: its default and the line `--help` prints."""
+    """Declare a configuration key: its default and the line that `--help` prints."""
     return field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which policy is trained, and where."""
+    """The policy to train, its dtype and its device."""
 
     model: str = option("smollm2", "smollm2 | tiny | a folder or hub id of any Hugging Face causal LM")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
@@ -40,7 +40,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
-    """What is asked, and how answers are scored."""
+    """The questions, and how answers are scored."""
 
     task: str = option("chain_sum", "a reasoning-gym dataset, or a file of {prompt, answer, ...} records: JSONL, JSON, CSV, Parquet")
     task_options: dict[str, Any] = field(
@@ -58,7 +58,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How rollouts are spent."""
+    """How the rollout budget is spent."""
 
     preset: str = option("reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-{pos,balance,est,exact}; docs/policies.md")
     schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
@@ -90,7 +90,7 @@ class SamplingConfig:
     )
 
 
-# The keys that make the policy, beside the name of its preset. None of them set: as the preset has it.
+# The keys that make the policy, besides the name of its preset. Keys that are not set keep the preset's values.
 POLICY_KEYS = (
     "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "mean_budget", "degenerate", "objective",
     "alpha", "propose",
@@ -99,7 +99,7 @@ POLICY_KEYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What generates, and what scores."""
+    """The engine that generates, and the workers that score."""
 
     engine: Literal["auto", "vllm", "transformers", "openai", "ray"] = option(
         "auto", "auto takes vllm where it is installed, and says which; openai: --servers; ray: vLLM in --replicas actors"
@@ -149,7 +149,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Where the run lives."""
+    """The run's folder, seeds, checkpoints and trackers."""
 
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
     seed: int = option(0, "of training: order of the prompts, sampling, shuffles")
@@ -163,7 +163,7 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration; one TOML table per section."""
+    """The whole configuration, with one TOML table per section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -174,19 +174,19 @@ class Config:
 
 
 def sections() -> Iterator[tuple[str, type]]:
-    """(section name, its dataclass), in order."""
+    """Yield (section name, its dataclass), in order."""
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         yield f.name, hints[f.name]
 
 
 def section_of() -> dict[str, str]:
-    """Key -> section. Keys are unique over all sections, so each is one flag."""
+    """Return key -> section. Keys are unique over all sections, so each is one flag."""
     return {f.name: name for name, cls in sections() for f in dataclasses.fields(cls)}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as nested dictionaries."""
+    """Return a TOML file as nested dictionaries."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -197,12 +197,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError("config", f"cannot read {path}: {e}", "a readable TOML file") from e
     except RecursionError as e:
         raise InputError("config", f"{path} is nested too deeply", "a valid TOML file") from e
-    except ValueError as e:  # TOMLDecodeError, and what Python says of an integer of 5000 digits
+    except ValueError as e:  # TOMLDecodeError, and Python's error for an integer of 5000 digits
         raise InputError("config", f"{path} is not TOML: {one_line(str(e))}", "a valid TOML file") from e
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Defaults, then the file at `path`, then `overrides` (key -> value or its text).
+    """Return the defaults, overridden by the file at `path`, then by `overrides` (key -> value or its text).
 
     Raises: InputError for an unknown section or key (naming the nearest valid one) and for a value of the wrong type.
     """
@@ -221,9 +221,9 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
 
 
 def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The configuration that a run has written into its folder, then `overrides`; what an older run means by it is kept.
+    """Return the configuration in a run's folder, then `overrides`, with the meaning that it had for an older run.
 
-    One without a data_seed took its data from `seed`.
+    A run without a data_seed took its data from `seed`.
     """
     run = read_toml(path).get("run")
     kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
@@ -231,9 +231,9 @@ def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def dump(config: Config) -> str:
-    """The configuration as TOML that `load` reads back to an equal one (keys that are None are left out).
+    """Return the configuration as TOML that `load` reads back to an equal one (keys that are None are left out).
 
-    Raises: InputError for a task option that TOML has no form for.
+    Raises: InputError for a task option that TOML cannot hold.
     """
     import tomli_w
 
@@ -269,7 +269,7 @@ def _convert(section: str, cls: type, values: dict[str, Any]) -> Any:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the type that a key has. Text comes from the command line, where "10" is the integer; TOML has types of its own.
+    """Return `value` as the type of a key. Text comes from the command line, where "10" is the integer; TOML has its own types.
 
     Raises: ValueError that says what is needed.
     """
@@ -287,7 +287,7 @@ _LONGEST = 100_000  # characters of a text
 
 
 def _as(kind: Any, value: Any) -> Any:
-    """`value` as one plain kind, None where it is none."""
+    """Return `value` as one plain type, or None if it cannot be one."""
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         return value if value in typing.get_args(kind) and isinstance(value, str) else None
@@ -314,12 +314,12 @@ def _number(kind: type, value: Any) -> int | float | None:
         if kind is float:
             return float(value)
         return int(value) if not isinstance(value, float) or value.is_integer() else None
-    except (ValueError, OverflowError):  # no number; an integer past every float
+    except (ValueError, OverflowError):  # not a number; an integer past every float
         return None
 
 
 def _table(value: Any) -> dict[str, Any] | None:
-    """A table of settings. Raises: ValueError for values that TOML, JSON or a fingerprint cannot hold."""
+    """Return a table of settings. Raises: ValueError for values that TOML, JSON or a fingerprint cannot hold."""
     found = parse_json(value) if isinstance(value, str) else value
     if not isinstance(found, dict):
         return None
@@ -340,7 +340,7 @@ def _check_table(value: Any, depth: int) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of unknown size, in one short line."""
+    """Return a value of unknown size in one short line."""
     try:
         return one_line(without_credentials(repr(value)))
     except (RecursionError, ValueError):  # nested too deeply; an integer of 5000 digits
@@ -348,7 +348,7 @@ def _shown(value: Any) -> str:
 
 
 def _needed(hint: Any) -> str:
-    """What a key with words or a form of its own takes, "" for any other."""
+    """Return what a key with its own words or form takes; "" for any other."""
     if typing.get_origin(hint) is list:
         return 'text, or a list of texts such as ["</answer>", "[end]"]'
     if hint is bool:
@@ -366,7 +366,7 @@ class Range(NamedTuple):
     above: bool = False
 
     def needed(self, value: float) -> str:
-        """What is wrong with `value`, as what is needed; "" where nothing is."""
+        """Return what is needed instead of `value`; "" if it is in the range."""
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         if value < self.least or (self.above and value == self.least):
@@ -377,13 +377,13 @@ class Range(NamedTuple):
 _COUNT, _OPTIONAL_COUNT = Range(1, 10**6), Range(0, 10**6)
 _STEPS = Range(0, 10**9)
 _SECONDS = Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, which ends at 2 147 483 s
-# Every number of the configuration. Where a preset or an operator knows a narrower range it says so itself.
+# Every number of the configuration. A preset or an operator with a narrower range checks it itself.
 RANGES: Mapping[str, Range] = {
     "num_examples": Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": Range(1, 2048), "eval_every": _STEPS,
     "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
     "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "positive_threshold": Range(-1e30, 1e30), "alpha": Range(0, 100, above=True),
     "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
-    "temperature": Range(0.01, 100),  # below, vLLM samples at another temperature than it is asked for
+    "temperature": Range(0.01, 100),  # below, vLLM samples at another temperature than requested
     "replicas": Range(1, 1024), "cpus_per_replica": Range(1, 4096), "tensor_parallel": Range(1, 1024),
     "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": Range(0, 10**6),
     "max_num_seqs": Range(1, 65536), "max_model_len": Range(2, 10**7), "memory_fraction": Range(0, 1, above=True),
@@ -396,7 +396,7 @@ RANGES: Mapping[str, Range] = {
 
 
 def _check(config: Config) -> None:
-    """Everything that a configuration can know of its values."""
+    """Check all values as far as the configuration alone allows."""
     values = {f.name: getattr(getattr(config, section), f.name) for section, cls in sections() for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if isinstance(value, str):
@@ -421,7 +421,7 @@ def _check(config: Config) -> None:
 
 
 def _check_text(key: str, text: str) -> None:
-    """Refuse text that no file could hold, and no system call take as a name."""
+    """Refuse text that no file can hold, or that no system call accepts as a name."""
     if any(0xD800 <= ord(char) < 0xE000 for char in text):
         raise InputError("config", f"{key} = {_shown(text)}", "text that UTF-8 can hold")
     if "\0" in text:

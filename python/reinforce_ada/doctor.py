@@ -1,4 +1,4 @@
-"""`reinforce-ada doctor`: what works on this machine, and why not where it does not. Stdlib at import; every probe is guarded."""
+"""`reinforce-ada doctor`: what works on this machine, and why the rest does not. Stdlib at import; every probe is guarded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WHAT_FOR = {
 
 
 def main(*, check: bool, as_json: bool) -> int:
-    """Print the findings; 1 when something that is built does not work, else 0."""
+    """Print the findings; return 1 if something that is built does not work, otherwise 0."""
     found = examine(check=check)
     if as_json:
         show(json.dumps(found, indent=2))
@@ -39,9 +39,9 @@ def main(*, check: bool, as_json: bool) -> int:
 
 
 def examine(*, check: bool) -> dict[str, Any]:
-    """Everything the doctor knows: machine, package versions, the op x backend table, the native builds, engines.
+    """Return all findings: machine, package versions, the op x backend table, the native builds, engines.
 
-    `broken` lists what is there but does not work; what is merely absent is not broken.
+    `broken` lists what is present but does not work; what is merely absent is not broken.
     """
     broken: list[str] = []
     found = {
@@ -63,7 +63,7 @@ def examine(*, check: bool) -> dict[str, Any]:
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:
-    """The probe's answer, or why it failed, as text."""
+    """Return the probe's answer, or the reason of its failure as text."""
     try:
         return probe()
     except Exception as e:  # a probe may fail in any way that a broken installation can
@@ -78,7 +78,7 @@ def _version(package: str) -> str | None:
 
 
 def _cuda() -> dict[str, Any]:
-    """Driver against toolkit against torch."""
+    """Return the versions of driver, toolkit and torch."""
     import torch
 
     return {
@@ -98,14 +98,14 @@ def _first_line(command: str, *arguments: str, last: bool = False) -> str | None
 
 
 def _native() -> dict[str, Any] | str:
-    """How the native module was built, or why it cannot be used."""
+    """Return how the native module was built, or why it cannot be used."""
     from reinforce_ada.ops import _native
 
     return _native.missing() or dict(_native.cpu.build_info())
 
 
 def _cuda_module() -> dict[str, Any] | str:
-    """What the CUDA forms are built with and for, and why they cannot run here; or why there are none."""
+    """Return with what and for what the CUDA forms are built, and why they cannot run here; or why there are none."""
     from reinforce_ada.ops import _gpu
 
     module: Any = _gpu.cuda
@@ -129,7 +129,7 @@ def _engine(name: str) -> str:
 
 
 def _checks() -> Iterator[tuple[str, str]]:
-    """(op/backend, verdict) for every usable form: its loss or output and its gradient against the float64 reference."""
+    """Yield (op/backend, verdict) for every usable form: its loss or output and its gradient against the float64 reference."""
     for op, forms in _ops().items():
         for backend, state in forms.items():
             if state == "ok":
@@ -147,13 +147,13 @@ def _compare(op: str, backend: str) -> str:
     (device,) = _dispatch.forms(op)[backend].devices or ("cpu",)
     truth = _run(op, "reference", "cpu", torch.float64)
     got = _run(op, backend, device, torch.float32)
-    # torch's max, unlike Python's, gives nan for nan.
+    # torch's max, unlike Python's, returns nan for nan.
     error = float(torch.stack([(g.double().cpu() - t).abs().max() for g, t in zip(got, truth, strict=True)]).max())
     return f"ok, error {error:.1e}" if error <= _TOLERANCE else f"error {error:.1e} against float64; at most {_TOLERANCE:.0e} is right"
 
 
 def _run(op: str, backend: str, device: str, dtype: Any) -> list[Any]:
-    """Output and gradient of one op on fixed inputs."""
+    """Return output and gradient of one op on fixed inputs."""
     import torch
 
     from reinforce_ada import ops
@@ -191,7 +191,7 @@ def _run(op: str, backend: str, device: str, dtype: Any) -> list[Any]:
     return [out.detach(), x.grad]
 
 
-# -------------------- as text
+# -------------------- printed text
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The one driver loop: requests to the engine, completions to the rewards, events to the sampler."""
+"""The driver loop: requests to the engine, completions to the rewards, events to the sampler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from reinforce_ada.rewards.protocol import Reward, RewardRunner
 from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Request, SamplingResult
 
-# With nothing at the engine only a reward can make progress, so the wait may be long; it bounds how late on_progress is called.
+# With no request at the engine only a reward can make progress, so the wait may be long; it bounds how late on_progress is called.
 _REWARD_WAIT_S = 1.0
 
 
 class Journal(Protocol):
-    """What makes a step resumable: events written down before the sampler sees them."""
+    """Makes a step resumable: events are written down before the sampler sees them."""
 
     def append(self, events: Sequence[Event], /) -> Sequence[Event]:
         """Write these events in one transaction and return them."""
@@ -44,12 +44,12 @@ def run(
         engine: never given more than its `free_slots`.
         rewards: a runner, or a plain callable (prompt, text) -> float, which is called in this process.
         journal: gets the non-empty list of events of each poll, before the sampler; then the requests dropped at an exit, as Aborted.
-        request_timeout_s: a request not back from the engine after that long is aborted there and issued again.
-        max_losses: the request that is lost (timed out, or dropped by the engine) that many times becomes a void.
+        request_timeout_s: a request that the engine has not answered after this time is aborted there and issued again.
+        max_losses: a request that is lost (timed out, or dropped by the engine) this many times becomes a void.
         on_progress: called with the sampler's counts after each poll that brought events.
         clock: seconds, monotonic.
     Returns: the sampler's result. However the loop ends, its requests are aborted at the engine.
-    Raises: RuntimeError when nothing is in flight anywhere and the sampler cannot go on.
+    Raises: RuntimeError when nothing is in flight anywhere and the sampler cannot continue.
     """
     if max_losses < 1:
         raise InputError("run", f"max_losses {max_losses}", "at least 1 is needed")
@@ -87,7 +87,7 @@ def run(
 
 
 def _sort(sampler: AdaptiveSampler, flights: _Flights, completions: list[Completion]) -> tuple[list[Completion], list[Event]]:
-    """The completions worth a reward, and events for the others: aborted ones, and answers nobody waits for any more."""
+    """Return the completions to be scored, and events for the others: aborted ones, and answers that nothing waits for any more."""
     finished: list[Completion] = []
     events: list[Event] = []
     for completion in completions:
@@ -123,7 +123,7 @@ class _Flights:
             self._engine.abort(running)
 
     def land(self) -> list[Completion]:
-        """What the engine has finished, without the remains of requests that timed out."""
+        """Return the completions that the engine has finished, without the remains of requests that timed out."""
         landed: list[Completion] = []
         for completion in self._engine.poll():
             request_id = completion.id
@@ -137,7 +137,7 @@ class _Flights:
         return landed
 
     def overdue(self) -> list[Event]:
-        """Events for the requests that have been out too long; they are aborted at the engine."""
+        """Abort the requests that have been at the engine too long, and return an event for each."""
         if self._timeout_s is None:
             return []
         latest = self._clock() - self._timeout_s
@@ -147,7 +147,7 @@ class _Flights:
         return [self.lose(Lost(r.id, r.policy_version, f"no answer after {self._timeout_s} s")) for r in late]
 
     def lose(self, event: Lost | Aborted) -> Event:
-        """The event itself, or a void when this id has been lost too often."""
+        """Return the event itself, or a void if this id has been lost too often."""
         self._num_losses[event.id] += 1
         if self._num_losses[event.id] < self._max_losses:
             return event

@@ -1,4 +1,4 @@
-"""The one shape of every error a user can cause: `<where>: <what was given>; <what is needed>[; what to do]`."""
+"""The one shape of every error that a user can cause: `<where>: <what was given>; <what is needed>[; what to do]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from reinforce_ada.outside import is_installed, one_line
 
-# The extra that brings each package which a base install lacks, by the name it is imported under; tests hold it to pyproject.toml.
+# The extra that installs each package that a base install lacks, by the package's import name; tests compare it with pyproject.toml.
 EXTRA_OF = {
     **dict.fromkeys(("accelerate", "gguf", "httpx", "reasoning_gym", "rich", "safetensors", "tomli", "tomli_w", "transformers"), "train"),
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
@@ -20,22 +20,22 @@ EXTRA_OF = {
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used; the message is one line and says what would be right."""
+    """An argument cannot be used; the message is one line and says what would be right."""
 
     def __init__(self, where: str, given: str, needed: str, hint: str = "") -> None:
         super().__init__(f"{where}: {given}; {needed}" + (f"; {hint}" if hint else ""))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """From another process the message comes as it is, not the parts that it was made of."""
+        """Pickle the finished message rather than its parts, so that it arrives unchanged from another process."""
         return copyreg.__newobj__, (type(self), str(self))  # type: ignore[attr-defined]
 
 
 class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
-    """No replica of an engine has been there for too long; what was scored is in the journal."""
+    """No replica of an engine was available for too long; everything that was scored is in the journal."""
 
 
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
-    """An InputError for `name` not among `known`, naming the nearest valid one."""
+    """Return an InputError for `name` not among `known`, naming the nearest valid one."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else ""
@@ -43,7 +43,7 @@ def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> Inpu
 
 
 def not_installed(where: str, package: str, hint: str = "") -> InputError:
-    """The InputError for an optional package that is missing; it names the extra that brings it."""
+    """Return the InputError for an optional package that is missing; it names the extra that installs it."""
     extra = EXTRA_OF.get(package)
     return InputError(
         where, f"{package} is not installed", f'pip install "reinforce-ada[{extra}]"' if extra else f"pip install {package}", hint
@@ -51,13 +51,13 @@ def not_installed(where: str, package: str, hint: str = "") -> InputError:
 
 
 def needs(where: str, package: str, hint: str = "") -> None:
-    """Raises: InputError where an optional package is not installed."""
+    """Raise InputError if an optional package is not installed."""
     if not is_installed(package):
         raise not_installed(where, package, hint)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """ "lr=1e-05 (now 1e-06)", for the first three keys of two configurations that differ; "" where none does."""
+    """Return "lr=1e-05 (now 1e-06)", for the first three keys of two configurations that differ; "" if none does."""
     before, after = dict(_flat(then)), dict(_flat(now))
     keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     shown = ", ".join(f"{k}={before.get(k, 'absent')} (now {after.get(k, 'absent')})" for k in keys[:3])

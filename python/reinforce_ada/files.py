@@ -1,6 +1,6 @@
-"""Files and folders that are replaced as a whole: at every moment the old one or the new one is there. Stdlib only.
+"""Replace files and folders as a whole: at every moment either the old one or the new one is there. Stdlib only.
 
-What is being written lies beside its place as `.aside-<process>.<number>-<name>`, locked by its writer, so that nobody takes it for a
+New content is written beside its place as `.aside-<process>.<number>-<name>`, locked by its writer, so that it is not taken for a
 left-over. `clear_leftovers` removes what killed processes left.
 """
 
@@ -23,7 +23,7 @@ from reinforce_ada.outside import one_line
 
 ASIDE = ".aside-"
 _OLD = f"{ASIDE}old-"  # the one name under which something may be the only copy: see `_swap`
-_LONGEST_NAME = 200  # bytes; file systems take 255
+_LONGEST_NAME = 200  # bytes; file systems allow 255
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _number = itertools.count(1)
 
@@ -31,12 +31,12 @@ _number = itertools.count(1)
 def replace_file(path: Path, content: str | bytes | Callable[[Path], None], *, where: str = "write", hint: str = "") -> None:
     """Give `path` new content, which is on the disk when this returns.
 
-    A symbolic link is followed; what is no regular file, such as /dev/stdout, is written into.
+    A symbolic link is followed; anything but a regular file, such as /dev/stdout, is written into.
 
     Args:
-        content: text (as UTF-8), bytes, or what writes a file of the name it is given, which ends like `path`.
-        where, hint: of the error.
-    Raises: InputError when it cannot be written; what was there before is untouched then.
+        content: text (as UTF-8), bytes, or a function that writes a file under the given name, which ends like `path`.
+        where, hint: parts of the error.
+    Raises: InputError when it cannot be written; the old content then stays untouched.
     """
     with _one_line(path, where, hint):
         old = _status(path, os.stat)
@@ -56,13 +56,13 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], None], *, w
 
 
 def replace_folder(final: Path, write: Callable[[Path], None], *, durable: bool = True, where: str = "write", hint: str = "") -> None:
-    """Let `write` fill a folder beside `final`, and put it in its place; the folder that was there is removed.
+    """Let `write` fill a folder beside `final`, and put it in its place; the old folder is removed.
 
     Args:
         write: takes an empty folder that exists.
         durable: everything is on the disk before the swap, so that a power loss cannot undo or halve it.
-        where, hint: of the error.
-    Raises: InputError when it cannot be written, or when `final` is no folder; what was there before is untouched then.
+        where, hint: parts of the error.
+    Raises: InputError when it cannot be written, or when `final` is not a folder; the old folder then stays untouched.
     """
     with _one_line(final, where, hint):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def replace_folder(final: Path, write: Callable[[Path], None], *, durable: bool 
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, its name first: a process killed half-way leaves no half of it under that name. Raises: OSError."""
+    """Rename a folder, then remove it, so that a process killed half-way leaves no half of it under that name. Raises: OSError."""
     leftover = _aside_name(folder)
     folder.rename(leftover)
     _delete(leftover)
@@ -91,7 +91,7 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what killed writers left in `folder`, and put back what they had moved away; what is being written now stays."""
     for path in sorted(folder.glob(f"{ASIDE}*")) if folder.is_dir() else []:
         final = folder / path.name.removeprefix(_OLD)
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove: it is in nobody's way
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove, and harmless
             if path.name.startswith(_OLD) and not os.path.lexists(final):
                 path.rename(final)
             elif not _is_locked(path):
@@ -99,10 +99,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _swap(aside: Path, final: Path) -> None:
-    """Both folders change places; on return the old one is called `aside`."""
+    """Exchange both folders; on return the old one is called `aside`."""
     if _exchange(aside, final):
         return
-    # Two renames: a process killed between them leaves the old folder under a name from which `clear_leftovers` brings it back.
+    # Two renames: a process killed between them leaves the old folder under a name from which `clear_leftovers` restores it.
     old = final.parent / f"{_OLD}{final.name}"
     _delete(old)
     final.rename(old)
@@ -115,22 +115,22 @@ def _swap(aside: Path, final: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system has no such call."""
+    """Swap two names in one step; return False if the system or the file system has no such call."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
     except (AttributeError, OSError):
         return False
-    # Whatever it fails with: where it matters, the renames that are tried instead fail too, and say why.
+    # The reason of a failure is not needed: if it matters, the renames that are tried instead fail too, and report it.
     return bool(call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
 @contextlib.contextmanager
 def _aside(final: Path, make: Callable[[Path], int]) -> Iterator[Path]:
-    """A new file or folder beside `final`, locked while it lasts, and removed unless it was renamed."""
+    """Yield a new file or folder beside `final`, locked while it lasts, and removed unless it was renamed."""
     while True:
         aside = _aside_name(final)
         descriptor = make(aside)
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it as a left-over either
+        with contextlib.suppress(OSError):  # on a file system without locks no process removes it as a left-over either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         there = _status(aside)
         if there is not None and there.st_ino == os.fstat(descriptor).st_ino:
@@ -175,7 +175,7 @@ def _write(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
 
 
 def _delete(path: Path) -> None:
-    """A file, a link or a folder with all that is in it; nothing is fine too."""
+    """Delete a file, a link or a folder with all its content, if there is one."""
     status = _status(path)
     if status is None:
         return

@@ -1,4 +1,4 @@
-"""What this machine is, and in which dtype it computes natively: asked of the processor and of torch, never assumed."""
+"""The processor of this machine, and the dtype in which it computes natively: asked of the processor and of torch, never assumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
 
 @cache
 def _cpu_info() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo, empty where there is none."""
+    """Return the first processor's entries of /proc/cpuinfo, empty if there is none."""
     found: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
@@ -22,7 +22,7 @@ def _cpu_info() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The model's name, with family and model number: cloud machines often hide the rest of the name."""
+    """Return the processor's name, with family and model number: cloud machines often hide the rest of the name."""
     info = _cpu_info()
     if "model name" not in info:
         return platform.processor() or "unknown"
@@ -30,7 +30,7 @@ def cpu_name() -> str:
 
 
 def cpu_arithmetic() -> str:
-    """The widest vectors that torch uses here and whether the processor multiplies bfloat16, such as "AVX512 with bfloat16" or "AVX2"."""
+    """Return the widest vectors that torch uses here and whether the processor multiplies bfloat16: "AVX512 with bfloat16" or "AVX2"."""
     import torch
 
     widest = torch.backends.cpu.get_cpu_capability()
@@ -38,7 +38,7 @@ def cpu_arithmetic() -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """ATEN_CPU_CAPABILITY=avx2 makes a processor with AVX-512 count as one without."""
+    """Return whether it multiplies bfloat16. ATEN_CPU_CAPABILITY=avx2 makes a processor with AVX-512 count as one without."""
     import torch
 
     flags = {flag for key in ("flags", "Features") for flag in _cpu_info().get(key, "").split()}
@@ -47,9 +47,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def native_dtype(device: str) -> Literal["bfloat16", "float32"]:
-    """ "bfloat16" where `device` ("cpu" or "cuda") multiplies it in hardware, else "float32".
+    """Return "bfloat16" if `device` ("cpu" or "cuda") multiplies it in hardware, otherwise "float32".
 
-    Without that, torch and vLLM convert every operand: on a CPU with AVX2 only, bfloat16 is 20 to 40 times slower than float32.
+    Without such hardware, torch and vLLM convert every operand: on a CPU with AVX2 only, bfloat16 is 20 to 40 times slower than float32.
     """
     import torch
 

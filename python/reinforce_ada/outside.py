@@ -1,6 +1,6 @@
-"""What comes from outside this program (servers, files, rewards, models) is read and shown through these functions.
+"""Functions that read and show everything from outside this program: servers, files, rewards, models.
 
-Stdlib only, but for matplotlib where a figure is drawn.
+They need the standard library alone, and matplotlib where a figure is drawn.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from urllib.parse import urlsplit
 
 
 class GarbageError(ValueError):
-    """Text from outside that cannot be used; the message is one line and says why."""
+    """Text from outside that cannot be used; the message is one line and gives the reason."""
 
 
 def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
-    Raises: GarbageError for whatever Python's parser raises on a hostile text: no JSON, no UTF-8, too deep a nesting, an integer of more
-    than 4300 digits, and for half of a surrogate pair, which could not be written anywhere; with `unique_keys` also for an object that has
-    a key twice.
+    Raises: GarbageError for everything that Python's parser raises on a hostile text (not JSON, not UTF-8, too deep a nesting, an integer
+        of more than 4300 digits), and for half of a surrogate pair, which could not be written anywhere; with `unique_keys` also for an
+        object with a duplicate key.
     """
     try:
         if isinstance(text, bytes):
@@ -49,9 +49,9 @@ def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a small file: UTF-8, with or without a byte order mark.
+    """Return the text of a small file: UTF-8, with or without a byte order mark.
 
-    Raises: GarbageError for a file that cannot be read, is longer than `most_bytes` or holds something else than text.
+    Raises: GarbageError for a file that cannot be read, is longer than `most_bytes` or holds anything but text.
     """
     try:
         with path.open("rb") as file:
@@ -70,7 +70,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every number that JSON has no form for, nan and the infinities, in mappings and sequences too."""
+    """Return `value` with None for every number that JSON cannot hold, nan and the infinities, in mappings and sequences too."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -88,29 +88,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# C0 and C1 control characters but for tab and newline, halves of surrogate pairs, and the characters that turn the direction of a line.
+# C0 and C1 control characters except tab and newline, halves of surrogate pairs, and the characters that change the direction of a line.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    r"""`text` with every character that steers a terminal written as an escape, such as \x1b. Applied once, where text is shown."""
+    r"""Return `text` with every character that steers a terminal as an escape, such as \x1b. Applied once, where text is shown."""
     return _UNPRINTABLE.sub(lambda match: repr(match.group())[1:-1], text)
 
 
 def one_line(text: str, most: int = 300) -> str:
-    """`printable` text on one line, cut after `most` characters: for a text of unknown length inside a message."""
+    """Return `printable` text on one line, cut after `most` characters: for a text of unknown length inside a message."""
     flat = printable(" ".join(text.split()))
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
 
 
 def show(text: str, *, file: IO[str] | None = None, end: str = "\n") -> None:
-    """Print `text` so that it cannot steer the terminal; on standard output where no file is given."""
+    """Print `text` so that it cannot steer the terminal; on standard output by default."""
     print(printable(text), file=sys.stdout if file is None else file, end=end, flush=True)
 
 
 @contextmanager
 def literal_names() -> Iterator[None]:
-    """Matplotlib figures that are made and saved inside show every name as it is: a `$` starts no formula.
+    """Show every name in matplotlib figures literally, if they are made and saved inside: a `$` starts no formula.
 
     A character that the font lacks becomes a box without a warning.
     """
@@ -126,12 +126,12 @@ _USER_INFO = re.compile(r"(?<=//)[^/?#\s]*@")
 
 
 def without_credentials(text: str) -> str:
-    """`text` without the `user:password@` of the URLs in it, for messages."""
+    """Return `text` without the `user:password@` of the URLs in it, for messages."""
     return _USER_INFO.sub("", text)
 
 
 def server_url(text: str) -> str:
-    """The base URL of a server, without a slash at its end and without `/v1`.
+    """Return the base URL of a server, without a final slash and without `/v1`.
 
     A URL is written to the configuration of a run, to its log and to the terminal, so it must not hold credentials.
     Raises: GarbageError for anything but http(s)://host[:port][/path]; the message holds no credentials either.
@@ -142,7 +142,7 @@ def server_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         port = parts.port
-    except ValueError as e:  # a port that is no number or above 65535, half of an IPv6 address
+    except ValueError as e:  # a port that is not a number or above 65535, half of an IPv6 address
         raise GarbageError(f"{shown}: {e}") from None
     if not re.fullmatch(r"https?://[!-~]+", text) or not parts.hostname or port == 0 or "?" in text or "#" in text:
         raise GarbageError(f"{shown} is not http://host:port")
@@ -150,16 +150,16 @@ def server_url(text: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether this top-level module can be imported: a folder of that name in the working folder alone is not one."""
+    """Return whether this top-level module can be imported. A mere folder of that name in the working folder does not count."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # of a half-removed or replaced package
+    except (ImportError, ValueError):  # raised for a half-removed or replaced package
         return False
     return spec is not None and spec.origin is not None
 
 
 def installed_version(*names: str) -> str:
-    """The version of the first of these distributions that is installed."""
+    """Return the version of the first of these distributions that is installed."""
     from importlib import metadata  # 15 ms, which --help need not spend
 
     for name in names:

@@ -1,8 +1,8 @@
-"""Token ids and log-probabilities as few bytes, exactly. numpy and the standard library.
+"""Lossless packing of token ids and log-probabilities into few bytes. Needs numpy and the standard library.
 
 Both are split into planes: the lowest bytes of all values, then the next ones, and so on. Planes that look random stay as they are: the
 lowest of ids, and of logprobs all but the highest, which is most of the exponent. The others hold few different bytes and are Huffman
-coded, each with a code of its own.
+coded, each with its own code.
 
     width (1 byte) | ids: plane 0 | logprobs: planes 0, 1, 2 | deflate(ids: planes 1 .. width - 1, logprobs: plane 3)
 """
@@ -14,17 +14,17 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-# Setting deflate up is half of its time on some hundred bytes, and these are its smallest states that cost no size.
+# Setting up deflate takes half of its time on some hundred bytes, and these are its smallest states that cost no size.
 _WINDOW, _MEMORY = 9, 3
 
 
 def pack(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> bytes:
-    """As many token ids, [L] int32, as logprobs, [L] float32; any values, to the bit. Raises: ValueError for different lengths."""
+    """Pack token ids, [L] int32, and as many logprobs, [L] float32; any values, to the bit. Raises: ValueError for different lengths."""
     if ids.shape != logprobs.shape:
         raise ValueError(f"{ids.size} token ids and {logprobs.size} logprobs")
     every_bit = int(np.bitwise_or.reduce(ids))
     width = 4 if every_bit < 0 else max(1, -(-every_bit.bit_length() // 8))
-    # Slices of bytes: numpy transposes 8 L of them in 12 us at L = 500, which is as long as all of the rest.
+    # Slices of bytes: numpy transposes 8 L of them in 12 us at L = 500, which is as long as everything else takes.
     a, b = ids.astype("<i4", copy=False).tobytes(), logprobs.astype("<f4", copy=False).tobytes()
     packer = zlib.compressobj(1, zlib.DEFLATED, -_WINDOW, _MEMORY, zlib.Z_HUFFMAN_ONLY)
     coded = (*(a[plane::4] for plane in range(1, width)), b[3::4])
@@ -33,7 +33,7 @@ def pack(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> bytes:
 
 
 def unpack(data: bytes, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """What `pack` was given, of that length. Raises: ValueError for other bytes."""
+    """Return the arrays of this length that `pack` was given. Raises: ValueError for other bytes."""
     width, end = data[0] if data else 0, 1 + 4 * count
     if not 1 <= width <= 4 or len(data) < end:
         raise ValueError(f"{len(data)} bytes are not {count} packed values")

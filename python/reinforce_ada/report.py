@@ -23,12 +23,12 @@ _BLUE, _ORANGE, _GREY, _INK = "#1f6cb0", "#d1661e", "#9aa1ab", "#2b2f36"
 _PALE_ORANGE, _PALE_BLUE, _PALE_GREY = "#f4d9c8", "#86b0d6", "#cfd3d8"
 _WIDTH_IN, _HEIGHT_IN, _DPI = 10.5, 7.4, 150
 _SMALL = 9.5  # points
-_NUM_BINS = 9  # of pass rates, centred on 0, 1/8, .., 1: pools are often 8, 16, .. samples, and 0 and 1 get bars of their own
+_NUM_BINS = 9  # of pass rates, centred on 0, 1/8, .., 1: pools often have 8, 16, .. samples, and 0 and 1 get bars of their own
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     name: str
     header: Mapping[str, Any]
@@ -36,7 +36,7 @@ class _Run:
     evals: Sequence[Mapping[str, Any]]
 
     def series(self, metric: str) -> NDArray[np.float64]:
-        """[steps] float64 of one metric, nan where a step has none."""
+        """Return one metric, [steps] float64, nan for a step without it."""
         return np.array([_float(record.get(metric)) for record in self.steps])
 
     def total(self, metric: str) -> int:
@@ -74,7 +74,7 @@ def draw(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def summary_table(run_dir: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    """The closing table of a run as (name, value) rows: held-out before and after, samples, waste, voids, tokens, time.
+    """Return the closing table of a run as (name, value) rows: held-out before and after, samples, waste, voids, tokens, time.
 
     Raises: InputError when there is no run.
     """
@@ -104,7 +104,7 @@ def _pools(path: Path) -> list[PoolCounts]:
 
 
 def _float(value: Any) -> float:
-    """A finite number of the log; what is none is nan."""
+    """Return a finite number of the log, or nan for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -138,7 +138,7 @@ def _avg(evaluation: Mapping[str, Any]) -> str:
 
 
 def _common_pass_at_k(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The largest k both have, if above 1 (pass@1 is Avg@k)."""
+    """Return the largest k that both have, if above 1 (pass@1 is Avg@k)."""
     before, after = first.get("pass_at_k") or {}, last.get("pass_at_k") or {}
     largest = max((int(k) for k in before if k in after), default=1)
     return [(str(largest), after[str(largest)])] if largest > 1 else []
@@ -190,7 +190,7 @@ def _title(run: _Run) -> str:
 
 
 def _plain(axes: Any) -> None:
-    """Light horizontal grid, no box."""
+    """Draw a light horizontal grid and no box."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GREY)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
@@ -216,7 +216,7 @@ def _step_axis(axes: Any, run: _Run) -> None:
 
 
 def _trend(axes: Any, x: NDArray[np.float64], y: NDArray[np.float64], color: str, label: str) -> None:
-    """The steps as dots, and their running mean as a line (over a tenth of the run) once there is a trend to see."""
+    """Draw the steps as dots, and their running mean (over a tenth of the run) as a line once a trend can be seen."""
     window = max(1, len(y) // 10)
     axes.plot(x, y, "o", color=color, markersize=_dot_size(x), alpha=0.35 if window > 1 else 1.0, markeredgewidth=0)
     axes.plot(x, _running_mean(y, window), color=color, linewidth=2.0, label=label)
@@ -227,7 +227,7 @@ def _dot_size(x: NDArray[np.float64]) -> float:
 
 
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean over up to 2 * window - 1 values, fewer at the ends; nan values are left out."""
+    """Return the centred mean over up to 2 * window - 1 values, fewer at the ends; nan values are left out."""
     spans = [values[max(0, i - window + 1) : i + window] for i in range(len(values))]
     return np.array([span[~np.isnan(span)].mean() if not np.isnan(span).all() else math.nan for span in spans])
 
@@ -258,7 +258,7 @@ def _draw_samples(axes: Any, run: _Run) -> None:
     _name(axes, "Samples per prompt", "step")
     x, used, issued = (run.series(metric) for metric in ("step", "samples_per_prompt", "issued_per_prompt"))
     axes.fill_between(x, used, issued, color=_PALE_ORANGE, linewidth=0, label="issued, then wasted")
-    axes.vlines(x, used, issued, color=_PALE_ORANGE, linewidth=2)  # a lone step has no area
+    axes.vlines(x, used, issued, color=_PALE_ORANGE, linewidth=2)  # a single step has no area
     axes.plot(x, used, "-o", color=_BLUE, linewidth=2.0, markersize=_dot_size(x), markeredgewidth=0, label="used")
     axes.set_ylim(0, 1.12 * max(np.nanmax(issued, initial=1.0), run.cap or 0))
     if run.cap:
@@ -288,7 +288,7 @@ def _draw_pass_rates(axes: Any, pools: Sequence[PoolCounts]) -> None:
 
 
 def _quarters(pools: Sequence[PoolCounts]) -> tuple[list[PoolCounts], list[PoolCounts]]:
-    """The pools of the first and of the last quarter of the steps; one and the same list when there is a single step."""
+    """Return the pools of the first and of the last quarter of the steps; the same list twice if there is a single step."""
     steps = sorted({pool.step for pool in pools})
     size = -(-len(steps) // 4)
     early = [pool for pool in pools if pool.step in steps[:size]]
@@ -296,7 +296,7 @@ def _quarters(pools: Sequence[PoolCounts]) -> tuple[list[PoolCounts], list[PoolC
 
 
 def _shares(pools: Sequence[PoolCounts], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[bins] share of the pools in each bin of pass rate; voids count in no pass rate."""
+    """Return the share of the pools in each bin of pass rate, [bins]; voids count in no pass rate."""
     scored = [(pool.num_correct, pool.num_correct + pool.num_wrong) for pool in pools]
     counts = np.histogram([correct / count for correct, count in scored if count], edges)[0].astype(np.float64)
     return counts / max(float(counts.sum()), 1.0)

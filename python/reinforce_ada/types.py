@@ -1,6 +1,6 @@
 """The records that travel between sampler, engines, rewards, store and trainer.
 
-Frozen, engine-free and torch-free. Shape letters: P prompts, G groups, N completions, T tokens, V vocabulary, D hidden, L one
+They are frozen, and need no engine and no torch. Shape letters: P prompts, G groups, N completions, T tokens, V vocabulary, D hidden, L one
 completion's length.
 """
 
@@ -15,30 +15,30 @@ from numpy.typing import NDArray
 
 
 class CompletionId(NamedTuple):
-    """What identifies a completion: the step, the prompt, and the request's number within the prompt (from 0).
+    """Identifies a completion: the step, the prompt, and the request's number within the prompt (from 0).
 
     Prompts recur every epoch, so the step is part of the identity: a late completion of another step is never credited.
     """
 
     step: int
     prompt_id: str
-    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs of an id
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which no id needs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt as the sampler sees it: an id, token ids for the engine, and whatever its reward function needs."""
+    """A prompt as the sampler sees it: an id, token ids for the engine, and the data that its reward function needs."""
 
     prompt_id: str
     token_ids: tuple[int, ...] = ()  # [prompt length]
     text: str = ""  # rendered, as the engine sees it
     data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
-    key: str = ""  # the same whenever this prompt comes again, whatever its id: what is remembered of it goes by this; "" is prompt_id
+    key: str = ""  # identifies the prompt across steps and runs, for a memory; "" is prompt_id
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One completion to sample. The same id always carries the same seed, also when it is issued again after a loss."""
+    """One completion to sample. The same id always carries the same seed, even when it is issued again after a loss."""
 
     id: CompletionId
     prompt: Prompt
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled response. `policy_version` is that of the weights that sampled it, as the engine knows it."""
+    """One sampled response. `policy_version` is that of the weights that sampled it, as the engine reports it."""
 
     id: CompletionId
     token_ids: NDArray[np.int32]  # [L]
@@ -56,7 +56,7 @@ class Completion:
     text: str
     finish_reason: str  # "stop" | "length" | "abort"
     policy_version: int
-    num_cached_tokens: int | None = None  # of its prompt, those the engine had computed before; None: it does not say
+    num_cached_tokens: int | None = None  # prompt tokens that the engine had cached; None: it does not report them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
@@ -81,7 +81,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Failed:
-    """A completion whose reward failed for good: a void. It is committed at its index but counts in no statistic."""
+    """A completion that could not be scored: a void. It is committed at its index but counts in no statistic."""
 
     id: CompletionId
     policy_version: int
@@ -90,7 +90,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lost:
-    """A request the driver has given up waiting for; the sampler issues it again with the same seed."""
+    """A request that the driver no longer waits for; the sampler issues it again with the same seed."""
 
     id: CompletionId
     policy_version: int
@@ -99,11 +99,11 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aborted:
-    """A request the engine dropped. For an exited prompt it is waste; for an active one it is issued again."""
+    """A request that the engine dropped. It is waste if its prompt has exited; otherwise the sampler issues it again."""
 
     id: CompletionId
     policy_version: int
-    num_tokens: int = 0  # tokens it had generated, where the engine knows
+    num_tokens: int = 0  # tokens it had generated, if the engine knows
 
 
 Event: TypeAlias = Scored | Failed | Lost | Aborted
@@ -112,10 +112,10 @@ ExitReason: TypeAlias = Literal["satisfied", "exhausted", "dropped"]
 
 
 class PoolStats(NamedTuple):
-    """Raw-reward statistics of G pools, each [G] float64; numpy arrays from the sampler, tensors are accepted by the operators.
+    """Raw-reward statistics of G pools, each [G] float64. They are numpy arrays from the sampler; the operators accept tensors too.
 
-    `m2` is the centred second moment: sum of (reward - mean)^2. A pool is degenerate (no signal) when min == max, exactly.
-    An empty pool has count 0, mean 0, m2 0, min +inf, max -inf.
+    `m2` is the centred second moment: sum of (reward - mean)^2. A pool is degenerate (no signal) when min == max, exactly. An empty pool
+    has count 0, mean 0, m2 0, min +inf, max -inf.
     """
 
     count: Any  # [G]
@@ -134,22 +134,22 @@ class Pool:
     num_correct: int  # reward > positive_threshold
     num_wrong: int
     num_void: int
-    mean: float  # over the scored ones; 0.0 where there is none
+    mean: float  # over the scored ones; 0.0 if there is none
     m2: float
     min: float
     max: float
     num_issued: int  # requests handed out, committed or not
     exit: ExitReason
-    cap: int  # most completions this prompt could have used
+    cap: int  # the most completions that this prompt could have used
 
     @property
     def count(self) -> int:
-        """Scored completions (voids are not counted)."""
+        """Return the number of scored completions (voids are not counted)."""
         return self.num_correct + self.num_wrong
 
     @property
     def has_signal(self) -> bool:
-        """Whether any two rewards differ: max != min, exactly."""
+        """Return whether any two rewards differ: max != min, exactly."""
         return self.count > 0 and self.min != self.max
 
     @property
@@ -167,14 +167,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingResult:
-    """What one step's sampling produced."""
+    """The result of sampling one step."""
 
     pools: tuple[Pool, ...]  # [P], in the order the prompts entered
     groups: tuple[Group, ...]  # [G], G <= P
     metrics: Mapping[str, float]
 
     def pool_stats(self) -> PoolStats:
-        """Statistics of the groups' pools, each [G] float64, ready for `ops.group_advantages(pool=...)`."""
+        """Return the statistics of the groups' pools, each [G] float64, ready for `ops.group_advantages(pool=...)`."""
         rows = [(g.pool.count, g.pool.mean, g.pool.m2, g.pool.min, g.pool.max) for g in self.groups]
         columns = np.asarray(rows, dtype=np.float64).reshape(len(rows), 5).T
         return PoolStats(*columns)

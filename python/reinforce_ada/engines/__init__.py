@@ -1,4 +1,4 @@
-"""Engines: what turns requests into completions. Each is its own module; importing this package imports none of them."""
+"""Engines turn requests into completions. Each has its own module; importing this package imports none of them."""
 
 from reinforce_ada.engines.base import Engine
 

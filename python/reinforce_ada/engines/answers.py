@@ -1,4 +1,4 @@
-"""What a server says, checked once as it comes in: statuses, bodies and the messages of a stream. Nothing of it is trusted."""
+"""Checks of everything that a server sends, once, as it arrives: statuses, bodies, messages of a stream. None of it is trusted."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from reinforce_ada.types import Completion, Request
 
 T = TypeVar("T")
 
-TOKENS_A_MESSAGE = 16  # this process takes 130 000 tokens a second so, 20 000 one by one
-MOST_BODY_BYTES = 1 << 20  # of an answer that is no stream
-_TOKEN_BYTES = 4096  # of a stream, for each token: vLLM writes 300 to 800 with a token for itself
+TOKENS_A_MESSAGE = 16  # this process takes 130 000 tokens a second with this, 20 000 one by one
+MOST_BODY_BYTES = 1 << 20  # limit of an answer that is not a stream
+_TOKEN_BYTES = 4096  # limit of a stream for each token: vLLM writes 300 to 800 bytes if a token has a message of its own
 _MOST_NAME = 4096
-_DATA = b"data:"  # of server-sent events
+_DATA = b"data:"  # begins a message of server-sent events
 _IGNORED = (b":", b"event:", b"id:", b"retry:")
 
 
 class UnfitError(Exception):
-    """A server that answers and cannot be used as it is."""
+    """The server answers but cannot be used as it is."""
 
 
 class BrokenError(Exception):
-    """A server that says that it is broken, or says nothing."""
+    """The server reports a failure or does not answer."""
 
 
 class BusyError(BrokenError):
-    """A server that says that it will be there later; `pause_s` is when, 0 where it does not say."""
+    """The server asks to be tried again later: after `pause_s` seconds, which is 0 if it names no time."""
 
     def __init__(self, text: str, pause_s: float) -> None:
         super().__init__(text)
@@ -44,7 +44,7 @@ class BusyError(BrokenError):
 
 
 async def within(work: Awaitable[T], limit_s: float, what: str) -> T:
-    """The result of `work`. Raises: BrokenError where that takes longer than `limit_s`."""
+    """Return the result of `work`. Raises: BrokenError if it takes longer than `limit_s`."""
     try:
         return await asyncio.wait_for(work, limit_s)
     except asyncio.TimeoutError:
@@ -52,7 +52,7 @@ async def within(work: Awaitable[T], limit_s: float, what: str) -> T:
 
 
 async def _pieces(response: Any, most_bytes: int) -> AsyncIterator[bytes]:
-    """A body as it comes. A compressed one is refused: it was not asked for, and a few bytes of it can be gigabytes."""
+    """Yield a body as it arrives. Refuse a compressed one: it was not asked for, and a few bytes of it can expand to gigabytes."""
     if (encoding := response.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise GarbageError(f"a body with the content-encoding {one_line(repr(encoding), 40)}, which was not asked for")
     size = 0
@@ -64,13 +64,13 @@ async def _pieces(response: Any, most_bytes: int) -> AsyncIterator[bytes]:
 
 
 async def body(response: Any) -> bytes:
-    """The whole of an answer that is no stream."""
+    """Return the whole of an answer that is not a stream."""
     return b"".join([data async for data in _pieces(response, MOST_BODY_BYTES)])
 
 
 async def lines(response: Any, most_bytes: int) -> AsyncIterator[bytes]:
-    """The lines of a stream; what follows the last line break is none."""
-    rest: list[bytes] = []  # joined once: a line that comes byte by byte would be copied as often
+    """Yield the lines of a stream. Text after the last line break is not a line."""
+    rest: list[bytes] = []  # joined once per line: a line that arrives byte by byte would otherwise be copied for each byte
     async for data in _pieces(response, most_bytes):
         first, *others = data.split(b"\n")
         rest.append(first)
@@ -80,7 +80,7 @@ async def lines(response: Any, most_bytes: int) -> AsyncIterator[bytes]:
 
 
 def most_stream_bytes(num_prompt_tokens: int, max_tokens: int) -> int:
-    """What the stream of one completion may take; the first message repeats the prompt's ids."""
+    """Return the most bytes that the stream of one completion may take. Its first message repeats the prompt's ids."""
     return MOST_BODY_BYTES + 16 * num_prompt_tokens + _TOKEN_BYTES * max_tokens
 
 
@@ -88,14 +88,14 @@ def most_stream_bytes(num_prompt_tokens: int, max_tokens: int) -> int:
 
 
 def fields(value: Any, what: str) -> dict[str, Any]:
-    """A JSON object. Raises: GarbageError for anything else."""
+    """Return `value` as a JSON object. Raises: GarbageError for anything else."""
     if not isinstance(value, dict):
         raise GarbageError(f"{what} is {_kind(value)} where an object belongs")
     return value
 
 
 def items(value: Any, what: str, most: int) -> list[Any]:
-    """A JSON array; null is an empty one. Raises: GarbageError for anything else, and for more than `most` items."""
+    """Return `value` as a JSON array; null is an empty one. Raises: GarbageError for anything else, and for more than `most` items."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -106,7 +106,7 @@ def items(value: Any, what: str, most: int) -> list[Any]:
 
 
 def text_of(value: Any, what: str, most: int) -> str:
-    """A string. Raises: GarbageError for anything else, and for a longer one."""
+    """Return `value` as a string. Raises: GarbageError for anything else, and for more than `most` characters."""
     if not isinstance(value, str):
         raise GarbageError(f"{what} is {_kind(value)} where a string belongs")
     if len(value) > most:
@@ -115,7 +115,7 @@ def text_of(value: Any, what: str, most: int) -> str:
 
 
 def count(value: Any, what: str) -> int:
-    """A whole number of 0 or more. Raises: GarbageError for anything else."""
+    """Return `value` as a whole number of 0 or more. Raises: GarbageError for anything else."""
     if type(value) is not int or value < 0:
         raise GarbageError(f"{what} is {_kind(value)} where a count belongs")
     return value
@@ -128,11 +128,11 @@ def _kind(value: Any) -> str:
     return kinds[type(value)]
 
 
-# -------------------- what is asked, and answered
+# -------------------- requests and answers
 
 
 def refusal(status: int, retry_after: str, text: str, path: str) -> Exception:
-    """What a status other than 200 means."""
+    """Return the exception that a status other than 200 stands for."""
     said = one_line(without_credentials(text), 200)
     answers = f"{path} answers {status}" + (f": {said}" if said else "")
     if status in (429, 502, 503, 504):
@@ -149,12 +149,12 @@ def refusal(status: int, retry_after: str, text: str, path: str) -> Exception:
 
 
 def _pause_s(retry_after: str) -> float:
-    """Of a Retry-After header; a date, or anything else, says nothing."""
+    """Return the seconds of a Retry-After header; 0 if it holds a date or anything else."""
     return min(float(retry_after), LONGEST_BACKOFF_S) if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()) else 0.0
 
 
 def models_of(text: bytes) -> list[tuple[str, int | None]]:
-    """Names and longest contexts in an answer of /v1/models."""
+    """Return the names and the longest contexts from an answer of /v1/models."""
     found = []
     for entry in items(fields(parse_json(text), "the answer").get("data"), "data", 1000):
         model = fields(entry, "a model")
@@ -165,17 +165,17 @@ def models_of(text: bytes) -> list[tuple[str, int | None]]:
 
 
 def version_of(text: bytes) -> str:
-    """The version in an answer of /version; "" where it has none."""
+    """Return the version from an answer of /version; "" if it has none."""
     return text_of(fields(parse_json(text), "the answer").get("version", ""), "the version", 100)
 
 
 def was_successful(text: bytes) -> bool:
-    """What /reset_prefix_cache says; older versions say nothing where it worked."""
+    """Return whether /reset_prefix_cache succeeded. Older versions send an empty body on success."""
     return not text.strip() or fields(parse_json(text), "the answer").get("success", True) is True
 
 
 class Answer:
-    """A completion as its stream brings it."""
+    """A completion, assembled from the lines of its stream."""
 
     def __init__(self, request: Request, max_tokens: int, vocab_size: int) -> None:
         self._request, self._max_tokens, self._vocab_size = request, max_tokens, vocab_size
@@ -188,9 +188,9 @@ class Answer:
         self.finish_reason = ""
 
     def add(self, line: bytes) -> bool:
-        """Take a line of the stream; whether it was progress: the first token, a sixteenth further one, or the end.
+        """Take a line of the stream. Return whether it was progress: the first token, a sixteenth further one, or the end.
 
-        Raises: GarbageError, or BrokenError where the server says that it is.
+        Raises: GarbageError, or BrokenError if the server reports an error.
         """
         if not line or line.startswith(_IGNORED):
             return False
@@ -232,19 +232,19 @@ class Answer:
             self.finish_reason = text_of(choice["finish_reason"], "finish_reason", 100)
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
-        """In the last message. The counts show what was lost or cut on the way."""
+        """Check the counts in the last message, which show whether anything was lost or cut on the way."""
         num_prompt_tokens = len(self._request.prompt.token_ids)
         for name, expected in (("completion_tokens", len(self._tokens)), ("prompt_tokens", num_prompt_tokens)):
             if usage.get(name) is not None and count(usage[name], name) != expected:
                 raise GarbageError(f"{name} {one_line(str(usage[name]), 20)} where there were {expected}")
-        if usage.get("prompt_tokens_details") is not None:  # of servers that were told to
+        if usage.get("prompt_tokens_details") is not None:  # only servers with --enable-prompt-tokens-details send it
             cached = fields(usage["prompt_tokens_details"], "prompt_tokens_details").get("cached_tokens")
             self._num_cached_tokens = None if cached is None else count(cached, "cached_tokens")
             if cached is not None and cached > num_prompt_tokens:
                 raise GarbageError("more cached tokens than the prompt has")
 
     def completion(self, policy_version: int) -> Completion:
-        """The whole. Raises: GarbageError where the stream has ended before it."""
+        """Return the whole completion. Raises: GarbageError if the stream ended before the completion did."""
         if not self.finish_reason:
             raise GarbageError("a stream that ended before the completion did")
         if len(self._tokens) != len(self._logprobs):

@@ -1,8 +1,8 @@
 """The engine protocol: anything that turns requests into completions.
 
-An engine is polled; it never calls back. `submit` takes at most `free_slots` requests, `poll` advances the engine and returns what has
-finished since the last call (possibly nothing), in any order. Completions that end because of `abort` may be returned with
-finish_reason "abort" or not at all.
+An engine is polled; it never calls back. `submit` takes at most `free_slots` requests. `poll` advances the engine and returns the
+completions that have finished since the last call (possibly none), in any order. Completions that end because of `abort` may be returned
+with finish_reason "abort" or not at all.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from reinforce_ada.types import Completion, CompletionId, Request
 
 @runtime_checkable
 class Engine(Protocol):
-    """What the driver loop needs of a generator."""
+    """The interface that the driver loop needs from a generator."""
 
     @property
     def free_slots(self) -> int:
-        """How many more requests it can usefully take now."""
+        """Return how many more requests the engine can usefully take now."""
         ...
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Start these requests. Raises InputError when a request cannot be served (an over-long prompt, say)."""
+        """Start these requests. Raises InputError when a request cannot be served, for example because the prompt is too long."""
         ...
 
     def poll(self) -> list[Completion]:
@@ -40,11 +40,11 @@ class Engine(Protocol):
         ...
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Take new weights; completions submitted from now on carry `policy_version`. Called with nothing in flight."""
+        """Load new weights; completions submitted from now on carry `policy_version`. Called with nothing in flight."""
         ...
 
     def sleep(self) -> None:
-        """Give back what memory it can until `wake`; called between sampling phases with nothing in flight. May do nothing."""
+        """Release as much memory as possible until `wake`. Called between sampling phases with nothing in flight; may do nothing."""
         ...
 
     def wake(self) -> None:
@@ -52,28 +52,27 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what it holds; further calls are errors."""
+        """Release all resources; further calls are errors."""
         ...
 
 
 def metrics_of(engine: Engine) -> dict[str, float]:
-    """What the engine says of itself: the numbers of its `metrics()`, where it has that; none of one that has not.
+    """Return the numbers that the engine reports by its `metrics()`; nothing if it has no such method.
 
     Their names begin with `engine_`. `engine_busy_slots` (requests being computed), `engine_queue` (requests that wait in it),
-    `engine_slots` and `engine_replicas` (that can be used) are of the moment, names that end in `_rate` are fractions since its start, all
-    others are counts or seconds since its start (`engine_tokens`, `engine_sync_s`, `engine_restarts`, ..). The trainer logs the differences
-    of the counts, and means over time of the first four.
-    `metrics()` must be cheap: it is asked many times a second.
+    `engine_slots` and `engine_replicas` (that can be used) are momentary values. Names that end in `_rate` are fractions since the start of
+    the engine. All others are counts or seconds since its start (`engine_tokens`, `engine_sync_s`, `engine_restarts`, ..). The trainer logs
+    the differences of the counts, and means over time of the first four. `metrics()` must be cheap: it is called many times a second.
     """
     metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
     return metrics()
 
 
 class Launch(NamedTuple):
-    """What a run gives the function `launch` of an engine's module, which returns the engine."""
+    """The arguments that a run passes to the function `launch` of an engine's module, which returns the engine."""
 
     settings: Any  # the table [engine] of the configuration
-    path: str  # of the model: a folder or a hub id
+    path: str  # the model: a folder or a hub id
     dtype: str
     device: str  # "cpu" or "cuda"
     module: Any  # the trainer's own model, for an engine that shares its weights
@@ -85,7 +84,7 @@ class Launch(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A request was given to a replica."""
+    """Records that a request was given to a replica."""
 
     id: CompletionId
     replica: str
@@ -93,15 +92,15 @@ class Placement(NamedTuple):
 
 
 def placements_of(engine: Engine) -> deque[Placement] | None:
-    """Where requests have gone, oldest first: the `placements` of an engine of several replicas, which the reader empties.
+    """Return the engine's `placements`, which say where requests have gone, oldest first, and which the reader empties.
 
-    It is bounded, so that it needs no reader. None of an engine that starts a request wherever it is submitted.
+    The deque is bounded, so it needs no reader. Return None for an engine that starts a request wherever it is submitted.
     """
     return getattr(engine, "placements", None)
 
 
 class PrefixHits:
-    """The share of prompt tokens that came from the cache, over the completions whose engine says so."""
+    """The share of prompt tokens that came from the cache, over the completions for which the engine reports it."""
 
     def __init__(self) -> None:
         self._num_tokens = self._num_cached = 0
@@ -113,7 +112,7 @@ class PrefixHits:
             self._num_cached += completion.num_cached_tokens
 
     def metrics(self) -> dict[str, float]:
-        """`engine_prefix_hit_rate`; nothing where nobody says."""
+        """Return `engine_prefix_hit_rate`, or nothing if no completion reported it."""
         return {"engine_prefix_hit_rate": self._num_cached / self._num_tokens} if self._num_tokens else {}
 
 
@@ -121,7 +120,7 @@ OLDEST_VLLM = (0, 22)
 
 
 def too_old(vllm_version: str) -> str:
-    """What is wrong with this version of vLLM; "" with nothing, or where it is no number (a build from source)."""
+    """Return what is wrong with this version of vLLM; "" if nothing is, or if it is not a number (a build from source)."""
     found = re.match(r"(\d+)\.(\d+)", vllm_version)
     if found is None or (int(found[1]), int(found[2])) >= OLDEST_VLLM:
         return ""
@@ -129,7 +128,7 @@ def too_old(vllm_version: str) -> str:
 
 
 def check_prompt_length(where: str, request: Request, max_tokens: int, max_model_len: int) -> None:
-    """Raises InputError when prompt and completion do not fit into max_model_len, or the prompt is empty."""
+    """Raise InputError when prompt and completion do not fit into max_model_len, or the prompt is empty."""
     size = len(request.prompt.token_ids)
     if size == 0:
         raise InputError(where, f"prompt {request.id.prompt_id!r} is empty", "at least one token")
@@ -147,7 +146,7 @@ _MOST_LOGPROB, _LEAST_LOGPROB = 1e-3, -3e38
 
 
 def wrong_token(token_ids: Sequence[Any], vocab_size: int) -> str:
-    """What is wrong with these token ids; "" with nothing."""
+    """Return what is wrong with these token ids; "" if nothing is."""
     for token in token_ids:
         if type(token) is not int:
             return f"a token id that is no whole number: {one_line(repr(token), 40)}"
@@ -157,7 +156,7 @@ def wrong_token(token_ids: Sequence[Any], vocab_size: int) -> str:
 
 
 def wrong_logprob(logprobs: Sequence[Any]) -> str:
-    """What is wrong with these log-probabilities; "" with nothing."""
+    """Return what is wrong with these log-probabilities; "" if nothing is."""
     for logprob in logprobs:
         if type(logprob) not in (int, float) or not _LEAST_LOGPROB <= logprob <= _MOST_LOGPROB:
             return f"a logprob that is not one: {one_line(repr(logprob), 40)}"
@@ -165,7 +164,7 @@ def wrong_logprob(logprobs: Sequence[Any]) -> str:
 
 
 def garbage(completion: Completion, policy_version: int | None, max_tokens: int, vocab_size: int) -> str:
-    """What is wrong with a completion; "" with nothing."""
+    """Return what is wrong with a completion; "" if nothing is."""
     tokens, logprobs = completion.token_ids, completion.rollout_logprobs
     if completion.policy_version != policy_version:
         return f"policy version {completion.policy_version} instead of {policy_version}"
@@ -175,12 +174,13 @@ def garbage(completion: Completion, policy_version: int | None, max_tokens: int,
         return f"{tokens.shape} tokens with {logprobs.shape} logprobs"
     if not 0 < len(tokens) <= max_tokens:
         return f"{len(tokens)} tokens of at most {max_tokens}"
-    ends = [int(tokens.min()), int(tokens.max())], [float(logprobs.min()), float(logprobs.max())]  # NaN where one is
+    ends = [int(tokens.min()), int(tokens.max())], [float(logprobs.min()), float(logprobs.max())]  # NaN if any is NaN
     return wrong_token(ends[0], vocab_size) or wrong_logprob(ends[1])
 
 
 def check_own(where: str, completion: Completion, max_tokens: int, vocab_size: int) -> Completion:
-    """A completion of an engine in this process. Raises: EngineLost for garbage, which a model with infinities in its weights samples."""
+    """Return a completion of an engine in this process. Raises: EngineLost for garbage, which a model with infinities in its weights
+    samples."""
     if wrong := garbage(completion, completion.policy_version, max_tokens, vocab_size):
         raise EngineLost(f"{where}: sampled garbage: {wrong}; the run can be resumed")
     return completion

@@ -1,8 +1,8 @@
-"""Many replicas of an engine as one engine: least-loaded routing, and replicas that die, hang, answer garbage, leave and come back.
+"""Many replicas as one engine: least-loaded routing, and replicas that die, hang, answer garbage, leave and come back.
 
-A `Replica` is an engine elsewhere (a server, an actor). It tells what happens through a mailbox; `Fleet` owns the requests. Nothing that
-a replica does can lose one: what it had goes to others with the same seed, and it samples again only after it has loaded the weights that
-are current by then.
+A `Replica` is an engine elsewhere (a server, an actor), which reports events through a mailbox; `Fleet` owns the requests. No failure of a
+replica can lose one: its requests go to others with the same seed, and it samples again only after it has loaded the weights that are
+current by then.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
-MOST_DROPS = 20  # of one request in a row: what every replica refuses would otherwise go round for ever
-_NUM_PLACEMENTS = 65536  # kept for a profile that reads them at every poll
+MOST_DROPS = 20  # of one request in a row: otherwise a request that every replica refuses would be passed round for ever
+_NUM_PLACEMENTS = 65536  # kept for a profile, which reads them at every poll
 
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """It answers, with weights nobody knows."""
+    """The replica answers; which weights it has is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """It has the weights of this policy version."""
+    """The replica has the weights of this policy version."""
 
     policy_version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """It will not answer this request, and lives on."""
+    """The replica will not answer this request, but keeps working."""
 
     id: CompletionId
     reason: str
@@ -49,7 +49,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """It is gone, hangs or answers garbage; all that it was given is lost. It is left alone for `pause_s` at least."""
+    """The replica is gone, hangs or answers garbage, and all its requests are lost. It is not restarted for at least `pause_s`."""
 
     reason: str
     pause_s: float = 0.0
@@ -57,7 +57,7 @@ class Down:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It is there, and cannot do what it is asked for; nor will it after a restart, unless somebody mends it."""
+    """The replica answers but cannot do what it is asked for; a restart does not help unless somebody changes its settings."""
 
     reason: str
 
@@ -66,17 +66,17 @@ News: TypeAlias = Up | Loaded | Dropped | Down | Refused | Completion
 
 
 class Replica(Protocol):
-    """One engine elsewhere. No call waits; what comes of it is told to the mailbox, from any thread."""
+    """One engine elsewhere. No call waits; its results are told to the mailbox, from any thread."""
 
     name: str
     num_slots: int
 
     def start(self, tell: Callable[[News], None]) -> None:
-        """Bring it up, or look for it again after a Down: `Up` or `Down` follows. `tell` of an earlier start is not called any more."""
+        """Start the replica, or reach it again after a Down: `Up` or `Down` follows. `tell` of an earlier start is not called any more."""
         ...
 
     def load(self, weights: Any, policy_version: int) -> None:
-        """Take weights as the fleet's `publish` returned them: `Loaded` or `Down` follows. Nothing is in flight."""
+        """Load weights as the fleet's `publish` returned them: `Loaded` or `Down` follows. Nothing is in flight."""
         ...
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -84,16 +84,16 @@ class Replica(Protocol):
         ...
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; what still comes of them is ignored."""
+        """Stop these requests; their late answers are ignored."""
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release all resources."""
         ...
 
 
 class State(Enum):
-    """Where a replica stands."""
+    """The state of a replica."""
 
     starting = "starting"
     up = "up"  # without the current weights
@@ -104,15 +104,15 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """What the fleet knows of a replica."""
+    """What the fleet knows about a replica."""
 
     replica: Replica
     state: State = State.down
     running: dict[CompletionId, Request] = field(default_factory=dict)
-    num_starts: int = 0  # also the number of its mailbox: of news of an earlier start only late completions are counted
+    num_starts: int = 0  # also the number of its mailbox: from messages of an earlier start only late completions are counted
     num_failures: int = 0  # since its last completion
     next_start: float = 0.0
-    asked_version: int | None = None  # of the weights it loads
+    asked_version: int | None = None  # of the weights that it loads
     reason: str = ""
 
     @property
@@ -121,17 +121,17 @@ class Member:
 
     @property
     def is_there(self) -> bool:
-        """Ready, or on its way to it for the first time since it last answered: who has failed since may load, and fail, forever."""
+        """Return whether it is ready, or loads for the first time since its last answer: after a failure it may load, and fail, forever."""
         return self.state is State.ready or (self.state in (State.up, State.loading) and self.num_failures == 0)
 
 
 @dataclass(slots=True)
 class FleetCounts:
-    """What has happened since the fleet began."""
+    """Counts since the fleet began."""
 
     restarts: int = 0
     moved: int = 0  # requests that went to another replica
-    late: int = 0  # completions nobody waited for any more
+    late: int = 0  # completions that nothing waited for any more
     tokens: int = 0
     sync_s: float = 0.0
 
@@ -140,13 +140,13 @@ class Fleet:
     """An `Engine` made of replicas.
 
     Args:
-        replicas: they are started at once, and used as they come up.
+        replicas: start immediately, and are used as they come up.
         publish: puts the weights where replicas find them, and returns what `Replica.load` takes.
-        max_tokens: no completion may be longer.
+        max_tokens: the most tokens of a completion.
         vocab_size: every token id must be below.
-        give_up_s: this long without any replica, since the last answer of one, raises EngineLost.
+        give_up_s: raise EngineLost after this long without any replica, counted since the last answer of one.
         say: takes one line whenever a replica comes or goes.
-        clock, wait_s: monotonic seconds; how long `poll` waits for news at most.
+        clock, wait_s: monotonic seconds; how long `poll` waits for a message at most.
     """
 
     def __init__(
@@ -165,27 +165,27 @@ class Fleet:
         self._say, self._clock, self._wait_s = say, clock, wait_s
         self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
-        self._droppers: dict[CompletionId, list[Member]] = {}  # of requests that have not been answered since
+        self._droppers: dict[CompletionId, list[Member]] = {}  # replicas that dropped a request since it was last answered
         self._weights: Any = None
         self._version: int | None = None
-        self._lost_s = 0.0  # without a replica, since the last answer
-        self._lost_at: float | None = None  # when that was last added to; None while one is there
+        self._lost_s = 0.0  # seconds without a replica, since the last answer
+        self._lost_at: float | None = None  # when `_lost_s` was last increased; None while a replica can be used
         self.counts, self.hits = FleetCounts(), PrefixHits()
         self.members: list[Member] = []
         self.placements: deque[Placement] = deque(maxlen=_NUM_PLACEMENTS)
         for replica in replicas:
             self.add(replica)
 
-    # -------------------- who belongs to it
+    # -------------------- members
 
     def add(self, replica: Replica) -> None:
-        """A replica joins; it is used once it is up and has the weights."""
+        """Add a replica; it is used once it is up and has the weights."""
         member = Member(replica)
         self.members.append(member)
         self._start(member)
 
     def remove(self, name: str) -> None:
-        """A replica leaves; its requests go to others."""
+        """Remove a replica; its requests go to others."""
         for member in [m for m in self.members if m.replica.name == name]:
             self.members.remove(member)
             self._take_back(member)
@@ -195,19 +195,19 @@ class Fleet:
 
     @property
     def free_slots(self) -> int:
-        """Of the replicas that are ready; with none ready of all, so that requests wait here (one does where nobody belongs to it)."""
+        """Return the free slots of the ready replicas, or of all if none is ready, so that requests wait here; 1 if there are none."""
         if not self.members:
             return 0 if self._waiting else 1
         there = [m for m in self.members if m.state is State.ready] or self.members
         return max(0, sum(m.replica.num_slots - len(m.running) for m in there) - len(self._waiting))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue these requests, and give out what the replicas have room for."""
+        """Queue these requests, and hand out as many as the replicas have room for."""
         self._waiting.extend(requests)
         self._give_out()
 
     def poll(self) -> list[Completion]:
-        """What has finished; waits a little when nothing has. Raises EngineLost after `give_up_s` without a replica."""
+        """Return finished completions; wait a little when there are none. Raises EngineLost after `give_up_s` without a replica."""
         finished = self._read(0.0)
         self._restart()
         self._give_out()
@@ -232,7 +232,7 @@ class Fleet:
         if in_flight := len(self._waiting) + sum(len(m.running) for m in self.members):
             raise InputError("engine", f"sync_weights with {in_flight} requests in flight", "none")
         began = self._clock()
-        self._lost_at = None  # nobody looked since the last step
+        self._lost_at = None  # time since the last step does not count: nothing was polled
         self._weights, self._version = self._publish(named_tensors, policy_version), policy_version
         for member in self.members:
             if member.state in (State.up, State.ready):
@@ -244,7 +244,7 @@ class Fleet:
         self.counts.sync_s += self._clock() - began
 
     def metrics(self) -> dict[str, float]:
-        """See `metrics_of`."""
+        """Return the metrics that `metrics_of` describes."""
         c, ready = self.counts, [m for m in self.members if m.state is State.ready]
         return {
             "engine_replicas": float(len(ready)),
@@ -260,19 +260,19 @@ class Fleet:
         }
 
     def sleep(self) -> None:
-        """Replicas have memory of their own."""
+        """Do nothing: replicas have memory of their own."""
 
     def wake(self) -> None:
-        """See `sleep`."""
+        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
-        """Let go of every replica."""
+        """Close every replica."""
         for member in self.members:
             self._close(member)
         self.members = []
         self._waiting.clear()
 
-    # -------------------- news
+    # -------------------- messages
 
     def _read(self, wait_s: float) -> list[Completion]:
         finished: list[Completion] = []
@@ -280,7 +280,7 @@ class Fleet:
             while True:
                 member, start, news = self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait()
                 wait_s = 0.0
-                if start != member.num_starts:  # what it was given then went to others
+                if start != member.num_starts:  # its requests of that start went to others
                     self.counts.late += isinstance(news, Completion)
                 elif (completion := self._take(member, news)) is not None:
                     finished.append(completion)
@@ -294,14 +294,14 @@ class Fleet:
                 self._say(f"engine: {member.replica.name} is up")
                 if self._version is not None:
                     self._load(member)
-            case Up():  # it has begun anew by itself: neither its weights nor its requests are there
+            case Up():  # it has restarted by itself, and has lost its weights and its requests
                 self._fail(member, "came up a second time")
             case Loaded(policy_version) if member.state is not State.loading or policy_version != member.asked_version:
                 self._reject(member, f"loaded policy version {policy_version} unasked")
             case Loaded(policy_version):
                 if policy_version == self._version:
                     member.state = State.ready
-                else:  # newer weights came while it loaded
+                else:  # newer weights were published while it loaded
                     self._load(member)
             case Dropped(request_id, reason):
                 if (request := member.running.pop(request_id, None)) is not None:
@@ -323,13 +323,13 @@ class Fleet:
         else:
             self.hits.add(member.running.pop(completion.id), completion)
             self._droppers.pop(completion.id, None)
-            member.num_failures, self._lost_s = 0, 0.0  # only an answer shows that it works: one may come up, and fail at once, forever
+            member.num_failures, self._lost_s = 0, 0.0  # only an answer shows that it works: it may come up and fail, forever
             self.counts.tokens += len(completion.token_ids)
             return completion
         return None
 
     def _refused(self, member: Member, reason: str) -> None:
-        """The user's to know at once, unless a run that has had answers can go on with others: who refuses is asked again late."""
+        """Stop the run with this reason, unless it has had answers and another replica works; then retry this one after a minute."""
         if not self.counts.tokens or not any(m.is_there for m in self.members if m is not member):
             raise InputError("engine", f"{member.replica.name}: {reason}", "one that fits")
         self._reject(member, f"cannot be used: {reason}", LONGEST_BACKOFF_S)
@@ -337,8 +337,8 @@ class Fleet:
     # -------------------- requests
 
     def _give_out(self) -> None:
-        """Each request to the replica with the smallest share of its slots taken; a dropped one to who dropped it least."""
-        while given := self._assign():  # again when one of them did not take its requests
+        """Give each request to the replica with the smallest share of its slots taken, among those that dropped it least."""
+        while given := self._assign():  # again if a replica did not take its requests
             for member, requests in given:
                 self._call(member, partial(member.replica.submit, requests))
 
@@ -359,7 +359,7 @@ class Fleet:
         return [(self.members[i], requests) for i, requests in given.items()]
 
     def _takers(self, request: Request) -> list[int]:
-        """Members with room, of those that dropped it least: it waits for one of them rather than go round with one that drops all."""
+        """Return the replicas with room among those that dropped it least. It waits for them rather than be dropped again."""
         ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
         if droppers := self._droppers.get(request.id):
             least = min(droppers.count(self.members[i]) for i in ready)
@@ -399,7 +399,7 @@ class Fleet:
         self._call(member, partial(member.replica.load, self._weights, self._version))
 
     def _call(self, member: Member, call: Callable[[], None]) -> None:
-        """A replica that raises is down; a refusal of what it is asked for is the user's to know."""
+        """Call a replica, which is down if it raises; an InputError is passed on to the user."""
         try:
             call()
         except InputError:
@@ -408,14 +408,14 @@ class Fleet:
             self._fail(member, f"{type(error).__name__}: {one_line(str(error))}")
 
     def _close(self, member: Member) -> None:
-        member.num_starts += 1  # whatever it still says is not heard
+        member.num_starts += 1  # anything that it still sends is ignored
         try:
             member.replica.close()
         except Exception as error:  # the others are closed all the same
             self._say(f"engine: {member.replica.name} did not close: {one_line(str(error))}")
 
     def _reject(self, member: Member, reason: str, least_pause_s: float = 0.0) -> None:
-        """Down by the fleet's verdict: the replica does not know, and must not go on with what others are given now."""
+        """Mark a replica as down by the fleet's verdict. It does not know, so the requests that others get now are aborted there."""
         ids = list(member.running)
         self._fail(member, reason, least_pause_s)
         if ids:
@@ -426,7 +426,7 @@ class Fleet:
         self._take_back(member)
         pause = max(least_pause_s, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**member.num_failures))
         member.state, member.reason = State.down, reason
-        member.num_starts += 1  # what it says from now on is of no interest
+        member.num_starts += 1  # anything that it sends from now on is ignored
         member.num_failures += 1
         member.next_start = self._clock() + pause
         self._say(f"engine: {member.replica.name} is down: {reason}; again in {pause:.0f} s")

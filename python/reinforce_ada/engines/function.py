@@ -1,4 +1,4 @@
-"""The engine that wraps your own generate function: adaptive sampling in a trainer you already have."""
+"""An engine that wraps your own generate function, for adaptive sampling in an existing trainer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from reinforce_ada.types import Completion, CompletionId, Prompt, Request
 
 
 class FunctionEngine:
-    """An engine around your own batched generate function; weights and tokens stay yours, so its completions carry text only.
+    """An engine around your own batched generate function. Weights and tokens stay yours, so its completions carry text only.
 
     Args:
         generate: (prompts, seeds) -> texts, one each, from a prompt's `text` or `token_ids`; seeds are in [0, 2**63).
-        batch_size: most prompts in one call.
+        batch_size: the most prompts in one call.
     """
 
     def __init__(self, generate: Callable[[Sequence[Prompt], Sequence[int]], Sequence[str]], *, batch_size: int = 64) -> None:
@@ -33,13 +33,13 @@ class FunctionEngine:
         return self._batch_size - len(self._waiting)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Put these into the next call. Raises InputError beyond `free_slots`."""
+        """Add these to the next call. Raises InputError beyond `free_slots`."""
         if len(requests) > self.free_slots:
             raise InputError("FunctionEngine", f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
         self._waiting.update((r.id, r) for r in requests)
 
     def poll(self) -> list[Completion]:
-        """One call of `generate` on everything that waits."""
+        """Call `generate` once with all waiting requests."""
         requests, self._waiting = list(self._waiting.values()), {}
         if not requests:
             return []
@@ -55,26 +55,26 @@ class FunctionEngine:
         return Completion(request.id, np.empty(0, np.int32), np.empty(0, np.float32), text, "stop", self._policy_version)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Take these out of the next call."""
+        """Remove these from the next call."""
         for request_id in ids:
             self._waiting.pop(request_id, None)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Carry `policy_version` from now on; the weights are the function's own."""
+        """Carry `policy_version` from now on; the function manages its own weights."""
         self._policy_version = policy_version
 
     def sleep(self) -> None:
-        """Nothing: its memory is your own."""
+        """Do nothing: the function manages its own memory."""
 
     def wake(self) -> None:
-        """Nothing, as `sleep` did nothing."""
+        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
         self._waiting.clear()
 
 
 def _is_unicode(text: str) -> bool:
-    """Without halves of surrogate pairs, which no file and no database takes."""
+    """Return whether the text has no halves of surrogate pairs, which files and databases do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -26,11 +26,11 @@ from reinforce_ada.outside import GarbageError, is_installed, one_line, server_u
 from reinforce_ada.types import CompletionId, Request
 
 _CONNECT_S, _GREET_S, _END_S = 5.0, 10.0, 1.0
-_MOST_STOPS = 4  # the interface takes no more
+_MOST_STOPS = 4  # the interface accepts no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
 
-# Every field of the interface that changes the distribution or the tokens that come back. A server fills what a request leaves out from the
+# Every field of the interface that changes the distribution or the tokens that come back. A server fills a missing field from the
 # generation_config.json in the folder of its model, and top_k and repetition penalties would sample from another policy than is trained.
 NEUTRAL: dict[str, Any] = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -42,7 +42,7 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is asked of every server."""
+    """The limits of every server and request."""
 
     max_tokens: int
     max_model_len: int
@@ -53,7 +53,7 @@ class Limits:
     hung_after_s: float
 
 
-# -------------------- the thread of all connections
+# -------------------- the thread for all connections
 
 
 class Background:
@@ -65,14 +65,14 @@ class Background:
         self._thread.start()
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run this there; its future may be cancelled."""
+        """Run this coroutine in the loop; its future may be cancelled."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """End the thread; what runs there is cancelled."""
+        """End the thread and cancel what runs in it."""
         if not self._thread.is_alive():
             return
-        with suppress(Exception):  # a task that does not end is left to the end of the process
+        with suppress(Exception):  # a task that does not end is left until the process ends
             self.begin(_cancel_all()).result(timeout=_CONNECT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_CONNECT_S)
@@ -82,12 +82,12 @@ class Background:
 
 async def _cancel_all() -> None:
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    # Most have been cancelled already; a second time while they close their connections would leave sockets open.
+    # Most have been cancelled already; cancelling them again while they close their connections would leave sockets open.
     pending = (await asyncio.wait(others, timeout=_END_S))[1] if others else set()
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
-    await asyncio.sleep(0)  # in which closed connections let go of their sockets
+    await asyncio.sleep(0)  # lets closed connections release their sockets
 
 
 # -------------------- one server
@@ -96,8 +96,8 @@ async def _cancel_all() -> None:
 class HttpReplica:
     """A server as a replica.
 
-    It is down when a connection breaks, when /health does not answer, when it says anything that cannot be, or when no stream has come
-    further for `hung_after_s` while requests are running. Tokens and logprobs come as the server sampled them; nothing is tokenised again.
+    It is down when a connection breaks, when /health does not answer, when it sends anything invalid, or when no stream has made progress
+    for `hung_after_s` while requests are running. Tokens and logprobs arrive as the server sampled them; nothing is tokenized again.
     """
 
     def __init__(self, background: Background, url: str, limits: Limits, headers: Mapping[str, str], trusted: ssl.SSLContext) -> None:
@@ -110,7 +110,7 @@ class HttpReplica:
         self._last_progress = 0.0
         self._tell: Callable[[News], None] = lambda news: None
         self._tasks: dict[CompletionId, Future[Any]] = {}
-        self._unanswered: set[CompletionId] = set()  # whatever became of their tasks
+        self._unanswered: set[CompletionId] = set()  # in flight, whether or not their tasks have ended
         self._others: list[Future[Any]] = []
 
         def new_client() -> httpx.AsyncClient:
@@ -122,24 +122,24 @@ class HttpReplica:
 
         self._clients: list[httpx.AsyncClient] = []
         self._new_client, self._client = new_client, new_client()
-        # One for each stream, kept for the next: a client looks at every pair of its connections for every request, which with 128 of
-        # them took most of this process's time.
+        # One client per stream, reused for the next: a client checks every pair of its connections at every request, which with 128 of them
+        # took most of this process's time.
         self._idle: list[httpx.AsyncClient] = []
 
     # -------------------- Replica
 
     def start(self, tell: Callable[[News], None]) -> None:
-        """Greet the server, then watch it."""
+        """Check the server, then watch it."""
         self._stop_all()
         self._tell = tell
         self._others = [self._background.begin(self._guarded(self._watch(), tell))]
 
     def load(self, weights: Any, policy_version: int) -> None:
-        """Have it read the folder `weights`."""
+        """Ask the server to read the folder `weights`."""
         self._others.append(self._background.begin(self._guarded(self._load(str(weights), policy_version), self._tell)))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """One stream for each."""
+        """Open one stream for each request."""
         self._last_progress = time.monotonic()
         self._tasks = {i: task for i, task in self._tasks.items() if not task.done()}
         self._unanswered.update(request.id for request in requests)
@@ -147,7 +147,7 @@ class HttpReplica:
             self._tasks[request.id] = self._background.begin(self._guarded(self._complete(request), self._tell))
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Close their streams, at which the server stops them."""
+        """Close their streams, which makes the server stop them."""
         self._unanswered.difference_update(ids)
         for i in ids:
             if (task := self._tasks.pop(i, None)) is not None:
@@ -164,10 +164,10 @@ class HttpReplica:
             task.cancel()
         self._tasks, self._unanswered, self._others = {}, set(), []
 
-    # -------------------- what runs in the background
+    # -------------------- background tasks
 
     async def _guarded(self, work: Coroutine[Any, Any, None], tell: Callable[[News], None]) -> None:
-        """Whatever goes wrong is news: a task that ended without a word would keep its requests for ever."""
+        """Report every error to the fleet: a task that ended silently would keep its requests for ever."""
         try:
             await work
         except Exception as e:
@@ -184,7 +184,7 @@ class HttpReplica:
                 raise BrokenError(f"no progress for {patience_s:g} s")
 
     async def greet(self) -> str:
-        """The model's name. Raises: UnfitError for a server that cannot be used, BrokenError for one that does not answer in time."""
+        """Return the model's name. Raises: UnfitError for an unusable server, BrokenError for one that does not answer in time."""
         return await within(self._greet(), min(_GREET_S, self._limits.hung_after_s), "has not answered")
 
     async def _greet(self) -> str:
@@ -211,7 +211,7 @@ class HttpReplica:
         tell(Loaded(policy_version))
 
     async def _forget_prefixes(self) -> None:
-        """Drop what is cached of prompts, which other weights computed."""
+        """Drop the cached prefixes, which other weights computed."""
         for _ in range(_CACHE_RETRIES):
             if answers.was_successful(await self._ask("POST", "/reset_prefix_cache")):
                 return
@@ -233,7 +233,7 @@ class HttpReplica:
             self._idle.append(client)
         completion = answer.completion(version)
         self._unanswered.discard(request.id)
-        if answer.finish_reason == "abort":  # by the server itself: what this side aborts has no stream any more
+        if answer.finish_reason == "abort":  # by the server itself: a request that this side aborts has no stream any more
             tell(Dropped(request.id, "the server aborted it"))
         else:
             tell(completion)
@@ -261,7 +261,7 @@ class HttpReplica:
 
 
 async def _check_status(response: Any, path: str) -> None:
-    """Raises: what a status other than 200 means, whatever is in its body."""
+    """Raise the exception that a status other than 200 stands for, whatever its body holds."""
     status = response.status_code
     if status != 200:
         said = f"see {response.headers['location']} " if "location" in response.headers else ""
@@ -275,7 +275,7 @@ async def _close_all(clients: Sequence[Any]) -> None:
 
 
 def _news(error: Exception) -> News:
-    """What the fleet is told of an error in the background."""
+    """Return what the fleet is told about an error in the background."""
     if isinstance(error, UnfitError):
         return Refused(str(error))
     return Down(_told(error), error.pause_s if isinstance(error, BusyError) else 0.0)
@@ -300,18 +300,18 @@ class WeightsFolder:
         self._folder = folder.resolve()
 
     def __call__(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> Path:
-        """Write them aside, then give them their name."""
+        """Write the tensors aside, then give the folder its name."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self._folder / f"version-{policy_version}"
 
         def write(aside: Path) -> None:
-            # Tied weights share memory, which the format has no word for.
+            # Tied weights share memory, which the format cannot express.
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors}
             try:
                 save_file(tensors, aside / "model.safetensors")
-            except SafetensorError as e:  # a full disk, say
+            except SafetensorError as e:  # for example a full disk
                 raise OSError(str(e)) from e
 
         replace_folder(path, write, durable=False, where="engine", hint="every server must be able to read it")
@@ -329,16 +329,16 @@ class WeightsFolder:
 
 
 class HttpEngine(Fleet):
-    """Servers as one engine.
+    """Several servers as one engine.
 
     Args:
-        servers: base URLs, such as http://host:8000; of one model, vLLM 0.22 or newer, in development mode (`reinforce-ada serve`).
+        servers: base URLs, such as http://host:8000, of vLLM 0.22 or newer in development mode (`reinforce-ada serve`), all with one model.
         weights: a folder that this process writes and every server reads.
-        vocab_size: of the model; a token id beyond it is garbage.
-        max_num_seqs: requests at once, of each server.
-        hung_after_s: a server whose requests do not come further for so long is taken for dead.
-        max_tokens, max_model_len, temperature, stop: of sampling; four stop strings at most.
-        give_up_s, say: as `Fleet` takes them.
+        vocab_size: the size of the model's vocabulary; a token id beyond it is garbage.
+        max_num_seqs: the requests that each server takes at once.
+        hung_after_s: a server whose requests make no progress for this long counts as dead.
+        max_tokens, max_model_len, temperature, stop: sampling settings; four stop strings at most.
+        give_up_s, say: see `Fleet`.
     TLS is httpx's: SSL_CERT_FILE names other authorities. The key is VLLM_API_KEY or OPENAI_API_KEY.
     Raises: InputError when httpx is not installed, no server answers, or one that does cannot be used.
     """
@@ -379,13 +379,13 @@ class HttpEngine(Fleet):
         super().__init__(replicas, WeightsFolder(weights), say=say, **limits)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """As `Fleet.submit`. Raises InputError for a prompt that leaves no room for max_tokens."""
+        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
         for request in requests:
             check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
         super().submit(requests)
 
     def close(self) -> None:
-        """Let go of the servers, which go on."""
+        """Close the connections; the servers keep running."""
         super().close()
         self._background.close()
 
@@ -403,7 +403,7 @@ def _urls(servers: Sequence[str]) -> list[str]:
 
 
 def _headers() -> dict[str, str]:
-    """Bodies come as they are: nothing is saved by compressing them on the way, and a hostile one would grow."""
+    """Return the headers. Compressed bodies are declined: compression would save nothing, and a hostile body would grow."""
     headers = {"Accept-Encoding": "identity"}
     for variable in ("VLLM_API_KEY", "OPENAI_API_KEY"):
         if key := os.environ.get(variable):
@@ -414,7 +414,7 @@ def _headers() -> dict[str, str]:
 
 
 def _trusted() -> ssl.SSLContext:
-    """The authorities of https, as httpx finds them; what it takes for a proxy must be one."""
+    """Return the TLS authorities as httpx finds them. Raises: InputError if these, or the proxy that httpx would use, are not valid."""
     import httpx
 
     try:
@@ -430,7 +430,7 @@ def _trusted() -> ssl.SSLContext:
 
 
 def _check(replicas: Sequence[HttpReplica], greetings: Sequence[Future[str]], say: Callable[[str], None]) -> None:
-    """Some server must answer, or say that it will be there later; all that answer must fit, and serve the same."""
+    """Require that a server answers or asks to be tried later, and that all that answer fit and serve the same model."""
     import httpx
 
     models: dict[str, str] = {}
@@ -458,7 +458,7 @@ def _check(replicas: Sequence[HttpReplica], greetings: Sequence[Future[str]], sa
 
 
 def launch(run: Launch) -> HttpEngine:
-    """The engine of a run."""
+    """Return the engine of a run."""
     servers = [url.strip() for url in run.settings.servers.split(",") if url.strip()]
     patience = {"hung_after_s": run.settings.hung_after_s, "give_up_s": run.settings.give_up_s}
     engine = HttpEngine(servers, run.weights, vocab_size=run.vocab_size, say=run.say, **patience, **run.limits)

@@ -1,4 +1,4 @@
-"""Ray actors as replicas of a `Fleet`, each with a vLLM of its own, on one node or many."""
+"""Ray actors as replicas of a `Fleet`, each with its own vLLM, on one node or many."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, is_installed, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
-_TURN_S = 0.05  # an actor answers after so long, or with the first completion
-_BEAT_S = 1.0  # between two looks at an actor that has nothing to do
+_TURN_S = 0.05  # an actor answers after this time, or with the first completion
+_BEAT_S = 1.0  # between two checks of an actor that has nothing to do
 _CONNECT_S, _END_S = 5.0, 10.0
-_START_S = 600.0  # of vLLM with a large model from a slow disk
-_AHEAD = 2  # calls in flight: the actor goes on with the next one while the answer of the last is on its way
+_START_S = 600.0  # for vLLM with a large model from a slow disk
+_AHEAD = 2  # calls in flight: the actor continues with the next one while the answer of the last is on its way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What every actor gives its `VllmEngine`, and what it needs of a node."""
+    """The settings that every actor passes to its `VllmEngine`, and the resources it needs of a node."""
 
     model: str
     dtype: str
@@ -47,10 +47,10 @@ class Options:
 
 
 class VllmActor:
-    """What runs in an actor: one call at a time, so that the engine is only ever used by one thread."""
+    """The code that runs in an actor: one call at a time, so that only one thread ever uses the engine."""
 
     def __init__(self, options: dict[str, Any], replica: int, num_cpus: int) -> None:
-        if options["device"] == "cpu":  # or each engine takes all cores of the node
+        if options["device"] == "cpu":  # otherwise each engine takes all cores of the node
             cores = sorted(os.sched_getaffinity(0))
             own = {cores[(replica * num_cpus + i) % len(cores)] for i in range(num_cpus)}
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(own)))
@@ -58,7 +58,7 @@ class VllmActor:
         self._engine: Any = None
 
     def ready(self) -> int:
-        """The process id, when the model is there. Not at the construction: Ray tells of an error there in words only."""
+        """Load the model and return the process id. The constructor does not: Ray passes on its errors as text only."""
         if self._engine is None:
             from reinforce_ada.engines.vllm import VllmEngine
 
@@ -66,11 +66,11 @@ class VllmActor:
         return os.getpid()
 
     def load(self, weights: dict[str, Any], policy_version: int) -> None:
-        """Take the weights of this version."""
+        """Load the weights of this version."""
         self._engine.sync_weights(weights.items(), policy_version)
 
     def turn(self, requests: Sequence[Request], aborted: Sequence[CompletionId]) -> list[Completion]:
-        """Take and abort requests, then go on until something finishes, or for `_TURN_S`."""
+        """Take and abort requests, then compute until something finishes, for `_TURN_S` at most."""
         self._engine.abort(aborted)
         if requests:
             self._engine.submit(requests)
@@ -82,7 +82,7 @@ class VllmActor:
 
 
 class RayReplica:
-    """An actor as a replica. A thread here talks to it; one that does not answer for `hung_after_s` is killed."""
+    """An actor as a replica. A thread here talks to it, and kills it if it does not answer for `hung_after_s`."""
 
     def __init__(self, number: int, options: Options, resources: dict[str, float], hung_after_s: float) -> None:
         self.name, self.num_slots = f"replica {number}", options.max_num_seqs
@@ -91,12 +91,12 @@ class RayReplica:
         self._talk: _Talk | None = None
 
     def start(self, tell: Callable[[News], None]) -> None:
-        """A new actor, where there is room for it; it waits for a node that has some."""
+        """Start a new actor if there is room for it; otherwise it waits for a node that has some."""
         self._end()
         self._talk = _Talk(self._room, self._new_actor, tell, self._hung_after_s)
 
     def _room(self) -> Any:
-        """A reference that is there when a node has room; kept over restarts, so that nobody else takes it."""
+        """Return a reference that is ready once a node has room. It is kept over restarts, so that nothing else takes the room."""
         from ray.util.placement_group import placement_group
 
         if self._place is None:
@@ -110,28 +110,28 @@ class RayReplica:
         actor = ray.remote(VllmActor).options(
             num_cpus=self._resources.get("CPU", 0),
             num_gpus=self._resources.get("GPU", 0),
-            max_restarts=0,  # who replaces it must load the weights of now first
+            max_restarts=0,  # a replacement actor loads the current weights before it takes requests
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._place),
         )
         return actor.remote(asdict(self._options), self._number, int(self._resources.get("CPU", 1)))
 
     def load(self, weights: Any, policy_version: int) -> None:
-        """By reference: a node fetches them once."""
+        """Send the weights by reference, so that each node fetches them once."""
         assert self._talk is not None
         self._talk.put(load=(weights, policy_version))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """With the next turn."""
+        """Send these with the next turn."""
         assert self._talk is not None
         self._talk.put(requests=requests)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """With the next turn."""
+        """Abort these with the next turn."""
         assert self._talk is not None
         self._talk.put(aborted=ids)
 
     def close(self) -> None:
-        """Kill the actor and give back its room."""
+        """Kill the actor and release its room."""
         self._end()
         if self._place is not None:
             from ray.util.placement_group import remove_placement_group
@@ -146,7 +146,7 @@ class RayReplica:
 
 
 class _Talk:
-    """The conversation with one actor, in a thread, until it ends or the actor does."""
+    """The conversation with one actor, in a thread, until it or the actor ends."""
 
     def __init__(self, room: Callable[[], Any], new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
         self._room, self._new_actor, self._tell, self._hung_after_s = room, new_actor, tell, hung_after_s
@@ -157,15 +157,15 @@ class _Talk:
         self._thread.start()
 
     def put(self, **order: Any) -> None:
-        """An order for the actor; orders are followed one after another."""
+        """Queue an order for the actor, which follows orders one after another."""
         self._orders.put(order)
 
     def end(self) -> None:
-        """Kill the actor; nothing is told any more."""
+        """Kill the actor and tell the fleet nothing more."""
         self._ended.set()
         self._orders.put({})
-        self._kill()  # or the thread would wait for its answer
-        self._thread.join(_END_S)  # a cluster that is gone may keep it longer; it says nothing any more
+        self._kill()  # otherwise the thread would wait for its answer
+        self._thread.join(_END_S)  # it may wait longer for a cluster that is gone, but it tells nothing any more
 
     def _kill(self) -> None:
         import ray
@@ -186,7 +186,7 @@ class _Talk:
             self._say(Refused(str(e.cause)) if isinstance(e.cause, InputError) else Down(one_line(str(e.cause or e)[-300:])))
         except RayActorError:
             self._say(Down("died"))
-        except Exception as e:  # a thread that ended without a word would keep its requests for ever
+        except Exception as e:  # a thread that ended silently would keep its requests for ever
             self._say(Down(f"{type(e).__name__}: {one_line(str(e), 200)}"))
         finally:
             self._kill()
@@ -196,7 +196,7 @@ class _Talk:
             self._tell(news)
 
     def _follow(self, ray: Any) -> None:
-        if not self._comes(ray, self._room(), math.inf):  # a node with room may yet join
+        if not self._comes(ray, self._room(), math.inf):  # a node with room may still join
             return
         self._actor = self._new_actor()
         if not self._comes(ray, self._actor.ready.remote(), _START_S):
@@ -221,7 +221,7 @@ class _Talk:
                 self._say(_own(completion))
 
     def _comes(self, ray: Any, reference: Any, limit_s: float) -> bool:
-        """Waits for it, in pieces, so that it can be ended. Raises what it is, where that is an error."""
+        """Wait for the reference, in short intervals so that the wait can be ended. Raise the error that it holds, if it holds one."""
         until = time.monotonic() + limit_s
         while not ray.wait([reference], timeout=_BEAT_S)[0]:
             if self._ended.is_set() or time.monotonic() > until:
@@ -230,7 +230,7 @@ class _Talk:
         return True
 
     def _taken(self, *, wait: bool) -> tuple[Any, list[Request], list[CompletionId]]:
-        """All orders there are, as one; a request that is aborted before it was sent is both, in that order."""
+        """Merge all queued orders into one. A request that is aborted before it was sent is dropped."""
         load, requests, aborted = None, [], []
         with suppress(queue.Empty):
             order = self._orders.get(timeout=_BEAT_S) if wait else self._orders.get_nowait()
@@ -246,7 +246,7 @@ class _Talk:
 
 
 def _own(completion: Completion) -> Completion:
-    """With arrays of its own: those of Ray's store cannot be written to, of which torch warns."""
+    """Return it with arrays of its own: those of Ray's store are read-only, about which torch warns."""
     return replace(completion, token_ids=completion.token_ids.copy(), rollout_logprobs=completion.rollout_logprobs.copy())
 
 
@@ -254,13 +254,13 @@ class RayEngine(Fleet):
     """Actors on a Ray cluster as one engine.
 
     Args:
-        options: of each actor's vLLM.
-        num_replicas: at most; those for which no node of a cluster has room wait until one joins.
-        vocab_size: of the model; a token id beyond it is garbage.
-        address: of a cluster ("auto": the one this node belongs to); "" starts Ray on this machine, which must have room for all.
-        cpus: of each replica.
-        hung_after_s: an actor that does not answer for so long is killed and replaced.
-        give_up_s, say: as `Fleet` takes them.
+        options: settings of each actor's vLLM.
+        num_replicas: the most replicas; those for which no node of a cluster has room wait until one joins.
+        vocab_size: the size of the model's vocabulary; a token id beyond it is garbage.
+        address: the cluster ("auto": the one this node belongs to); "" starts Ray on this machine, which must have room for all.
+        cpus: the cores of each replica.
+        hung_after_s: an actor that does not answer for this long is killed and replaced.
+        give_up_s, say: see `Fleet`.
     Raises: InputError when Ray is not installed, the cluster does not answer or this machine has no room.
     """
 
@@ -290,13 +290,13 @@ class RayEngine(Fleet):
         super().__init__(replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, give_up_s=give_up_s, say=say)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """As `Fleet.submit`. Raises InputError for a prompt that leaves no room for max_tokens."""
+        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
         for request in requests:
             check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
         super().submit(requests)
 
     def close(self) -> None:
-        """Kill the actors; a Ray that was started here ends too."""
+        """Kill the actors, and stop Ray if it was started here."""
         super().close()
         self._leave()
 
@@ -308,18 +308,18 @@ class RayEngine(Fleet):
 
 
 def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
-    """Weights in the object store, by reference."""
+    """Put the weights into the object store and return a reference to them."""
     import ray
 
     return ray.put({name: t.detach().cpu() for name, t in named_tensors})
 
 
 def _connect(address: str) -> bool:
-    """Whether Ray was started by this call."""
+    """Connect to Ray, and return whether this call started it."""
     if not is_installed("ray"):
         raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it a warning about the next version at each start
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # avoids a warning about the next version at each start
     import ray
 
     if ray.is_initialized():
@@ -338,7 +338,7 @@ def _connect(address: str) -> bool:
 
 
 def _check_room(resources: dict[str, float], num_replicas: int, *, may_grow: bool, say: Callable[[str], None]) -> None:
-    """Says what there is where that is too little. Raises: InputError where no node can join either."""
+    """Print what resources there are if they are too few. Raises: InputError if no node can join either."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -359,7 +359,7 @@ def _in_words(resources: dict[str, float]) -> str:
 
 
 def _probe(address: str) -> None:
-    """Raises: InputError where nobody listens; Ray itself would try for minutes."""
+    """Raise InputError if nothing listens at the address; Ray itself would try for minutes."""
     found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
     if found is None:
         return
@@ -370,9 +370,9 @@ def _probe(address: str) -> None:
 
 
 def launch(run: Launch) -> RayEngine:
-    """The engine of a run."""
+    """Return the engine of a run."""
     e = run.settings
-    model = str(Path(run.path).resolve()) if Path(run.path).exists() else run.path  # a worker is in a folder of its own
+    model = str(Path(run.path).resolve()) if Path(run.path).exists() else run.path  # a worker runs in a folder of its own
     options = Options(model=model, dtype=run.dtype, device=run.device, tensor_parallel=e.tensor_parallel, **run.limits)
     engine = RayEngine(
         options, num_replicas=e.replicas, vocab_size=run.vocab_size, address=e.ray_address, cpus=e.cpus_per_replica,

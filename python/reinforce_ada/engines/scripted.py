@@ -1,4 +1,4 @@
-"""An engine whose output is known beforehand, for tests and examples."""
+"""An engine with predetermined output, for tests and examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reinforce_ada.types import Completion, CompletionId, Request
 
 
 class ScriptedEngine:
-    """Answers from a script, in a chosen order of finishing.
+    """An engine that answers from a script, in a chosen order of finishing.
 
     Args:
-        script: prompt_id -> outcomes such as "+-+-", where completion k is the k-th character (repeating past the end), or a
-            function of the request that gives the text.
-        slots: requests it holds at once.
-        num_per_poll: how many finish at each poll; None finishes all that are running.
-        shuffle_seed: finishes in an order drawn from this seed; None finishes in the order of submission.
+        script: prompt_id -> outcomes such as "+-+-", where completion k is the k-th character (repeating past the end), or a function of
+            the request that returns the text.
+        slots: the requests that it holds at once.
+        num_per_poll: how many requests finish at each poll; None finishes all that are running.
+        shuffle_seed: requests finish in an order drawn from this seed; None finishes them in the order of submission.
     Attributes: num_submitted, num_finished, num_aborted, max_running: counts over its life.
     """
 
@@ -54,7 +54,7 @@ class ScriptedEngine:
         self.max_running = max(self.max_running, len(self._running))
 
     def poll(self) -> list[Completion]:
-        """The next `num_per_poll` completions."""
+        """Return the next `num_per_poll` completions."""
         ids = list(self._running)
         if self._rng is not None:
             ids = [ids[i] for i in self._rng.permutation(len(ids))]
@@ -63,13 +63,13 @@ class ScriptedEngine:
         return [self._complete(request) for request in requests]
 
     def _complete(self, request: Request) -> Completion:
-        """The scripted text; its tokens are its UTF-8 bytes, with log-probability 0 each."""
+        """Return the scripted text as a completion. Its tokens are the UTF-8 bytes of the text, with log-probability 0 each."""
         text = self._text(request)
         token_ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
         return Completion(request.id, token_ids, np.zeros(len(token_ids), np.float32), text, "stop", self._policy_version)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; nothing of them is returned."""
+        """Stop these requests; none of them is returned."""
         self.num_aborted += sum(self._running.pop(i, None) is not None for i in ids)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
@@ -77,10 +77,10 @@ class ScriptedEngine:
         self._policy_version = policy_version
 
     def sleep(self) -> None:
-        """Nothing: a script has no memory to give back."""
+        """Do nothing: a script has no memory to release."""
 
     def wake(self) -> None:
-        """Nothing, as `sleep` did nothing."""
+        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
         self._running.clear()

@@ -1,4 +1,4 @@
-"""`reinforce-ada serve`: vLLM servers on this machine as `--engine openai` wants them, each started again when it dies."""
+"""`reinforce-ada serve`: start vLLM servers on this machine with the settings that `--engine openai` needs, and restart those that die."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import is_installed, one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
-_END_S = 15.0  # for a server to end by itself
+_END_S = 15.0  # the time that a server has to end by itself
 
-# What the configuration of a run also has is as there.
+# Settings that the configuration of a run also has keep its ranges.
 _RANGES = {name: RANGES[name] for name in ("replicas", "tensor_parallel", "memory_fraction", "max_model_len", "max_num_seqs")} | {
     "port": Range(1, 65535),
     "kv_cache_mb": Range(1, 10**7),
@@ -36,9 +36,9 @@ _RANGES = {name: RANGES[name] for name in ("replicas", "tensor_parallel", "memor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What is served, how often, and where.
+    """The settings of the servers.
 
-    `expose` allows a host that other machines reach. Extra arguments go to vLLM's server as they are.
+    `expose` allows a host that other machines can reach. `extra` arguments are passed to vLLM's server unchanged.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Serving:
     host: str = "127.0.0.1"
     expose: bool = False
     port: int = 8000
-    dtype: str = "auto"  # bfloat16 where the device computes in it, else float32
+    dtype: str = "auto"  # bfloat16 if the device computes in it, otherwise float32
     max_model_len: int = 512
     max_num_seqs: int = 128
     device: str = "cpu"
@@ -65,25 +65,25 @@ def _dtype(serving: Serving) -> str:
 
 
 def command_of(serving: Serving, i: int) -> list[str]:
-    """The command of replica `i`: logprobs of the sampling distribution, and the interface by which weights are loaded."""
+    """Return the command of replica `i`, with logprobs of the sampling distribution and the interface that loads weights."""
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", serving.model),
         *("--host", serving.host, "--port", str(serving.port + i), "--dtype", _dtype(serving), "--seed", "0"),
         *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
-        *("--generation-config", "vllm"),  # or it samples with the top_k and the penalties of the model's folder
-        "--enable-prompt-tokens-details",  # which say what came from the prefix cache
+        *("--generation-config", "vllm"),  # otherwise it samples with the top_k and the penalties of the model's folder
+        "--enable-prompt-tokens-details",  # reports how many tokens came from the prefix cache
     ]
     if serving.device == "cuda":
         command += ["--gpu-memory-utilization", str(serving.memory_fraction), "--tensor-parallel-size", str(serving.tensor_parallel)]
-    else:  # why each: see VllmEngine
+    else:  # the reasons are in VllmEngine
         command += ["--kv-cache-memory-bytes", str(serving.kv_cache_mb << 20), "--block-size", "32", "--enforce-eager"]
         command += ["--no-enable-chunked-prefill"]
     return command + list(serving.extra)
 
 
 def environment_of(serving: Serving, i: int) -> dict[str, str]:
-    """Development mode has /collective_rpc and /reset_prefix_cache. Each replica has GPUs, or cores, of its own."""
+    """Return the environment of replica `i`: development mode (/collective_rpc, /reset_prefix_cache), and GPUs or cores of its own."""
     changes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if Path(serving.model).exists():
         changes["HF_HUB_OFFLINE"] = "1"
@@ -99,7 +99,7 @@ def environment_of(serving: Serving, i: int) -> dict[str, str]:
 
 
 def _visible_gpus() -> list[str] | None:
-    """The entries of CUDA_VISIBLE_DEVICES (numbers, GPU- and MIG-UUIDs) up to the first that names none, as CUDA reads it; None: all."""
+    """Return the entries of CUDA_VISIBLE_DEVICES (numbers, GPU- and MIG-UUIDs) up to the first invalid one, as CUDA does; None: all."""
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if inherited is None:
         return None
@@ -108,13 +108,13 @@ def _visible_gpus() -> list[str] | None:
     return entries[: named.index(False)] if False in named else entries
 
 
-# "Value error, ..": what pydantic says under its own error, which only counts the mistakes.
+# "Value error, ..": what pydantic prints below its own error, which only counts the mistakes.
 _REASON = re.compile(r"(\b[A-Z]\w*(Error|Exception):|\berror:|\bValue error,) .*")
 _NO_REASON = "See root cause above"
 
 
 class Server:
-    """One server process, and when to start it again."""
+    """One server process, and the time of its next start."""
 
     def __init__(self, url: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.url, self._command, self._environment, self.log = url, command, environment, log
@@ -126,7 +126,7 @@ class Server:
         self._log_begins = 0
 
     def start(self) -> None:
-        """In a session of its own, so that its children can be ended with it."""
+        """Start the process in its own session, so that its children can be ended with it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._log_begins = log.tell()
@@ -135,7 +135,7 @@ class Server:
         self.ready, self.started = False, time.monotonic()
 
     def answers(self) -> bool:
-        """Whether /health does."""
+        """Return whether /health answers."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=_LOOK_S) as response:
                 return bool(response.status == 200)
@@ -143,7 +143,7 @@ class Server:
             return False
 
     def complaint(self) -> str:
-        """Why it ended: the last line of its log since its start that names an error, from there on."""
+        """Return why it ended: the last line of its log since its start that names an error, from the error's name on."""
         text = self.log.read_bytes()[self._log_begins :] if self.log.exists() else b""
         lines = text.decode(errors="replace").splitlines()
         reasons = [found[0] for line in lines if (found := _REASON.search(line)) and _NO_REASON not in line]
@@ -160,10 +160,10 @@ class Server:
 
 
 def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[int], Sequence[str]] | None = None) -> None:
-    """Start the servers, say when they are ready, start again what dies; until interrupted, when all are ended.
+    """Start the servers, print when they are ready, and restart those that die. When interrupted, end all of them.
 
     Args:
-        command: of replica i, instead of vLLM's.
+        command: the command of replica i, instead of vLLM's.
     Raises: InputError when a port is taken, vLLM is not installed, or a server ends before it was ever ready.
     """
     check(serving, needs_vllm=command is None)
@@ -176,7 +176,7 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
         )
         for i in range(serving.replicas)
     ]
-    # Both: a shell without job control starts what runs in the background with SIGINT ignored.
+    # Both signals: a shell without job control starts background processes with SIGINT ignored.
     before = {how: signal.signal(how, _interrupt) for how in (signal.SIGINT, signal.SIGTERM)}
     try:
         say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
@@ -199,7 +199,7 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
 
 
 def check(serving: Serving, *, needs_vllm: bool = True) -> None:
-    """Raises: InputError for what cannot be served here."""
+    """Raise InputError for anything that cannot be served here."""
     for name, allowed in _RANGES.items():
         if needed := allowed.needed(value := getattr(serving, name)):
             raise InputError("serve", f"{name} = {one_line(str(value))}", needed)
@@ -221,7 +221,7 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
 
 
 def _check_host(serving: Serving) -> None:
-    """The calls that load weights and run methods of vLLM are open to whoever reaches the port: the key guards /v1 only."""
+    """Refuse a host that others reach, unless `expose`: they can load weights and run methods of vLLM, as the key guards /v1 only."""
     for word in serving.extra:
         flag = word.split("=")[0].replace("_", "-")
         if len(flag) > 3 and any(name.startswith(flag) for name in ("--host", "--port", "--uds")):
@@ -263,7 +263,7 @@ def _look_after(server: Server, say: Callable[[str], None]) -> None:
             say(f"serve: {server.url} is ready after {now - server.started:.0f} s")
         return
     reason = f"signal {-code}" if code < 0 else f"{server.complaint()} (exit {code})"
-    server.end(signal.SIGKILL)  # what it has left
+    server.end(signal.SIGKILL)  # the children that it has left
     if not server.was_ready:
         raise InputError(
             "serve", f"{server.url} ended before it was ready: {reason}", "a model and settings it can serve", f"see {server.log}"
@@ -296,7 +296,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Of --vllm-args, as a shell would."""
+    """Split the value of --vllm-args as a shell would."""
     try:
         return shlex.split(text)
     except ValueError as e:

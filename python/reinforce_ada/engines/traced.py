@@ -1,7 +1,7 @@
-"""Any engine with a Chrome trace of what it does: every request in the slot it had, between sampling, weight sync and training.
+"""An engine wrapper that writes a Chrome trace: every request in the slot it had, between sampling, weight sync and training.
 
-The file is in the JSON array format of chrome://tracing and ui.perfetto.dev. It is written as things happen, and both read it without its
-closing bracket too: a killed run leaves a trace.
+The file is in the JSON array format of chrome://tracing and ui.perfetto.dev. It is written as events happen, and both read it without its
+closing bracket too, so a killed run leaves a trace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WHOLE = "engine"  # the process of an engine that has no replicas
 
 
 class Trace:
-    """Writes events to a new file: `path`, or with a number where that exists (a run that is resumed keeps both).
+    """Write events to a new file: `path`, or with a number if that exists (a run that is resumed keeps both).
 
     Args:
         clock: seconds, monotonic; the trace begins at 0.
@@ -35,21 +35,21 @@ class Trace:
         self.clock = clock
         self._began = clock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("xb", buffering=0)  # one write a flush: a kill leaves whole events
+        self._file = self.path.open("xb", buffering=0)  # one write a flush, so a kill leaves whole events
         self._pending: list[str] = []
         self._separator = "[\n"
         self._processes: dict[str, int] = {}
         self._threads: set[tuple[str, int]] = set()
 
     def complete(self, name: str, began: float, ended: float, *, process: str = _RUN, thread: int = 0, **about: Any) -> None:
-        """Something that lasted, on a line of its process; seconds of the clock."""
+        """Record something that lasted, on a line of its process; times are seconds of the clock."""
         place = {"pid": self._process(process), "tid": self._thread(process, thread)}
         times = {"ts": self._us(began), "dur": round((ended - began) * 1e6)}
         self._write({"ph": "X", "name": name, **place, **times, "args": about})
 
     @contextmanager
     def span(self, name: str, **about: Any) -> Iterator[None]:
-        """What the body takes, among the run's own spans; one that is open when another begins holds it."""
+        """Record the duration of the body as one of the run's own spans. Spans may be nested."""
         began = self.clock()
         try:
             yield
@@ -58,16 +58,16 @@ class Trace:
             self.flush()
 
     def count(self, name: str, values: Mapping[str, float]) -> None:
-        """Curves over time."""
+        """Record values as curves over time."""
         self._write({"ph": "C", "name": name, "pid": self._process(_RUN), "ts": self._us(self.clock()), "args": dict(values)})
 
     def flush(self) -> None:
-        """Whatever has happened is in the file."""
+        """Write all pending events to the file."""
         self._file.write("".join(self._pending).encode())
         self._pending.clear()
 
     def close(self) -> None:
-        """The closing bracket, which makes the file whole JSON."""
+        """Write the closing bracket, which makes the file complete JSON."""
         self._process(_RUN)
         self._pending.append("\n]\n")
         self.flush()
@@ -95,7 +95,7 @@ class Trace:
 
 
 def no_span(name: str) -> AbstractContextManager[None]:
-    """In the place of `Trace.span` where there is no trace."""
+    """Replace `Trace.span` when there is no trace."""
     return nullcontext()
 
 
@@ -109,14 +109,14 @@ def _free_name(path: Path) -> Path:
 
 
 class _Lines:
-    """The lines of one replica: a request takes the first that is free."""
+    """The lines of one replica; a request takes the first that is free."""
 
     def __init__(self) -> None:
         self._free: list[int] = []
-        self._ended: list[float] = []  # of the last request of each line
+        self._ended: list[float] = []  # when the last request of each line ended
 
     def take(self, at: float) -> tuple[int, float]:
-        """A line, and when the request can be shown to begin on it."""
+        """Return a line, and when the request can be shown to begin on it."""
         if self._free:
             line = heapq.heappop(self._free)
             return line, max(at, self._ended[line])
@@ -133,13 +133,13 @@ class _Flight:
     """A request between submit and its end."""
 
     submitted: float
-    replica: str | None = None  # none yet: it waits
+    replica: str | None = None  # None while it waits
     line: int = 0
     began: float = 0.0
 
 
 class TracedEngine:
-    """The engine itself, with every request in the trace: prompt, index, step, tokens, how it ended and how long it waited before."""
+    """A wrapper that records every request of its engine: prompt, index, step, tokens, how it ended and how long it waited before."""
 
     def __init__(self, engine: Engine, trace: Trace) -> None:
         self.engine, self.trace = engine, trace
@@ -163,10 +163,10 @@ class TracedEngine:
         self._count()
 
     def poll(self) -> list[Completion]:
-        """What has finished."""
+        """Return the completions that finished since the last call."""
         completions = self.engine.poll()
         ended = {c.id for c in completions}
-        self._read_placements(ended)  # given out and answered meanwhile; others take slots that have just become free
+        self._read_placements(ended)  # those placed and answered meanwhile; others take slots that have just become free
         for c in completions:
             self._end(c.id, c.finish_reason, tokens=len(c.token_ids), version=c.policy_version)
         self._read_placements()
@@ -183,12 +183,12 @@ class TracedEngine:
         self._count()
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Take new weights."""
+        """Load new weights."""
         with self.trace.span("sync weights", version=policy_version):
             self.engine.sync_weights(named_tensors, policy_version)
 
     def sleep(self) -> None:
-        """Give back what memory it can."""
+        """Release as much memory as possible."""
         with self.trace.span("sleep"):
             self.engine.sleep()
 
@@ -198,11 +198,11 @@ class TracedEngine:
             self.engine.wake()
 
     def metrics(self) -> dict[str, float]:
-        """What the engine says of itself."""
+        """Return the engine's metrics."""
         return metrics_of(self.engine)
 
     def close(self) -> None:
-        """Close the engine; the trace is its owner's."""
+        """Close the engine; the owner of the trace closes the trace."""
         self.engine.close()
 
     # -------------------- requests
@@ -219,7 +219,7 @@ class TracedEngine:
         flight = self._flights.get(request_id)
         if flight is None:
             return
-        if flight.replica is not None:  # its replica is gone
+        if flight.replica is not None:  # its earlier replica is gone
             self._show(request_id, flight, at, "moved")
         flight.replica = replica
         flight.line, flight.began = self._lines.setdefault(replica, _Lines()).take(at)

@@ -18,7 +18,7 @@ from reinforce_ada.types import Completion, CompletionId, Request
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """One running request: its generator and what it has sampled."""
+    """One running request: its generator and the tokens it has sampled."""
 
     request: Request
     generator: torch.Generator
@@ -27,18 +27,19 @@ class _Row:
 
 
 class TransformersEngine:
-    """Samples from a Hugging Face causal LM, one token of the running batch per poll; `poll` raises EngineLost where its logits are NaN.
+    """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll.
 
-    A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or
-    are aborted leave the batch at once. From the model's generation_config it takes the end tokens only: top_k, penalties and so on
-    would sample from another distribution than is trained. Slower than vLLM, but it needs nothing else installed.
+    A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or are
+    aborted leave the batch immediately. The engine takes only the end tokens from the model's generation_config: top_k, penalties and so on
+    would sample from another distribution than the one that is trained. It is slower than vLLM, but needs nothing else installed.
+    `poll` raises EngineLost for NaN logits.
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
         max_tokens: longest completion.
         max_model_len: longest prompt + completion.
         max_num_seqs: requests per batch.
-        temperature: of sampling; 0 is greedy.
+        temperature: the sampling temperature; 0 is greedy.
         stop: a completion ends with the token that completes one of these strings; its text ends before it.
     """
 
@@ -68,7 +69,7 @@ class TransformersEngine:
 
     @property
     def free_slots(self) -> int:
-        """How many more requests fit into the next batch; 0 while one runs."""
+        """Return how many more requests fit into the next batch; 0 while one runs."""
         return 0 if self._rows else self._max_num_seqs - len(self._queue)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -79,7 +80,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def poll(self) -> list[Completion]:
-        """Sample one token for every row of the batch; what finished by it."""
+        """Sample one token for every row of the batch, and return the completions that it finishes."""
         if self._rows:
             ids = torch.tensor([[row.token_ids[-1]] for row in self._rows], device=self._device)
         elif self._queue:
@@ -96,7 +97,7 @@ class TransformersEngine:
         return self._retire()
 
     def _start_batch(self) -> Tensor:
-        """Queued requests become the batch; their prompts, padded on the left."""
+        """Make the queued requests the batch, and return their prompts, padded on the left."""
         from transformers import DynamicCache
 
         batch, self._queue = self._queue[: self._max_num_seqs], self._queue[self._max_num_seqs :]
@@ -117,7 +118,7 @@ class TransformersEngine:
         logprobs = logits.log_softmax(-1).cpu()
         for row, row_logprobs in zip(self._rows, logprobs, strict=True):
             if self._temperature > 0:
-                # Inverse CDF with the request's own uniform: a token that depends on its seed, not on its neighbours.
+                # Inverse CDF with the request's own uniform: the token depends on its seed, not on its neighbours.
                 uniform = torch.rand((), generator=row.generator, dtype=torch.float64)
                 cdf = row_logprobs.double().exp().cumsum(0)
                 token = min(int(torch.searchsorted(cdf, uniform * cdf[-1], right=True)), cdf.numel() - 1)
@@ -171,7 +172,7 @@ class TransformersEngine:
         self._keep([i for i, row in enumerate(self._rows) if row.request.id not in gone])
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Copy new weights in; tensors that are the engine's own already are left alone."""
+        """Copy new weights in; tensors that the engine shares already are skipped."""
         if self._rows or self._queue:
             raise InputError("transformers", f"sync_weights with {len(self._rows) + len(self._queue)} requests in flight", "none")
         own = self._module.state_dict()
@@ -182,13 +183,13 @@ class TransformersEngine:
         self._policy_version = policy_version
 
     def sleep(self) -> None:
-        """Nothing to give back: the cache is freed when a batch ends."""
+        """Do nothing: the cache is freed when a batch ends."""
 
     def wake(self) -> None:
-        """Nothing to take."""
+        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
-        """Drop what is running."""
+        """Drop all running requests."""
         self._queue, self._rows, self._cache = [], [], None
 
 
@@ -200,7 +201,7 @@ def _stop_ids(module: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def launch(run: Launch) -> TransformersEngine:
-    """The engine of a run."""
+    """Return the engine of a run."""
     why = "" if run.settings.engine == "transformers" else " (vllm is not installed)"
     run.say(f"engine: transformers{why}, sharing the trainer's weights")
     return TransformersEngine(run.module, run.tokenizer, **run.limits)

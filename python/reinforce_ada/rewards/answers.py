@@ -1,4 +1,4 @@
-"""Where a completion's answer is."""
+"""Finding the answer in a completion."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _LABEL = re.compile(r"\banswer\s*:", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str:
-    """The answer in a completion, stripped: the last <answer>…</answer>, else what follows the last "answer:", else all.
+    """Return the stripped answer: the last <answer>…</answer>, otherwise what follows the last "answer:", otherwise the whole text.
 
-    Of several <answer> before one </answer> the last counts. The time is linear in the text.
+    If several <answer> precede one </answer>, the last counts. The time is linear in the text.
     """
     opened: int | None = None
     found: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""Messages between the pool and a worker, over a socket: neither end waits for the other where it was told not to."""
+"""Messages between the pool and a worker, over a socket. The pool's end never waits for the worker's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 _HEADER = struct.Struct("!Q")
 _READ_BYTES = 1 << 16
-_LARGEST = 1 << 40  # a longer message is no message: something else has written to the socket
+_LARGEST = 1 << 40  # a longer message is invalid: something else has written to the socket
 
 
 class Channel:
-    """Pickled messages, each behind its length in 8 bytes, over a connected socket.
+    """Pickled messages, each after its length in 8 bytes, over a connected socket.
 
-    With `is_waiting` (the worker's end) `send` returns when all is written and `receive` waits for something; without (the pool's end)
-    neither ever waits, and what did not fit is written by `flush`.
+    With `is_waiting` (the worker's end) `send` returns when all is written and `receive` waits for a message. Without it (the pool's end)
+    neither ever waits, and `flush` writes what did not fit.
 
     Raises: EOFError from `receive` when the other end is closed or sends no messages; OSError when it is gone.
     """
@@ -28,23 +28,23 @@ class Channel:
         self._incoming = bytearray()
 
     def fileno(self) -> int:
-        """Of the socket, for a selector."""
+        """Return the descriptor of the socket, for a selector."""
         return self._socket.fileno()
 
     @property
     def has_unsent(self) -> bool:
-        """Whether `flush` has something left to write."""
+        """Return whether `flush` has something left to write."""
         return bool(self._outgoing)
 
     def send(self, message: Any) -> None:
-        """Write a message, or what fits of it now."""
+        """Write a message, or as much of it as fits now."""
         data = pickle.dumps(message, protocol=5)
         self._outgoing += _HEADER.pack(len(data))
         self._outgoing += data
         self.flush()
 
     def flush(self) -> int:
-        """Write on; the number of bytes that went out."""
+        """Continue writing, and return the number of bytes sent."""
         before = len(self._outgoing)
         try:
             while self._outgoing:
@@ -56,7 +56,7 @@ class Channel:
         return before - len(self._outgoing)
 
     def receive(self) -> list[Any]:
-        """The messages that have come whole."""
+        """Return the messages that have arrived completely."""
         try:
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -88,5 +88,5 @@ class Channel:
 def _loaded(data: bytearray) -> Any:
     try:
         return pickle.loads(data)
-    except Exception as error:  # whatever bytes that are no pickle raise
+    except Exception as error:  # bytes that are not a pickle may raise anything
         raise EOFError("the other end sends no messages") from error

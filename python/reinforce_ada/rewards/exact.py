@@ -1,4 +1,4 @@
-"""The reward of tasks whose record has an `answer`: right or wrong."""
+"""The reward for tasks whose records have an `answer`: right or wrong."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NUMBER = re.compile(r"[+\-\u2212]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?
 
 
 def exact_match(prompt: Prompt, completion: str) -> float:
-    """1.0 when the completion's answer equals `prompt.data["answer"]`, or one of them where that is a list; else 0.0.
+    """Return 1.0 if the completion's answer equals `prompt.data["answer"]`, or one element of it if that is a list, otherwise 0.0.
 
-    Both are stripped; where both are numbers they are compared as numbers, exactly: "12.0" and "1,200" match 12 and "1200", but "1,2"
-    and "1_200" are no numbers and match only themselves. The completion's answer is what `extract_answer` finds.
+    Both are stripped. Two numbers are compared as numbers, exactly: "12.0" and "1,200" match 12 and "1200", but "1,2" and "1_200" are not
+    numbers and match only themselves. `extract_answer` finds the completion's answer.
 
     Args:
         prompt: its data holds "answer", a string or a number, or a list of them.
@@ -41,7 +41,7 @@ def _equal(given: str, number: Decimal | None, expected: str) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    """The number that a text spells, exactly: past 2**53 a float would call neighbours equal."""
+    """Return the exact number that a text spells: past 2**53 a float would make neighbours equal."""
     if not _NUMBER.fullmatch(text):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Scores in this process: for cheap, well-behaved rewards. A reward that can hang needs a process pool."""
+"""Scoring in this process, for cheap, well-behaved rewards. A reward that can hang needs a process pool."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _log = logging.getLogger("reinforce_ada")
 class InlineRewards:
     """A RewardRunner around a plain callable (prompt, text) -> float.
 
-    An exception, a `sys.exit()` or a result that is no finite float is tried again, `max_attempts` times in all, and then becomes a Failed.
-    The first traceback is logged as a warning; of later ones only the message is kept, in the event.
-    Raises: InputError for what is not callable so, an async function say.
+    After an exception, a `sys.exit()` or a result that is not a finite float the call is tried again, `max_attempts` times in all, and then
+    becomes a Failed. The first traceback is logged as a warning; of later ones only the message is kept, in the event.
+    Raises: InputError for anything that cannot be called like this, for example an async function.
     """
 
     def __init__(self, reward: Reward, *, max_attempts: int = 3) -> None:
@@ -41,7 +41,7 @@ class InlineRewards:
         return [self._score(prompt, completion) for prompt, completion in pending]
 
     def close(self) -> None:
-        """Forget what has not been scored."""
+        """Forget everything that has not been scored."""
         self._pending = []
 
     def _score(self, prompt: Prompt, completion: Completion) -> Scored | Failed:
@@ -51,7 +51,7 @@ class InlineRewards:
                 return Scored(completion, as_reward(self._reward(prompt, completion.text)))
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # whatever a reward raises is its own failure, not the run's
+            except BaseException as error:  # anything that a reward raises is its own failure, not the run's
                 reason = " ".join(traceback.format_exception_only(type(error), error)[-1].split())[:300]
                 self._note(reason, error)
         return Failed(completion.id, completion.policy_version, f"{reason} ({self._max_attempts} attempts)")

@@ -1,4 +1,4 @@
-"""From a name to a reward, from a reward's result to a number; what cannot work is refused before any process starts."""
+"""Load a reward by name, and turn its results into numbers. A reward that cannot work is refused before any process starts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from typing import Any
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 
-MAX_REWARD = 1e15  # in magnitude: squares of it, summed over a batch, are finite in float32, in which the gradients are
+MAX_REWARD = 1e15  # in magnitude: sums of its squares over a batch are finite in float32, the dtype of the gradients
 _CALLED_WITH = "(prompt, completion text) -> float is needed"
 
 
 def as_reward(value: object) -> float:
-    """A reward function's result as a finite float.
+    """Return a reward function's result as a finite float.
 
     Args:
-        value: what the function returned: a real number (bool, Decimal and numpy scalars too) or a 0-dimensional array or tensor.
+        value: the result of the function: a real number (bool, Decimal and numpy scalars too) or a 0-dimensional array or tensor.
     Returns: the float, at most `MAX_REWARD` in magnitude.
     Raises: TypeError for anything else (None, str, a longer array, a coroutine), ValueError for NaN, infinities and larger numbers,
         OverflowError for an integer past the floats.
@@ -37,7 +37,7 @@ def as_reward(value: object) -> float:
     if type(value) is float:
         return _bounded(value)
     if inspect.iscoroutine(value):
-        value.close()  # or Python warns that nobody has awaited it
+        value.close()  # otherwise Python warns that it was never awaited
     scalar: Any = value
     if getattr(scalar, "ndim", None) == 0:
         scalar = scalar.item()
@@ -55,9 +55,9 @@ def _bounded(number: float) -> float:
 
 
 def resolve(spec: str) -> Callable[..., object]:
-    """The object that "module:function" or "path/to/file.py:function" names.
+    """Return the object that "module:function" or "path/to/file.py:function" names.
 
-    Raises: InputError, in one line, where there is none: no such module or file, whatever its code raises, no such function in it.
+    Raises: InputError, in one line, if there is none: no such module or file, any exception of its code, no such function in it.
     """
     where, separator, names = spec.rpartition(":")
     if not separator or not where or not names:
@@ -67,14 +67,14 @@ def resolve(spec: str) -> Callable[..., object]:
     for name in names.split("."):
         try:
             found = getattr(found, name)
-        except Exception as error:  # a module may have a __getattr__ of its own
+        except Exception as error:  # a module may have its own __getattr__
             given = f"reward {spec!r}: {module.__name__} ({getattr(module, '__file__', None) or 'built in'}) has no attribute {name!r}"
             raise InputError("RewardPool", given, "a function of that module is needed", _hint(where, module, names)) from error
     return found  # type: ignore[no-any-return]
 
 
 def is_file(module: str) -> bool:
-    """Whether what stands before the colon names a file, not a module."""
+    """Return whether the part before the colon names a file rather than a module."""
     return module.endswith(".py") or os.sep in module
 
 
@@ -86,7 +86,7 @@ def _module(where: str, spec: str) -> ModuleType:
     except ModuleNotFoundError as error:
         hint = f'"./{where}.py:..." loads a file' if error.name == where.partition(".")[0] else "it is imported there"
         raise InputError("RewardPool", f"reward {spec!r}: {error}", "an importable module is needed", hint) from error
-    except BaseException as error:  # whatever the code of a module raises, an exit included
+    except BaseException as error:  # the code of a module may raise anything, including an exit
         if isinstance(error, KeyboardInterrupt):
             raise
         given = f"reward {spec!r}: {where} does not import ({described(error)})"
@@ -97,7 +97,7 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     path = path.absolute()
     if not os.path.isfile(path):
         raise InputError("RewardPool", f"reward {spec!r}: there is no file {path}", "a Python file is needed")
-    # One name for one file: what it defines then pickles, and two files of the same name do not meet, nor an installed module.
+    # One name for one file: its definitions can then be pickled, and it collides with no file of the same name and no installed module.
     name = f"{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
@@ -117,7 +117,7 @@ def _from_file(path: Path, spec: str) -> ModuleType:
 
 
 def _hint(where: str, module: ModuleType, names: str) -> str:
-    """Where a file of the name lies here and another module was found, how to name the file."""
+    """Return how to name the file, if another module was found although a file of that name is here."""
     here = Path(f"{where.replace('.', os.sep)}.py")
     if os.path.isfile(here) and str(here.absolute()) != getattr(module, "__file__", None):
         return f"another module has that name; ./{here}:{names} loads the file"
@@ -125,7 +125,7 @@ def _hint(where: str, module: ModuleType, names: str) -> str:
 
 
 def described(error: BaseException) -> str:
-    """ "ValueError: no such answer, at rewards.py:12", in one line."""
+    """Return, for example, "ValueError: no such answer, at rewards.py:12", in one line."""
     text = "".join(traceback.format_exception_only(type(error), error)[-1:])
     frames = traceback.extract_tb(error.__traceback__)
     place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames and not isinstance(error, SyntaxError) else ""
@@ -136,7 +136,7 @@ def described(error: BaseException) -> str:
 
 
 def check_reward(reward: object, shown: str) -> None:
-    """Raises: InputError, naming the reward, where it cannot be called with (prompt, text), or would give no number."""
+    """Raise InputError, naming the reward, if it cannot be called with (prompt, text), or would not return a number."""
     if not callable(reward):
         raise InputError("RewardPool", f"reward {shown} is not callable", _CALLED_WITH)
     if inspect.isclass(reward):
@@ -149,7 +149,7 @@ def check_reward(reward: object, shown: str) -> None:
             raise InputError("RewardPool", f"reward {shown} is a generator function", "one that returns a number is needed")
     try:
         signature = inspect.signature(reward)
-    except (ValueError, TypeError):  # some builtins have none to look at
+    except (ValueError, TypeError):  # some builtins have no signature
         return
     try:
         signature.bind(None, "")

@@ -22,11 +22,11 @@ from reinforce_ada.rewards.worker import START_TIMEOUT_S, Limits, Loaded, Score
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 _MAX_CHUNK = 16  # completions in one message: enough to keep a worker busy while a slow engine holds the driver
-_SILENCE_S = 5.0  # the worker ends its own overdue calls; only a stopped process is silent for so much longer
-_MAX_FAILED_STARTS = 3  # in a row, without one worker that got as far as loading the reward
-_MAX_IDLE_DEATHS = 3  # in a row, of workers that had not taken up what they were sent: nobody's fault, unless it never ends
-_FIRST_CALL = 10  # times the time-out is what a worker's first call may take: models and tables are often loaded there
-_MAX_SLOW_STARTS = 2  # in a row; after so many first calls that ran over even that, a first call is a call like any other
+_SILENCE_S = 5.0  # the worker ends its own overdue calls; only a stopped process is silent for this much longer
+_MAX_FAILED_STARTS = 3  # in a row, without one worker that loaded the reward
+_MAX_IDLE_DEATHS = 3  # in a row, of workers that had not begun their chunk: no completion is to blame, unless it never ends
+_FIRST_CALL = 10  # a worker's first call may take this many times the time-out: models and tables are often loaded there
+_MAX_SLOW_STARTS = 2  # in a row; after so many first calls that exceeded even that, first calls get the normal limit
 _MAX_PICKLES = 4096  # of prompts, kept for their next completions
 _LONGEST_WAIT_S = 1e5  # an epoll takes no number of seconds past 2.1e6
 
@@ -35,7 +35,7 @@ _log = logging.getLogger("reinforce_ada")
 
 @dataclass
 class RewardCounters:
-    """What happened since the pool was made; attempts and workers, not completions, where it says so."""
+    """Counts since the pool was made; of attempts and workers, not completions, where it says so."""
 
     num_scored: int = 0
     num_voids: int = 0
@@ -47,11 +47,11 @@ class RewardCounters:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One completion on its way."""
+    """One completion that waits for its score."""
 
     completion: Completion
     prompt: bytes  # pickled; one object for all completions of a prompt, so that a message holds it once
-    num_attempts: int = 0  # that failed
+    num_attempts: int = 0  # failed attempts
     travels_alone: bool = False  # it was part of something that failed
 
 
@@ -60,10 +60,10 @@ class _Worker:
     process: WorkerProcess
     limits: Limits
     is_loaded: bool = False
-    has_scored: bool = False  # so its first call is over
+    has_scored: bool = False  # its first call is over
     chunk: deque[_Job] = field(default_factory=deque)  # sent and not yet answered, in order
     num_answered: int = 0  # of the chunk
-    is_joint_call: bool = False  # the chunk is one call of a batch form, and no single completion is to blame
+    is_joint_call: bool = False  # the chunk is one call of a batch form, so no single completion is to blame
     silent_since: float = 0.0
     selected: int = selectors.EVENT_READ
 
@@ -73,35 +73,35 @@ class _Worker:
 
     @property
     def limit_s(self) -> float:
-        """Of what it is at."""
+        """Return the time limit of its current activity."""
         if not self.is_loaded:
             return START_TIMEOUT_S
         return self.limits.call_s if self.has_scored else self.limits.first_call_s
 
     @property
     def silent_until(self) -> float:
-        """When a worker that has not said a word counts as stopped."""
+        """Return when a silent worker counts as stopped."""
         return math.inf if self.is_idle else self.silent_since + self.limit_s * 1.1 + _SILENCE_S
 
 
 class RewardPool:
-    """Scores completions in `num_workers` processes of their own; a RewardRunner.
+    """Scores completions in `num_workers` processes of its own; a RewardRunner.
 
-    Every submitted completion yields exactly one event: Scored with a finite reward, or, after `1 + retries` failed attempts,
-    Failed with the reason. An attempt fails when the reward raises, returns anything but a finite number, runs over its time,
-    or takes its worker down. Such a worker is replaced. Workers start at the first `submit` and load while the caller goes on;
-    no method waits for a worker that does not read or answer.
+    Every submitted completion yields exactly one event: Scored with a finite reward, or, after `1 + retries` failed attempts, Failed with
+    the reason. An attempt fails when the reward raises, returns anything but a finite number, exceeds its time limit, or ends its worker.
+    Such a worker is replaced. Workers start at the first `submit` and load while the caller continues; no method waits for a worker that
+    does not read or answer.
 
     Args:
-        reward: (prompt, completion text) -> float; a callable that pickles, "module:function" or "file.py:function". With a `batch`
-            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and
-            no completion loses an attempt by it.
-        num_workers: processes.
-        timeout_s: seconds for one call, counted in the worker from the call's start; ten times as many for a worker's first call.
+        reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
+            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and no
+            completion loses an attempt by it.
+        num_workers: the number of processes.
+        timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 
-    Raises: InputError when the reward is not callable so, cannot be imported or pickled, or a setting is out of range; from
-        `poll` when no worker can load the reward.
+    Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
+        worker can load the reward.
     """
 
     def __init__(self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2) -> None:
@@ -119,18 +119,18 @@ class RewardPool:
         self._slow_starts = 0
         self._idle_deaths = 0
         self._is_closed = False
-        self._pickles: dict[int, tuple[Prompt, bytes]] = {}  # by the prompt's identity; holding it keeps that from being another's
+        self._pickles: dict[int, tuple[Prompt, bytes]] = {}  # by the prompt's id(), which no other object gets while it is here
         self.counters = RewardCounters()
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
-        """Start scoring; prompts[i] is the prompt of completions[i]. Raises InputError when a prompt does not pickle."""
+        """Start scoring; prompts[i] is the prompt of completions[i]. Raises InputError when a prompt cannot be pickled."""
         self._check_open()
         self._queue += [_Job(c, self._pickled(p)) for p, c in zip(prompts, completions, strict=True)]
         self._dispatch()
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
-        """What has been scored since the last call; waits up to `wait_s` seconds for the first one."""
+        """Return the events since the last call; wait up to `wait_s` seconds for the first one."""
         self._check_open()
         deadline = time.monotonic() + wait_s
         self._advance(0.0)
@@ -141,16 +141,16 @@ class RewardPool:
 
     @property
     def num_pending(self) -> int:
-        """Completions submitted whose event has not been handed out."""
+        """Return the number of submitted completions whose event has not been returned yet."""
         return len(self._queue) + sum(len(w.chunk) for w in self._workers) + len(self._events)
 
     @property
     def last_traceback(self) -> str:
-        """Of the attempt that failed last, or ""."""
+        """Return the traceback of the attempt that failed last, or ""."""
         return self.counters.last_traceback
 
     def close(self) -> None:
-        """Stop the workers, hung ones too, and all they started. What was not scored yields no event. May be called twice."""
+        """Stop the workers, even if they hang, and all processes they started. Unscored completions yield no event. May be called twice."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -178,10 +178,10 @@ class RewardPool:
         if self._is_closed:
             raise InputError("RewardPool", "it is closed", "an open pool is needed")
 
-    # -------------------- what workers say
+    # -------------------- messages from workers
 
     def _advance(self, wait_s: float) -> None:
-        """Read what the workers say, end those that fell silent, hand out work."""
+        """Read the workers' messages, end silent workers, and hand out completions."""
         next_silence = min((w.silent_until for w in self._workers), default=math.inf)
         for key, mask in self._selector.select(max(0.0, min(wait_s, next_silence - time.monotonic(), _LONGEST_WAIT_S))):
             self._serve(key.data, mask)
@@ -229,7 +229,7 @@ class RewardPool:
                 self._events.append(Scored(job.completion, score.reward))
 
     def _replace(self, worker: _Worker, *, is_timeout: bool = False) -> None:
-        """Bury a worker that died or fell silent; the completion it was at has failed, the rest of its chunk waits again."""
+        """Remove a worker that died or fell silent. The completion in its call has failed; the rest of its chunk is queued again."""
         self._workers.remove(worker)
         self._selector.unregister(worker.process.channel)
         if not is_timeout:
@@ -284,7 +284,7 @@ class RewardPool:
         self.close()
         raise InputError("RewardPool", f"a worker cannot load the reward ({failure})", "a reward that a fresh process can import", hint)
 
-    # -------------------- what workers get
+    # -------------------- messages to workers
 
     def _dispatch(self) -> None:
         if not self._queue:
@@ -311,14 +311,14 @@ class RewardPool:
                 self._pickles.clear()
             try:
                 known = prompt, pickle.dumps(prompt, protocol=5)
-            except Exception as error:  # PicklingError, AttributeError or TypeError, by what is in it
+            except Exception as error:  # PicklingError, AttributeError or TypeError, depending on the data
                 given = f"prompt {prompt.prompt_id!r} does not pickle ({error})"
                 raise InputError("RewardPool", given, "Prompt.data must pickle") from error
             self._pickles[id(prompt)] = known
         return known[1]
 
     def _next_chunk(self) -> list[_Job]:
-        """A fair share of the queue; what failed before travels alone, so that it takes no other down."""
+        """Return a fair share of the queue. A completion that failed before travels alone, so that it cannot affect others."""
         size = min(_MAX_CHUNK, math.ceil(len(self._queue) / self._num_workers))
         chunk = [self._queue.popleft()]
         while len(chunk) < size and not chunk[0].travels_alone and not self._queue[0].travels_alone:
@@ -328,7 +328,7 @@ class RewardPool:
     def _send(self, worker: _Worker, chunk: list[_Job]) -> None:
         try:
             worker.process.send_chunk([(job.prompt, job.completion.text) for job in chunk])
-        except OSError:  # it died idle, and nobody's fault: the end of file on its connection says so at the next look
+        except OSError:  # it died while idle, which no completion caused: the next read of its channel finds the end of file
             self._queue.extendleft(reversed(chunk))
             return
         worker.chunk.extend(chunk)
@@ -348,14 +348,14 @@ def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
 
 
 def _portable(reward: Reward | str) -> str | bytes:
-    """The reward as it travels to a worker, checked here so that a typo costs no process."""
+    """Return the reward in the form sent to a worker, checked here so that a typo costs no process."""
     if isinstance(reward, str):
         check_reward(resolve(reward), repr(reward))
         return reward
     check_reward(reward, repr(reward))
     try:
         return pickle.dumps(reward)
-    except Exception as error:  # whatever is in it raises
+    except Exception as error:  # its contents may raise anything
         hint = "define it at the top level of a module, not as a lambda or inside a function"
         raise InputError("RewardPool", f"reward {reward!r} does not pickle ({error})", "workers need a pickle", hint) from error
 

@@ -1,4 +1,4 @@
-"""The pool's side of one worker process: its start behind a keeper, its channel, and its end with all that it started."""
+"""The pool's side of one worker process: its start behind a keeper, its channel, and its end with all processes it started."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from reinforce_ada.rewards.channel import Channel
 from reinforce_ada.rewards.worker import Chunk, Limits, Order, get_progress, set_progress
 
 _KEEPER = str(Path(__file__).with_name("supervisor.py"))
-# The path travels as arguments, and nothing is imported before it is there: the worker must find what this process finds, not a module of
-# the same name in the folder that it is started in.
+# The path is passed as arguments, and nothing is imported before it is set: the worker must find what this process finds, not a module of
+# the same name in the folder in which it is started.
 _BOOT = """import sys
 fds, sys.path[:] = sys.argv[1:4], sys.argv[4:]
 from reinforce_ada.rewards.worker import main
 main(*map(int, fds))"""
 _WORKER = str(Path(worker.__file__))
-_END_S = 5.0  # for a keeper to end its worker; it is killed then, and the kernel ends the worker
+_END_S = 5.0  # for a keeper to end its worker; then the keeper is killed, and the kernel ends the worker
 
 
 class WorkerProcess:
-    """A process that loads `reward` ("module:function", or a pickle) and scores what comes over `channel`; returns without waiting for it.
+    """A process that loads `reward` ("module:function", or a pickle) and scores what arrives over `channel`.
 
-    Between the two is a keeper (see `supervisor`); `pid` is the keeper's. Raises: RuntimeError where a process must not start others yet.
+    The constructor does not wait for the process. Between the two is a keeper (see `supervisor`), to which `pid` belongs.
+    Raises: RuntimeError if this process must not start others yet.
     """
 
     def __init__(self, reward: str | bytes, limits: Limits) -> None:
         preparation = spawn.get_preparation_data("reward-worker")
-        preparation.pop("authkey", None)  # it does not pickle, and nobody asks for it
+        preparation.pop("authkey", None)  # it cannot be pickled, and nothing uses it
         ours, theirs = socket.socketpair()
         self._hang_report, hang_report = os.pipe()
         with tempfile.TemporaryFile() as shared:
@@ -45,20 +46,20 @@ class WorkerProcess:
             self._progress = mmap.mmap(shared.fileno(), mmap.PAGESIZE)
             fds = [theirs.fileno(), hang_report, shared.fileno()]
             self._keeper = _start_keeper(fds)
-        theirs.close()  # or the worker's death would not be an end of file here
+        theirs.close()  # otherwise the worker's death would not be an end of file here
         os.close(hang_report)
         self.channel = Channel(ours, is_waiting=False)
         self.pid = self._keeper.pid
-        with contextlib.suppress(OSError):  # it is gone already: the first look at the channel says so
+        with contextlib.suppress(OSError):  # it is gone already, which the first read of the channel reports
             self.channel.send(Order(dict(preparation), reward, limits))
 
     @property
     def progress(self) -> int:
-        """The place in its chunk of the call that the worker is at, or was at when it died; -1: it has not taken the chunk up."""
+        """Return the place in its chunk of the worker's current or last call; -1 if it has not begun the chunk."""
         return get_progress(self._progress)
 
     def send_chunk(self, chunk: Chunk) -> None:
-        """Hand over work, or what fits of it now. Raises: OSError when the worker is gone."""
+        """Hand over a chunk, or as much of it as fits now. Raises: OSError when the worker is gone."""
         set_progress(self._progress, -1)
         self.channel.send(chunk)
 
@@ -67,13 +68,13 @@ class WorkerProcess:
         self.channel.close()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within so long."""
+        """Return whether it has ended within so many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._keeper.wait(max(0.0, seconds))
         return self._keeper.returncode is not None
 
     def end(self) -> tuple[int, str]:
-        """End the worker and everything it started; (its exit code, minus the signal; the stack that it hung in, or "")."""
+        """End the worker and everything it started; return (its exit code, minus the signal; the stack in which it hung, or "")."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         if not self.wait(_END_S):
@@ -95,16 +96,16 @@ def _start_keeper(fds: list[int]) -> subprocess.Popen[bytes]:
 
 
 def _rest_of(fd: int) -> str:
-    """What a pipe holds, whoever else may still have its other end."""
+    """Return the content of a pipe, even if another process still holds its other end."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     ready = poller.poll(0)
     text = os.read(fd, 1 << 16).decode(errors="replace") if ready else ""
-    return _readable(text) if text.startswith("Timeout (") else ""  # else it is what a reward has written where it had no business
+    return _readable(text) if text.startswith("Timeout (") else ""  # otherwise a reward wrote it to a descriptor that is not its own
 
 
 def _readable(report: str) -> str:
-    """faulthandler's report in the order of a traceback, and without the frames of the worker around the reward."""
+    """Return faulthandler's report in the order of a traceback, without the worker's own frames around the reward."""
     stacks = []
     for stack in report.strip().split("\n\n"):
         lines = stack.replace("most recent call first", "most recent call last").split("\n")
@@ -115,7 +116,7 @@ def _readable(report: str) -> str:
 
 
 def exit_text(exit_code: int) -> str:
-    """ "SIGKILL", or "exit code 3"."""
+    """Return "SIGKILL", or "exit code 3"."""
     with contextlib.suppress(ValueError):
         if exit_code < 0:
             return signal.Signals(-exit_code).name

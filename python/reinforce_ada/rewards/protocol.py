@@ -1,4 +1,4 @@
-"""What a reward is, and what runs rewards for the driver loop."""
+"""The protocols of a reward, and of a runner of rewards for the driver loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 
 class Reward(Protocol):
-    """(prompt, completion text) -> a finite float. May also offer `batch(prompts, completions) -> list of floats`."""
+    """Maps (prompt, completion text) to a finite float. May also offer `batch(prompts, completions) -> list of floats`."""
 
     def __call__(self, prompt: Prompt, completion: str, /) -> float: ...
 
@@ -23,24 +23,24 @@ class BatchReward(Protocol):
 
 @runtime_checkable
 class Diagnosed(Protocol):
-    """A RewardRunner that keeps what went wrong."""
+    """A RewardRunner that keeps the last traceback."""
 
     @property
     def last_traceback(self) -> str:
-        """The end of the traceback of the attempt that failed last, or ""."""
+        """Return the end of the traceback of the attempt that failed last, or ""."""
         ...
 
 
 @runtime_checkable
 class RewardRunner(Protocol):
-    """What the driver loop needs: hand over completions, collect scores. Every submitted completion yields exactly one event."""
+    """The interface that the driver loop needs: submit completions, poll scores. Every submitted completion yields exactly one event."""
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
         """Start scoring; prompts[i] is the prompt of completions[i]."""
         ...
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
-        """What has been scored since the last call; waits up to `wait_s` seconds for the first one."""
+        """Return the events since the last call; wait up to `wait_s` seconds for the first one."""
         ...
 
     def close(self) -> None:

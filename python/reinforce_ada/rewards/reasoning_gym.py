@@ -1,4 +1,4 @@
-"""reasoning_gym tasks: their entries, and their own scoring as a reward. reasoning_gym is imported on use (1 s)."""
+"""Tasks of reasoning_gym: their entries, and their own scoring as a reward. reasoning_gym is imported on use (1 s)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from reinforce_ada.types import Prompt
 class ReasoningGymReward:
     """The dataset's own `score_answer` on the entry in `prompt.data` (question, answer, metadata).
 
-    The answer is what `extract_answer` finds in the completion. A text that the scorer raises on is a wrong answer, 0.0, as long as the
-    scorer takes the entry's own answer; where it raises on that too, the failure is its own and comes through. Many datasets give partial
-    credit: set the sampler's positive_threshold to match. Pickles as its arguments; a worker builds the dataset anew while it loads, off
-    the clock.
+    `extract_answer` finds the answer in the completion. A text on which the scorer raises is a wrong answer, 0.0, as long as the scorer
+    accepts the entry's own answer; if it raises on that too, the exception is passed on. Many datasets give partial credit: set the
+    sampler's positive_threshold to match. The reward is pickled as its arguments; a worker builds the dataset again while it loads, outside
+    the time limit.
 
     Args:
-        dataset: a registered name, "chain_sum" say.
+        dataset: a registered name, such as "chain_sum".
         **config: the dataset's settings.
     Raises: InputError for an unknown dataset or setting, or when reasoning_gym is missing.
     """
@@ -34,7 +34,7 @@ class ReasoningGymReward:
     def __call__(self, prompt: Prompt, completion: str) -> float:
         try:
             return self._score(extract_answer(completion), prompt)
-        except Exception:  # several parse the text as what they expect: a number, a list, a move
+        except Exception:  # some scorers parse the text as what they expect: a number, a list, a move
             own = prompt.data.get("answer")
             self._score("" if own is None else str(own), prompt)
             return 0.0
@@ -47,11 +47,11 @@ class ReasoningGymReward:
 
 
 def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict[str, Any]]:
-    """`size` entries of a dataset, each {"question", "answer", "metadata"}; the same seed gives the same entries.
+    """Return `size` entries of a dataset, each {"question", "answer", "metadata"}; the same seed gives the same entries.
 
     Args:
         dataset: a registered name.
-        size: how many.
+        size: the number of entries.
         seed: the dataset's seed.
         **config: the dataset's settings.
     Raises: InputError as ReasoningGymReward does.
@@ -74,5 +74,5 @@ def _create(dataset: str, config: dict[str, Any]) -> Any:
         raise unknown_name("reasoning_gym", "dataset", dataset, DATASETS)
     try:
         return reasoning_gym.create_dataset(dataset, **config)
-    except (TypeError, AssertionError, ValueError) as error:  # a setting it does not have, or out of its range
+    except (TypeError, AssertionError, ValueError) as error:  # a setting that the dataset does not have, or out of its range
         raise InputError("reasoning_gym", f"{dataset} with {config}: {error}", "settings that dataset takes are needed") from error

@@ -1,9 +1,9 @@
-"""The keeper of one reward worker: a process that runs nobody's code but this, so it is always there to end what the worker started.
+"""The keeper of one reward worker: a process that runs no code but this, so it can always end the processes that the worker started.
 
-It is started by its path with `python -I -S`, needs the standard library alone and is ready after some 20 ms. It starts the worker, adopts
-what the worker leaves behind (on Linux it is a subreaper: orphans below it become its children, whatever session they have made for
-themselves), and ends all of them when the worker ends, when its own standard input is closed, or when the process that started it is gone.
-Should the keeper be killed itself, the kernel ends the worker (PR_SET_PDEATHSIG). It ends as the worker did: by that exit code or signal.
+It is started by its path with `python -I -S`, needs the standard library alone and is ready after some 20 ms. It starts the worker and
+adopts the processes that the worker leaves behind (on Linux it is a subreaper: orphans below it become its children, even in sessions of
+their own). It ends all of them when the worker ends, when its own standard input is closed, or when the process that started it is gone. If
+the keeper itself is killed, the kernel ends the worker (PR_SET_PDEATHSIG). It ends as the worker did: by that exit code or signal.
 
     supervisor.py PARENT_PID FD,FD,.. COMMAND [ARGUMENT ..]      the file descriptors are the worker's and are not kept here
 """
@@ -23,8 +23,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Keep the worker until it ends or is no longer wanted; never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer; the worker inherits this
+    """Keep the worker until it ends or is no longer wanted; never return."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the worker inherits this
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     children_changed, wake = os.pipe()
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Elsewhere than on Linux there is none: then only the worker's own process group is ended with it."""
+    """Call prctl. Other systems than Linux have none; there only the worker's own process group is ended with it."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -56,14 +56,14 @@ def _start(command: Sequence[str], fds: Sequence[int]) -> int:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == keeper:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(2, 1)  # what a reward prints is no output of the program that uses it
+            os.dup2(2, 1)  # output of a reward must not mix with that of the program
             os.execv(command[0], list(command))
     finally:
         os._exit(127)
 
 
 def _watch(worker: int, parent: int, children_changed: int) -> int:
-    """The wait status of the worker, which is killed when it is no longer wanted."""
+    """Return the wait status of the worker, which is killed when it is no longer wanted."""
     poller = select.poll()
     poller.register(children_changed, select.POLLIN)
     poller.register(0, select.POLLIN)  # readable when it is closed
@@ -81,7 +81,7 @@ def _watch(worker: int, parent: int, children_changed: int) -> int:
 
 
 def _reap(worker: int) -> int | None:
-    """Bury every child that has ended; the status of the worker where it is among them."""
+    """Reap every child that has ended; return the status of the worker if it is among them."""
     found = None
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -91,7 +91,7 @@ def _reap(worker: int) -> int | None:
 
 
 def _end_descendants() -> None:
-    """Kill all children until there are none: those of a killed one become children of this process."""
+    """Kill all children until none is left: the children of a killed one become children of this process."""
     with contextlib.suppress(ChildProcessError):
         while True:
             os.waitpid(-1, os.WNOHANG)  # raises when there is no child left

@@ -1,8 +1,8 @@
-"""The reward worker: a process that loads one reward and scores what it is sent. Imports no torch.
+"""The reward worker: a process that loads one reward and scores the completions it receives. Imports no torch.
 
 It takes a chunk (a list of (pickled prompt, text) pairs), answers one `Score` per completion, several in one message, and times every call
-itself, so that a time-out does not wait for the parent to look. The timer is faulthandler's, which needs no GIL: `9**9**9`, which holds it
-in C, ends on time like `while True` does.
+itself, so that a time-out does not depend on when the parent polls. The timer is faulthandler's, which needs no GIL: `9**9**9`, which holds
+it in C, ends on time like `while True` does.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from reinforce_ada.types import Prompt
 
 START_TIMEOUT_S = 300.0  # loading a reward may mean importing torch and a model
 _LONGEST_S = 1e9  # a timer of the C library takes no number of seconds past 9.2e9
-_SLACK = 0.05  # of a limit: the timer is set anew after so much of it, not for every call, which would cost a thread each (50 us)
-_FLUSH_S = 0.005  # scores wait for others so long, not for a slow call
+_SLACK = 0.05  # of a limit: the timer is reset after this share of it, not for every call, which would cost a thread each (50 us)
+_FLUSH_S = 0.005  # scores wait this long for others, but not for a slow call
 _TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the buffer of a socket, or the worker waits for the parent to read
 _PROGRESS = struct.Struct("q")
 Chunk: TypeAlias = Sequence[tuple[bytes, str]]  # pickled prompt, completion text
 
 
 class Limits(NamedTuple):
-    """Seconds for a call, and for the first one of a worker."""
+    """Time limits in seconds for a call, and for the first one of a worker."""
 
     call_s: float
     first_call_s: float
@@ -47,13 +47,13 @@ class Limits(NamedTuple):
 class Order(NamedTuple):
     """The first message to a worker."""
 
-    preparation: dict[str, Any]  # what `multiprocessing` has a spawned process do first: path, folder, the script's own functions
+    preparation: dict[str, Any]  # what `multiprocessing` lets a spawned process do first: path, folder, the script's own functions
     reward: str | bytes
     limits: Limits
 
 
 class Loaded(NamedTuple):
-    """The first message of a worker: the reward is loaded, or why it is not."""
+    """The first message of a worker: the reward is loaded, or the reason why not."""
 
     failure: str = ""
     traceback: str = ""
@@ -69,17 +69,17 @@ class Score(NamedTuple):
 
 
 def get_progress(shared: mmap.mmap) -> int:
-    """The place in the chunk of the present call, which the worker keeps in memory that it shares with the pool."""
+    """Return the place in the chunk of the current call, which the worker keeps in memory shared with the pool."""
     return int(_PROGRESS.unpack_from(shared)[0])
 
 
 def set_progress(shared: mmap.mmap, place: int) -> None:
-    """Write it."""
+    """Write the place of the current call."""
     _PROGRESS.pack_into(shared, 0, place)
 
 
 def main(connection: int, hang_report: int, progress: int) -> None:
-    """The process's main, with the file descriptors it was given: load the reward, then score chunks until the parent hangs up."""
+    """Run the worker with the given file descriptors: load the reward, then score chunks until the parent hangs up."""
     for fd in (connection, hang_report, progress):
         os.set_inheritable(fd, False)
     channel = Channel(socket.socket(fileno=connection), is_waiting=True)
@@ -104,7 +104,7 @@ def _load(order: Order, channel: Channel) -> Any:
     hint = "a script that starts a pool needs `if __name__ == '__main__':`"
     try:
         current: Any = process.current_process()
-        current._inheriting = True  # so that an unguarded script does not start pools without end
+        current._inheriting = True  # keeps an unguarded script from starting pools without end
         spawn.prepare(order.preparation)
         del current._inheriting
         hint = ""
@@ -112,20 +112,20 @@ def _load(order: Order, channel: Channel) -> Any:
     except BaseException as error:
         channel.send(Loaded(*_describe(error), hint))
         return None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also after a module that changes it: Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # set again in case a module changes it: the parent handles Ctrl-C
     channel.send(Loaded())
     return function
 
 
 class _Timer:
-    """Ends the process when a call has run too long, with the stack it hung in written to `hang_report`."""
+    """Ends the process when a call has run too long, and writes the stack in which it hung to `hang_report`."""
 
     def __init__(self, hang_report: int) -> None:
         self._file = hang_report
         self._limit_s, self._set_at = 0.0, 0.0
 
     def set(self, limit_s: float) -> None:
-        """From now on `limit_s`, and at most 5 % more."""
+        """Limit calls to `limit_s` from now on, and at most 5 % more."""
         now = time.monotonic()
         if limit_s != self._limit_s or now - self._set_at > _SLACK * limit_s:
             faulthandler.dump_traceback_later(min(limit_s * (1 + _SLACK), _LONGEST_S), exit=True, file=self._file)
@@ -137,12 +137,12 @@ class _Timer:
 
     @property
     def slack_s(self) -> float:
-        """How long it may stay set while nothing is called."""
+        """Return how long the timer may stay set while no call runs."""
         return max(0.0, self._set_at + _SLACK * self._limit_s - time.monotonic()) if self._limit_s else 0.0
 
 
 class _Scorer:
-    """Scores chunk after chunk."""
+    """Scores one chunk after another."""
 
     def __init__(self, function: Any, limits: Limits, channel: Channel, timer: _Timer, progress: mmap.mmap) -> None:
         self._function, self._batch = function, getattr(function, "batch", None)
@@ -163,7 +163,7 @@ class _Scorer:
         return bool(poller.poll(1000 * min(self._timer.slack_s, 0.01)))
 
     def _score(self, chunk: Chunk) -> None:
-        """One timed call per completion; with a batch form, one timed call for the chunk."""
+        """Time one call per completion; with a batch form, one call for the chunk."""
         set_progress(self._progress, 0)
         if self._batch is not None:
             self._channel.send(self._attempt(partial(_call_batch, self._batch, chunk), len(chunk)))
@@ -191,7 +191,7 @@ class _Scorer:
 
 
 def _call(function: Reward, prompt: bytes, text: str) -> list[object]:
-    return [function(pickle.loads(prompt), text)]  # a prompt of its own for every call: what one does to it, none other sees
+    return [function(pickle.loads(prompt), text)]  # every call gets its own prompt, so that no other call sees its changes
 
 
 def _call_batch(batch: Callable[..., Sequence[object]], chunk: Chunk) -> list[object]:
@@ -205,11 +205,11 @@ def _call_batch(batch: Callable[..., Sequence[object]], chunk: Chunk) -> list[ob
 def _checked(value: object) -> Score:
     try:
         return Score(as_reward(value))
-    except Exception as error:  # what it returned may raise anything when looked at
+    except Exception as error:  # the returned object may raise anything when it is examined
         return Score(None, str(error)[:300])
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
-    """(one line, the end of the traceback)."""
+    """Return (one line, the end of the traceback)."""
     line = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
     return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]

@@ -1,4 +1,4 @@
-"""The rollouts of a store as a Parquet file."""
+"""Export of a store's rollouts as a Parquet file."""
 
 from __future__ import annotations
 

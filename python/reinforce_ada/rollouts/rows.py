@@ -1,4 +1,4 @@
-"""Events and pools as rows of the store, and back."""
+"""Conversion of events and pools to rows of the store, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?,
 
 
 def row_of(event: Event) -> tuple[Any, ...]:
-    """The values of `INSERT`. Raises: InputError for a reward that is not finite and for logprobs that do not match the token ids."""
+    """Return the values of `INSERT`. Raises: InputError for a reward that is not finite, or logprobs that do not match the token ids."""
     head = (event.id.step, sql_text(event.id.prompt_id), event.id.index)
     if isinstance(event, Scored):
         if not math.isfinite(event.reward):
@@ -41,7 +41,7 @@ def row_of(event: Event) -> tuple[Any, ...]:
 
 
 def event_of(path: Path, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
-    """The event of a row of `COLUMNS`, which follow its place in the store and the three columns of tokens."""
+    """Return the event of a row of `COLUMNS`, which follow its place in the store and the three columns of tokens."""
     step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
     id_ = CompletionId(step, str_of(prompt_id), index)
     if kind == "scored":
@@ -55,7 +55,7 @@ def event_of(path: Path, seq: int, tokens: bytes | None, token_ids: bytes | None
 def arrays_of(
     path: Path, seq: int, count: int, tokens: bytes | None, *plain: bytes | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Token ids and logprobs of an event, [count] each. Raises: InputError for bytes that are not those of as many."""
+    """Return token ids and logprobs of an event, [count] each. Raises: InputError if the bytes do not hold that many."""
     try:
         if tokens is not None:
             return unpack(tokens, count)
@@ -66,7 +66,7 @@ def arrays_of(
 
 
 def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
-    """The values of `INSERT_POOL`."""
+    """Return the values of `INSERT_POOL`."""
     counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
     data = json.dumps(dict(pool.prompt.data), default=repr)
     key = pool.prompt.key or pool.prompt.prompt_id
@@ -74,19 +74,19 @@ def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
 
 
 def sql_text(text: str) -> str | bytes:
-    """A text as SQLite keeps it: one with a lone surrogate as bytes."""
+    """Return a text as SQLite keeps it: as bytes if it has a lone surrogate."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but not a reason to stop a run
+    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but no reason to stop a run
         return text.encode("utf-8", "surrogatepass")
     return text
 
 
 def str_of(stored: str | bytes) -> str:
-    """The text that `sql_text` was given."""
+    """Return the text that `sql_text` was given."""
     return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
 
 
 def utf8(stored: str | bytes | None) -> str | None:
-    """A stored text as UTF-8 can hold it: a lone surrogate becomes U+FFFD."""
+    """Return a stored text as valid UTF-8: a lone surrogate becomes U+FFFD."""
     return stored.decode(errors="replace") if isinstance(stored, bytes) else stored

@@ -29,17 +29,17 @@ CREATE TABLE pools (
 CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
 {_REMEMBERED};
 """
-# Version 1 has no keys: its prompts go by their ids. Up to version 2 token ids and logprobs are two columns; those rows stay as they are.
+# Version 1 has no keys: its prompts are identified by their ids. Up to version 2 token ids and logprobs are two columns, which are kept.
 FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
 FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
-# A row of 500 tokens takes 2.5 KB: of the usual pages of 4 KB it would fill one. The write-ahead log holds 4 MB, as it usually does.
+# A row of 500 tokens takes 2.5 KB, of which only one fits on the default page of 4 KB. The write-ahead log holds 4 MB, as by default.
 PAGES = ("PRAGMA page_size = 32768", "PRAGMA journal_mode = WAL")
 _PAGES_IN_LOG = 128
 UNDAMAGED = "an undamaged rollout store is needed"
 
 
 def connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    """Open the file with explicit transactions; a reader does not make it."""
+    """Open the file with explicit transactions; a reader does not create it."""
     uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
     connection = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)  # explicit transactions only
     connection.execute("PRAGMA synchronous = NORMAL")
@@ -62,7 +62,7 @@ def take_lock(path: Path) -> int:
 
 
 def input_error(path: Path, error: sqlite3.Error) -> InputError:
-    """What SQLite reports, as one line that says what to do."""
+    """Return SQLite's error as one line that says what to do."""
     text = str(error)
     if "is full" in text:
         hint = "free some and resume: what was committed before is safe"

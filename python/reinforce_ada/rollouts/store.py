@@ -1,6 +1,6 @@
 """The rollout store: every event of the driver loop in an SQLite file, one transaction per poll. Imports no torch.
 
-It is the journal a killed run resumes from, and the source of the report. WAL with synchronous=NORMAL: a killed process loses no
+It is the journal from which a killed run resumes, and the source of the report. WAL with synchronous=NORMAL: a killed process loses no
 committed transaction; a power loss may lose the last ones, never the file.
 """
 
@@ -26,7 +26,7 @@ from reinforce_ada.rollouts.rows import COLUMNS, INSERT, INSERT_POOL, TOKENS, ev
 from reinforce_ada.rollouts.schema import FROM_1, FROM_2, PAGES, READABLE, SCHEMA, VERSION, connect, input_error, take_lock
 from reinforce_ada.types import CompletionId, Event, SamplingResult
 
-_LAST_STEP = 2**63 - 1  # of SQLite's integers
+_LAST_STEP = 2**63 - 1  # the largest of SQLite's integers
 _DIFFERENT_CONFIG = "a store belongs to one configuration"
 
 
@@ -39,11 +39,11 @@ class PoolCounts(NamedTuple):
     num_wrong: int
     num_void: int
     num_issued: int
-    key: str  # what the prompt is remembered by
+    key: str  # identifies the prompt across steps and runs
 
 
 class Seen(NamedTuple):
-    """One pool as a memory takes it in."""
+    """One pool in the form that a memory takes."""
 
     step: int
     key: str
@@ -52,18 +52,18 @@ class Seen(NamedTuple):
 
 
 class RolloutStore:
-    """The events of one run, in the order they came; the driver's journal.
+    """The events of one run in order of arrival; the driver's journal.
 
-    Only one process may have a store open for writing; the lock goes with the process. Reading beside it is fine.
+    Only one process may have a store open for writing; the lock ends with the process. Others may read at the same time.
 
     Args:
-        path: the SQLite file; made when absent.
-        run: the run's configuration, as JSON. Kept in a new store, and compared when one is opened again; None is not compared.
-        compared: what of a configuration is compared, given the kept one and then `run`; all of it without.
+        path: the SQLite file; created if absent.
+        run: the run's configuration, as JSON. Saved in a new store, and compared when one is opened again; None is not compared.
+        compared: returns the part of a configuration that is compared, called with the saved one and then with `run`; by default all of it.
         read_only: open an existing store without the writer's lock.
 
-    Raises: InputError when the file is another configuration's, is not a store, is damaged, cannot be opened, or has a writer; from
-        every method when the disk is full or the file is damaged. What was committed before stays readable.
+    Raises: InputError when the file is another configuration's, is not a store, is damaged, cannot be opened, or has a writer; from every
+        method when the disk is full or the file is damaged. What was committed before stays readable.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RolloutStore:
     ) -> None:  # fmt: skip
         self._path, self._compared = Path(path), compared
         self._has_keys = True
-        self._tokens = ""  # the columns of `TOKENS`, NULL for those that it does not have
+        self._tokens = ""  # the columns of `TOKENS`, NULL for those that the store does not have
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         if read_only and not self._path.is_file():
@@ -97,7 +97,7 @@ class RolloutStore:
         return events
 
     def finish_step(self, step: int, result: SamplingResult) -> None:
-        """Write which events make up the step's pools and groups, and that the step is finished; again for the same step, instead."""
+        """Write which events make up the step's pools and groups, and that the step is finished. A second call replaces the first."""
         kept = {scored.id for group in result.groups for scored in group.kept}
         with self._transaction() as connection:
             seq_of = _first_outcomes(connection, step)
@@ -111,7 +111,7 @@ class RolloutStore:
             connection.execute("INSERT OR REPLACE INTO finished_steps (step) VALUES (?)", (step,))
 
     def take_back(self, ids: Iterable[CompletionId]) -> None:
-        """Make aborted requests of these scored completions, as if they had never been answered; to a sampler they are open again."""
+        """Turn these scored completions into aborted requests, as if they had never been answered; a sampler issues them again."""
         tokens = [c.removeprefix("e.") for c in self._tokens.split(", ") if c != "NULL"]
         cleared = ", ".join(f"{c} = NULL" for c in ("reward", "finish_reason", "text", *tokens))
         where = "step = ? AND prompt_id = ? AND idx = ? AND kind = 'scored'"
@@ -122,17 +122,17 @@ class RolloutStore:
                 connection.execute(f"UPDATE events SET kind = 'aborted', {cleared} WHERE {where}", whose)
 
     def flush(self) -> None:
-        """Move what the write-ahead log holds into the file itself, and to the disk: from now on the file alone has it all."""
+        """Move the content of the write-ahead log into the file itself, and to the disk, so that the file alone has everything."""
         with self._guarded():
             self._open_connection().execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def forget(self, step: int) -> None:
-        """Remove the events of a step that is not finished, all of them: it will be sampled anew."""
+        """Remove all events of a step that is not finished, so that it is sampled again."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM events WHERE step = ? AND step NOT IN (SELECT step FROM finished_steps)", (step,))
 
     def remember(self, earlier: RolloutStore) -> None:
-        """Copy what an earlier run's pools say of their prompts, its last step as step 0; a store remembers one run, once."""
+        """Copy the counts of an earlier run's pools, its last step as step 0; a store remembers one run, once."""
         rows = list(earlier.seen())
         last = max((row.step for row in rows), default=0)
         with self._transaction() as connection:
@@ -145,14 +145,14 @@ class RolloutStore:
 
     @property
     def id(self) -> str:
-        """Which run's store this is, by a random name it got when it was made; "" for one of an earlier version that is only read."""
+        """Return the random name that the run's store got when it was made; "" for one of an earlier version that is only read."""
         with self._guarded():
             row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
             return str(row[0]) if row else ""
 
     @property
     def remembers(self) -> bool:
-        """Whether `remember` has been called."""
+        """Return whether `remember` has been called."""
         with self._guarded():
             return self._remembers(self._open_connection())
 
@@ -161,7 +161,7 @@ class RolloutStore:
         return connection.execute("SELECT 1 FROM meta WHERE key = 'remembers'").fetchone() is not None
 
     def seen(self, last_step: int | None = None) -> Iterator[Seen]:
-        """Every pool of the finished steps up to `last_step` in the order a memory takes them in, those of an earlier run first."""
+        """Yield every pool of the finished steps up to `last_step` in the order that a memory takes, those of an earlier run first."""
         key = "key" if self._has_keys else "prompt_id"
         own = f"SELECT step, {key}, num_correct, num_wrong FROM pools WHERE step <= ? ORDER BY step, position"
         with self._guarded():
@@ -174,37 +174,37 @@ class RolloutStore:
                 yield Seen(step, str_of(key), num_correct, num_wrong)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The data of the prompts of all finished steps, each once, as JSON keeps it."""
+        """Yield the data of the prompts of all finished steps, each once, as JSON keeps it."""
         with self._guarded():
             for (data,) in self._open_connection().execute("SELECT DISTINCT data FROM pools"):
                 yield parse_json(data)
 
     @property
     def run(self) -> dict[str, Any]:
-        """The configuration that the store was made with."""
+        """Return the configuration with which the store was made."""
         with self._guarded():
             row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'run'").fetchone()
         return dict(parse_json(row[0])) if row else {}
 
     def events(self, step: int) -> list[Event]:
-        """The step's events in journal order, equal to what was appended to the bit."""
+        """Return the step's events in journal order, equal to the bit to what was appended."""
         with self._guarded():
             query = f"SELECT seq, {self._tokens}, {COLUMNS} FROM events e WHERE step = ? ORDER BY seq"
             return [event_of(self._path, *row) for row in self._open_connection().execute(query, (step,))]
 
     def last_step(self) -> int | None:
-        """The latest step with an event, or None."""
+        """Return the latest step with an event, or None."""
         with self._guarded():
             row: tuple[int | None] = self._open_connection().execute("SELECT MAX(step) FROM events").fetchone()
             return row[0]
 
     def finished_steps(self) -> list[int]:
-        """The steps `finish_step` was called for, ascending."""
+        """Return the steps for which `finish_step` was called, ascending."""
         with self._guarded():
             return [step for (step,) in self._open_connection().execute("SELECT step FROM finished_steps ORDER BY step")]
 
     def pool_counts(self) -> list[PoolCounts]:
-        """The pools of all finished steps, by step and in the order the prompts entered."""
+        """Return the pools of all finished steps, by step and in the order in which the prompts entered."""
         columns = "step, prompt_id, num_correct, num_wrong, num_void, num_issued, " + ("key" if self._has_keys else "prompt_id")
         with self._guarded():
             rows = self._open_connection().execute(f"SELECT {columns} FROM pools ORDER BY step, position")
@@ -234,7 +234,7 @@ class RolloutStore:
     # -------------------- life cycle
 
     def close(self) -> None:
-        """Give the file and its lock back. May be called twice."""
+        """Close the file and release its lock. May be called twice."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -254,7 +254,7 @@ class RolloutStore:
         return self._connection
 
     def _open(self, run: Mapping[str, Any] | None, read_only: bool) -> None:
-        """Make the tables of a new file; check those of an old one."""
+        """Create the tables of a new file, or check those of an existing one."""
         connection = self._open_connection()
         is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         if is_empty and not read_only:
@@ -290,7 +290,7 @@ class RolloutStore:
         return f"was made with {found}" if found else ""
 
     def _upgrade(self, version: str) -> None:
-        """From an earlier version, all of it or nothing."""
+        """Upgrade from an earlier version, completely or not at all."""
         with self._transaction() as connection:
             for statement in (*(FROM_1 if version == "1" else ()), *FROM_2):
                 connection.execute(statement)
@@ -308,7 +308,7 @@ class RolloutStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing, whatever ends it."""
+        """Commit everything or nothing, however the body ends."""
         with self._guarded():
             connection = self._open_connection()
             connection.execute("BEGIN IMMEDIATE")
@@ -322,7 +322,7 @@ class RolloutStore:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """SQLite's errors as one line that says what to do."""
+        """Raise SQLite's errors as one line that says what to do."""
         try:
             yield
         except sqlite3.Error as error:
@@ -330,7 +330,7 @@ class RolloutStore:
 
 
 def _first_outcomes(connection: sqlite3.Connection, step: int) -> dict[tuple[CompletionId, int], int]:
-    """(id, policy version) -> the row the sampler took: the first answer; later ones are duplicates to it."""
+    """Return (id, policy version) -> the row that the sampler took: the first answer, to which later ones are duplicates."""
     query = "SELECT seq, prompt_id, idx, policy_version FROM events WHERE step = ? AND kind IN ('scored', 'failed') ORDER BY seq DESC"
     rows = connection.execute(query, (step,))
     return {(CompletionId(step, str_of(prompt_id), index), version): seq for seq, prompt_id, index, version in rows}

@@ -1,7 +1,7 @@
-"""Kept completions as tensors: minibatches of shuffled groups, micro-batches under a token budget, prompts shared within a row.
+"""Kept completions as tensors: minibatches of shuffled groups, micro-batches within a token budget, prompts shared within a row.
 
-A row is one prompt followed by several of its completions. Completions see the prompt and themselves, never each other, and each
-continues the prompt's positions; so a group of 4 short answers to a 96-token prompt costs about 108 tokens of forward, not 400.
+A row is one prompt followed by several of its completions. Completions see the prompt and themselves, never each other, and each continues
+the prompt's positions. A group of 4 short answers to a 96-token prompt therefore costs about 108 tokens of forward, not 400.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAD = -1  # segment of padding; 0 is the prompt, 1.. are the completions of the 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One completion on its way to the loss."""
+    """One completion with its advantage, as the loss needs it."""
 
     prompt: Prompt
     completion: Completion
@@ -35,7 +35,7 @@ class Batch:
     position_ids: Tensor  # [R, S] int64
     segment_of: Tensor  # [R, S] int64: PAD, 0 (prompt) or 1.. (completion)
     row_of: Tensor  # [T] int64: row of the state that predicts each completion token
-    column_of: Tensor  # [T] int64: its column
+    column_of: Tensor  # [T] int64: column of that state
     token_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [N + 1] int64
     advantages: Tensor  # [N] fp32
@@ -50,14 +50,14 @@ class Batch:
         return self.advantages.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Additive mask [R, 1, S, S]: 0 where state i may look at j, the dtype's minimum elsewhere.
+    """Return the additive mask [R, 1, S, S]: 0 where state i may attend to j, the dtype's minimum elsewhere.
 
-    i sees j when j <= i and j is in the prompt or in i's own completion, and with a `window` when its position is less than that many
+    State i sees j if j <= i and j is in the prompt or in i's own completion; with a `window`, its position must also be less than that many
     behind. Padding sees itself, so that no softmax row is empty.
     """
     seg = batch.segment_of
@@ -72,9 +72,9 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
 
 
 def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: Sequence[int]) -> list[list[Sample]]:
-    """`count` lists of samples, whole groups each, in a seeded random order of groups.
+    """Return `count` lists of samples, each of whole groups, in a seeded random order of groups.
 
-    The shuffle matters: groups arrive easiest first, and unshuffled minibatches would be sorted by difficulty.
+    The shuffle matters: groups arrive easiest first, so unshuffled minibatches would be sorted by difficulty.
     """
     order = np.random.default_rng(list(seed)).permutation(len(groups))
     parts = np.array_split(order, count)
@@ -82,9 +82,9 @@ def shuffled_minibatches(groups: Sequence[Sequence[Sample]], count: int, seed: S
 
 
 def shares_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
-    """`count` lists with about as many tokens to compute each; the completions of a prompt stay together. Some may be empty.
+    """Return `count` lists with about equal numbers of tokens to compute, the completions of a prompt together. Some may be empty.
 
-    The largest group first, each to the list that has least: no list is above the mean by more than the largest group.
+    The largest group goes first, and each group to the smallest list, so no list is above the mean by more than the largest group.
     """
     groups: dict[str, list[Sample]] = {}
     for s in samples:
@@ -99,7 +99,7 @@ def shares_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
 
 
 def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prompts: bool, pad_id: int) -> Iterator[Batch]:
-    """The samples as batches of at most `tokens_per_pass` padded tokens (one row at least), longest rows first."""
+    """Yield the samples as batches of at most `tokens_per_pass` padded tokens (one row at least), longest rows first."""
     rows = sorted(rows_of(samples, tokens_per_pass if share_prompts else 0), key=_row_length, reverse=True)
     start = 0
     while start < len(rows):
@@ -109,7 +109,7 @@ def micro_batches(samples: Sequence[Sample], tokens_per_pass: int, *, share_prom
 
 
 def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Samples of one prompt together, a new row where the next completion would take it past max_tokens; 0 gives each its own row."""
+    """Put samples of one prompt into one row, and begin a new row when the next would exceed max_tokens; 0 gives each its own row."""
     rows: list[list[Sample]] = []
     open_rows: dict[str, list[Sample]] = {}
     for s in samples:
@@ -126,7 +126,7 @@ def _row_length(row: Sequence[Sample]) -> int:
 
 
 def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
-    """One batch of these rows; the samples of a row share its prompt."""
+    """Return one batch of these rows; the samples of a row share its prompt."""
     size = max(map(_row_length, rows))
     input_ids = np.full((len(rows), size), pad_id, dtype=np.int64)
     position_ids = np.zeros((len(rows), size), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Checkpoints: what has its final name was whole when it was written, and is looked at in full before a run goes on from it."""
+"""Checkpoints: a folder gets its final name only when it is complete, and is checked in full before a run continues from it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor
 from reinforce_ada.files import clear_leftovers, remove_folder, replace_folder
 from reinforce_ada.outside import GarbageError, parse_json
 
-_KEEP = 2  # where the newest is damaged, the one before is minutes back, not the whole run
+_KEEP = 2  # if the newest is damaged, the one before costs minutes, not the whole run
 _SET_ASIDE = "set-aside-"
 _PIECE = 1 << 24  # bytes
 
 
 class UnusableError(ValueError):
-    """A checkpoint that a run cannot go on from; the message says why."""
+    """A run cannot continue from this checkpoint; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that is whole: `model/` loads in transformers and vLLM, the rest resumes the trainer."""
+    """A complete checkpoint: `model/` loads in transformers and vLLM, the rest resumes the trainer."""
 
     folder: Path
     step: int
     position: int  # of the prompt stream
-    run: str  # which run's, "" where an earlier version wrote it
+    run: str  # the id of its run; "" if an earlier version wrote it
     tensors: Mapping[str, Tensor]  # masters, moments and random state
 
 
@@ -39,9 +39,9 @@ def save(
     root: Path, step: int, position: int, save_model: Callable[[Path], None], tensors: Mapping[str, Tensor], *, run: str = "",
     keep: int = _KEEP,
 ) -> None:  # fmt: skip
-    """Write `root/step-NNNNNN`, then remove all but the newest `keep`, and what was set aside.
+    """Write `root/step-NNNNNN`, then remove all but the newest `keep`, and any that was set aside.
 
-    Raises: InputError when the disk is full or the folder not writable; earlier checkpoints are untouched then.
+    Raises: InputError when the disk is full or the folder not writable; earlier checkpoints then stay untouched.
     """
     from safetensors.torch import save_file
 
@@ -73,19 +73,19 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
 
 
 def folders(root: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint under `root`, the newest first; left-overs of a killed write are removed."""
+    """Return the folders under `root` with the name of a checkpoint, the newest first. Remove left-overs of a killed write."""
     clear_leftovers(root)
     found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)] if root.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint says."""
+    """Return the step in the name of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, all of it. Raises: UnusableError for one that is not whole."""
+    """Read the whole checkpoint in `folder`. Raises: UnusableError if it is not complete."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -105,7 +105,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def set_aside(folder: Path) -> None:
-    """Take its name from a checkpoint that cannot be used, in the place of one set aside before; the next that is written removes it."""
+    """Rename an unusable checkpoint, in place of one set aside before. The next checkpoint that is written removes it."""
     target = folder.with_name(f"{_SET_ASIDE}{folder.name}")
     if target.exists():
         remove_folder(target)
@@ -122,7 +122,7 @@ def _state(folder: Path) -> dict[str, Any]:
     numbers = [state.get(name) for name in ("step", "position")]
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise UnusableError("state.json: no step and position")
-    checksum = state.pop("crc32", None)  # which checkpoints of earlier versions do not have
+    checksum = state.pop("crc32", None)  # absent in checkpoints of earlier versions
     if checksum is not None and checksum != _checksum_of(state):
         raise UnusableError("state.json is not what was written")
     if state["step"] != step_of(folder):

@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a bar while sampling and training, a line per step, a table at the end."""
+"""The display for a person who watches the run: a bar while sampling and training, a line per step, a table at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reinforce_ada.sampling import Progress
 
 
 class Display:
-    """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe); on standard error where the output is a result."""
+    """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe); on standard error if the output is a result."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         from rich.console import Console
@@ -20,11 +20,11 @@ class Display:
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
 
     def line(self, text: str) -> None:
-        """One line, also while a bar is up."""
+        """Print one line, even while a bar is shown."""
         self._console.print(_literal(text))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Two columns under a title."""
+        """Print two columns under a title."""
         from rich.table import Table
 
         table = Table(title=_literal(title), title_justify="left", show_header=False)
@@ -34,7 +34,7 @@ class Display:
 
     @contextmanager
     def sampling(self, what: str, engine: Callable[[], Mapping[str, float]] = dict) -> Iterator[Callable[[Progress], None]]:
-        """A bar over eliminated prompts, with what `engine` says of itself; yields what the driver calls after every poll."""
+        """Show a bar over eliminated prompts with the metrics of `engine`; yield the function that the driver calls after every poll."""
         started = time.monotonic()
         with self._bar(what, "{task.fields[text]}") as (bar, task):
 
@@ -52,7 +52,7 @@ class Display:
 
     @contextmanager
     def training(self, what: str, num_tokens: int) -> Iterator[Callable[[int], None]]:
-        """A bar over completion tokens; yields a function that takes how many more have been trained on."""
+        """Show a bar over completion tokens; yield a function that takes how many more have been trained on."""
         started = time.monotonic()
         with self._bar(what, "{task.fields[text]}") as (bar, task):
 
@@ -76,14 +76,14 @@ class Display:
 
 
 def _literal(text: str) -> Any:
-    """What rich shows as it is: names of files, tasks and servers hold brackets, and what rewards say may hold anything."""
+    """Return text that rich prints literally: names of files, tasks and servers contain brackets, and rewards print anything."""
     from rich.text import Text
 
     return Text(printable(text))
 
 
 def load_text(metrics: Mapping[str, float]) -> str:
-    """Busy slots, queue, prefix hits and restarts of an engine that has them."""
+    """Return the busy slots, queue, prefix hits and restarts of an engine that reports them."""
     texts = {
         "engine_busy_slots": "{:.0f} busy · ",
         "engine_queue": "{:.0f} queued · ",
@@ -95,7 +95,7 @@ def load_text(metrics: Mapping[str, float]) -> str:
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:
-    """The line of one finished step."""
+    """Return the line of one finished step."""
     trouble = "".join(f"{record[f'num_{what}']:.0f} {what} · " for what in ("voids", "lost") if record[f"num_{what}"])
     return (
         f"step {record['step']:>3}/{steps} · reward {record['first_round_reward']:.3f} · signal {record['signal_fraction']:.2f} · "

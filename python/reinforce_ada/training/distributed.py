@@ -1,6 +1,6 @@
-"""Several processes training one model, as `torchrun` starts them: rank 0 samples, decides and writes; the others train on what it sends.
+"""Train one model in several processes, as `torchrun` starts them. Rank 0 samples, decides and writes; the others train on what it sends.
 
-The group is one of our own, not torch's default one: an engine in the process of rank 0 makes that for itself.
+The ranks have their own process group, since an engine in the process of rank 0 may make torch's default one.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from torch import distributed as torch_distributed
 from reinforce_ada.errors import InputError
 
 T = TypeVar("T")
-dist: Any = torch_distributed  # which does not export by name all that it documents
+dist: Any = torch_distributed  # torch.distributed does not export by name everything that it documents
 
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 _MEET = timedelta(minutes=5)
-_LONGEST_SHARE = timedelta(minutes=30)  # of one minibatch, or loading the model: a rank that takes longer hangs
-# The others wait in a receive while rank 0 samples. A process that dies ends the wait at once.
+_LONGEST_SHARE = timedelta(minutes=30)  # of one minibatch, or of loading the model: a rank that takes longer counts as hung
+# The others wait in a receive while rank 0 samples. If a process dies, the wait ends at once.
 _LONGEST_STEP = timedelta(days=7)
 
 
 class RankError(InputError):
-    """A rank failed or is gone; every other one ends too."""
+    """A rank failed or is gone; all others end too."""
 
     def __init__(self, what: str) -> None:
         super().__init__("train", what, "every rank must run", "what was scored is kept: --resume goes on")
 
 
 class Ranks:
-    """This process among the others; alone without arguments.
+    """This process among all ranks; the only one by default.
 
     Objects go through rank 0 one by one, so that a process that is gone can be named. Tensors are summed by gloo, on a GPU by nccl.
 
     Args:
-        group: of all ranks, for objects and CPU tensors.
-        on_device: of all ranks, for tensors on a GPU.
+        group: the group of all ranks for objects and CPU tensors.
+        on_device: the group of all ranks for tensors on a GPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None, on_device: Any = None) -> None:
@@ -57,16 +57,16 @@ class Ranks:
     # -------------------- objects
 
     def send(self, orders: Sequence[Any]) -> None:
-        """From rank 0: one object for each rank, its own being left out."""
+        """Send one object to each other rank, from rank 0."""
         for rank in range(1, self.size):
             self._put(orders[rank], rank)
 
     def receive(self) -> Any:
-        """What rank 0 sent to this rank."""
+        """Return what rank 0 sent to this rank."""
         return self._take(0)
 
     def exchange(self, mine: T) -> list[T]:
-        """What every rank gave, in their order, on every rank."""
+        """Return the values of all ranks, in their order, on every rank."""
         if self.size == 1:
             return [mine]
         if self.rank:
@@ -78,7 +78,7 @@ class Ranks:
         return everything
 
     def together(self, work: Callable[[], T]) -> T:
-        """The result of `work`, once it has succeeded on every rank. Raises: RankError when it failed on one; on rank 0 its own error."""
+        """Return the result of `work` once every rank has succeeded. Raises: RankError when it failed on one; on rank 0 its own error."""
         if self.size == 1:
             return work()
         try:
@@ -89,7 +89,7 @@ class Ranks:
             self.exchange(trouble)
             if self.rank == 0:
                 raise
-            with suppress(RankError):  # until rank 0 has said it and is gone: a launcher that sees this process end ends that one too
+            with suppress(RankError):  # until rank 0 has reported it and is gone: the launcher would end it with this process
                 self.receive()
             raise RankError(f"rank {self.rank} failed: {trouble}") from e
         for rank, trouble in enumerate(self.exchange("")):
@@ -116,13 +116,13 @@ class Ranks:
     # -------------------- tensors
 
     def add_up(self, tensor: Tensor) -> None:
-        """The sum over all ranks, in place."""
+        """Sum the tensor over all ranks, in place."""
         if self.size > 1:
             with self._naming(None):
                 self._of(tensor).allreduce([tensor]).wait()
 
     def copy_from_first(self, tensor: Tensor) -> None:
-        """The values of rank 0, in place."""
+        """Replace the tensor by that of rank 0, in place."""
         if self.size > 1:
             with self._naming(None):
                 self._of(tensor).broadcast([tensor]).wait()
@@ -132,7 +132,7 @@ class Ranks:
 
     @contextmanager
     def _naming(self, rank: int | None) -> Iterator[None]:
-        """A connection that breaks is a rank that is gone, one that is silent a rank that hangs."""
+        """Raise RankError naming the rank: a broken connection means that it is gone, a silent one that it hangs."""
         try:
             yield
         except RuntimeError as e:
@@ -143,9 +143,9 @@ class Ranks:
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """The ranks that a launcher such as torchrun has started, by its environment; this process alone without one.
+    """Join the ranks that a launcher such as torchrun has started, by its environment; without one, this process is alone.
 
-    The others are let go when rank 0 leaves. Raises: InputError for an environment that is not whole, or ranks that do not come.
+    The others are released when rank 0 leaves. Raises: InputError for an incomplete environment, or if ranks do not join.
     """
     size = world_size()
     if _LAUNCHED in os.environ:
@@ -170,7 +170,7 @@ def join() -> Iterator[Ranks]:
         return
 
     def interrupt(*_: Any) -> None:
-        # A launcher that has seen a rank die ends the others so; what is already ending for that reason must not be disturbed.
+        # A launcher that has seen a rank die sends SIGTERM to the others; it must not disturb a rank that is already ending for that.
         if not ranks.is_ending:
             ranks.is_ending = True
             raise KeyboardInterrupt("by SIGTERM: another rank has ended, or the launcher was stopped")
@@ -178,7 +178,7 @@ def join() -> Iterator[Ranks]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield ranks
-        with suppress(RankError):  # one that is gone by now has nothing left to do
+        with suppress(RankError):  # a rank that is gone by now has nothing left to do
             ranks.send([None] * size)
     finally:
         if not ranks.is_ending:
@@ -186,13 +186,13 @@ def join() -> Iterator[Ranks]:
 
 
 def _end_with_launcher() -> None:
-    """A launcher that is killed cannot end its processes: the kernel does, with the signal that the launcher would send. Linux only."""
+    """End this process with its launcher. A killed launcher cannot do it, so the kernel sends its signal instead. Linux only."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def world_size() -> int:
-    """How many processes a launcher says it has started; 1 without one. Raises: InputError for half of a launcher's environment."""
+    """Return how many processes the launcher has started; 1 without one. Raises: InputError for an incomplete environment of a launcher."""
     text = os.environ.get("WORLD_SIZE")
     if text is None:
         if given := [f"{name}={os.environ[name]}" for name in ("RANK", "LOCAL_RANK") if name in os.environ]:
@@ -204,7 +204,7 @@ def world_size() -> int:
 
 
 def _check_environment(size: int) -> None:
-    """Raises: InputError for a variable of the launcher that is no number, or out of its range."""
+    """Raise InputError for a variable of the launcher that is not a number, or out of its range."""
     for name, most in (("RANK", size - 1), ("LOCAL_RANK", size - 1), ("MASTER_PORT", 65535)):
         text = os.environ.get(name)
         if text is not None and not (text.isdecimal() and int(text) <= most):
@@ -212,7 +212,7 @@ def _check_environment(size: int) -> None:
 
 
 def local_device(kind: str) -> torch.device:
-    """The device of this process among those of its machine. Raises: InputError where there are more processes than GPUs."""
+    """Return the device of this process among those of its machine. Raises: InputError if there are more processes than GPUs."""
     if kind != "cuda" or world_size() == 1:
         return torch.device(kind)
     index = int(os.environ.get("LOCAL_RANK", "0"))
@@ -224,7 +224,7 @@ def local_device(kind: str) -> torch.device:
 
 
 def _nccl(store: Any, rank: int, size: int) -> Any:
-    """The group for tensors on GPUs, where there is nccl and more than one GPU to talk to."""
+    """Return the group for tensors on GPUs; None without a GPU or nccl."""
     if not (torch.cuda.is_available() and dist.is_nccl_available()):
         return None
     return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, dist.ProcessGroupNCCL.Options())

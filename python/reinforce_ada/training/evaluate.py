@@ -16,23 +16,23 @@ from reinforce_ada.rewards.protocol import Diagnosed, RewardRunner
 from reinforce_ada.sampling import AdaptiveSampler, Progress, preset
 from reinforce_ada.types import Failed, Prompt, SamplingResult
 
-_STEP = -1  # evaluations are no training step; always the same one, so that before and after draw from the same seeds
+_STEP = -1  # an evaluation is not a training step; the number is always the same, so that before and after draw from the same seeds
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """k completions for each of P prompts."""
+    """The result of k completions for each of P prompts."""
 
     k: int
     avg_at_k: float  # mean over prompts of the share of correct completions
-    stderr: float  # of avg_at_k over prompts
+    stderr: float  # of avg_at_k, over prompts
     pass_at_k: Mapping[str, float]  # "1", "2", "4", .. k
-    per_prompt: tuple[float, ...]  # [P], share of correct completions; nan where every reward failed
+    per_prompt: tuple[float, ...]  # [P], share of correct completions; nan if every reward failed
     num_tokens: int
     num_voids: int
 
     def record(self) -> dict[str, Any]:
-        """The evaluation as a log record."""
+        """Return the evaluation as a log record."""
         return {"kind": "eval", **asdict(self), "per_prompt": list(self.per_prompt)}
 
 
@@ -50,7 +50,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample k completions of every prompt and count the correct ones (reward > positive_threshold).
 
-    Raises: InputError without prompts, and where not one completion could be scored.
+    Raises: InputError without prompts, and if no completion could be scored.
     """
     if not prompts:
         raise InputError("evaluate", "no prompts", "at least one", "raise --eval-prompts")
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def refuse_only_voids(result: SamplingResult, rewards: RewardRunner, what: str) -> None:
-    """Raises: InputError where every completion of `what` is a void, with the commonest reason and the end of the last traceback."""
+    """Raise InputError if every completion of `what` is a void, with the most common reason and the end of the last traceback."""
     reasons = [outcome.reason for pool in result.pools for outcome in pool.outcomes if isinstance(outcome, Failed)]
     if not reasons or any(pool.count for pool in result.pools):
         return
@@ -85,7 +85,7 @@ def refuse_only_voids(result: SamplingResult, rewards: RewardRunner, what: str) 
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k is correct) from c correct of n >= k: 1 - C(n-c, k) / C(n, k).
+    """Return the unbiased estimate of P(at least one of k is correct) from c correct of n >= k: 1 - C(n-c, k) / C(n, k).
 
     Source: Chen et al. 2021, arXiv 2107.03374.
     """
@@ -95,13 +95,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of after - before over the prompts, and its standard error (prompts without a share in both are left out)."""
+    """Return the mean of after - before over the prompts, and its standard error (prompts without a share in both are left out)."""
     differences = [b - a for a, b in zip(before, after, strict=True) if not (math.isnan(a) or math.isnan(b))]
     return _mean(differences), standard_error(differences)
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Sample standard deviation (ddof 1) / sqrt(n); nan below two values."""
+    """Return the sample standard deviation (ddof 1) / sqrt(n); nan below two values."""
     n = len(values)
     if n < 2:
         return math.nan
@@ -114,5 +114,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _powers(k: int) -> list[int]:
-    """1, 2, 4, .. up to k, and k."""
+    """Return 1, 2, 4, .. up to k, and k."""
     return sorted({1 << i for i in range(k.bit_length())} | {k})

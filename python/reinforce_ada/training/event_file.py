@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by tensorboardX. Every event is flushed, so that a killed run leaves a readable file."""
+"""TensorBoard's event files, written by tensorboardX. Every event is flushed, so that a killed run leaves a readable file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class EventFile:
         from tensorboardX.event_file_writer import EventsWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        # Absolute, since s3: and gs: would not be folders to it; and two files of one second have two names.
+        # An absolute path, since tensorboardX would not take s3: and gs: for folders. The suffix keeps two files of one second apart.
         self._writer = EventsWriter(str(folder.absolute() / "events"), f".{uuid.uuid4().hex[:8]}")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write one event with all of these; a number past float32 becomes the largest one."""
+        """Write one event with all of these values; a number past float32 becomes the largest one."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         numbers = [Summary.Value(tag=printable(tag), simple_value=_float32(value)) for tag, value in values.items()]
         self._write(step=step, summary=Summary(value=numbers))
 
     def restart(self, step: int) -> None:
-        """Say that what earlier files of the folder have at `step` and later is to come again."""
+        """Mark everything that earlier files of the folder have at `step` and later as about to be written again."""
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._write(step=step, session_log=SessionLog(status=SessionLog.START))
@@ -50,7 +50,7 @@ class EventFile:
 
 
 def _float32(value: float) -> float:
-    """The nearest number that float32 has, but for nan and the infinities, which it has."""
+    """Return the nearest float32 number; nan and the infinities stay as they are."""
     if not -sys.float_info.max <= value <= sys.float_info.max:  # also an integer past float64
         return value if isinstance(value, float) else _LARGEST if value > 0 else -_LARGEST
     return min(max(float(value), -_LARGEST), _LARGEST)

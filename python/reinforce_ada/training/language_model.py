@@ -1,4 +1,4 @@
-"""The policy as the trainer sees it: hidden states for the linear operators, or logits where those do not fit the model."""
+"""The policy as the trainer sees it: hidden states for the linear operators, or logits if those operators do not fit the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Head:
 
 
 class LanguageModel(Protocol):
-    """What the trainer needs of a model."""
+    """The interface that the trainer needs from a model."""
 
     module: nn.Module
     pad_id: int
@@ -34,23 +34,23 @@ class LanguageModel(Protocol):
     use_head: bool  # whether `hidden` and `head` reproduce the model's own logits
 
     def hidden(self, batch: Batch) -> Tensor:
-        """States that predict the batch's completion tokens, [T, D]."""
+        """Return the states that predict the batch's completion tokens, [T, D]."""
         ...
 
     def head(self) -> Head:
-        """The projection from states to logits."""
+        """Return the projection from states to logits."""
         ...
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's own logits of the batch's completion tokens, [T, V]."""
+        """Return the model's own logits of the batch's completion tokens, [T, V]."""
         ...
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights under the names engines know them by."""
+        """Yield the weights under the names that engines use."""
         ...
 
     def save(self, folder: Path) -> None:
-        """A folder that transformers and vLLM load."""
+        """Write a folder that transformers and vLLM load."""
         ...
 
 
@@ -70,7 +70,7 @@ class HuggingFaceModel:
         return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
 
     def _shared_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """One mask, or one per kind of layer where some slide: transformers applies no window of its own to a mask it is given."""
+        """Return one mask, or one per kind of layer if some slide: transformers applies no window of its own to a given mask."""
         dtype = next(self.module.parameters()).dtype
         window = getattr(self._config, "sliding_window", None)
         if window is None:
@@ -80,34 +80,34 @@ class HuggingFaceModel:
         return {"full_attention": attention_mask(batch, dtype), "sliding_attention": attention_mask(batch, dtype, window)}
 
     def hidden(self, batch: Batch) -> Tensor:
-        """States that predict the batch's completion tokens, [T, D]."""
+        """Return the states that predict the batch's completion tokens, [T, D]."""
         states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
     def head(self) -> Head:
-        """The projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
+        """Return the projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
         layer = self.module.get_output_embeddings()
         scale = getattr(self._config, "logit_scale", None) or 1.0 / (getattr(self._config, "logits_scaling", None) or 1.0)
         return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's own logits of the batch's completion tokens, [T, V]."""
+        """Return the model's own logits of the batch's completion tokens, [T, V]."""
         logits: Tensor = self.module(**self._inputs(batch)).logits
         return logits[batch.row_of, batch.column_of]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The state dict, detached."""
+        """Yield the state dict, detached."""
         for name, tensor in self.module.state_dict().items():
             yield name, tensor.detach()
 
     def save(self, folder: Path) -> None:
-        """Weights as safetensors, configuration and tokenizer."""
+        """Write the weights as safetensors, the configuration and the tokenizer."""
         self.module.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
 def token_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
-    """log pi(token) of the batch's completion tokens at `temperature`, [T] fp32, through the fused operator that fits the model."""
+    """Return log pi(token) of the batch's completion tokens at `temperature`, [T] fp32, from the fused operator that fits the model."""
     if not model.use_head:
         return _only(ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=temperature))
     head = model.head()
@@ -120,7 +120,7 @@ def token_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Te
 
 
 def _only(logprobs: Any) -> Tensor:
-    """The operators return a bare tensor when nothing but logprobs is asked for."""
+    """Return the logprobs: the operators return a bare tensor when nothing else is asked for."""
     assert isinstance(logprobs, Tensor)
     return logprobs
 
@@ -153,7 +153,7 @@ def check_forms(model: LanguageModel, plain: Batch, shared: Batch, temperature: 
     model.share_prompts = True
     try:
         rows = _compare(token_logprobs(model, shared, temperature), truth, model)
-    except (TypeError, ValueError, RuntimeError):  # a model that takes no mask of its own
+    except (TypeError, ValueError, RuntimeError):  # the model accepts no custom mask
         rows = FormCheck(math.inf, math.inf, False)
     model.share_prompts = rows.ok
     return head, rows

@@ -1,4 +1,4 @@
-"""From a configuration to a running trainer or evaluation: model, task, engine, rewards, store, in the order that fails fastest."""
+"""Build a trainer or an evaluation from a configuration: model, task, engine, rewards, store, in the order that fails fastest."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from reinforce_ada.types import Prompt
 
 
 def train(config: Config, resume: Path | None = None) -> None:
-    """Run `config` to its end, from the start or going on in `resume`; under torchrun with every rank.
+    """Run `config` to its end, from the start or resuming `resume`; under torchrun on every rank.
 
     Raises: InputError for anything the configuration, the folder or the machine cannot do. SystemExit on a rank other than 0 when the run
-    fails: rank 0 says why.
+        fails, which rank 0 reports.
     """
     quiet_libraries(config.model.model)
     with distributed.join() as ranks:
@@ -57,7 +57,7 @@ def train(config: Config, resume: Path | None = None) -> None:
 
 
 def _follow(config: Config, ranks: Ranks) -> bool:
-    """Train on what rank 0 sends; False when a rank fails, which is for rank 0 to say."""
+    """Train on what rank 0 sends. Return False when a rank fails, which rank 0 reports."""
     try:
         path, dtype = ranks.receive()
         model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
@@ -77,13 +77,13 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = _with_whole_paths(config, records)
     if resume is None:
         lineage.check_held_out(records, config.model.model)
-    Objective.from_config(config)  # what it refuses is better known before anything is made
+    Objective.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
         out = folder.path
         rewards = stack.enter_context(make_rewards(config, records))
-        # A run that goes on must fit its store before anything slow happens; a new one has a store only when all else has been made, so
-        # that a first attempt with a wrong setting leaves no run behind.
+        # A resumed run must fit its store before anything slow happens. A new run gets a store only when all else has been made, so that a
+        # first attempt with a wrong setting leaves no run behind.
         store = _open_store(stack, config, records, folder) if resume else None
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
@@ -114,7 +114,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
 
 
 def finish(out: Path, display: Display) -> None:
-    """The closing table and the figure of a run."""
+    """Print the closing table and draw the figure of a run."""
     from reinforce_ada import report
 
     display.table(f"{out}", report.summary_table(out))
@@ -125,7 +125,7 @@ def finish(out: Path, display: Display) -> None:
 
 
 def evaluate_model(config: Config, model_name: str) -> Evaluation:
-    """Avg@k and pass@k of any model on the held-out prompts of the configured task."""
+    """Return Avg@k and pass@k of any model on the held-out prompts of the configured task."""
     if distributed.world_size() > 1:
         raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
     quiet_libraries(model_name)
@@ -159,12 +159,12 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
 
 
 def model_path(name: str) -> str:
-    """What an engine loads for a model of this name."""
+    """Return the path that an engine loads for a model of this name."""
     return models.resolve(name)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to train on. Raises: InputError for cuda where there is none."""
+    """Return the device to train on. Raises: InputError for cuda if there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train", "device cuda", "a CUDA device and a torch built for it", "--device cpu")
     if name == "auto":
@@ -173,14 +173,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def with_dtype(config: Config, device: torch.device) -> Config:
-    """The configuration with dtype "auto" replaced by the one that `device` computes in: a run keeps it wherever it is resumed."""
+    """Return the configuration with dtype "auto" replaced by the one that `device` computes in; a run keeps it wherever it is resumed."""
     if config.model.dtype != "auto":
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=machine.native_dtype(device.type)))
 
 
 def _precision(dtype: str, device: torch.device) -> str:
-    """The dtype and the device in words, with the reason for the dtype where "auto" chose it."""
+    """Return the dtype and the device in words, with the reason for the dtype if "auto" chose it."""
     if dtype != "auto":
         return f"{dtype}, {device}"
     has = machine.cpu_arithmetic() if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -189,7 +189,7 @@ def _precision(dtype: str, device: torch.device) -> str:
 
 
 def pick_engine(wanted: str) -> str:
-    """vLLM where it is installed, else transformers. Raises: InputError for vLLM or Ray where it is not installed."""
+    """Choose vLLM if it is installed, otherwise transformers. Raises: InputError if vLLM or Ray is wanted but not installed."""
     if wanted == "auto":
         return "vllm" if is_installed("vllm") else "transformers"
     if wanted in ("vllm", "ray") and not is_installed(wanted):
@@ -200,7 +200,7 @@ def pick_engine(wanted: str) -> str:
 
 @contextmanager
 def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
-    """The reward workers."""
+    """Yield the reward workers."""
     e = config.engine
     with RewardPool(records.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
         yield rewards
@@ -210,7 +210,7 @@ def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
 def make_engine(
     name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, weights: Path, display: Display
 ) -> Iterator[Engine]:
-    """The engine of that name, from the function `launch` of its module; weights that other processes load go to `weights`."""
+    """Yield the engine of that name, from the function `launch` of its module. `weights` is for weights that other processes load."""
     limits = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
@@ -218,7 +218,7 @@ def make_engine(
         "temperature": config.sampling.temperature,
         "stop": tuple(config.sampling.stop),
     }
-    vocab_size = int(model.module.get_input_embeddings().weight.shape[0])  # token ids that the model can read are below
+    vocab_size = int(model.module.get_input_embeddings().weight.shape[0])  # the model can read only token ids below it
     run = Launch(
         config.engine, path, config.model.dtype, device.type, model.module, model.tokenizer, vocab_size, weights, limits, display.line
     )  # fmt: skip
@@ -230,12 +230,12 @@ def make_engine(
 
 
 def quiet_libraries(model: str) -> None:
-    """Only warnings that concern the run, and no look at a hub for a model that lies on this disk. Before transformers is imported."""
+    """Silence warnings that do not concern the run, and keep a local model offline. Call it before transformers is imported."""
     if model in ("smollm2", "tiny") or Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of packages compiled at their first import
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # raised by packages that are compiled at their first import
     warnings.filterwarnings("ignore", module=r"(vllm|transformers|torch)\b.*")
     from transformers.utils import logging as transformers_logging
 
@@ -245,17 +245,17 @@ def quiet_libraries(model: str) -> None:
 
 
 def _out(config: Config) -> Path:
-    """The folder of a new run."""
+    """Return the folder of a new run."""
     run, sampling = config.run, config.sampling
     if sampling.memory_from:
-        earlier_store(sampling.memory_from).close()  # a wrong name must not wait for the model
+        earlier_store(sampling.memory_from).close()  # a wrong name is reported before the model is loaded
     default = f"runs/{Path(config.model.model).name}-{Path(config.task.task).stem}-{sampling.preset}-seed{run.seed}"
     return Path(run.out or default)
 
 
 @contextmanager
 def _scratch(weights_dir: str) -> Iterator[str]:
-    """A folder for the weights of an evaluation, below the one that servers can read."""
+    """Yield a folder for the weights of an evaluation, inside the one that servers can read."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="eval-", dir=weights_dir or None)
     except OSError as e:
@@ -266,7 +266,7 @@ def _scratch(weights_dir: str) -> Iterator[str]:
 
 
 def _with_whole_paths(config: Config, records: Records) -> Config:
-    """Files of task and reward and the folder of a model by their whole paths: a resume may come from another folder."""
+    """Make the paths of task, reward and model absolute, since a resume may start from another folder."""
     task, reward, model = config.task.task, config.task.reward, config.model.model
     if records.digest:
         task = str(Path(task).absolute())
@@ -283,7 +283,7 @@ def _with_whole_paths(config: Config, records: Records) -> Config:
 
 
 def _origin(module: str) -> str | None:
-    with suppress(ValueError):  # a module that is there without a file
+    with suppress(ValueError):  # a module without a file
         found = importlib.util.find_spec(module)
         return found.origin if found else None
     return None
@@ -294,7 +294,7 @@ def _longest_prompt(config: Config) -> int:
 
 
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """A run's questions, reward and model are those of its files, wherever they lie now. Raises: InputError where the questions changed."""
+    """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
     if _function(then.get("reward", "")) == _function(now["reward"]):
         now["reward"] = then.get("reward", "")
@@ -310,7 +310,7 @@ def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any])
 
 
 def _function(reward: str) -> str:
-    """A reward without where its file lies, and whether it is named as a file or as a module."""
+    """Return a reward without its folder, and the same for a file as for a module."""
     return os.path.basename(reward).replace(".py:", ":")
 
 
@@ -326,7 +326,7 @@ def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunF
 
 
 def _tiny_folder(config: Config, records: Records, out: Path, display: Display, *, is_new: bool) -> str:
-    """The warm-started tiny Llama of this run, built when it is new, and again when it is damaged."""
+    """Return the folder of this run's warm-started tiny Llama, which is built for a new run, and again if it is damaged."""
     folder = out / "base_model"
     if is_new or not _loads(folder, config, display):
         prompts = _warm_up(records, config)

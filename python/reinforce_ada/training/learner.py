@@ -1,4 +1,4 @@
-"""What every rank does: forward and backward over its share of each minibatch, then the same optimizer step as all the others."""
+"""The work of every rank: forward and backward over its share of each minibatch, then the same optimizer step as the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reinforce_ada.types import Prompt
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Minibatch:
-    """Samples of one optimizer step, or a rank's share of them; the counts are those of all ranks, so that losses and gradients add up."""
+    """Samples of one optimizer step, or a rank's share of them. The counts are those of all ranks, so that losses and gradients add up."""
 
     samples: Sequence[Sample]
     num_tokens: int  # of the completions
@@ -33,20 +33,20 @@ class Work:
 
     minibatches: Sequence[Minibatch]
     learning_rate: float
-    share_prompts: bool  # what rank 0 found out about the model
+    share_prompts: bool  # rank 0's findings about the model
     use_head: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Align:
-    """Take the optimizer state of rank 0: name -> shape and dtype of what follows."""
+    """An order to take the optimizer state of rank 0: name -> shape and dtype of the tensors that follow."""
 
     layout: Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Report:
-    """What a rank made of its share of a minibatch."""
+    """A rank's result for its share of a minibatch."""
 
     parts: list[tuple[dict[str, float], int]]  # metrics of a pass, its tokens
     loss: float
@@ -54,7 +54,7 @@ class _Report:
 
 
 class Learner:
-    """Model, objective and optimizer, on this rank."""
+    """Model, objective and optimizer on this rank."""
 
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
@@ -70,7 +70,7 @@ class Learner:
     # -------------------- on rank 0
 
     def align(self) -> None:
-        """Give every rank this one's weights and moments."""
+        """Send this rank's weights and moments to every rank."""
         if self.ranks.size == 1:
             return
         tensors = {name: tensor.cpu() for name, tensor in self.optimizer.tensors().items()}
@@ -79,10 +79,10 @@ class Learner:
             self.ranks.copy_from_first(tensor)
 
     def update(self, minibatches: Sequence[Minibatch], learning_rate: float, advance: Callable[[int], None]) -> dict[str, float]:
-        """One optimizer step for each minibatch, whose samples are spread over the ranks by their tokens.
+        """Take one optimizer step for each minibatch, whose samples are spread over the ranks by their tokens.
 
         Args:
-            advance: told how many completion tokens more this rank has trained on.
+            advance: called with the number of further completion tokens that this rank has trained on.
         Returns: the metrics of the objective over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
         """
         per_rank = zip(*(self._shares(m) for m in minibatches), strict=True) if minibatches else [()] * self.ranks.size
@@ -98,7 +98,7 @@ class Learner:
     # -------------------- on the others
 
     def follow(self) -> None:
-        """Do what rank 0 says until it lets go. Raises: RankError when it is gone."""
+        """Follow the orders of rank 0 until it releases this rank. Raises: RankError when rank 0 is gone."""
         while (order := self.ranks.receive()) is not None:
             match order:
                 case Align(layout):
@@ -129,7 +129,7 @@ class Learner:
 
     @torch.no_grad()
     def _prepare(self, minibatches: Sequence[Minibatch]) -> list[tuple[list[Batch], list[Tensor | None]]]:
-        """Passes, and their logprobs before the step's first update. The first minibatch sees those very weights: its ratio is 1."""
+        """Return the passes and their logprobs before the step's first update. The first minibatch needs none: its ratio is 1."""
         prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
         for m, minibatch in enumerate(minibatches):
             passes = self._passes(minibatch.samples)
@@ -143,7 +143,7 @@ class Learner:
     def _gradient(
         self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]
     ) -> _Report:
-        """Backward over every pass, into the optimizer's accumulators."""
+        """Run backward over every pass, into the optimizer's accumulators."""
         parts: list[tuple[Mapping[str, Tensor], int]] = []
         losses: list[Tensor] = []
         for batch, old_logprobs in zip(passes, old, strict=True):
@@ -158,5 +158,5 @@ class Learner:
 
 
 def _bare(sample: Sample) -> Sample:
-    """Only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
+    """Return only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
     return Sample(Prompt(sample.prompt.prompt_id, sample.prompt.token_ids), replace(sample.completion, text=""), sample.advantage)

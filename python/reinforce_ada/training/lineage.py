@@ -1,4 +1,4 @@
-"""What a model has been trained on: the questions of the run beside its folder, and of the runs its base model came from."""
+"""The questions that a model has been trained on: those of the run beside its folder, and of the runs from which its base model came."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARM_UP_EXAMPLES = 512  # training questions that the tiny model has seen with t
 
 
 def run_beside(model: str) -> Path | None:
-    """The run folder that a model folder lies in, such as RUN of RUN/model and of RUN/checkpoints/step-000030/model."""
+    """Return the run folder that contains a model folder, such as RUN for RUN/model and for RUN/checkpoints/step-000030/model."""
     if not os.path.isdir(model):
         return None
     for folder in list(Path(model).resolve().parents)[:3]:
@@ -30,15 +30,15 @@ def run_beside(model: str) -> Path | None:
 
 
 def warm_up_prompts(records: Records, make: Callable[[str, Record], Prompt]) -> list[Prompt]:
-    """The prompts that the base model of `tiny` learns from, with their answers: training questions, never held-out ones."""
+    """Return the prompts that the base model of `tiny` learns from, with their answers: training questions, never held-out ones."""
     stream = PromptStream(records.warm_up, records.excluded, make, 0)
     return [prompt for prompt in islice(stream, WARM_UP_EXAMPLES) if answer_of(prompt.data) is not None]
 
 
 def without_trained(records: Records, model: str) -> tuple[Records, str]:
-    """The records without those held-out questions that the model was trained on, and what is to be said of that ("": nothing).
+    """Return the records without held-out questions that the model was trained on, and a note about them ("": none).
 
-    Raises: InputError where none is left, or it cannot be known because the run beside the model has lost its store.
+    Raises: InputError if none is left, or if it cannot be known because the run beside the model has lost its store.
     """
     held_out, said = list(records.held_out), []
     for run in _ancestry(model):
@@ -53,7 +53,7 @@ def without_trained(records: Records, model: str) -> tuple[Records, str]:
 
 
 def check_held_out(records: Records, model: str) -> None:
-    """Raises: InputError where a run that begins with this model would hold out questions that the model was trained on."""
+    """Raise InputError if a run that begins with this model would hold out questions that the model was trained on."""
     for run in _ancestry(model):
         trained = _trained_on(run)
         if found := sum(question_of(record) in trained for record in records.held_out):
@@ -62,7 +62,7 @@ def check_held_out(records: Records, model: str) -> None:
 
 
 def _ancestry(model: str) -> Iterator[Path]:
-    """The run beside the model, the one beside the model that it began with, and so on."""
+    """Yield the run beside the model, the run beside the model with which that run began, and so on."""
     seen: set[Path] = set()
     run = run_beside(model)
     while run is not None and run not in seen:

@@ -1,4 +1,4 @@
-"""The run's log: one JSON object per line, cut back when a run resumes from an earlier step; a damaged line costs that line only."""
+"""The run's log: one JSON object per line, cut back when a run resumes from an earlier step. A damaged line costs that line only."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from reinforce_ada.training.track import Trackers
 
 
 class RunLog:
-    """Appends records to `log.jsonl`, remembers them, and gives those of steps and evaluations to `trackers`.
+    """Appends records to `log.jsonl`, keeps them in memory, and passes those of steps and evaluations to `trackers`.
 
-    Raises: InputError when there is one that cannot be read or written.
+    Raises: InputError when there is a log that cannot be read or written.
     """
 
     def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
         self._path, self._trackers = path, trackers
         self.records, self._num_damaged = _read(path)
         if self._num_damaged:
-            self._rewrite()  # a record cut short by a killed process would swallow the next one
+            self._rewrite()  # otherwise a record cut short by a killed process would swallow the next one
 
     @property
     def run_id(self) -> str:
-        """Which run's log this is; "" where it does not say."""
+        """Return the id of the run; "" if the log does not have it."""
         return next((str(r["run_id"]) for r in self.records if r["kind"] == "run" and "run_id" in r), "")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -47,12 +47,12 @@ class RunLog:
         """Forget what was logged after `step`: those steps are trained again, and will be logged again.
 
         Args:
-            journaled: the last step of which the journal has anything.
-        Returns: what a person should know of it, in lines.
+            journaled: the last step with anything in the journal.
+        Returns: lines for the user about damage and missing steps.
         """
         steps = {r["step"] for r in self.records if r["kind"] == "step"}
         said = []
-        if self._num_damaged > 1:  # a single one is what a kill leaves
+        if self._num_damaged > 1:  # a kill leaves a single one
             said.append(f"{self._path.name}: {self._num_damaged} damaged lines are left out")
         if missing := [str(s) for s in range(1, step + 1) if s not in steps]:
             said.append(f"{self._path.name} lacks {len(missing)} of the steps up to {step}, such as step {missing[0]}")
@@ -69,23 +69,23 @@ class RunLog:
         replace_file(self._path, text, where="log", hint="then resume")
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        """The evaluation logged at `step`, if any."""
+        """Return the evaluation logged at `step`, if any."""
         return next((r for r in self.records if r["kind"] == "eval" and r["step"] == step), None)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, without the lines that are damaged, such as the last one of a killed process; none where there is no log.
+    """Return the records of a log without damaged lines, such as the last one of a killed process; nothing if there is no log.
 
-    A record has a kind. Those of kind "step" and "eval" have a step, those of kind "eval" k; what else those and "run" have is of
-    the right kind or null.
+    A record has a kind. Those of kind "step" and "eval" have a step, those of kind "eval" k; any other value of these and of kind "run" has
+    the right type or is null.
 
-    Raises: InputError when it cannot be read.
+    Raises: InputError when the log cannot be read.
     """
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Records, and the number of damaged lines."""
+    """Return the records, and the number of damaged lines."""
     try:
         *lines, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:

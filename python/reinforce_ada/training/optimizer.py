@@ -17,8 +17,8 @@ class MasterAdamW:
 
     Args:
         parameters: (name, parameter) pairs, tied ones once.
-        weight_decay: decoupled.
-        max_grad_norm: clipping by the global norm.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clips gradients by the global norm.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, max_grad_norm: float) -> None:
@@ -30,7 +30,7 @@ class MasterAdamW:
         self._max_grad_norm = max_grad_norm
 
     def accumulate(self) -> None:
-        """Move the gradients of a backward into the masters."""
+        """Move the gradients of a backward pass into the masters."""
         for name, p in self._parameters.items():
             master = self._masters[name]
             if master is p or p.grad is None:
@@ -40,7 +40,7 @@ class MasterAdamW:
             p.grad = None
 
     def touched(self) -> set[str]:
-        """The parameters that have a gradient."""
+        """Return the parameters that have a gradient."""
         return {name for name, master in self._masters.items() if master.grad is not None}
 
     def add_up(self, add_up: Callable[[Tensor], None], names: Collection[str]) -> None:
@@ -52,7 +52,7 @@ class MasterAdamW:
                 add_up(master.grad)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, round into the parameters, forget the gradients.
+        """Clip, update, round into the parameters, and clear the gradients.
 
         Returns: the gradient norm before clipping. With a norm of 0 (no signal) or one that is not finite nothing changes.
         """
@@ -72,7 +72,7 @@ class MasterAdamW:
                 p.copy_(self._masters[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything needed to go on: masters and moments, by name."""
+        """Return everything needed to resume: masters and moments, by name."""
         out: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             out[f"master/{name}"] = master.detach()
@@ -81,11 +81,11 @@ class MasterAdamW:
         return out
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """Why `load` cannot take these, in a few words; "" when it can."""
+        """Return in a few words why `load` cannot take these tensors; "" if it can."""
         shapes = {f"master/{name}": master.shape for name, master in self._masters.items()}
         for name, master in self._masters.items():
             moments = {f"exp_avg/{name}": master.shape, f"exp_avg_sq/{name}": master.shape, f"step/{name}": torch.Size([])}
-            if moments.keys() & tensors.keys():  # a parameter that never had a gradient has none
+            if moments.keys() & tensors.keys():  # a parameter that never had a gradient has no moments
                 shapes |= moments
         if missing := sorted(shapes.keys() - tensors.keys()):
             return f"{missing[0]} is missing"
@@ -101,7 +101,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `tensors` returned (no `misfit`); the parameters are rounded from the masters."""
+        """Restore what `tensors` returned (no `misfit`); the parameters are rounded from the masters."""
         for name, master in self._masters.items():
             master.copy_(tensors[f"master/{name}"])
             state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
@@ -111,5 +111,5 @@ class MasterAdamW:
 
 
 def warmed_up(learning_rate: float, step: int, warmup_steps: int) -> float:
-    """Linear warm-up: step 1 of w gets 1/(w+1) of the rate, step w+1 and later the whole."""
+    """Return the linearly warmed-up rate: step 1 of w gets 1/(w+1) of the rate, step w+1 and later the whole."""
     return learning_rate * min(1.0, step / (warmup_steps + 1))

@@ -1,7 +1,7 @@
-"""The folder of a run: begun in an empty one only, known by a marker, used by one process at a time. Nothing of others is touched.
+"""The folder of a run: begun in an empty one only, identified by a marker, used by one process at a time. Foreign files are never touched.
 
-A run exists from when its config.toml does, which is written last of all that a start makes. Killed before that, the marker says that
-what lies there are the left-overs of a start, and the next one may clear them.
+A run exists once its config.toml does, which a start writes last. If a start is killed before that, the marker shows that the contents are
+the left-overs of a start, and the next start may remove them.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.files import ASIDE, clear_leftovers, replace_file
 from reinforce_ada.outside import one_line
 
-MARKER = ".reinforce-ada"  # holds the run's name, a random one, and is the lock
+MARKER = ".reinforce-ada"  # holds the run's name, which is random, and is the lock
 CONFIG = "config.toml"
-_END = "# the end of a whole file\n"  # TOML has no end of its own: a file that was cut short may still be valid
+_END = "# the end of a whole file\n"  # TOML has no end marker: a file that was cut short may still be valid
 _STORE = ("rollouts.sqlite", "rollouts.sqlite-wal", "rollouts.sqlite-shm", "rollouts.sqlite-journal", "rollouts.sqlite.lock")
-# What a start makes before config.toml.
+# What a start creates before config.toml.
 _OF_A_START = (MARKER, *_STORE, "base_model", "tensorboard", "track.json", "wandb")
 _FOLDERS = ("base_model", "tensorboard", "checkpoints", "model", "wandb")
 _FILES = (CONFIG, "log.jsonl", "track.json", "figure.png", "rollouts.parquet", *_STORE)
-_EVIDENCE = ("rollouts.sqlite", "log.jsonl", "checkpoints", MARKER)  # beside a config.toml, which is a common name
+_EVIDENCE = ("rollouts.sqlite", "log.jsonl", "checkpoints", MARKER)  # expected beside a config.toml, which is a common name
 _WHERE = "train"
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder that this process has for itself."""
+    """A run folder that only this process uses."""
 
     path: Path
-    name: str  # of the run: the same wherever its folder is moved to
+    name: str  # the name of the run, which stays the same wherever its folder is moved
 
     def begin(self, config: Config) -> None:
-        """The run exists from here on; on a resumed one, its configuration is what it is now."""
+        """Write the configuration, from which on the run exists; a resumed run gets its current configuration."""
         text = configuration.dump(config)
         replace_file(self.path / CONFIG, text + _END, where=_WHERE, hint="then resume the run")
 
 
 @contextlib.contextmanager
 def new(path: Path) -> Iterator[RunFolder]:
-    """A folder for a new run: absent, empty, or with the left-overs of a start that was killed; as it was, if this one does not begin.
+    """Yield a folder for a new run: absent, empty, or with left-overs of a killed start. It is restored if the run does not begin.
 
-    Raises: InputError for any other, for one that cannot be written, and for one that another process uses.
+    Raises: InputError for any other folder, for one that cannot be written, and for one that another process uses.
     """
     made = _make(path)
     try:
@@ -68,13 +68,13 @@ def new(path: Path) -> Iterator[RunFolder]:
                     (path / MARKER).unlink(missing_ok=True)
     finally:
         for folder in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: the run is there
+            with contextlib.suppress(OSError):  # not empty: the run has begun
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def existing(path: Path) -> Iterator[RunFolder]:
-    """The folder of a run that goes on.
+    """Yield the folder of a run to be resumed.
 
     Raises: InputError when it holds no run, when something in it is not of the kind it should be, when its configuration was cut short,
         when it cannot be written, and when another process uses it.
@@ -94,18 +94,18 @@ def existing(path: Path) -> Iterator[RunFolder]:
 
 
 def check_run(path: Path) -> None:
-    """Raises: InputError where `path` is not the folder of a run."""
+    """Raise InputError if `path` is not the folder of a run."""
     if not os.path.isfile(path / CONFIG) or not any(os.path.exists(path / name) for name in _EVIDENCE):
         raise InputError(_WHERE, f"{one_line(str(path))} holds no run", "a folder that `reinforce-ada train` wrote")
 
 
 @contextlib.contextmanager
 def weights_folder(path: Path, name: str) -> Iterator[Path]:
-    """A folder outside the run's own for weights, which are removed there as new ones come: absent, empty, or of this run before.
+    """Yield a folder outside the run's own for weights, where new ones replace old ones: absent, empty, or used by this run before.
 
     Args:
-        name: of the run.
-    Raises: InputError for any other, and for one that cannot be written.
+        name: the name of the run.
+    Raises: InputError for any other folder, and for one that cannot be written.
     """
     mark, where = path / MARKER, "engine"
     try:
@@ -121,11 +121,11 @@ def weights_folder(path: Path, name: str) -> Iterator[Path]:
     yield path
 
 
-# -------------------- beginning
+# -------------------- a new run
 
 
 def _make(path: Path) -> list[Path]:
-    """Make the folder; those that were made, the outermost first."""
+    """Make the folder, and return those that were made, the outermost first."""
     made: list[Path] = []
     try:
         if os.path.lexists(path) and not path.is_dir():
@@ -135,7 +135,7 @@ def _make(path: Path) -> list[Path]:
                 continue
             try:
                 folder.mkdir()
-            except FileExistsError:  # a file, or another process has just made it
+            except FileExistsError:  # a file, or a folder that another process has just made
                 if not folder.is_dir():
                     raise
             else:
@@ -157,7 +157,7 @@ def _check_free(path: Path, *, is_named: bool) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a start makes, but for the marker: without it the rest would look like somebody's."""
+    """Remove what a start creates except the marker, without which the rest would look like foreign files."""
     for name in _OF_A_START[1:]:
         entry = path / name
         if entry.is_dir() and not entry.is_symlink():
@@ -172,12 +172,12 @@ def _some(names: list[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# -------------------- using
+# -------------------- the lock and the marker
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """The marker, open and locked for this process; one that nothing was begun under does not stay."""
+    """Yield the marker, open and locked for this process. Remove it afterwards if it is new and no run began."""
     is_new = not os.path.lexists(path / MARKER)
     lock = _lock(path)
     try:
@@ -189,7 +189,7 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _name(lock: int) -> str:
-    """The run's name in its marker; "" where a start was killed before it was written."""
+    """Return the run's name in its marker; "" if a start was killed before writing it."""
     text = os.pread(lock, 100, 0).decode(errors="replace")
     return text if re.fullmatch("[0-9a-f]{32}", text) else ""
 
@@ -200,7 +200,7 @@ def _named(lock: int) -> str:
     try:
         os.ftruncate(lock, 0)
         os.pwrite(lock, uuid.uuid4().hex.encode(), 0)
-    except OSError as e:  # a full disk, say
+    except OSError as e:  # for example a full disk
         raise InputError(_WHERE, f"cannot write {MARKER}: {e.strerror}", "a folder with space") from e
     return _name(lock)
 
@@ -226,7 +226,7 @@ def _lock(path: Path) -> int:
 
 
 def _check_whole(path: Path, *, is_named: bool) -> None:
-    """The configuration has its last line; that of an earlier version, which had no marker, gets it."""
+    """Require the last line of the configuration; add it to that of an earlier version, which had no marker."""
     text = (path / CONFIG).read_bytes()
     if _END.encode() in text:
         return

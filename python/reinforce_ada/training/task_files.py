@@ -1,4 +1,4 @@
-"""Records from files: JSON lines and arrays, CSV, Parquet, folders of `datasets`; whatever is wrong with one is said with its place."""
+"""Records from files: JSON lines and arrays, CSV, Parquet, folders of `datasets`. Every error names its place in the file."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ Record = Mapping[str, Any]
 _LINES, _COLUMNS, _PARQUET = (".jsonl", ".ndjson", ".json"), (".csv",), (".parquet",)
 SUPPORTED = ".jsonl, .ndjson, .json, .csv (each also with .gz), .parquet, or a folder that `datasets` saved"
 _ROLES = ("system", "user", "assistant")
-_DEEPEST = 64  # levels of nesting: what is deeper cannot be pickled for a reward, or written to the store, on every stack
+_DEEPEST = 64  # levels of nesting: a deeper record cannot be pickled for a reward, or written to the store, on every stack
 
 
 def suffix_of(path: Path) -> str:
-    """The kind of a file by its name, without regard to case or a last .gz: ".jsonl" of "A.JSONL.gz"."""
+    """Return the kind of a file by its name, ignoring case and a final .gz: ".jsonl" for "A.JSONL.gz"."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def names_a_file(task: str) -> bool:
-    """Whether a task is meant as a file or folder, not as the name of a generator."""
+    """Return whether a task names a file or folder rather than a generator."""
     return os.sep in task or suffix_of(Path(task)) != ""
 
 
 def question_of(record: Record) -> str:
-    """What a record asks, as the text that tells it from others: its "prompt", else its "messages", else its "question"."""
+    """Return the text that identifies a record's question: its "prompt", otherwise its "messages", otherwise its "question"."""
     asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
     return asked if isinstance(asked, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
 
 
 def turns_of(record: Record) -> list[dict[str, str]]:
-    """The conversation of a record that ends where the model is to go on."""
+    """Return the conversation of a record, up to where the model continues it."""
     asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
@@ -52,7 +52,7 @@ def turns_of(record: Record) -> list[dict[str, str]]:
 
 
 def answer_of(record: Record) -> str | None:
-    """The answer to show, the first where any of several is right; None where there is none."""
+    """Return the answer to show, the first if several are right; None if there is none."""
     answer = record.get("answer")
     if isinstance(answer, (list, tuple)):
         answer = answer[0] if answer else None
@@ -60,7 +60,7 @@ def answer_of(record: Record) -> str | None:
 
 
 def digest_of(path: Path) -> str:
-    """Of the bytes of a file, or of all files of a folder with their names."""
+    """Return the digest of a file's bytes, or of all files of a folder with their names."""
     found = hashlib.blake2b(digest_size=16)
     if not os.path.isdir(path):
         found.update(path.read_bytes())
@@ -71,10 +71,10 @@ def digest_of(path: Path) -> str:
 
 
 def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
-    """The records of a file, in its order. One without a field "question" gets it: the text of what it asks.
+    """Return the records of a file, in its order. A record without a field "question" gets it: the text of its prompt.
 
-    Raises: InputError naming file and place for anything that is not a record with a prompt (and an answer where one is needed), and for
-    a file that cannot be read or is of another kind.
+    Raises: InputError naming file and place for anything that is not a record with a prompt (and an answer if one is needed), and for a
+        file that cannot be read or is of another kind.
     """
     records = [_checked(where, raw, needs_answer) for where, raw in _raw(path)]
     if not records:
@@ -83,7 +83,7 @@ def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
 
 
 def _raw(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every record."""
+    """Yield (place, value) of every record."""
     if os.path.isdir(path):
         yield from _rows(path, _dataset(path))
         return
@@ -165,7 +165,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         return rows
     except OSError as e:
         raise InputError("task", f"cannot read {path}: {one_line(e.strerror or str(e))}", "a Parquet file") from e
-    except Exception as e:  # pyarrow has errors of its own, by what is damaged
+    except Exception as e:  # pyarrow has its own errors, depending on the damage
         raise InputError("task", f"{path} is not Parquet ({one_line(str(e), 100)})", "a Parquet file") from e
 
 
@@ -177,7 +177,7 @@ def _dataset(path: Path) -> Sequence[Any]:
 
     try:
         found = datasets.load_from_disk(str(path))
-    except Exception as e:  # by what is damaged
+    except Exception as e:  # the error depends on the damage
         raise InputError("task", f"cannot read {path}: {one_line(str(e), 200)}", "a folder that `datasets` saved") from e
     if isinstance(found, dict):
         if "train" not in found:
@@ -191,7 +191,7 @@ def _needs(package: str, path: Path) -> None:
         raise InputError("task", f"{path} needs {package}, which is not installed", f"pip install {package}", "or write it as .jsonl")
 
 
-# -------------------- what a record must be
+# -------------------- checks of a record
 
 
 def _checked(where: str, raw: Any, needs_answer: bool) -> Record:
@@ -239,7 +239,7 @@ def _check_answer(where: str, answer: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    """Levels of nesting, counted without recursion up to one more than is allowed."""
+    """Return the levels of nesting, counted without recursion, up to one more than is allowed."""
     level, depth = [value], 0
     while level and depth <= _DEEPEST:
         depth += 1

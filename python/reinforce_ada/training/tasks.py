@@ -1,4 +1,4 @@
-"""Tasks: where prompts come from, how they are rendered, and which are held out."""
+"""Tasks: the source of prompts, how they are rendered, and which are held out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from reinforce_ada.outside import one_line
 from reinforce_ada.training.task_files import Record, answer_of, digest_of, names_a_file, question_of, read_records, turns_of
 from reinforce_ada.types import Prompt
 
-# One-digit sums of two terms: small models answer about 1 in 16 of them at first, which is where adaptive sampling has most to do.
+# One-digit sums of two terms: small models answer about 1 in 16 of them at first, where adaptive sampling has the most to gain.
 _STARTING_OPTIONS: dict[str, dict[str, Any]] = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
-_EPOCH = 1 << 20  # records of a generator before its order is drawn anew
+_EPOCH = 1 << 20  # records of a generator before a new order is drawn
 _MAX_SKIPS = 10_000  # consecutive questions that are held out or too long before we conclude that nothing else exists
 _MAX_EXAMPLES_LOOKED_AT = 64  # records of a generator without an answer before we conclude that none has one
 
@@ -30,16 +30,16 @@ class Records:
     """A task before any tokenizer: training records by position, worked examples, held-out records, and the reward."""
 
     train: Source  # in the order of the run's seed
-    warm_up: Source  # the same in the order of the data's seed: what a base model may see does not depend on the run's
+    warm_up: Source  # the same in the order of the data's seed: the questions of a base model do not depend on the run's seed
     examples: Sequence[Record]
     held_out: Sequence[Record]
     reward: Any  # a picklable callable, "module:function" or "file.py:function"
-    digest: str = ""  # of the file they came from: a run must not resume on other questions
-    notes: tuple[str, ...] = ()  # what is to be said of them, a line each
+    digest: str = ""  # of their file: a run must not resume on other questions
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @property
     def excluded(self) -> frozenset[str]:
-        """The questions that are never trained on."""
+        """Return the questions that are never trained on."""
         return frozenset(question_of(r) for r in (*self.held_out, *self.examples))
 
 
@@ -52,18 +52,18 @@ class Task:
     held_out: tuple[Prompt, ...]
     reward: Any  # a picklable callable, "module:function" or "file.py:function"
     make: Callable[[str, Record], Prompt]  # (name, record) -> its prompt
-    notes: tuple[str, ...] = ()  # what is to be said of it, a line each
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 class PromptStream(Iterator[Prompt]):
-    """Training prompts in a seeded order, without end; `position` is all there is to resume. `num_too_long` have been left out.
+    """Training prompts in a seeded order, without end. `position` suffices to resume; `num_too_long` counts those left out.
 
     Args:
         source: records by position.
-        excluded: questions that never come.
+        excluded: questions that are never returned.
         make: (name, record) -> the prompt.
         position: where to begin.
-        longest: most tokens of a prompt; longer ones are left out, whenever they come. None: no limit.
+        longest: the most tokens of a prompt; longer ones are left out when they are reached. None: no limit.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Source:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[str, Record]:
-        """(a name unique to the position, the record there)."""
+        """Return (a name unique to the position, the record there)."""
         epoch, offset = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size)
@@ -109,10 +109,10 @@ class Source:
 
 
 class Renderer:
-    """Conversations as text, through the tokenizer's chat template or as plain lines.
+    """Renders conversations as text, through the tokenizer's chat template or as plain lines.
 
-    A template that raises on a system message, or leaves it out, gets its text at the head of the first user message instead;
-    `has_folded` says that this has happened.
+    If a template raises on a system message, or leaves it out, the system text goes to the start of the first user message instead;
+    `has_folded` tells whether this has happened.
 
     Raises: InputError when a chat template is needed and there is none, or it cannot take a user's message.
     """
@@ -125,18 +125,18 @@ class Renderer:
         self.has_folded = False
 
     def text(self, examples: Sequence[Record], record: Record) -> str:
-        """Examples with their answers, then what the record asks. Raises: InputError where the template raises on this conversation."""
+        """Return the examples with their answers, then the record's question. Raises: InputError if the template raises on them."""
         turns = self._conversation(examples, record)
         if not self._is_chat:
             return "\n".join(turn["content"] for turn in turns) + "\n"
         try:
             return self._apply(turns)
-        except Exception as e:  # a template is a program of its own: it may raise anything
+        except Exception as e:  # a template is a program and may raise anything
             given = f"the chat template raises on {one_line(question_of(record), 60)!r}: {one_line(str(e), 200)}"
             raise InputError("task", given, "a conversation that it takes", "--template plain writes lines of text") from e
 
     def token_ids(self, text: str) -> tuple[int, ...]:
-        """Of a text that `text` has made."""
+        """Return the tokens of a text that `text` has made."""
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids if self._is_chat else self._tokenizer(text).input_ids)
 
     def _conversation(self, examples: Sequence[Record], record: Record) -> list[dict[str, str]]:
@@ -155,7 +155,7 @@ class Renderer:
         return _folded(system, rest)
 
     def _must_fold(self) -> bool:
-        """Whether the template has no place for a system message."""
+        """Return whether the template does not support a system message."""
         system, user = ({"role": role, "content": f"the {role}'s part"} for role in ("system", "user"))
         try:
             alone = self._apply([user])
@@ -174,7 +174,7 @@ class Renderer:
 
 
 def _folded(system: Sequence[dict[str, str]], rest: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The system's text at the head of the first user message."""
+    """Put the system's text at the start of the first user message."""
     texts, turns = [turn["content"] for turn in system], list(rest)
     first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
     turns[first] = {"role": "user", "content": "\n\n".join([*texts, turns[first]["content"]])}
@@ -182,9 +182,9 @@ def _folded(system: Sequence[dict[str, str]], rest: Sequence[dict[str, str]]) ->
 
 
 def content_key(record: Record) -> str:
-    """What a record is remembered by: 16 hexadecimal digits of its question and answer, so not of its place in a file or an epoch.
+    """Return the key by which a record is remembered: 16 hexadecimal digits of its question and answer, wherever it stands.
 
-    64 bits: among a million records two meet with a chance of 3e-8.
+    The key has 64 bits: among a million records two collide with a chance of 3e-8.
     """
     content = json.dumps([question_of(record), record.get("answer")], sort_keys=True, default=repr)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
@@ -194,17 +194,17 @@ def content_key(record: Record) -> str:
 
 
 def load_task(config: TaskConfig, tokenizer: Any, seed: int, data_seed: int) -> Task:
-    """The task of the configuration as prompts for one tokenizer; see `load_records` and `render`."""
+    """Return the task of the configuration as prompts for one tokenizer; see `load_records` and `render`."""
     return render(load_records(config, seed, data_seed), config, tokenizer)
 
 
 def load_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
-    """The records of the configured task: a file where `task` names one, else a reasoning-gym dataset.
+    """Return the records of the configured task: a file if `task` names one, otherwise a reasoning-gym dataset.
 
     Args:
         config: which task, and how much of it is shown or held out.
-        seed: the order in which training records come.
-        data_seed: which records there are, and which of them are shown and held out.
+        seed: determines the order of the training records.
+        data_seed: determines which records there are, and which of them are shown and held out.
     Raises: InputError for an unknown dataset, a malformed or answerless record, or too few records to hold any out.
     """
     if names_a_file(config.task):
@@ -213,11 +213,11 @@ def load_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
 
 
 def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int | None = None) -> Task:
-    """Records as prompts: system prompt, worked examples, question, through the tokenizer.
+    """Render records as prompts: system prompt, worked examples, question, through the tokenizer.
 
     Args:
-        longest: most tokens of a prompt. Longer training prompts are never drawn; those of a file are counted here.
-    Raises: InputError for a tokenizer without chat template where one is asked for, for a held-out prompt that is too long, and where
+        longest: the most tokens of a prompt. Longer training prompts are never drawn; those of a file are counted here.
+    Raises: InputError for a tokenizer without a required chat template, for a held-out prompt that is too long, and if
         most training prompts of a file are.
     """
     renderer = Renderer(tokenizer, config.system_prompt, config.template)
@@ -252,13 +252,13 @@ def _check_held_out(held_out: Sequence[Prompt], longest: int) -> None:
 
 
 def _check_lengths(records: Records, renderer: Renderer, longest: int) -> list[str]:
-    """What is to be said of training prompts that are too long, where they come from a file."""
-    if not records.digest:  # a generator's are looked at when they are drawn
+    """Return lines for the user about training prompts that are too long, if they come from a file."""
+    if not records.digest:  # those of a generator are checked when they are drawn
         return []
     size, lengths = records.train.size, []
     for index in range(size):
         text = renderer.text(records.examples, records.train.get(index))
-        if len(text.encode()) > longest:  # no tokenizer makes more tokens than there are bytes, but for a few special ones
+        if len(text.encode()) > longest:  # no tokenizer makes more tokens than there are bytes, except a few special ones
             lengths.append(len(renderer.token_ids(text)))
     too_long = [length for length in lengths if length > longest]
     if not too_long:
@@ -283,7 +283,7 @@ def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Rec
     options = {**_STARTING_OPTIONS.get(config.task, {}), **config.task_options}
 
     def dataset(part: int, size: int) -> Any:
-        # reasoning-gym seeds record i with seed + i: the parts must be further apart than they are long.
+        # reasoning-gym seeds record i with seed + i, so the parts must be further apart than they are long.
         try:
             return reasoning_gym.create_dataset(config.task, seed=data_seed + part * (_EPOCH * 4), size=size, **options)
         except (TypeError, AssertionError, ValueError) as e:
@@ -299,7 +299,7 @@ def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Rec
 
 
 def _examples(dataset: Any, count: int) -> list[Record]:
-    """The first `count` records with different questions that have an answer to show."""
+    """Return the first `count` records with different questions that have an answer to show."""
     found: dict[str, Record] = {}
     since_found = 0
     for i in range(_MAX_SKIPS):
@@ -320,7 +320,7 @@ def _examples_note(examples: Sequence[Record], config: TaskConfig) -> tuple[str,
 
 
 def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -> list[Record]:
-    """The first `count` records with different questions (fewer where there are no more)."""
+    """Return the first `count` records with different questions (fewer if there are no more)."""
     found: dict[str, Record] = {}
     while len(found) < count and (record := next(records, None)) is not None:
         if question_of(record) not in excluded:

@@ -1,4 +1,4 @@
-"""The numbers of a run for TensorBoard (where tensorboardX is installed) and, on request, Weights & Biases, MLflow and trackio."""
+"""The metrics of a run for TensorBoard (if tensorboardX is installed) and, on request, Weights & Biases, MLflow and trackio."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ PROJECT = "reinforce-ada"
 
 
 class Tracker(Protocol):
-    """Takes numbers by name and step."""
+    """Takes metrics by name and step."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """The numbers of a step."""
+        """Take the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """The run ends."""
+        """End the run."""
         ...
 
 
 class Trackers:
-    """Gives every record of the log to all trackers. A tracker that fails during the run is reported and dropped.
+    """Passes every record of the log to all trackers. A tracker that fails during the run is reported and dropped.
 
     Args:
-        names: of trackers beside TensorBoard, separated by commas.
+        names: trackers besides TensorBoard, separated by commas.
         out: run folder.
-        config: nested; what trackers show as the run's settings.
+        config: nested settings of the run, which trackers show.
         say: takes a line.
     Raises: InputError for a name that is not known, not installed, or cannot be used.
     """
@@ -49,24 +49,24 @@ class Trackers:
             say(str(not_installed("track", "tensorboardX", "without it there are no TensorBoard files")))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """The numbers of a record of the log."""
+        """Pass on the numbers of a record of the log."""
         values, step = dict(numbers_of(record)), int(record["step"])
         if self._events is not None:
             self._events.scalars(values, step)
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(values, step)
-            except Exception as e:  # a network that is gone, say: hours of sampling must not go with it
+            except Exception as e:  # for example without a network: hours of sampling must not be lost with it
                 del self._trackers[name]
                 self._say(f"track: {name} is left out from now on: {_one_line(e)}")
 
     def cut_after(self, step: int) -> None:
-        """The steps after `step` come again."""
+        """Mark the steps after `step` as about to be written again."""
         if self._events is not None:
             self._events.restart(step + 1)
 
     def close(self) -> None:
-        """The run ends, or the process does."""
+        """Close all trackers."""
         if self._events is not None:
             self._events.close()
         for name, tracker in self._trackers.items():
@@ -77,7 +77,7 @@ class Trackers:
 
 
 def _event_file(folder: Path) -> EventFile | None:
-    """A new file for TensorBoard, None where tensorboardX is not installed."""
+    """Return a new file for TensorBoard; None if tensorboardX is not installed."""
     if not is_installed("tensorboardX"):
         return None
     try:
@@ -88,7 +88,7 @@ def _event_file(folder: Path) -> EventFile | None:
 
 
 def check_names(names: str) -> list[str]:
-    """The trackers of a list with commas. Raises: InputError for one that is not known or not installed."""
+    """Return the trackers of a comma-separated list. Raises: InputError for one that is not known or not installed."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in _BEGIN:
@@ -98,7 +98,7 @@ def check_names(names: str) -> list[str]:
 
 
 def numbers_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of every finite number in a record: train/loss, engine/queue, eval/avg_at_k, eval/pass_at_k/4."""
+    """Yield name and value of every finite number in a record: train/loss, engine/queue, eval/avg_at_k, eval/pass_at_k/4."""
     kind = {"step": "train"}.get(record["kind"], record["kind"])
     for name, value in record.items():
         place = f"engine/{name.removeprefix('engine_')}" if name.startswith("engine_") else f"{kind}/{name}"
@@ -109,7 +109,7 @@ def numbers_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _float(number: float) -> float:
-    """As float64; an integer past it is no finite number."""
+    """Return the number as float64, or an infinity for an integer past it."""
     try:
         return float(number)
     except OverflowError:
@@ -128,7 +128,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _identity(out: Path, name: str, make: Callable[[], str]) -> str:
-    """What the run is called at this tracker, the same when it is resumed."""
+    """Return the id of the run at this tracker, which stays the same when the run is resumed."""
     path = out / "track.json"
     known = _known(out)
     if name not in known:
@@ -138,7 +138,7 @@ def _identity(out: Path, name: str, make: Callable[[], str]) -> str:
 
 
 def _known(out: Path) -> dict[str, str]:
-    """What the run is called at each tracker. A damaged file says nothing: the run is a new one there."""
+    """Return the id of the run at each tracker. With a damaged file there are none, so the run is a new one there."""
     try:
         known = parse_json((out / "track.json").read_bytes())
     except (OSError, GarbageError):
@@ -147,7 +147,7 @@ def _known(out: Path) -> dict[str, str]:
 
 
 class _Wandb:
-    """Steps that come again after a crash are further points at the same place: the run's own step is the axis."""
+    """Weights & Biases. Steps repeated after a crash become further points at the same place: the run's own step is the axis."""
 
     def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
         import wandb

@@ -1,7 +1,7 @@
 """The compact trainer: sample adaptively, take one policy-gradient step, send the new weights to the engine, repeat.
 
-A step is a function of (weights, data position, seed) and of what the engine and the rewards answered, and the answers are journaled. So
-a killed run goes on from its last checkpoint: steps since then are trained again from the journal, the open one is finished.
+A step is a function of (weights, data position, seed) and of the answers of engine and rewards, which are journaled. A killed run therefore
+continues from its last checkpoint: later steps are trained again from the journal, and the open one is finished.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CHECK_TOKENS = 6  # of each made-up completion in the check of the linear opera
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What a trainer is made of."""
+    """The parts of a trainer."""
 
     model: LanguageModel
     engine: Engine
@@ -63,7 +63,7 @@ class Parts:
 
 
 class Trainer:
-    """Trains `parts.model` in place, writing log, journal and checkpoints under `out`; on rank 0, where there are several."""
+    """Trains `parts.model` in place, writing log, journal and checkpoints under `out`. Runs on rank 0 if there are several ranks."""
 
     def __init__(
         self, parts: Parts, config: Config, out: Path, display: Display, ranks: Ranks | None = None, trackers: Trackers | None = None,
@@ -83,7 +83,7 @@ class Trainer:
     # -------------------- the run
 
     def run(self) -> None:
-        """From where it stands to `steps`, with an evaluation before and after."""
+        """Train from the current step to `steps`, with an evaluation before and after."""
         self.learner.align()
         self.check_model()
         if warning := inexact(self.config, self.parts.policy):
@@ -107,7 +107,7 @@ class Trainer:
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint that is whole and that the journal reaches; without any the journal rebuilds the run.
+        """Load the newest complete checkpoint that the journal covers; without one the journal rebuilds the run.
 
         Raises: InputError when the journal is another run's, or lacks what the checkpoints were trained on.
         """
@@ -127,7 +127,7 @@ class Trainer:
             self.display.line(line)
 
     def _usable_checkpoint(self) -> Checkpoint | None:
-        """The newest that the run can go on from; newer ones are set aside, and that is said."""
+        """Return the newest checkpoint from which the run can continue. Set newer ones aside, with a line for each."""
         reaches = _unbroken(self.parts.store.finished_steps())
         unusable: list[Path] = []
         wrong_journal = ""
@@ -164,7 +164,7 @@ class Trainer:
         return found
 
     def _remembered(self) -> Memory:
-        """The memory as it was after `step`: steps that are trained again must not know how they went."""
+        """Return the memory as it was after `step`: steps that are trained again must not know their outcomes."""
         sampling, store = self.config.sampling, self.parts.store
         if sampling.memory_from and not store.remembers:
             with earlier_store(sampling.memory_from) as earlier:
@@ -175,7 +175,7 @@ class Trainer:
         return memory
 
     def save_checkpoint(self) -> None:
-        """Weights, master copy, moments, random state and data position."""
+        """Write weights, master copy, moments, random state and data position."""
         tensors = {**self.learner.optimizer.tensors(), _RNG: torch.get_rng_state()}
         with self._span("checkpoint"):
             self.parts.store.flush()
@@ -183,7 +183,7 @@ class Trainer:
             checkpoint.save(root, self.step, self.position, self.parts.model.save, tensors, run=run_id)
 
     def check_model(self) -> None:
-        """Compare the linear operators and rows that share a prompt with the model's own logits, and say what is used."""
+        """Compare the linear operators and rows that share a prompt with the model's own logits, and print which are used."""
         prompts = list(islice(self.parts.train(0), 2))
         samples = [Sample(p, _made_up(p, i, _CHECK_TOKENS), 0.0) for p in prompts for i in range(2)]
         pad = self.parts.model.pad_id
@@ -202,7 +202,7 @@ class Trainer:
     # -------------------- one step
 
     def train_step(self) -> None:
-        """Sample, update, log."""
+        """Sample, update, and log."""
         step, started = self.step + 1, time.monotonic()
         self.meter.start()
         with self._span(f"step {step} sampling"):
@@ -259,7 +259,7 @@ class Trainer:
         return result
 
     def _journaled(self, step: int) -> list[Event]:
-        """The step's events; completions that no model of this vocabulary can have said are taken back, and so sampled again."""
+        """Return the step's events. Completions that no model of this vocabulary can have produced are taken back and sampled again."""
         store, vocabulary = self.parts.store, self.parts.model.head().weight.shape[0]
         wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and (impossible(e.completion, vocabulary))}
         if wrong:
@@ -268,7 +268,7 @@ class Trainer:
         return store.events(step)
 
     def _check_scored(self, step: int, result: SamplingResult) -> None:
-        """A step of nothing but voids teaches nothing, and leaves nothing: once the reward is mended it is sampled anew."""
+        """Refuse a step with nothing but voids, and remove it, so that it is sampled again once the reward is fixed."""
         if step in self.parts.store.finished_steps():  # trained again as it was
             return
         try:
@@ -302,7 +302,7 @@ class Trainer:
     # -------------------- evaluation
 
     def evaluate(self) -> None:
-        """Avg@k on the held-out prompts at the present weights, unless the log has it already."""
+        """Evaluate Avg@k on the held-out prompts with the current weights, unless the log has it already."""
         if not self.parts.held_out or self.log.evaluation(self.step) is not None:
             return
         with self._span(f"step {self.step} held-out"):
@@ -327,19 +327,19 @@ class Trainer:
 
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
-    """Tokens of the prompt itself as a completion: in the vocabulary, and different for each index."""
+    """Return tokens of the prompt itself as a completion: in the vocabulary, and different for each index."""
     ids = np.array([prompt.token_ids[(index * length + i) % len(prompt.token_ids)] for i in range(length)], dtype=np.int32)
     return Completion(CompletionId(0, prompt.prompt_id, index), ids, np.zeros(length, dtype=np.float32), "", "stop", 0)
 
 
 def impossible(completion: Completion, vocabulary: int) -> bool:
-    """Whether this has a token outside the vocabulary, or a logprob that is none."""
+    """Return whether the completion has a token outside the vocabulary, or an invalid logprob."""
     ids, logprobs = completion.token_ids, completion.rollout_logprobs
     return bool(ids.shape != logprobs.shape or ((ids < 0) | (ids >= vocabulary)).any() or not np.isfinite(logprobs).all())
 
 
 def _unbroken(steps: Sequence[int]) -> int:
-    """The last of 1, 2, 3, .. without a gap."""
+    """Return the last step before the first gap in 1, 2, 3, .."""
     return next((n - 1 for n, step in enumerate(steps, 1) if n != step), len(steps))
 
 
@@ -349,11 +349,11 @@ def _wrong_journal(out: Path, why: str) -> InputError:
 
 
 def earlier_store(run_dir: str) -> RolloutStore:
-    """The store of the run that `memory_from` names. Raises: InputError where there is none."""
+    """Return the store of the run that `memory_from` names. Raises: InputError if there is none."""
     return RolloutStore(Path(run_dir) / "rollouts.sqlite", read_only=True)
 
 
-# What a resumed run may change: its length, its place, its limits and how fast it goes. Everything of the engine but its kind is that.
+# A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
     "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "tokens_per_pass"},
     "run": {"out", "checkpoint_every", "track", "profile"},
@@ -362,14 +362,14 @@ _FREE = {
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What must not change when a run resumes: everything that says what is learned."""
+    """Return the settings that must not change when a run resumes: everything that determines what is learned."""
     return compared(dataclasses.asdict(config))
 
 
 def compared(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A `fingerprint` that a store has, of this or an earlier version: without what is free now, and with what is new at its default."""
+    """Reduce a stored `fingerprint`, of this or an earlier version: leave out what is free now, and add new settings at their defaults."""
     out = dict(run)
-    one_seed = run.get("run", {}).get("seed", 0)  # a run without a data_seed took its data from that
+    one_seed = run.get("run", {}).get("seed", 0)  # a run without a data_seed took its data from this seed
     for section, defaults in dataclasses.asdict(Config()).items():
         given = run.get(section)
         new = {"data_seed": one_seed} if section == "run" else {}
