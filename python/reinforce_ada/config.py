@@ -35,7 +35,7 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "dtype of the weights; bfloat16 keeps an fp32 master copy; auto: bfloat16 where the device computes in it, else float32"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device of the trainer; auto: cuda if available")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +66,27 @@ class SamplingConfig:
     group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
     round_size: int | None = option(None, "completions requested together (default: the preset's)")
     max_rounds: int | None = option(None, "rounds at most; the cap is round_size x max_rounds (default: the preset's)")
-    decide_every: int | None = option(None, "committed completions between two looks of the exit rule (default: the preset's)")
+    decide_every: int | None = option(None, "committed completions between two evaluations of the exit rule (default: the preset's)")
     min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
     objective: Literal["as-published", "mean", "log", "power"] | None = option(
-        None, "what the expected gradient climbs: pass rate (mean), its log or power; as published, or exactly (default: the preset's)"
+        None, "objective of the expected gradient: mean, log or power of the pass rate, or as published (default: the preset's)"
     )
     alpha: float | None = option(None, "exponent of objective power (default: 1, which is mean)")
-    propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by what is remembered of them (default: all)")
-    memory_decay: float = option(0.99, "of what is remembered of a prompt's pools, per step; 1 forgets nothing")
-    memory_from: str = option("", "run folder whose pools are remembered at the start; prompts are known by question and answer")
+    propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by their earlier pools (default: take all)")
+    memory_decay: float = option(0.99, "factor by which the memory of a prompt's pools fades per step; 1 keeps everything")
+    memory_from: str = option("", "run folder whose pools initialize the memory; prompts are matched by question and answer")
     window: int | Literal["posterior"] | None = option(
         None,
-        "stream: requests a prompt may have ahead, or as many as it will probably need (default: posterior on a GPU, round_size on a CPU)",
+        "stream: most requests ahead of a prompt; posterior: as many as it needs (default: posterior on a GPU, round_size on a CPU)",
     )
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
     max_tokens: int = option(12, "tokens per completion at most")
     stop: list[str] = field(
         default_factory=list,
-        metadata={"about": 'a completion ends where it says this; a list in TOML or JSON for several: ["</answer>", "\\n\\n"]'},
+        metadata={"about": 'stop string that ends a completion; a TOML or JSON list for several: ["</answer>", "\\n\\n"]'},
     )
 
 
@@ -102,24 +102,26 @@ class EngineConfig:
     """The engine that generates, and the workers that score."""
 
     engine: Literal["auto", "vllm", "transformers", "openai", "ray"] = option(
-        "auto", "auto takes vllm where it is installed, and says which; openai: --servers; ray: vLLM in --replicas actors"
+        "auto", "auto: vllm if installed, else transformers; openai: the servers of --servers; ray: vLLM in --replicas actors"
     )
-    servers: str = option("", "openai: URLs of the servers, with commas between; `reinforce-ada serve` starts some")
+    servers: str = option("", "openai: comma-separated URLs of the servers, which `reinforce-ada serve` starts")
     weights_dir: str = option("", "openai: folder for new weights that every server reads (default: weights in the run folder)")
-    replicas: int = option(1, "ray: actors; those for which no node of a cluster has room wait until one joins")
-    ray_address: str = option("", 'ray: of a cluster; "auto": the one this node belongs to (default: starts Ray on this machine)')
-    cpus_per_replica: int = option(1, "ray: cores of each")
-    tensor_parallel: int = option(1, "ray on cuda: GPUs of each")
-    hung_after_s: float = option(60.0, "openai, ray: a replica that brings nothing for so long is dead; its requests go to others")
-    give_up_s: float = option(600.0, "openai, ray: without any replica for so long the run stops, and can be resumed")
-    max_num_seqs: int = option(128, "requests in the engine at once; of each replica")
+    replicas: int = option(1, "ray: number of actors; an actor without a node that has room waits for one")
+    ray_address: str = option("", 'ray: address of a cluster; "auto": the cluster of this node (default: starts Ray on this machine)')
+    cpus_per_replica: int = option(1, "ray: CPU cores of each actor")
+    tensor_parallel: int = option(1, "ray on cuda: GPUs of each actor")
+    hung_after_s: float = option(60.0, "openai, ray: a replica without an answer for this long counts as dead; its requests go to others")
+    give_up_s: float = option(600.0, "openai, ray: the run stops, and can be resumed, after this long without any replica")
+    max_num_seqs: int = option(128, "concurrent requests in the engine, or in each replica")
     max_model_len: int = option(512, "longest prompt + completion in tokens")
     memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
-    sleep: bool = option(True, "cuda: vLLM in this process gives its memory back while the model trains; false: faster where both fit")
-    request_timeout_s: float = option(0.0, "a request unanswered for so long is issued again; 0: never (engines in this process lose none)")
+    sleep: bool = option(True, "cuda: vLLM in this process frees its memory while the model trains; false is faster if both fit")
+    request_timeout_s: float = option(
+        0.0, "reissue a request after this time without an answer; 0: never (engines in this process lose none)"
+    )
     reward_workers: int = option(1, "processes that score completions")
     reward_timeout_s: float = option(
-        10.0, "one scoring call at most, ten times as long for the first of a worker; then the worker is replaced and the call retried"
+        10.0, "limit of a scoring call, tenfold for a worker's first; afterwards the worker is replaced and the call retried"
     )
 
 
@@ -127,16 +129,16 @@ class EngineConfig:
 class TrainingConfig:
     """How the kept completions become a gradient."""
 
-    steps: int = option(30, "steps in all; a resumed run goes on to this number")
+    steps: int = option(30, "total number of steps; a resumed run continues to this number")
     learning_rate: float = option(1e-5, "AdamW, after warm-up")
     warmup_steps: int = option(2, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm")
-    minibatches: int = option(1, "optimizer steps per step; above 1 the ratios are to logprobs recomputed before the first")
+    minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
     loss: Literal["reinforce", "ppo", "cispo", "gspo", "sapo"] = option("ppo", "policy loss")
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
-        None, "how token losses become one number (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
+        None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )
     clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
     clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
@@ -152,10 +154,10 @@ class RunConfig:
     """The run's folder, seeds, checkpoints and trackers."""
 
     out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
-    seed: int = option(0, "of training: order of the prompts, sampling, shuffles")
-    data_seed: int = option(0, "of the data: which questions there are and which are held out, and the base model of tiny")
+    seed: int = option(0, "seed of the training: order of prompts, sampling, shuffles")
+    data_seed: int = option(0, "seed of the data: the questions, the held-out split, and the base model of tiny")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
-    track: str = option("", "where numbers go beside log.jsonl and TensorBoard: wandb, mlflow, trackio, by commas")
+    track: str = option("", "further trackers, comma-separated: wandb, mlflow, trackio")
     profile: str = option(
         "", "write a trace of requests by slot, weight sync and training to this file (chrome://tracing, ui.perfetto.dev)"
     )
