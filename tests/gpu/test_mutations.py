@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from mutants import all_mutants, cuda_changes, triton_changes
-from mutation_report import ARGUMENTS, DOCS, RESULTS, render
+from gpu_proof.mutation.mutants import all_mutants, cuda_changes, triton_changes
+from gpu_proof.mutation.report import ARGUMENTS, DOCS, RESULTS, render
 
 AGAIN = "run `make test-gpu-mutations`"
 

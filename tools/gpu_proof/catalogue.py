@@ -14,11 +14,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import launches
-from launches import OPS, Launch
-from machine_code import Facts
-from nvcc import Entry
-from targets import TARGETS, TRITON_TARGETS
+from gpu_proof import launches
+from gpu_proof.launches import OPS, Launch
+from gpu_proof.machine_code import Facts
+from gpu_proof.nvcc import Entry
+from gpu_proof.targets import TARGETS, TRITON_TARGETS
 
 __all__ = [
     "CUDA_KERNELS",

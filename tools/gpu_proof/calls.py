@@ -54,7 +54,7 @@ def ids() -> Tensor:
 def _backward(*outputs: Tensor | None) -> None:
     wanted = [x.sum() for x in outputs if x is not None and x.requires_grad]
     if wanted:
-        torch.stack(wanted).sum().backward()
+        torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _token_logprobs(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
@@ -165,7 +165,7 @@ def _one_policy_loss(
         backend="triton",
         **settings,
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 # Hidden states, width of the rows, vocabulary, elements past an aligned address.
@@ -177,7 +177,7 @@ PIECES = (None, 1_200_000, 200_000)
 def _linear_token_logprobs(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     flags = product(("", "frozen", "trained"), (False, True), (None, 30.0), (False, True), (False, True))
     for shape, (with_bias, per_token, soft_cap, entropy, sum_p2) in product(HEADS, flags):
-        settings = {"soft_cap": soft_cap, "entropy": entropy, "sum_p2": sum_p2}
+        settings: dict[str, Any] = {"soft_cap": soft_cap, "entropy": entropy, "sum_p2": sum_p2}
         for use, extra in product(("logprobs", "entropy", "both") if entropy else ("logprobs",), PIECES):
             yield partial(_one_linear, dtype, *shape, use, with_bias, per_token, max_extra_bytes=extra, **settings)
 
@@ -216,4 +216,4 @@ def _one_linear_loss(dtype: torch.dtype, num_tokens: int, width: int, vocab: int
         backend="triton",
         **settings,
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from gpu_proof import ROOT
 
 
 class Mutant(NamedTuple):
@@ -137,9 +137,9 @@ def cuda_changes(source: str) -> Iterator[Change]:
             continue
         condition = _stripped(text, first + 1, text.index(";", first + 1))
         words = set(re.findall(r"\b[A-Za-z_]\w*", text[condition[0] : condition[1]])) - {text[begin:first].split("=")[0].split()[-1]}
-        m = _COMPARISON.search(text, condition[0], condition[1])
-        if m and m.group(1) in "<>" and any(not re.fullmatch(r"k[A-Z]\w*|sizeof|int|static_cast|T", word) for word in words):
-            yield change("bound", m.span(1), m.group(1) + "=")
+        compared = _COMPARISON.search(text, condition[0], condition[1])
+        if compared and compared.group(1) in "<>" and any(not re.fullmatch(r"k[A-Z]\w*|sizeof|int|static_cast|T", word) for word in words):
+            yield change("bound", compared.span(1), compared.group(1) + "=")
     for m in re.finditer(r"(?<!RA_DEVICE float )(?<!RA_DEVICE std::int64_t )\b(within|at_least)\(", text):
         begin, end = _parenthesis(text, m.end() - 1)
         parts = _arguments(text, begin, end)
@@ -256,8 +256,8 @@ def _triton_rules(statement: ast.stmt) -> Iterator[tuple[str, ast.expr, str]]:
                 yield "part", node, ast.unparse(kept)
         elif isinstance(node, ast.BoolOp) and not _is_constexpr(node):
             for left_out in node.values:
-                kept = [value for value in node.values if value is not left_out]
-                yield "part", node, f" {'and' if isinstance(node.op, ast.And) else 'or'} ".join(map(ast.unparse, kept))
+                others = [ast.unparse(value) for value in node.values if value is not left_out]
+                yield "part", node, f" {'and' if isinstance(node.op, ast.And) else 'or'} ".join(others)
 
 
 def _call_rules(call: ast.Call) -> Iterator[tuple[str, ast.expr, str]]:

@@ -104,11 +104,11 @@ def _program(name: str, params: str, body: str, arrays: list[tuple[str, int, str
     for opened, statement in enumerate(body.split(";"), 1):
         text = statement.strip()
         while text[:1] in ("{", "}") or _LABEL.match(text):
-            if label := _LABEL.match(text):
-                program.labels[label[1], scopes[-1]] = len(program.instructions)
+            if found := _LABEL.match(text):
+                program.labels[found[1], scopes[-1]] = len(program.instructions)
             else:
                 scopes = [*scopes, opened] if text[0] == "{" else scopes[:-1]
-            text = text[label.end() if label else 1 :].lstrip()
+            text = text[found.end() if found else 1 :].lstrip()
         _add(program, text, tuple(scopes))
     return program
 

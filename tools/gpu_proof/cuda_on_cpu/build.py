@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pybind11
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent / "cuda_on_cpu"
+from gpu_proof import ROOT
+
+HERE = Path(__file__).resolve().parent
 KEPT = ROOT / "build/cuda_on_cpu"
 CXX = os.environ.get("CXX", "g++")
 
@@ -37,7 +38,7 @@ def build(name: str, kernels: Sequence[Path], rest: Sequence[Path], folders: Seq
     jobs = [((*flags, *(() if sanitized else WATCHED)), source) for source in kernels]
     jobs += [(flags, source) for source in (*rest, HERE / "cuda_on_cpu.cpp")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: _object(*job, (*folders, HERE)), jobs))
+        objects = list(pool.map(lambda job: _object(job[0], job[1], (*folders, HERE)), jobs))
     path = KEPT / _key(*(o.name for o in objects)) / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     return _make(path, [CXX, "-shared", *(SANITIZED if sanitized else ()), *map(str, objects)])
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from ptx_memory import Array, Memory
-from ptx_program import Instruction, Program, PtxError
+
+from gpu_proof.ptx.memory import Array, Memory
+from gpu_proof.ptx.program import Instruction, Program, PtxError
 
 Lanes = Any  # indices of the active threads, or a slice of all of them
 _ALL = slice(None)

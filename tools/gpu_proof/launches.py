@@ -24,12 +24,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "STORE", "Argument", "Launch", "code_of", "digest", "recorded", "variant_of", "watch"]
+from gpu_proof import HERE, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["STORE", "Argument", "Launch", "code_of", "digest", "recorded", "variant_of", "watch"]
+
 OPS = ROOT / "python/reinforce_ada/ops"
 STORE = ROOT / "build/gpu"
-RECORDER = Path(__file__).parent / "record_launches.py"
 BACKENDS = {"cuda": ("cuda", 90, 32), "hip": ("hip", "gfx942", 64)}  # all targets of a backend specialise a launch alike
 
 
@@ -102,16 +102,22 @@ def digest(*paths: Path) -> str:
 @cache
 def recorded(backend: str) -> tuple[Launch, ...]:
     """Every launch of `calls.py` on "cuda" or "hip"; from the store where the sources are the same."""
-    here = Path(__file__).parent
-    sources = digest(OPS, Path(__file__), RECORDER, here / "calls.py")
+    sources = digest(OPS, *(HERE / name for name in ("launches.py", "record_launches.py", "calls.py")))
     files = {name: STORE / f"launches-{name}-{sources}.pickle" for name in BACKENDS}
     if not files[backend].is_file():
         STORE.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(here)])}
+        path = os.pathsep.join([str(ROOT / "python"), str(HERE.parent)])
+        environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": path}
         environment.pop("TRITON_INTERPRET", None)
         children = {}
         for name, file in files.items():  # side by side: whoever needs one mostly needs both
-            command = [sys.executable, RECORDER, name, new := file.with_suffix(f".{os.getpid()}")]
+            command: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "gpu_proof.record_launches",
+                name,
+                new := file.with_suffix(f".{os.getpid()}"),
+            ]
             children[name, new] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for (name, new), child in children.items():
             output, _ = child.communicate()

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pybind11
 import torch
-from ptx_memory import Buffer, Memory
-from ptx_program import Program, PtxError, entries, parse
-from ptx_run import run
 from torch import Tensor
 
-ROOT = Path(__file__).parents[3]
+from gpu_proof import ROOT
+from gpu_proof.ptx.memory import Buffer, Memory
+from gpu_proof.ptx.program import Program, PtxError, entries, parse
+from gpu_proof.ptx.run import run
+
 CSRC = ROOT / "csrc"
 HOST = Path(__file__).parent / "host"
 launches: dict[str, int] = {}  # entry -> how often it ran
@@ -87,7 +88,7 @@ def installed(folder: Path) -> Iterator[None]:
         _seen[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
         return before(tensor)
 
-    Tensor.data_ptr = recorded  # type: ignore[method-assign]
+    Tensor.data_ptr = recorded  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

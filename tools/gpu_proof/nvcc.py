@@ -14,9 +14,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from launches import ROOT, STORE, digest
-from machine_code import Facts, of_cubin
-from targets import TARGETS
+from gpu_proof import HERE, ROOT
+from gpu_proof.launches import STORE, digest
+from gpu_proof.machine_code import Facts, of_cubin
+from gpu_proof.targets import TARGETS
 
 __all__ = ["SOURCES", "Entry", "Unit", "compile_unit", "entry_points", "nvcc", "warm"]
 
@@ -90,7 +91,7 @@ def compile_unit(source: Path, target: str) -> Unit:
     """Compiles one file for one target, and reads what came out; from the store where nothing changed."""
     compiler = nvcc()
     assert compiler is not None, "there is no nvcc; `make` installs its wheels into the environment of the tests"
-    key = f"{source.stem}-{target}-{digest(CSRC, ROOT / 'cmake/cuda.cmake', Path(__file__), Path(__file__).parent / 'machine_code.py')}"
+    key = f"{source.stem}-{target}-{digest(CSRC, ROOT / 'cmake/cuda.cmake', HERE / 'nvcc.py', HERE / 'machine_code.py')}"
     record = STORE / f"nvcc/{key}.json"
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def _compile(compiler: Path, source: Path, target: str, folder: Path) -> dict[st
     arch = target.removeprefix("sm_")
     kept = ("--keep", "--keep-dir", str(folder), "-c", "-o", str(folder / "out.o"))
     architecture = ("-gencode", f"arch=compute_{arch},code={target}")
-    command = [compiler, *build_flags(), *STRICT, *architecture, f"-I{CSRC}", *kept, source]
+    command: list[str | Path] = [compiler, *build_flags(), *STRICT, *architecture, f"-I{CSRC}", *kept, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     messages = done.stdout + done.stderr
     if done.returncode:

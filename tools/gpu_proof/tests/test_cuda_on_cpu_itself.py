@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated_build import HERE, build
+
+from gpu_proof.cuda_on_cpu.build import build
 
 THREADS, BLOCKS = 96, 3
 SIZE, GUARD = THREADS * BLOCKS, 64
@@ -38,7 +40,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def run() -> Callable[[str, int], tuple[str, np.ndarray]]:
     """Runs a kernel on 0, 1, 2, ... with guards around its tensors: the message, empty where all went well, and what it wrote."""
-    library = ctypes.CDLL(str(build("toy", [HERE / "toy_kernels.cpp"], [], [])))
+    library = ctypes.CDLL(str(build("toy", [Path(__file__).parent / "toy_kernels.cpp"], [], [])))
     library.cuda_on_cpu_seed.argtypes = [ctypes.c_uint64]
     library.cuda_on_cpu_guard.argtypes = [ctypes.c_size_t] * 2
     library.toy_run.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]

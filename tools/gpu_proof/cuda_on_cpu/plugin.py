@@ -1,8 +1,8 @@
 """A pytest plugin: the CUDA sources, compiled for the CPU, in the place of reinforce_ada._cuda, and every call of them in guarded memory.
 
-    CUDA_ON_CPU_MODULE=<what emulated_build.build_module returned> python -m pytest -p emulated tests/ops -k cuda
+    CUDA_ON_CPU_MODULE=<what build.build_module returned> python -m pytest -p gpu_proof.cuda_on_cpu.plugin tests/ops -k cuda
 
-with this folder on PYTHONPATH, and for a sanitized module the sanitizer's library preloaded. Each call of a kernel runs twice on copies
+with tools on PYTHONPATH, and for a sanitized module the sanitizer's library preloaded. Each call of a kernel runs twice on copies
 of its tensors, with two orders of threads and blocks, which must give the same bits. A copy is as aligned as the tensor, lies between
 guards full of NaN, and has guards between rows that lie further apart than they are long; touching a guard fails.
 """

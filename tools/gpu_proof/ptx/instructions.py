@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_machine import TYPES, Lanes, Machine, leave, wait
-from ptx_memory import Array
-from ptx_program import Instruction, PtxError, target
+
+from gpu_proof.ptx.machine import TYPES, Lanes, Machine, leave, wait
+from gpu_proof.ptx.memory import Array
+from gpu_proof.ptx.program import Instruction, PtxError, target
 
 Step = Callable[[Lanes], Any]
 

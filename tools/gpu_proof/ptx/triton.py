@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from ptx_memory import Buffer, Memory
-from ptx_program import Program, parse
-from ptx_run import run
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from gpu_proof.ptx.memory import Buffer, Memory
+from gpu_proof.ptx.program import Program, parse
+from gpu_proof.ptx.run import run
 
 _POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",

@@ -1,4 +1,4 @@
-"""Calls everything in `calls.py` and writes the launches to a file: `python record_launches.py cuda|hip FILE`. Nothing runs."""
+"""Calls everything in `calls.py` and writes the launches to a file: `python -m gpu_proof.record_launches cuda|hip FILE`. Nothing runs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-import calls
 import torch
-from launches import BACKENDS, Launch, describe
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from gpu_proof import calls
+from gpu_proof.launches import BACKENDS, Launch, describe
 from reinforce_ada.ops import _dispatch
 
 PROCESSORS = {"cuda": 132, "hip": 304}  # of an H100 and an MI300X
@@ -81,7 +81,7 @@ def record(backend: str, file: Path) -> None:
     driver.set_active(NoDevice(recorder.target))
     torch.version.hip = "6.4" if backend == "hip" else None
     properties = SimpleNamespace(multi_processor_count=PROCESSORS[backend], warp_size=recorder.target.warp_size)
-    torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.get_device_properties = lambda device=None: cast(Any, properties)
     JITFunction.run = lambda self, *args, **kwargs: recorder.run(self, *args, **kwargs)
     for dtype, call in calls.calls():
         recorder.dtype = dtype

@@ -13,14 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from launches import STORE, Launch, digest
-from machine_code import Facts, of_amd, of_cubin
-from targets import TARGETS
+from gpu_proof import HERE
+from gpu_proof.launches import STORE, Launch, digest
+from gpu_proof.machine_code import Facts, of_amd, of_cubin
+from gpu_proof.targets import TARGETS
 
 __all__ = ["compile_all", "compiled"]
 
 PROCESSES = 2
-_HERE = Path(__file__).parent
 
 
 def compiled(launch: Launch, target_name: str) -> Any:
@@ -50,7 +50,7 @@ def _facts(launch: Launch, target_name: str) -> Facts | str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     # The version of what reads the machine code is part of the name; that of what wrote it is in Triton's own hash.
-    file = STORE / f"facts/{kernel.hash}-{digest(_HERE / 'machine_code.py')}.json"
+    file = STORE / f"facts/{kernel.hash}-{digest(HERE / 'machine_code.py')}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(f".{os.getpid()}")

@@ -15,10 +15,9 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
-import nvcc
-from aot import compiled
-from catalogue import Variant, cuda_kernel, due, entries
-from launches import ROOT
+from gpu_proof import ROOT, nvcc
+from gpu_proof.aot import compiled
+from gpu_proof.catalogue import Variant, cuda_kernel, due, entries
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 FOLDER = ROOT / "build/ptx"

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ptx_program import PtxError
+
+from gpu_proof.ptx.program import PtxError
 
 Array = npt.NDArray[Any]
 _MOST_WATCHED = 1 << 26  # bytes of a buffer whose writers are remembered: 4 bytes each

@@ -1,8 +1,8 @@
 """Runs every mutant of mutants.py: builds it, and holds it to the cases of its operators until one fails.
 
-    python tests/gpu/mutate.py [--only REGEX] [--again]
+    make test-gpu-mutations MUTATION_FLAGS="[--only REGEX] [--again]"
 
-CUDA sources are compiled for the CPU and run under emulated.py, Triton kernels run in the interpreter. What a mutant came to is kept in
+CUDA sources are compiled for the CPU and run under cuda_on_cpu, Triton kernels run in the interpreter. What a mutant came to is kept in
 tests/gpu/mutations.json as soon as it is known, so an interrupted run goes on where it was; results of mutants that the sources no longer
 have are dropped. At the end docs/gpu_mutations.md is written. Two mutants run at a time, each in a process forked after the imports.
 """
@@ -18,14 +18,17 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from emulated_build import build_module
-from mutants import ROOT, Mutant, all_mutants
-from mutation_report import ARGUMENTS, DOCS, RESULTS, render
+from gpu_proof import ROOT
+from gpu_proof.cuda_on_cpu.build import build_module
+from gpu_proof.mutation.mutants import Mutant, all_mutants
+from gpu_proof.mutation.report import ARGUMENTS, DOCS, RESULTS, render
 
 PROCESSES = 2
 LIMIT_S = 300  # a mutant that runs longer hangs
@@ -55,6 +58,16 @@ def backend_of(mutant: Mutant) -> str:
 # -------------------- in a child
 
 
+class FromTree:
+    """A finder that takes the package from `tree` first: an editable installation stands before everything on sys.path."""
+
+    def __init__(self, tree: Path) -> None:
+        self.top = [str(tree / "python")]
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, path or self.top) if name.partition(".")[0] == "reinforce_ada" else None
+
+
 def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, *, every: bool) -> None:
     """Runs the cases against the sources in `tree` until one fails, or every one; writes which failed, and how long each took."""
     import numpy as np
@@ -65,13 +78,14 @@ def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, 
     failed: dict[str, str] = {}
     outcome, running = "survived", ""
     try:
-        sys.path.insert(0, str(tree / "python"))
+        sys.meta_path.insert(0, FromTree(tree))
         if backend == "cuda":
             os.environ["CUDA_ON_CPU_MODULE"] = str(build_module(tree / "csrc"))
-            import_module("emulated")
+            import_module("gpu_proof.cuda_on_cpu.plugin")
         else:
-            import_module("interpreter_guards").install()
+            import_module("gpu_proof.interpreter_guards").install()
         cases = import_module("cases")  # brings the operators
+        assert Path(str(sys.modules["reinforce_ada"].__file__)).is_relative_to(tree), "the operators are not those of the tree"
         known = [(op, case) for op in operators for case in _cases(op, backend)]
         for op, case in sorted(known, key=_order(backend)):
             running, began = f"{op}: {case.name}: ", time.perf_counter()
@@ -94,7 +108,7 @@ def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, 
 def _cases(op: str, backend: str) -> list[Any]:
     """Those of cases_more_* were made for mutants: where the interpreter need not run them, the large ones too."""
     ordinary = import_module(f"cases_{op}").CASES
-    more = import_module(f"cases_more_{op}").CASES if (Path(__file__).parent / f"cases_more_{op}.py").exists() else []
+    more = import_module(f"cases_more_{op}").CASES if find_spec(f"cases_more_{op}") else []
     wanted = [case for case in ordinary if not case.large] + [case for case in more if backend == "cuda" or not case.large]
     return [case for case in wanted if not SKIPPED.search(case.name)]
 
@@ -148,7 +162,7 @@ class Child:
                 return None
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            result = {"outcome": f"does not end within {LIMIT_S} s", "times": {}}
+            result: dict[str, Any] = {"outcome": f"does not end within {LIMIT_S} s", "times": {}}
         elif self.report.exists():
             result = json.loads(self.report.read_text())
         else:
@@ -235,7 +249,6 @@ def _warm() -> None:
     """Imports what does not depend on the sources, once; a child begins with it."""
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(ROOT / "tests/ops"))
     for name in ("numpy", "pytest", "torch", "torch._subclasses.fake_tensor", "triton", "triton.language"):
         import_module(name)
     assert "reinforce_ada" not in sys.modules

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mutants import ROOT, Mutant
-from mutants import __doc__ as RULES
+from gpu_proof import ROOT
+from gpu_proof.mutation.mutants import Mutant
+from gpu_proof.mutation.mutants import __doc__ as RULES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "mutations.json"

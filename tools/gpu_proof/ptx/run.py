@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from ptx_instructions import compiled
-from ptx_machine import Machine
-from ptx_memory import Memory
-from ptx_program import Program
+
+from gpu_proof.ptx.instructions import compiled
+from gpu_proof.ptx.machine import Machine
+from gpu_proof.ptx.memory import Memory
+from gpu_proof.ptx.program import Program
 
 _LARGEST_BATCH = 16384  # threads at a time
 

@@ -11,17 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/gpu"))
-
-import catalogue  # noqa: E402
-import nvcc  # noqa: E402
-from aot import compile_all  # noqa: E402
-from machine_code import Facts  # noqa: E402
-from targets import NVCC_TARGETS, TARGETS, TRITON_TARGETS  # noqa: E402
+from gpu_proof import HERE, ROOT, catalogue, nvcc
+from gpu_proof.aot import compile_all
+from gpu_proof.machine_code import Facts
+from gpu_proof.targets import NVCC_TARGETS, TARGETS, TRITON_TARGETS
 
 FACTS = ROOT / "benchmarks/gpu_static.json"
 PAGE = ROOT / "docs/gpu.md"
@@ -34,7 +29,7 @@ def sources() -> str:
     """Changes when anything does that the machine code or its checks come from; not when only comments or line breaks do."""
     found = hashlib.sha256()
     python = [path for path in sorted((ROOT / "python/reinforce_ada/ops").rglob("*.py")) if "@triton.jit" in path.read_text()]
-    python += [ROOT / "tests/gpu" / name for name in ("calls.py", "catalogue.py", "machine_code.py", "targets.py", "nvcc.py", "aot.py")]
+    python += [HERE / name for name in ("calls.py", "catalogue.py", "machine_code.py", "targets.py", "nvcc.py", "aot.py")]
     for path in python:
         found.update(_meaning(ast.parse(path.read_text())).encode())
     for path in sorted((ROOT / "csrc").rglob("*.cu*")):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "ptx"))
-
-from ptx_memory import Buffer, Memory
-from ptx_program import PtxError, parse
-from ptx_run import run
+from gpu_proof.ptx.memory import Buffer, Memory
+from gpu_proof.ptx.program import PtxError, parse
+from gpu_proof.ptx.run import run
 
 HEAD = """
 .version 8.0
@@ -50,13 +46,13 @@ def result(body: str, x: Any, **how: Any) -> Any:
     return y
 
 
-def test_arithmetic_of_every_thread():
+def test_arithmetic_of_every_thread() -> None:
     x = floats(96)
     y = result("ld.global.f32 %f1, [%d4]; fma.rn.f32 %f2, %f1, %f1, 0f3F800000; st.global.f32 [%d5], %f2;", x, blocks=3)
     assert np.array_equal(y, (x.astype(np.float64) ** 2 + 1).astype(np.float32))
 
 
-def test_threads_that_went_different_ways_meet_again():
+def test_threads_that_went_different_ways_meet_again() -> None:
     body = """
         ld.global.f32 %f1, [%d4]; setp.lt.f32 %p1, %f1, 0f00000000;
         @%p1 bra NEGATIVE;
@@ -68,7 +64,7 @@ def test_threads_that_went_different_ways_meet_again():
     assert np.array_equal(result(body, x), np.where(x < 0, -x, 2 * x).reshape(-1, 2)[:, ::-1].ravel())
 
 
-def test_a_loop_runs_as_often_as_each_thread_says():
+def test_a_loop_runs_as_often_as_each_thread_says() -> None:
     body = """
         mov.u32 %r10, 0; mov.u32 %r11, %r2;
       AGAIN: setp.eq.u32 %p1, %r11, 0; @%p1 bra OUT; add.u32 %r10, %r10, %r11; sub.u32 %r11, %r11, 1; bra AGAIN;
@@ -78,7 +74,7 @@ def test_a_loop_runs_as_often_as_each_thread_says():
     assert np.array_equal(result(body, n), n * (n + 1) // 2)
 
 
-def test_shared_memory_after_a_barrier():
+def test_shared_memory_after_a_barrier() -> None:
     body = """
         ld.global.f32 %f1, [%d4]; mov.u32 %r10, tile; add.u32 %r11, %r10, %r6; st.shared.f32 [%r11], %f1;
         bar.sync 0;
@@ -88,13 +84,13 @@ def test_shared_memory_after_a_barrier():
     assert np.array_equal(result(body, x, threads=64, blocks=2), x.reshape(2, 64)[:, ::-1].ravel())
 
 
-def test_bfloat16_is_rounded_to_nearest_even():
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
     x = np.array([1.0, 1.00390625, 1.01171875, np.nan] * 8, np.float32)
     body = "ld.global.f32 %f1, [%d4]; cvt.rn.bf16.f32 %h1, %f1; cvt.f32.bf16 %f2, %h1; st.global.f32 [%d5], %f2;"
     assert np.array_equal(result(body, x), np.array([1.0, 1.0, 1.015625, np.nan] * 8, np.float32), equal_nan=True)
 
 
-def test_ballot_and_funnel_shift():
+def test_ballot_and_funnel_shift() -> None:
     body = """
         setp.gt.u32 %p1, %r2, 15; vote.sync.ballot.b32 %r10, %p1, -1; shf.r.wrap.b32 %r11, %r10, %r10, 8;
         st.global.u32 [%d5], %r11;
@@ -125,17 +121,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_refuses(what):
+def test_it_refuses(what: str) -> None:
     body, words = REFUSED[what]
     with pytest.raises(PtxError, match=words):
         result(body, floats())
 
 
-def test_shared_memory_is_not_a_number_until_it_is_written():
+def test_shared_memory_is_not_a_number_until_it_is_written() -> None:
     assert np.isnan(result("mov.u32 %r10, tile; ld.shared.f32 %f1, [%r10]; st.global.f32 [%d5], %f1;", floats())).all()
 
 
-def test_blocks_may_not_meet_in_memory():
+def test_blocks_may_not_meet_in_memory() -> None:
     same_place = "mov.u32 %r10, 1; st.global.u32 [%d2], %r10;"
     with pytest.raises(PtxError, match="another block"):
         result("setp.ne.u32 %p1, %r2, 0; @%p1 bra END; " + same_place + "END:", np.zeros(64, np.uint32), blocks=2)
@@ -143,7 +139,7 @@ def test_blocks_may_not_meet_in_memory():
         result("st.global.u32 [%d5], %r5; ld.global.u32 %r10, [%d2];", np.zeros(64, np.uint32), blocks=2)
 
 
-def test_copies_appear_when_they_are_waited_for():
+def test_copies_appear_when_they_are_waited_for() -> None:
     start = """
         mov.u32 %r10, tile; shl.b32 %r11, %r2, 3; add.u32 %r11, %r11, %r10; mul.wide.u32 %d6, %r2, 8; add.s64 %d6, %d1, %d6;
         cp.async.ca.shared.global [%r11], [%d6], 8; cp.async.commit_group;
