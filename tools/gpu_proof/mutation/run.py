@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, 
             import_module("gpu_proof.interpreter_guards").install()
         cases = import_module("cases")  # brings the operators
         assert Path(str(sys.modules["reinforce_ada"].__file__)).is_relative_to(tree), "the operators are not those of the tree"
-        known = [(op, case) for op in operators for case in _cases(op, backend)]
+        known = [(op, case) for op in operators for case in _cases(op)]
         for op, case in sorted(known, key=_order(backend)):
             running, began = f"{op}: {case.name}: ", time.perf_counter()
             if running in UNSOUND:
@@ -105,12 +104,8 @@ def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, 
     report.write_text(json.dumps({"outcome": outcome, "times": times, "failed": failed}))
 
 
-def _cases(op: str, backend: str) -> list[Any]:
-    """Those of cases_more_* were made for mutants: where the interpreter need not run them, the large ones too."""
-    ordinary = import_module(f"cases_{op}").CASES
-    more = import_module(f"cases_more_{op}").CASES if find_spec(f"cases_more_{op}") else []
-    wanted = [case for case in ordinary if not case.large] + [case for case in more if backend == "cuda" or not case.large]
-    return [case for case in wanted if not SKIPPED.search(case.name)]
+def _cases(op: str) -> list[Any]:
+    return [case for case in import_module(f"cases_{op}").CASES if not case.large and not SKIPPED.search(case.name)]
 
 
 DURATIONS: dict[str, float] = {}
