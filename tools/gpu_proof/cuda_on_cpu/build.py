@@ -27,7 +27,7 @@ CXX = os.environ.get("CXX", "g++")
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 PLAIN = ("-O2",)
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-WATCHED = ("-fsanitize=thread,alignment",)  # the callbacks are cuda_on_cpu.cpp's, so it is not linked with this option
+WATCHED = ("-fsanitize=thread,alignment",)  # the callbacks are accesses.cpp's, so it is not linked with this option
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -36,7 +36,7 @@ def build(name: str, kernels: Sequence[Path], rest: Sequence[Path], folders: Seq
     """The shared library `name` of `kernels`, which are watched while they run, and `rest`; headers are looked for in `folders`."""
     flags = (*COMMON, *(SANITIZED if sanitized else PLAIN))
     jobs = [((*flags, *(() if sanitized else WATCHED)), source) for source in kernels]
-    jobs += [(flags, source) for source in (*rest, HERE / "cuda_on_cpu.cpp")]
+    jobs += [(flags, source) for source in (*rest, *sorted(HERE.glob("*.cpp")))]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _object(job[0], job[1], (*folders, HERE)), jobs))
     path = KEPT / _key(*(o.name for o in objects)) / (name + sysconfig.get_config_var("EXT_SUFFIX"))

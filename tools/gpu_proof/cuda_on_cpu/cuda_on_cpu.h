@@ -8,7 +8,7 @@
 //   - shared memory is read before it is written, or an index leaves its array
 //   - a guarded address is touched, or an address is not a multiple of what is accessed there
 // Where a thread reads and writes is known because the sources are compiled with -fsanitize=thread,alignment, whose callbacks
-// cuda_on_cpu.cpp defines. Without that option (the build with the address sanitizer) only synchronisation is checked here.
+// accesses.cpp defines. Without that option (the build with the address sanitizer) only synchronisation is checked here.
 #pragma once
 
 #include <cmath>
