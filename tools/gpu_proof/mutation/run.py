@@ -3,8 +3,9 @@
     make test-gpu-mutations MUTATION_FLAGS="[--only REGEX] [--again]"
 
 CUDA sources are compiled for the CPU and run under cuda_on_cpu, Triton kernels run in the interpreter. What a mutant came to is kept in
-tests/gpu/mutations.json as soon as it is known, so an interrupted run goes on where it was; results of mutants that the sources no longer
-have are dropped. At the end docs/gpu_mutations.md is written. Two mutants run at a time, each in a process forked after the imports.
+build/gpu_mutants/results.json as soon as it is known, so an interrupted run goes on where it was. A source whose mutants are those of
+docs/gpu_mutations.md is not tried again; when all are known that page is written. Two mutants run at a time, each in a process forked
+after the imports.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 from gpu_proof import ROOT
 from gpu_proof.cuda_on_cpu.build import build_module
 from gpu_proof.mutation.mutants import Mutant, all_mutants
-from gpu_proof.mutation.report import ARGUMENTS, DOCS, RESULTS, render
+from gpu_proof.mutation.report import PAGE, RESULTS, SURVIVED, known, read, render
 
 PROCESSES = 2
 LIMIT_S = 300  # a mutant that runs longer hangs
@@ -75,7 +76,7 @@ def try_cases(tree: Path, backend: str, operators: Iterable[str], report: Path, 
     torch.set_num_threads(1)
     times: dict[str, float] = {}
     failed: dict[str, str] = {}
-    outcome, running = "survived", ""
+    outcome, running = SURVIVED, ""
     try:
         sys.meta_path.insert(0, FromTree(tree))
         if backend == "cuda":
@@ -137,7 +138,7 @@ class Child:
         self.tree = SCRATCH / f"{os.getpid()}-{time.monotonic_ns()}"
         self.report = self.tree / "report.json"
         self.began = time.perf_counter()
-        _plant(self.tree, mutant)
+        plant(self.tree, mutant)
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -167,7 +168,7 @@ class Child:
         return result
 
 
-def _plant(tree: Path, mutant: Mutant | None) -> None:
+def plant(tree: Path, mutant: Mutant | None) -> None:
     """The sources as links, but for the mutated file."""
     for folder in ("csrc", "python/reinforce_ada"):
         for path in (ROOT / folder).rglob("*"):
@@ -188,7 +189,7 @@ def _sound_first(mutants: Iterable[Mutant]) -> None:
         child = Child(None, backend, list(operators))
         while (result := child.outcome()) is None:
             time.sleep(0.05)
-        if result["outcome"] != "survived":
+        if result["outcome"] != SURVIVED:
             sys.exit(f"the {backend} kernels of {', '.join(operators)} fail as they are: {result['outcome']}")
         DURATIONS.update(result["times"])
         UNSOUND.update(result["failed"])
@@ -200,18 +201,33 @@ def _sound_first(mutants: Iterable[Mutant]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="regular expression that a mutant's file and name must match")
-    parser.add_argument("--again", action="store_true", help="try survivors once more")
+    parser.add_argument("--again", action="store_true", help="try what is known once more")
     options = parser.parse_args()
-    mutants = all_mutants()
-    known = {m.name for m in mutants}
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results = {name: outcome for name, outcome in results.items() if name in known and not (options.again and outcome == "survived")}
-    left = [m for m in mutants if m.name not in results and re.search(options.only, f"{m.file} {m.name}")]
+    mutants, page = all_mutants(), read(PAGE.read_text())
+    results = known(mutants, page)
+    chosen = [m for m in mutants if re.search(options.only, f"{m.file} {m.name}")]
+    left = [m for m in chosen if options.again or m.name not in results]
     if left:
         _warm()
         _sound_first(left)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for mutant, outcome in _outcomes(sorted(left, key=lambda m: RULES.index(m.rule))):
+        results[mutant.name] = outcome
+        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+    missing = [m.name for m in mutants if m.name not in results]
+    survivors = {m.name: page.reasons.get(m.name, "") for m in mutants if results.get(m.name) == SURVIVED}
+    if not missing:
+        PAGE.write_text(render(mutants, survivors))
+    for name in (name for name, reason in survivors.items() if not reason):
+        print(f"survived, and nobody has said why it may: {name}")
+    killed = len(mutants) - len(survivors) - len(missing)
+    print(f"{len(mutants)} mutants, {killed} killed, {len(survivors)} survived, {len(missing)} not tried")
+    sys.exit(bool(missing) or not all(survivors.values()))
+
+
+def _outcomes(left: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
+    """Each mutant with what it came to, as soon as that is known."""
     running: list[Child] = []
-    left.sort(key=lambda m: RULES.index(m.rule))
     total, began = len(left), time.perf_counter()
     while left or running:
         while left and len(running) < PROCESSES:
@@ -223,21 +239,10 @@ def main() -> None:
                 continue
             running.remove(child)
             assert child.mutant is not None
-            results[child.mutant.name] = result["outcome"]
             KILLS[": ".join(result["outcome"].split(": ")[:2])] += 1
-            RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             done = total - len(left) - len(running)
             print(f"{done}/{total} {time.perf_counter() - began:.0f} s  {child.mutant.name}: {result['outcome']}", flush=True)
-    RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-    DOCS.write_text(render(mutants, results))
-    survivors = [m.name for m in mutants if results.get(m.name) == "survived"]
-    for name in survivors:
-        print(f"survived{'' if name in ARGUMENTS else ', and no argument says why it may'}: {name}")
-    missing = [m.name for m in mutants if m.name not in results]
-    print(
-        f"{len(mutants)} mutants, {len(mutants) - len(survivors) - len(missing)} killed, {len(survivors)} survived, {len(missing)} not run"
-    )
-    sys.exit(bool(missing or [name for name in survivors if name not in ARGUMENTS]))
+            yield child.mutant, result["outcome"]
 
 
 def _warm() -> None:
