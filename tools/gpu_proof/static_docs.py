@@ -31,13 +31,13 @@ def sources() -> str:
     python = [path for path in sorted((ROOT / "python/reinforce_ada/ops").rglob("*.py")) if "@triton.jit" in path.read_text()]
     python += [HERE / name for name in ("calls.py", "catalogue.py", "machine_code.py", "targets.py", "nvcc.py", "aot.py")]
     for path in python:
-        found.update(_meaning(ast.parse(path.read_text())).encode())
+        found.update(meaning(ast.parse(path.read_text())).encode())
     for path in sorted((ROOT / "csrc").rglob("*.cu*")):
         found.update(re.sub(r"//[^\n]*|\s+", " ", path.read_text()).encode())
     return found.hexdigest()
 
 
-def _meaning(tree: ast.Module) -> str:
+def meaning(tree: ast.Module) -> str:
     """The code without positions and docstrings."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:

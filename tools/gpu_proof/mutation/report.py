@@ -28,7 +28,8 @@ Written by `make test-gpu-mutations`, but for the reasons of the survivors: thes
 Each mutant is the sources with one barrier, bound or mask removed. It is killed when a case of its operator fails: CUDA
 sources compiled for the CPU (tools/gpu_proof/cuda_on_cpu), with threads in random order, every access to memory checked for
 races, and guards around every tensor; Triton kernels in the interpreter, on tensors inside larger ones full of NaN, where an
-access outside of every tensor that the kernel was given is an error.
+access outside of every tensor that the kernel was given is an error. In the table, `names` stands for the names of the mutants that
+were tried: a test fails when the sources have others.
 """
 
 

@@ -17,11 +17,12 @@ Values = Any  # a number for each active thread, or one for all of them
 
 
 def elements(operand: str) -> list[str]:
+    """Returns the parts of `{a, b}`, or the operand alone."""
     return [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
 
 
 def kind_of(i: Instruction) -> str:
-    """The last part of the opcode that is a type."""
+    """Returns the last part of the opcode that is a type."""
     for part in reversed(i.opcode):
         if part in TYPES or part in ("bf16", "bf16x2", "f16x2", "f32x2"):
             return part
@@ -29,31 +30,33 @@ def kind_of(i: Instruction) -> str:
 
 
 def float_of_bf16(bits: Array) -> Array:
+    """Converts bfloat16, given in bits, to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def bf16_of_float(x: Array) -> Array:
-    """To nearest even; NaN becomes the canonical 0x7FFF."""
+    """Rounds float32 to the nearest bfloat16, in bits, ties to even; NaN becomes the canonical 0x7FFF."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
 def flushed(i: Instruction, x: Array) -> Array:
-    """Subnormal float32 as 0 of their sign, with .ftz."""
+    """Replaces subnormal float32 by 0 of their sign where the instruction says .ftz."""
     if "ftz" not in i.opcode or np.asarray(x).dtype != np.float32:
         return x
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def whole_warps(m: Machine, a: Lanes) -> Array:
+    """Returns the active lanes, which must be all of their warps."""
     lanes = np.arange(m.lanes)[a]
     if len(lanes) % 32 or (lanes.reshape(-1, 32)[:, 0] + 31 != lanes.reshape(-1, 32)[:, 31]).any():
         raise PtxError("not all lanes of the warp are here")
     return lanes
 
 
-def together(m: Machine, mask: Callable[[Lanes], Any], act: Callable[[Array], None], pc_text: str) -> Step:
+def together(m: Machine, mask: Callable[[Lanes], Any], act: Callable[[Array], None]) -> Step:
     """Acts on the warps of which all lanes in the mask (that have not left) are here; the others wait for theirs."""
 
     def step(a: Lanes) -> Any:
@@ -86,4 +89,5 @@ def together(m: Machine, mask: Callable[[Lanes], Any], act: Callable[[Array], No
 
 
 def nothing(m: Machine, i: Instruction) -> Step:
+    """Builds an instruction without effect."""
     return lambda a: None

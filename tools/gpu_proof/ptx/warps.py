@@ -43,7 +43,7 @@ def _shfl(m: Machine, i: Instruction) -> Step:
         if flag:
             m.write(flag, lanes, inside)
 
-    return together(m, mask, act, i.text)
+    return together(m, mask, act)
 
 
 def _vote(m: Machine, i: Instruction) -> Step:
@@ -65,7 +65,7 @@ def _vote(m: Machine, i: Instruction) -> Step:
             raise PtxError(f"no vote {how} in this machine")
         m.write(i.operands[0], lanes, result[lanes // 32])
 
-    return together(m, mask, act, i.text)
+    return together(m, mask, act)
 
 
 def _redux(m: Machine, i: Instruction) -> Step:
@@ -79,7 +79,7 @@ def _redux(m: Machine, i: Instruction) -> Step:
             result[warp * 32 : warp * 32 + 32] = f.reduce(values[lanes // 32 == warp])
         m.write(i.operands[0], lanes, result[lanes])
 
-    return together(m, mask, act, i.text)
+    return together(m, mask, act)
 
 
 def _elect(m: Machine, i: Instruction) -> Step:
@@ -91,12 +91,12 @@ def _elect(m: Machine, i: Instruction) -> Step:
         m.write(out, lanes, first[lanes // 32].astype(np.uint32))
         m.write(flag, lanes, m.laneid[lanes] == first[lanes // 32])
 
-    return together(m, m.reader(i.operands[1], "u32"), act, i.text)
+    return together(m, m.reader(i.operands[1], "u32"), act)
 
 
 def _bar(m: Machine, i: Instruction) -> Step:
     if i.opcode[1] == "warp":
-        return together(m, m.reader(i.operands[0], "u32"), lambda lanes: None, i.text)
+        return together(m, m.reader(i.operands[0], "u32"), lambda lanes: None)
     if len(i.operands) > 1 or (i.operands and i.operands[0] != "0") or "red" in i.opcode or "arrive" in i.opcode:
         raise PtxError(f"only barrier 0 of all threads: {i.text!r}")
     return lambda a: wait
