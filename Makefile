@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := constraints-cpu.txt
 NATIVE := CMakeLists.txt $(shell find csrc cmake -type f)
-CXX_SOURCES := $(shell find csrc tests/gpu tests/ops/avx512 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tools/gpu_proof tests/ops/avx512 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
 REINFORCE_ADA_CUDA ?= OFF
 WORKERS ?= $(shell nproc)
@@ -81,21 +81,25 @@ test-avx512: $(VENV)/.dev
 	cmake --build build/avx512 --parallel
 	NATIVE_BUILD=avx512 $(WITH_OTHER_BUILD) -n $(WORKERS) -k avx512 tests/ops $(PYTEST_FLAGS)
 
+# The proofs of tools/gpu_proof, with the cases of the operators on the path: README.md there.
+GPU_PROOF := PYTHONPATH=$(CURDIR)/tools:$(CURDIR)/tests/gpu:$(CURDIR)/tests/ops$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m
+
 # Everything about the GPU forms that needs no GPU: their kernels interpreted, run on the CPU, and compiled for every target.
 test-gpu-static: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" tests/gpu $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu" tests/gpu tools/gpu_proof $(PYTEST_FLAGS)
 
-# Does removing any barrier, mask or bound from a kernel make a check fail? Only what changed since the last run is tried.
+# Does removing any barrier, mask or bound from a kernel make a check fail? Tried are the mutants of which docs/gpu_mutations.md does not know,
+# or all with MUTATION_FLAGS=--again; how each one died is in build/gpu_mutants.
 test-gpu-mutations: $(VENV)/.dev
-	$(BIN)/python tests/gpu/mutate.py
+	$(GPU_PROOF) gpu_proof.mutation.run $(MUTATION_FLAGS)
 
 # Compiles every kernel for every target, and writes what it found to benchmarks/gpu_static.json and the tables of docs/gpu.md.
 gpu-docs: $(VENV)/.dev
-	$(BIN)/python benchmarks/write_gpu.py
+	$(GPU_PROOF) gpu_proof.static_docs
 
 # The PTX of every kernel with a manifest of how to launch it, in build/ptx.
 gpu-ptx: $(VENV)/.dev
-	$(BIN)/python tests/gpu/write_ptx.py
+	$(GPU_PROOF) gpu_proof.write_ptx
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

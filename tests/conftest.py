@@ -11,17 +11,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is built on the
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every forked or spawned child
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread mostly waits for the first
 
-TOGETHER = ("tests/engines/", "tests/gpu/")  # their files share costly fixtures: real vLLM, and processes that run two at a time
+# Their files share costly fixtures: real vLLM, and processes that run two at a time; what both of the latter build lies in build/.
+TOGETHER = {"tests/engines/": "engines", "tests/gpu/": "gpu", "tools/gpu_proof/": "gpu"}
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several workers run the suite, one of them runs all tests of a file, and all those of the folders above."""
+    """Where several workers run the suite, one of them runs all tests of a file, and all those of a scope above."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+            return next((scope for folder, scope in TOGETHER.items() if path.startswith(folder)), path)
 
     return ByFile(config, log)
 

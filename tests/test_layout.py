@@ -272,7 +272,7 @@ def test_tests_mirror_the_package():
 
 def files() -> Iterator[Path]:
     """Every text file of the project."""
-    for top in ("csrc", "python", "tests", "benchmarks", "docs", "examples"):
+    for top in ("csrc", "python", "tests", "tools", "benchmarks", "docs", "examples"):
         for path in sorted((ROOT / top).rglob("*")):
             if path.suffix in {".py", ".pyi", ".h", ".cpp", ".md", ".toml", ".jsonl"}:
                 yield path

@@ -18,7 +18,8 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The names of the tests, every one of which must have passed: none skipped, none failed."""
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        path = os.pathsep.join([str(HERE), str(HERE.parent / "ops"), os.environ.get("PYTHONPATH", "")])
+        # A plugin is imported before pytest has read pyproject.toml.
+        path = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", f"--junitxml={report}"],
             cwd=ROOT,

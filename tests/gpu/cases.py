@@ -38,8 +38,8 @@ def each(check: Callable[..., None], *choices: tuple[Any, ...], dtypes: bool = F
 
 
 def operator_of(file: str) -> str:
-    """Whose cases `cases_<operator>` or `cases_more_<operator>` has."""
-    return file.removeprefix("cases_").removeprefix("more_")
+    """Whose cases `cases_<operator>` has."""
+    return file.removeprefix("cases_")
 
 
 def run(case: Case, backend: str, device: str) -> None:

@@ -1,13 +1,13 @@
-"""The cases of `cases_*.py` through compiled PTX, on the machine of tests/gpu/ptx. Not collected by default: a process of its own runs it
+"""The cases of `cases_*.py` through compiled PTX, on the machine of tools/gpu_proof/ptx. Not collected by default: it takes a process
+of its own, as in
 
 PTX_BACKEND=triton PTX_CAPABILITY=90 python -m pytest tests/gpu/compiled.py
-PTX_BACKEND=cuda PTX_CAPABILITY=90 PTX_FOLDER=<module of ptx_cuda.build and *.ptx of nvcc> python -m pytest tests/gpu/compiled.py
+PTX_BACKEND=cuda PTX_CAPABILITY=90 PTX_FOLDER=<module of gpu_proof.ptx.cuda.build and *.ptx of nvcc> python -m pytest tests/gpu/compiled.py
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -17,18 +17,17 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "ptx"))
 BACKEND, CAPABILITY = os.environ["PTX_BACKEND"], int(os.environ["PTX_CAPABILITY"])
 
 if BACKEND == "cuda":
-    import ptx_cuda
+    from gpu_proof.ptx import cuda as ptx_cuda
 
     FOLDER = Path(os.environ["PTX_FOLDER"])
     machine = ptx_cuda.installed(FOLDER)
     forget = ptx_cuda.forget
     launches = ptx_cuda.launches
 else:
-    import ptx_triton
+    from gpu_proof.ptx import triton as ptx_triton
 
     machine = ptx_triton.compiled_for(CAPABILITY)
     launches = ptx_triton.launches

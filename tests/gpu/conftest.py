@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import launches
 import pytest
+
+from gpu_proof import launches
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 
 import cases
-import interpreter_guards
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+from gpu_proof import interpreter_guards
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 must be set before Triton is imported"
 

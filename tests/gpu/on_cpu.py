@@ -1,18 +1,20 @@
 """Every case of the operators that have CUDA kernels, on the CPU. Not collected by default: it takes a process of its own, as in
 
-CUDA_ON_CPU_MODULE=<what emulated_build.build_module returned> python -m pytest -p emulated tests/gpu/on_cpu.py
+CUDA_ON_CPU_MODULE=<what cuda_on_cpu.build.build_module returned> python -m pytest -p gpu_proof.cuda_on_cpu.plugin tests/gpu/on_cpu.py
+
+with tools on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 
 import cases
 import pytest
-from emulated import OPERATORS
 
-FILES = sorted(path.stem for op in OPERATORS for path in Path(__file__).parent.glob(f"cases*_{op}.py") if "linear" not in path.stem)
+from gpu_proof.cuda_on_cpu.plugin import OPERATORS
+
+FILES = [f"cases_{op}" for op in sorted(OPERATORS)]
 CASES = [
     pytest.param(case, id=f"{file}-{case.name}", marks=[pytest.mark.slow] if case.large else [])
     for file in FILES

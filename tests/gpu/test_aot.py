@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import launches
 import pytest
-from aot import compile_all
-from catalogue import DTYPES, TRITON_KERNELS, Variant, due, entries, entry_kernels, quick, verdicts
-from machine_code import Facts
-from targets import TRITON_TARGETS
+
+from gpu_proof import launches
+from gpu_proof.aot import compile_all
+from gpu_proof.catalogue import DTYPES, TRITON_KERNELS, Variant, due, entries, entry_kernels, quick, verdicts
+from gpu_proof.machine_code import Facts
+from gpu_proof.targets import TRITON_TARGETS
 
 QUICK = quick()
 CASES = [pytest.param(variant, id=str(variant), marks=() if variant in QUICK else pytest.mark.slow) for variant in entries()]

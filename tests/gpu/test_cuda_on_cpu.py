@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 from apart import HERE, ROOT, assert_files_took_part, run
 from cases import operator_of
-from emulated_build import CXX, build_module
+
+from gpu_proof.cuda_on_cpu.build import CXX, build_module
 
 
 def emulated(arguments: Sequence[str], *, sanitized: bool = False) -> list[str]:
@@ -17,7 +18,7 @@ def emulated(arguments: Sequence[str], *, sanitized: bool = False) -> list[str]:
     if sanitized:  # leaks are not looked for: Python and torch keep what they allocate until the end
         environment |= {"LD_PRELOAD": f"{_library('libasan.so')} {_library('libstdc++.so')}", "ASAN_OPTIONS": "detect_leaks=0"}
         environment |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
-    return run(["-p", "emulated", "--capture=sys", *arguments], environment)
+    return run(["-p", "gpu_proof.cuda_on_cpu.plugin", "--capture=sys", *arguments], environment)
 
 
 def sanitized(arguments: Sequence[str]) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-import nvcc
 import pytest
-from catalogue import CUDA_KERNELS, DTYPES, cuda_kernel, cuda_verdicts
-from targets import NVCC_TARGETS
+
+from gpu_proof import nvcc
+from gpu_proof.catalogue import CUDA_KERNELS, DTYPES, cuda_kernel, cuda_verdicts
+from gpu_proof.targets import NVCC_TARGETS
 
 QUICK = ("sm_90",)
 JOBS = [

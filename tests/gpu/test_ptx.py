@@ -1,22 +1,19 @@
-"""The compiled kernels, run: PTX of Triton and of nvcc, on the machine of tests/gpu/ptx, through the operators and their cases."""
+"""The compiled kernels, run: PTX of Triton and of nvcc, on the machine of tools/gpu_proof/ptx, through the operators and their cases."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import nvcc
 import pytest
 from apart import HERE, ROOT, assert_files_took_part, run
 from cases import operator_of
-from targets import NVCC_TARGETS
 
-sys.path.insert(0, str(HERE / "ptx"))
-
-import ptx_cuda
+from gpu_proof import nvcc
+from gpu_proof.ptx import cuda as ptx_cuda
+from gpu_proof.targets import NVCC_TARGETS
 
 # What compilers of torch see of a kernel does not depend on its machine code.
 ALL = "not torch and not compiles and not fake"
