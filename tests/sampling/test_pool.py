@@ -53,6 +53,17 @@ def test_raw_rewards_and_strict_threshold() -> None:
     assert (record.min, record.max, record.count, record.has_signal) == (0.2, 0.9, 4, True)
 
 
+def test_answers_count_before_their_commit_and_no_more_once_cut() -> None:
+    pool = GrowingPool(0.7)
+    for index, reward in ((0, 1.0), (2, 0.0), (3, 1.0)):
+        pool.put(index, scored(CompletionId(0, "a", index), reward))
+    pool.put(5, Failed(CompletionId(0, "a", 5), 0, "void"))
+    pool.commit_next()
+    assert (pool.counts, pool.answered) == (Counts(1, 0), Counts(2, 1, 1))
+    assert [index for index, _ in pool.cut(3)] == [3, 5]
+    assert pool.answered == Counts(1, 1)
+
+
 def test_voids_enter_no_statistic() -> None:
     pool = GrowingPool(0.7)
     pool.put(0, scored(CompletionId(0, "a", 0), 1.0))

@@ -15,12 +15,13 @@ import numpy as np
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Tally, sampling_metrics
 from reinforce_ada.sampling.policies import Counts, History, Policy, Remembers, Verdict, Window, at_least
-from reinforce_ada.sampling.pool import GrowingPool, rewards_of
+from reinforce_ada.sampling.pool import GrowingPool, only_reward, rewards_of
 from reinforce_ada.types import (
     Aborted,
     CompletionId,
     Event,
     ExitReason,
+    Failed,
     Group,
     Lost,
     Outcome,
@@ -123,6 +124,8 @@ class AdaptiveSampler:
             ceil((free_slots + outstanding) / active prompts), at least round_size.
         num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
         memory: what earlier steps say of each prompt; required by a policy that looks at it.
+        keep_completions: False forgets all of a completion but its reward as soon as it has come: a twentieth of the memory, for a
+            simulation. The outcomes of the pools then have neither id nor text, and no tokens are counted.
     Raises: InputError for no prompts, duplicate ids, and arguments that cannot go together.
     """
 
@@ -138,6 +141,7 @@ class AdaptiveSampler:
         window: int | Window | None = None,
         num_prompts: int | None = None,
         memory: Remembers | None = None,
+        keep_completions: bool = True,
     ) -> None:
         check_schedule(_WHERE, schedule, window)
         if policy.needs_memory and memory is None:
@@ -150,6 +154,7 @@ class AdaptiveSampler:
         self._policy_version = policy_version
         self._schedule = schedule
         self._seed = seed
+        self._keep_completions = keep_completions
         self._fixed_window = None if callable(window) else window
         self._window_of = window if callable(window) else None
         self._num_wanted = _num_wanted(prompts, policy, num_prompts)
@@ -397,7 +402,7 @@ class AdaptiveSampler:
             self._issue_again(state, index)
             return []
         state.lost &= ~(1 << index)
-        state.put(index, event)
+        state.put(index, event if self._keep_completions or isinstance(event, Failed) else only_reward(event.reward))
         return self._commit(state)
 
     def _waste(self, state: _PromptState, index: int, event: Event) -> None:
