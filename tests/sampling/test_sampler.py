@@ -272,6 +272,17 @@ def test_what_is_lost_comes_first_and_carries_the_same_seed(event: Lost | Aborte
     assert (tally.num_lost + tally.num_aborted, tally.num_duplicates) == (1, 2)
 
 
+@pytest.mark.parametrize("again", [Lost(cid("a", 1), 0, "late"), Aborted(cid("a", 1), 0, num_tokens=7)])
+def test_what_was_lost_before_the_exit_and_is_lost_again_is_a_duplicate(again: Lost | Aborted) -> None:
+    sampler = AdaptiveSampler(prompts_of(["a"]), preset(POS, decide_every=1, min_pool=0))
+    sampler.next_requests(2)
+    sampler.receive(Lost(cid("a", 1), 0, "late"))
+    sampler.receive(scored(cid("a", 0), 1.0))
+    sampler.receive(again)
+    metrics = sampler.result().metrics
+    assert (metrics["num_lost"], metrics["num_duplicates"], metrics["tokens_wasted"]) == (1, 1, 0)
+
+
 def test_foreign_events_are_rejected_and_counted() -> None:
     sampler = AdaptiveSampler(prompts_of(["a"]), preset("grpo", group_size=4), step=3, policy_version=2)
     sampler.next_requests(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
+from reinforce_ada.sampling.metrics import Progress
 from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
@@ -30,7 +31,7 @@ from reinforce_ada.sampling.policies import (
     Verdict,
 )
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
-from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
+from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
 from reinforce_ada.sampling.windows import PosteriorWindow
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.sampling.policies import Counts
+from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.types import Completion, CompletionId, ExitReason, Outcome, Pool, Prompt, Scored
 
 
@@ -59,16 +60,16 @@ class GrowingPool:
             if self._first is None:
                 self._first = outcome.reward
             self.has_signal |= outcome.reward != self._first
-            if outcome.reward > self._threshold:
+            if unit_of(outcome, self._threshold) is CORRECT:
                 self.correct += 1
             else:
                 self.wrong += 1
         return outcome
 
     @property
-    def waiting(self) -> list[Outcome | None]:
-        """The answers past the committed prefix, by index from `committed` on."""
-        return self.answers[self.committed :]
+    def later(self) -> list[Counts | None]:
+        """What is known past the committed prefix, by index from `committed` on: CORRECT, WRONG, VOID, or None for an unanswered one."""
+        return [None if answer is None else unit_of(answer, self._threshold) for answer in self.answers[self.committed :]]
 
     @property
     def answered(self) -> Counts:
@@ -76,12 +77,10 @@ class GrowingPool:
         return Counts(self._answered_correct, self._answered_wrong, self._answered_void)
 
     def _count(self, outcome: Outcome, change: int) -> None:
-        if not isinstance(outcome, Scored):
-            self._answered_void += change
-        elif outcome.reward > self._threshold:
-            self._answered_correct += change
-        else:
-            self._answered_wrong += change
+        correct, wrong, void = unit_of(outcome, self._threshold)
+        self._answered_correct += change * correct
+        self._answered_wrong += change * wrong
+        self._answered_void += change * void
 
     def cut(self, first: int) -> list[tuple[int, Outcome]]:
         """Remove the answers from this index on: (index, answer) of each."""
