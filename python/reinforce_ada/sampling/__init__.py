@@ -8,6 +8,7 @@ from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
     All,
+    Allocation,
     AllPrompts,
     Balance,
     Balanced,
@@ -16,6 +17,7 @@ from reinforce_ada.sampling.policies import (
     Centered,
     Counts,
     DropOneClass,
+    ExitRule,
     First,
     History,
     InverseSqrtRate,
@@ -29,6 +31,7 @@ from reinforce_ada.sampling.policies import (
     Rounds,
     SkipStreaks,
     Verdict,
+    Weighting,
 )
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
@@ -41,6 +44,7 @@ __all__ = [
     "AdvantageSpec",
     "All",
     "AllPrompts",
+    "Allocation",
     "Balance",
     "Balanced",
     "Band",
@@ -48,6 +52,7 @@ __all__ = [
     "Centered",
     "Counts",
     "DropOneClass",
+    "ExitRule",
     "First",
     "History",
     "InverseSqrtRate",
@@ -66,6 +71,7 @@ __all__ = [
     "SkipStreaks",
     "StoppingTable",
     "Verdict",
+    "Weighting",
     "configured",
     "preset",
     "request_seed",

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies import AdvantageSpec, Counts, Policy, Verdict
+from reinforce_ada.sampling.policies import AdvantageSpec, Counts, Policy, Verdict, Weighting
 from reinforce_ada.sampling.statistics import Terminal, stopping_table, terminals_of
 from reinforce_ada.types import Group
 
@@ -25,7 +25,7 @@ _BASELINE = 0.5  # halfway between the rewards 0 and 1, so that the class weight
 
 
 @dataclass(frozen=True)
-class ObjectiveWeight:
+class ObjectiveWeight(Weighting):
     """Advantages whose expected gradient is that of f(p), summed over the prompts that entered.
 
         A+ = +t n / a,  A- = -t n / b,  t = f'(p~) * theta~;  0 where a or b is 0
@@ -83,8 +83,7 @@ class ObjectiveWeight:
         if policy.refills:
             given = f"{type(policy.propose).__name__}, which lets prompts in because others were dropped"
             raise InputError(where, given, "a fixed number of prompts is needed")
-        smallest: int = getattr(policy.allocate, "floor", policy.cap)  # where prompts have budgets of their own
-        for cap in {smallest, policy.cap}:
+        for cap in {policy.allocate.floor or policy.cap, policy.cap}:
             _check_rule(where, policy, stopping_table(policy, cap).terminals)
         _check_selection(where, policy)
 
