@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
 from reinforce_ada.sampling.metrics import Progress
-from reinforce_ada.sampling.objectives import ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
     All,
@@ -33,6 +32,7 @@ from reinforce_ada.sampling.policies import (
     Verdict,
     Weighting,
 )
+from reinforce_ada.sampling.policies.objective_weight import ObjectiveWeight
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table

@@ -9,7 +9,6 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.objectives import Objective, ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     All,
     Allocate,
@@ -35,6 +34,7 @@ from reinforce_ada.sampling.policies import (
     Weight,
     at_least,
 )
+from reinforce_ada.sampling.policies.objective_weight import ObjectiveName, ObjectiveWeight
 
 _WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"}  # what a preset has that leaves them out
 
@@ -175,7 +175,7 @@ _ROWS = (
 PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS})
 
 
-def preset(name: str, *, objective: Objective | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
+def preset(name: str, *, objective: ObjectiveName | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
     """The policy of a published algorithm.
 
     Args:
