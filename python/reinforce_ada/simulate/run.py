@@ -105,37 +105,58 @@ class _Drawn:
         return np.where(correct, tokens, -tokens).astype(np.int32).data
 
 
-class _Running:
-    """The completions that hold a slot, by the decode step they end at."""
+class _Engine:
+    """The engine on its virtual clock: what runs in its slots, by the decode step it ends at."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: EngineModel, drawn: _Drawn) -> None:
+        self._model = model
+        self._drawn = drawn
         self._reward_of: dict[CompletionId, float] = {}
         self._ending: dict[int, list[CompletionId]] = {}
         self._steps: list[int] = []  # heap of the keys of _ending
+        self._busy = array("d")  # pairs
+        self.step = self.tokens = self.num_ended = 0
+        self.seconds = model.sync_ms / 1e3
+        self._prefill_s = 0.0  # of the requests that join the next step
 
-    def __len__(self) -> int:
-        return len(self._reward_of)
+    @property
+    def free_slots(self) -> int:
+        return self._model.slots - len(self._reward_of)
 
-    def start(self, request_id: CompletionId, reward: float, last_step: int) -> None:
-        self._reward_of[request_id] = reward
-        ending = self._ending.get(last_step)
-        if ending is None:
-            self._ending[last_step] = [request_id]
-            heapq.heappush(self._steps, last_step)
-        else:
-            ending.append(request_id)
+    @property
+    def busy(self) -> NDArray[np.float64]:
+        """Seconds and the slots that were busy from then on, [n, 2]; after the last decode step none is."""
+        return np.append(np.array(self._busy), (self.seconds, 0)).reshape(-1, 2)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Give each a slot, and their prompts the time they take."""
+        for request in requests:
+            length = self._drawn(int(request.id.prompt_id), request.id.index)
+            last_step = self.step + abs(length)
+            self._reward_of[request.id] = float(length > 0)
+            if (ending := self._ending.get(last_step)) is None:
+                self._ending[last_step] = [request.id]
+                heapq.heappush(self._steps, last_step)
+            else:
+                ending.append(request.id)
+        self._busy.extend((self.seconds, len(self._reward_of)))
+        self._prefill_s = self._model.prefill_s(len(requests))
 
     def abort(self, request_id: CompletionId) -> None:
         """Free its slot; one that has ended in the same step has none any more."""
         self._reward_of.pop(request_id, None)
 
-    def end(self) -> tuple[int, list[Scored]]:
-        """The next step at which any ends, and those that do."""
+    def poll(self) -> list[Scored]:
+        """Decode up to the next step at which any ends; those that do."""
+        num_running = len(self._reward_of)
         ended: list[CompletionId] = []
         while not ended:
             step = heapq.heappop(self._steps)
             ended = [request_id for request_id in self._ending.pop(step) if request_id in self._reward_of]
-        return step, [_scored(request_id, self._reward_of.pop(request_id)) for request_id in ended]
+        generated = num_running * (step - self.step)
+        self.seconds += self._model.decode_s(step - self.step, generated) + self._prefill_s
+        self.tokens, self.step, self.num_ended = self.tokens + generated, step, self.num_ended + len(ended)
+        return [_scored(request_id, self._reward_of.pop(request_id)) for request_id in ended]
 
 
 def _scored(request_id: CompletionId, reward: float) -> Scored:
@@ -169,44 +190,29 @@ def simulate(
     Returns: wall-clock, tokens, waste, signal, utilisation and the busy slots over time.
     """
     driven = sampler or _sampler(policy, schedule, window, world.histories(num_earlier))
-    drawn, running = _Drawn(world, policy.cap), _Running()
-    step = tokens = num_ended = 0
-    seconds = engine.sync_ms / 1e3
-    busy = array("d")  # pairs
+    virtual = _Engine(engine, _Drawn(world, policy.cap))
     entered = array("q")
     while not driven.done:
-        requests = driven.next_requests(engine.slots - len(running))
-        for request in requests:
-            prompt, index = int(request.id.prompt_id), request.id.index
-            length = drawn(prompt, index)
-            running.start(request.id, float(length > 0), step + abs(length))
-            if index == 0:
-                entered.append(prompt)
-        num_running = len(running)
-        busy.extend((seconds, num_running))
-        wake, ended = running.end()
-        generated = num_running * (wake - step)
-        seconds += engine.decode_s(wake - step, generated) + engine.prefill_s(len(requests))
-        tokens, step = tokens + generated, wake
-        for event in ended:
+        requests = driven.next_requests(virtual.free_slots)
+        entered.extend(int(request.id.prompt_id) for request in requests if request.id.index == 0)
+        virtual.submit(requests)
+        for event in virtual.poll():
             for request_id in driven.receive(event):
-                running.abort(request_id)
-        num_ended += len(ended)
+                virtual.abort(request_id)
         if on_poll is not None:
-            on_poll(num_ended)
-    busy.extend((seconds, 0))
+            on_poll(virtual.num_ended)
     committed = np.fromiter((driven.committed(str(prompt)) for prompt in entered), np.int64, len(entered))
     tokens_committed, num_with_signal = _pools(world, np.array(entered), committed)
     return Outcome(
-        wall_s=seconds,
-        num_steps=step,
-        tokens=tokens,
+        wall_s=virtual.seconds,
+        num_steps=virtual.step,
+        tokens=virtual.tokens,
         tokens_committed=tokens_committed,
         num_prompts=len(entered),
         num_committed=int(committed.sum()),
         num_with_signal=num_with_signal,
         slots=engine.slots,
-        busy=np.array(busy).reshape(-1, 2),
+        busy=virtual.busy,
     )
 
 
