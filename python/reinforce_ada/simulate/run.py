@@ -22,7 +22,7 @@ from reinforce_ada.types import Completion, CompletionId, Event, Prompt, Request
 Ints = NDArray[np.int64]
 _NO_TOKENS, _NO_LOGPROBS = np.empty(0, np.int32), np.empty(0, np.float32)
 _NO_DATA: Mapping[str, object] = MappingProxyType({})
-_CHUNK = 1 << 16  # prompts whose committed tokens are counted together: 2 M completions at a cap of 32
+_CHUNK = 1 << 18  # completions whose tokens are counted together, some 20 MB
 _PROMPT_BITS, _INDEX_BITS = 8, 3  # of a block of completions that are drawn together
 
 
@@ -225,8 +225,9 @@ def _sampler(policy: Policy, schedule: Schedule, window: int | Window | None, hi
 def _pools(world: World, prompts: Ints, committed: Ints) -> tuple[int, int]:
     """(tokens, prompts with both classes) of the first so many completions of each of these prompts."""
     tokens = with_signal = 0
-    for first in range(0, len(committed), _CHUNK):
-        counts = committed[first : first + _CHUNK]
+    num_prompts = max(_CHUNK // int(committed.max()), 1)
+    for first in range(0, len(committed), num_prompts):
+        counts = committed[first : first + num_prompts]
         row = np.repeat(np.arange(len(counts)), counts)
         index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         correct, length = world.draw(prompts[first + row], index)

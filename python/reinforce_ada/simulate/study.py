@@ -204,7 +204,7 @@ def run_study(
     for s in settings:
         if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
             given = f"{num_prompts} prompts with a cap of {s.policy.cap}"
-            raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 3 GB")
+            raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 8 GB")
     outcomes: list[list[Outcome]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
