@@ -50,7 +50,7 @@ test-engine-kills: $(VENV)/.dev
 test-kills: $(VENV)/.dev
 	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/run_kills.py
 
-# A million prompts through the simulator; about two minutes on one core.
+# A million prompts through the simulator; some four minutes on one core.
 simulate-scale: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/simulate $(PYTEST_FLAGS)
 

@@ -1,7 +1,7 @@
 """The sampling core, microseconds a completion and bytes a prompt: pytest benchmarks/bench_sampler.py [--quick] [--benchmark-json=FILE]
 
 A poll takes a batch of answers, in any order, and hands out as many requests; twice the batch is in flight. Only that is timed, not
-the engine. The goals: events <= 15 us without a journal and <= 40 us with one, columns <= 4 us at batches of 256 and more, each the same
+the engine. The goals: events <= 15 us without a journal and <= 40 us with one, each the same
 from 1 000 to 1 000 000 prompts, and <= 400 bytes a prompt beside the completions.
 """
 
@@ -20,7 +20,6 @@ import pytest
 
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import AdaptiveSampler, preset
-from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Prompt, Scored
 
 POLICY = preset("reinforce-ada-balance")
@@ -94,57 +93,7 @@ class Events:
         self.running += [r.id for r in self.sampler.next_requests(free_slots)]
 
 
-class Columns:
-    """Arrays in, arrays out."""
-
-    def __init__(self, num_prompts: int, batch: int) -> None:
-        self.num_prompts, self.rewards = num_prompts, rewards_of(num_prompts)
-        self.batch, self.rng = batch, np.random.default_rng(0)
-        self.start()
-
-    def start(self) -> None:
-        """A sampler in the middle of its run: four completions of each prompt are there."""
-        self.sampler = ColumnSampler(self.num_prompts, POLICY)
-        while self.sampler.num_committed < 4 * self.num_prompts:
-            prompt_of, index = self.sampler.next_requests(self.num_prompts // 10)
-            self.sampler.receive(prompt_of, index, self.rewards[prompt_of, index])
-        self.running = np.empty(0, np.int64)
-        self.come = self.gone = (np.empty(0, np.int64), np.empty(0, np.int32))
-        self.take(*self.come, np.empty(0), IN_FLIGHT * self.batch)
-
-    def setup(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.sampler.num_active < self.num_prompts // 4:
-            self.start()
-        come, gone = (prompt_of * POLICY.cap + index for prompt_of, index in (self.come, self.gone))
-        running = self.rng.permutation(np.concatenate((np.setdiff1d(self.running, gone), come)))
-        answered, self.running = running[: self.batch], running[self.batch :]
-        prompt_of, index = np.divmod(answered, POLICY.cap)
-        free_slots = IN_FLIGHT * self.batch - len(self.running)
-        return ((prompt_of, index, self.rewards[prompt_of, index].astype(np.float64), free_slots), {})
-
-    def take(self, prompt_of: np.ndarray, index: np.ndarray, rewards: np.ndarray, free_slots: int) -> None:
-        """What is timed."""
-        self.gone = self.sampler.receive(prompt_of, index, rewards)
-        self.come = self.sampler.next_requests(free_slots)
-
-
-@pytest.fixture(scope="module")
-def checked() -> None:
-    """Both paths give the same pools."""
-    world = Events(300, 1, None, 1)
-    events, columns = AdaptiveSampler(world.prompts, POLICY), ColumnSampler(300, POLICY)
-    while not events.done:
-        for request in events.next_requests(100):
-            events.receive(world.event(request.id))
-    while not columns.done:
-        prompt_of, index = columns.next_requests(100)
-        columns.receive(prompt_of, index, world.rewards[prompt_of, index])
-    expected = [(pool.num_correct, pool.num_wrong, pool.mean) for pool in events.result().pools]
-    found = columns.result()
-    assert list(zip(found.num_correct.tolist(), found.num_wrong.tolist(), found.mean.tolist(), strict=True)) == expected
-
-
-def time_of(benchmark: Any, world: Events | Columns, batch: int) -> float:
+def time_of(benchmark: Any, world: Events, batch: int) -> float:
     """Median microseconds a completion of a poll."""
     gc.collect()
     benchmark.pedantic(world.take, setup=world.setup, rounds=NUM_POLLS, warmup_rounds=5)
@@ -153,7 +102,6 @@ def time_of(benchmark: Any, world: Events | Columns, batch: int) -> float:
     return us
 
 
-@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("num_prompts", SIZES)
 @pytest.mark.parametrize(("journal", "num_tokens"), [(False, 1), (True, 1), (True, 500)])
 def test_events(benchmark, rows, tmp_path: Path, num_prompts: int, journal: bool, num_tokens: int) -> None:
@@ -164,14 +112,6 @@ def test_events(benchmark, rows, tmp_path: Path, num_prompts: int, journal: bool
         store.close()
     path = f"events, journal, {num_tokens} token{'s'[: num_tokens - 1]}" if journal else "events"
     rows.append(f"{path:<28}{num_prompts:>10}{batch:>7}{us:>17.2f}")
-
-
-@pytest.mark.usefixtures("checked")
-@pytest.mark.parametrize("num_prompts", SIZES)
-@pytest.mark.parametrize("batch", [1, 16, 64, 256, 1024, 5000])
-def test_columns(benchmark, rows, num_prompts: int, batch: int) -> None:
-    us = time_of(benchmark, Columns(num_prompts, batch), batch)
-    rows.append(f"{'columns':<28}{num_prompts:>10}{batch:>7}{us:>17.2f}")
 
 
 @pytest.mark.parametrize("num_prompts", SIZES)
@@ -193,22 +133,3 @@ def test_bytes_of_events(rows, num_prompts: int) -> None:
     empty = sys.getsizeof([])
     row = f"{start / num_prompts - empty:.0f} at the start, {(middle - lists) / num_prompts:.0f} in the middle"
     rows.append(f"{'events':<28}{num_prompts:>10}  bytes a prompt: {row}")
-
-
-@pytest.mark.parametrize("num_prompts", SIZES)
-def test_bytes_of_columns(rows, num_prompts: int) -> None:
-    """At the start, and at most at any time of a whole run; without the tables of completions."""
-    rewards = rewards_of(num_prompts)
-    tables = num_prompts * POLICY.cap * (1 + 8)
-    tracemalloc.start()
-    sampler = ColumnSampler(num_prompts, POLICY)
-    start = tracemalloc.get_traced_memory()[0]
-    while not sampler.done:
-        prompt_of, index = sampler.next_requests(max(num_prompts // 50, 256))
-        sampler.receive(prompt_of, index, rewards[prompt_of, index])
-    most = tracemalloc.get_traced_memory()[1]
-    sampler.result()
-    after = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    start, most, after = (round((size - tables) / num_prompts) for size in (start, most, after))
-    rows.append(f"{'columns':<28}{num_prompts:>10}  bytes a prompt: {start} at the start, {most} at most, {after} with the result")

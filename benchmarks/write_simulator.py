@@ -53,7 +53,7 @@ def run() -> dict[str, list[Study]]:
     """Every study of the page."""
     model, lengths = EngineModel(), LengthModel()
     full = {"num_prompts": 64, "num_seeds": 8}
-    wide = {"num_prompts": 1024, "num_seeds": 2, "poll_fraction": 0.01}
+    wide = {"num_prompts": 1024, "num_seeds": 2}
     return {
         "frontier": [run_study(_swept(), p, model, lengths, **full) for p in POPULATIONS],
         "goal": [run_study(_few("posterior"), p, model, lengths, num_prompts=64, num_seeds=32) for p in POPULATIONS],

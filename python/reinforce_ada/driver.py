@@ -11,7 +11,7 @@ from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rewards.protocol import Reward, RewardRunner
-from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress
+from reinforce_ada.sampling import AdaptiveSampler, Progress
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Request, SamplingResult
 
 # With no request at the engine only a reward can make progress, so the wait may be long; it bounds how late on_progress is called.

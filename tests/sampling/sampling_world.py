@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Counts, History, Never, Policy, Positive, Refill, Rounds, Verdict
-from reinforce_ada.sampling.policies import All, Balanced, DropOneClass, First
+from reinforce_ada.sampling.policies import All, Allocation, Balanced, DropOneClass, First, promises_of
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, ExitReason, Failed, Lost, Pool, Prompt, Request, Scored
 
 REWARD_OF = {"+": 1.0, "-": 0.0}  # any other character is a void
@@ -162,7 +162,7 @@ class Chaos:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnBudgets:
+class OwnBudgets(Allocation):
     """Every prompt its own cap, multiples of nothing."""
 
     round_size: int
@@ -216,7 +216,7 @@ def policies(draw: st.DrawFn) -> Policy:
         name="drawn",
         group_size=group_size,
         allocate=allocate,
-        decide=draw(st.sampled_from([rule for rule in rules if sum(getattr(rule, "needs", (0, 0))) <= allocate.cap])),
+        decide=draw(st.sampled_from([rule for rule in rules if sum(promises_of(rule).needs) <= allocate.cap])),
         select=draw(st.sampled_from([Balanced(), First(), All(), Extremes()])),
         weight=Centered(),
         decide_every=draw(st.integers(1, allocate.cap + 1)),

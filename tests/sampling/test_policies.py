@@ -511,6 +511,14 @@ def changed(name: str, **parts) -> Policy:
             r"allocate namespace.*; an object with .round_size is needed; Budgeted wraps",
         ),
         (
+            lambda: changed("grpo", allocate=SimpleNamespace(budgets=len, cap=8, round_size=8, __call__=len)),
+            r"allocate namespace.*; an object with .floor is needed; Budgeted wraps",
+        ),
+        (
+            lambda: changed("grpo", propose=SimpleNamespace(choose=len, candidates_per_prompt=1, __call__=len)),
+            "propose namespace.*; an object with .needs_memory is needed; see AllPrompts",
+        ),
+        (
             lambda: changed("grpo", propose=SimpleNamespace(choose=len, __call__=len)),
             "propose namespace.*; an object with .candidates_per_prompt is needed; see AllPrompts",
         ),

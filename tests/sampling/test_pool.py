@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_world import scored
 
-from reinforce_ada.sampling.policies import Counts
+from reinforce_ada.sampling.policies import Counts, History
 from reinforce_ada.sampling.pool import GrowingPool, reward_statistics, rewards_of
+from reinforce_ada.sampling.prompt_state import PromptState, indices_of
 from reinforce_ada.types import CompletionId, Failed, Prompt
 
 rewards_lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
@@ -51,6 +52,32 @@ def test_raw_rewards_and_strict_threshold() -> None:
     assert record.mean == pytest.approx(0.65, abs=1e-15)
     assert record.m2 == pytest.approx(0.29, abs=1e-15)
     assert (record.min, record.max, record.count, record.has_signal) == (0.2, 0.9, 4, True)
+
+
+def test_answers_count_before_their_commit_and_no_more_once_cut() -> None:
+    pool = GrowingPool(0.7)
+    for index, reward in ((0, 1.0), (2, 0.0), (3, 1.0)):
+        pool.put(index, scored(CompletionId(0, "a", index), reward))
+    pool.put(5, Failed(CompletionId(0, "a", 5), 0, "void"))
+    pool.commit_next()
+    assert (pool.counts, pool.answered) == (Counts(1, 0), Counts(2, 1, 1))
+    assert [index for index, _ in pool.cut(3)] == [3, 5]
+    assert pool.answered == Counts(1, 1)
+
+
+def test_the_books_of_a_prompt() -> None:
+    """Of 6 requests 0 is committed, 2 waits for 1, 3 is lost, and 5 came too late to count; 1 and 4 are out."""
+    state = PromptState(0, Prompt("a"), History(), 8, 0.7)
+    state.num_issued, state.outstanding, state.lost, state.discarded = 6, 0b010010, 0b001000, 0b100000
+    for index in (0, 2):
+        state.put(index, scored(CompletionId(0, "a", index), 1.0))
+    state.commit_next()
+    assert [index for index in range(8) if state.is_answered(index)] == [0, 2, 5]
+    assert [index for index in range(8) if state.is_lost(index)] == [3]
+    assert [index for index in range(8) if state.is_open(index)] == [1, 3, 4, 5]
+    state.limit = 4
+    assert [index for index in range(8) if state.is_open(index)] == [1, 3]
+    assert (state.abort(4), indices_of(state.outstanding), state.abort(4)) == ([4], [1], [])
 
 
 def test_voids_enter_no_statistic() -> None:

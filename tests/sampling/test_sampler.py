@@ -12,9 +12,8 @@ from sampling_world import answer, drawn, finish, prompts_of, scored
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Policy, Rounds, preset, request_seed
-from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.sampling.policies import Balanced
-from reinforce_ada.types import Aborted, CompletionId, Failed, Group, Lost, Prompt, SamplingResult
+from reinforce_ada.types import Aborted, CompletionId, Failed, Group, Lost, Prompt, SamplingResult, Scored
 
 POS, BALANCE = "reinforce-ada-pos", "reinforce-ada-balance"
 PACKAGE_ROOT = Path(sys.modules["reinforce_ada.sampling"].__file__).parents[2]
@@ -161,28 +160,20 @@ def test_the_window_grows_as_prompts_exit() -> None:
 
 def test_a_prompt_waits_again_for_a_window_it_waited_for_before() -> None:
     sampler = AdaptiveSampler(prompts_of(["a", "b"]), preset(BALANCE, round_size=2, max_rounds=8, decide_every=1, min_pool=0))
-    columns = ColumnSampler(2, sampler.policy)
-
-    def both(free_slots: int) -> list[tuple[str, int]]:
-        found = indices(sampler, free_slots)
-        prompt_of, index = columns.next_requests(free_slots)
-        assert [("ab"[p], i) for p, i in zip(prompt_of.tolist(), index.tolist(), strict=True)] == found
-        return found
 
     def take(*answers: tuple[str, int]) -> None:
         for prompt_id, index in answers:
             sampler.receive(scored(cid(prompt_id, index), 1.0))
-            columns.receive(["ab".index(prompt_id)], [index], [1.0])
 
-    assert len(both(4)) == 4
+    assert len(indices(sampler, 4)) == 4
     take(("a", 1))  # it waits for a0, in a's window
-    assert both(1) == []  # 4 slots for 2: window 2, and both need 3
-    assert both(2) == [("a", 2), ("b", 2)]  # 5 slots: window 3
+    assert indices(sampler, 1) == []  # 4 slots for 2: window 2, and both need 3
+    assert indices(sampler, 2) == [("a", 2), ("b", 2)]  # 5 slots: window 3
     take(("a", 0), ("b", 0))
-    assert both(1) == [("a", 3)]
+    assert indices(sampler, 1) == [("a", 3)]
     take(("a", 2))
-    assert both(1) == [("a", 4)]  # window 2 again, and b needs 3 again
-    assert both(1) == [("b", 3)]  # window 3
+    assert indices(sampler, 1) == [("a", 4)]  # window 2 again, and b needs 3 again
+    assert indices(sampler, 1) == [("b", 3)]  # window 3
 
 
 def everything(counts, history, cap) -> int:
@@ -192,28 +183,22 @@ def everything(counts, history, cap) -> int:
 def test_what_the_answers_settle_is_given_up() -> None:
     """A window of one's own: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
     policy = preset(POS, group_size=2, round_size=8, max_rounds=1, decide_every=2, min_pool=0)
-    sampler, columns = AdaptiveSampler(prompts_of(["a"]), policy, window=everything), ColumnSampler(1, policy, window=everything)
-    assert len(sampler.next_requests(9)) == len(columns.next_requests(9)[0]) == 8
+    sampler = AdaptiveSampler(prompts_of(["a"]), policy, window=everything)
+    assert len(sampler.next_requests(9)) == 8
     sampler.receive(Lost(cid("a", 5), 0, "late"))
-    columns.lose([0], [5])
     assert sampler.receive(scored(cid("a", 1), 1.0)) == [cid("a", index) for index in (2, 3, 4, 6, 7)]
-    assert columns.receive([0], [1], [1.0])[1].tolist() == [2, 3, 4, 6, 7]
     assert sampler.next_requests(9) == []  # nor is the lost one issued again
-    assert columns.next_requests(9)[0].tolist() == []
     assert [index for index in range(8) if sampler.is_open(cid("a", index))] == [0]
     for event in (scored(cid("a", 3), 1.0), Lost(cid("a", 4), 0, "late"), Lost(cid("a", 5), 0, "late")):  # late, and of no use
         assert sampler.receive(event) == []
-    columns.receive([0], [3], [1.0])
-    columns.lose([0, 0], [4, 5])
-    assert (sampler.next_requests(9), columns.next_requests(9)[0].tolist()) == ([], [])
+    assert sampler.next_requests(9) == []
     resumed = AdaptiveSampler(prompts_of(["a"]), policy, window=everything)
     resumed.restore([scored(cid("a", 1), 1.0), scored(cid("a", 5), 1.0)])
     assert indices(resumed, 9) == [("a", 0)]
-    assert (sampler.num_outstanding, columns.num_outstanding) == (1, 1)
-    assert sampler.receive(scored(cid("a", 0), 0.0)) == columns.receive([0], [0], [0.0])[1].tolist() == []
+    assert sampler.num_outstanding == 1
+    assert sampler.receive(scored(cid("a", 0), 0.0)) == []
     (pool,) = sampler.result().pools
     assert (drawn(pool), pool.num_issued) == (("-+", "satisfied"), 8)
-    assert (columns.result().committed.tolist(), columns.result().num_issued.tolist()) == ([2], [8])
 
 
 def test_rounds_hold_everybody_at_the_barrier() -> None:
@@ -287,6 +272,17 @@ def test_what_is_lost_comes_first_and_carries_the_same_seed(event: Lost | Aborte
     assert (tally.num_lost + tally.num_aborted, tally.num_duplicates) == (1, 2)
 
 
+@pytest.mark.parametrize("again", [Lost(cid("a", 1), 0, "late"), Aborted(cid("a", 1), 0, num_tokens=7)])
+def test_what_was_lost_before_the_exit_and_is_lost_again_is_a_duplicate(again: Lost | Aborted) -> None:
+    sampler = AdaptiveSampler(prompts_of(["a"]), preset(POS, decide_every=1, min_pool=0))
+    sampler.next_requests(2)
+    sampler.receive(Lost(cid("a", 1), 0, "late"))
+    sampler.receive(scored(cid("a", 0), 1.0))
+    sampler.receive(again)
+    metrics = sampler.result().metrics
+    assert (metrics["num_lost"], metrics["num_duplicates"], metrics["tokens_wasted"]) == (1, 1, 0)
+
+
 def test_foreign_events_are_rejected_and_counted() -> None:
     sampler = AdaptiveSampler(prompts_of(["a"]), preset("grpo", group_size=4), step=3, policy_version=2)
     sampler.next_requests(2)
@@ -318,6 +314,22 @@ def test_is_open() -> None:
     assert not sampler.is_open(cid("z", 1))
     sampler.receive(scored(cid("a", 1), 1.0))
     assert not any(sampler.is_open(cid("a", i)) for i in range(5))
+
+
+def test_what_is_not_kept_of_a_completion_changes_no_pool() -> None:
+    script = {"a": "--v-+--+", "b": "v-------", "c": "++-v-+--"}
+    policy = preset(BALANCE, max_rounds=1, decide_every=1)
+    samplers = [AdaptiveSampler(prompts_of(list(script)), policy, keep_completions=keep) for keep in (True, False)]
+    kept, forgotten = (finish(sampler, answer(script)) for sampler in samplers)
+    for pool, thin in zip(kept.pools, forgotten.pools, strict=True):
+        assert [isinstance(o, Failed) or o.reward for o in pool.outcomes] == [isinstance(o, Failed) or o.reward for o in thin.outcomes]
+        assert (pool.mean, pool.m2, pool.min, pool.max, pool.num_issued, pool.exit) == (
+            thin.mean, thin.m2, thin.min, thin.max, thin.num_issued, thin.exit,
+        )  # fmt: skip
+        assert len({id(o) for o in thin.outcomes if isinstance(o, Scored)}) <= 2
+    assert [[s.reward for s in group.kept] for group in kept.groups] == [[s.reward for s in group.kept] for group in forgotten.groups]
+    tokens = {"tokens_committed": 0.0, "tokens_wasted": 0.0}
+    assert forgotten.metrics == pytest.approx({**kept.metrics, **tokens}, rel=0, abs=0, nan_ok=True)
 
 
 def test_voids_advance_the_prefix_the_decision_and_the_cap_only() -> None:
@@ -448,8 +460,6 @@ def test_budgets_lie_between_one_and_the_cap(budgets: list[int], given: str) -> 
     policy = dataclasses.replace(preset("grpo"), allocate=Own(8, 1))
     with pytest.raises(InputError, match=f"Policy 'grpo': {given}"):
         AdaptiveSampler(prompts_of(["a", "b"]), policy)
-    with pytest.raises(InputError, match=f"Policy 'grpo': {given}"):
-        ColumnSampler(2, policy)
 
 
 def test_misuse() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from hypothesis import HealthCheck, given, settings
@@ -22,9 +21,7 @@ from sampling_world import (
 from sampling_world import policies as any_policy
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Never, Policy, Positive, Refill, Rounds, preset
-from reinforce_ada.sampling.policies import Balanced, Counts, DropOneClass, Verdict
-from reinforce_ada.sampling.sampler import CORRECT, WRONG, certain_exit
-from reinforce_ada.sampling.sampler import VOID as VOID_UNIT
+from reinforce_ada.sampling.policies import Balanced, DropOneClass
 from reinforce_ada.types import Aborted, CompletionId, Event, Failed, Lost, SamplingResult, Scored
 
 COMMON = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -231,27 +228,3 @@ def test_pools_depend_on_nothing_but_the_answers(data: st.DataObject) -> None:
     after.restore(cut.journal)
     assert (after.num_committed, after.num_active) == (before.num_committed, before.num_active)
     assert record(engines().drive(after).result()) == expected
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    every=st.integers(1, 3),
-    committed=st.integers(0, 4),
-    later=st.lists(st.sampled_from([CORRECT, WRONG, VOID_UNIT, None, None]), max_size=5),
-)
-def test_a_certain_exit_is_one_for_all_ways_the_open_ones_can_turn_out(seed: int, every: int, committed: int, later: list) -> None:
-    """Against every way, one by one, for rules that are drawn at random."""
-    cap = 12
-
-    def decide(counts: Counts) -> Verdict:
-        return random.Random(f"{seed} {counts}").choices([Verdict.CONTINUE, Verdict.STOP, Verdict.DROP], [1, 6, 6])[0]
-
-    policy = Policy("drawn", 1, Rounds(cap, 1), decide, Balanced(), Centered(), decide_every=every, min_pool=0)
-    known = Counts(committed, 0)
-    expected, units = cap, [*later, *[None] * (-(committed + len(later)) % every)]
-    for end in range(committed + len(units), committed, -1):
-        ways = itertools.product(*([CORRECT, WRONG, VOID_UNIT] if u is None else [u] for u in units[: end - committed]))
-        totals = {Counts(*map(sum, zip(known, *way, strict=True))) for way in ways}
-        if end % every == 0 and all(decide(counts) is not Verdict.CONTINUE for counts in totals):
-            expected = end
-    assert certain_exit(policy, known, later, cap) == expected

@@ -17,7 +17,6 @@ from sampling_world import Chaos, answer, drawn, prompts_of, scored, sequential
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Counts, History, Policy, Verdict, preset
-from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.sampling.windows import PosteriorWindow, survivals, window_of
 from reinforce_ada.types import Aborted, CompletionId, Event
 
@@ -315,21 +314,16 @@ def test_the_window_of_a_configuration(schedule: str, given: object, latency_bou
 
 
 def test_a_window_past_the_cap_is_the_cap() -> None:
-    columns = ColumnSampler(1, EACH, window=lambda counts, history, cap: 10**12)
-    assert columns.next_requests(99)[1].tolist() == list(range(32))
+    sampler = AdaptiveSampler(prompts_of(["a"]), EACH, window=lambda counts, history, cap: 10**12)
+    assert [request.id.index for request in sampler.next_requests(99)] == list(range(32))
 
 
 def test_a_window_of_nothing_is_a_window_of_one() -> None:
     script = {"a": "-" * 5 + "+" * 27, "b": "+-" * 16}
     sampler = AdaptiveSampler(prompts_of(list(script)), EACH, window=lambda counts, history, cap: 0)
-    columns = ColumnSampler(2, EACH, window=lambda counts, history, cap: 0)
     while not sampler.done:
         requests = sampler.next_requests(8)
         assert len(requests) == sampler.num_active
         for request in requests:
             sampler.receive(answer(script)(request.id))
-        prompt_of, index = columns.next_requests(8)
-        assert [("ab"[p], i) for p, i in zip(prompt_of.tolist(), index.tolist(), strict=True)] == [r.id[1:] for r in requests]
-        columns.receive(prompt_of, index, np.array([script["ab"[p]][i] == "+" for p, i in zip(prompt_of, index, strict=True)], float))
-    assert columns.done
     assert [len(pool.outcomes) for pool in sampler.result().pools] == [7, 4]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from reinforce_ada.sampling import Counts, Policy, Verdict
 from reinforce_ada.simulate.engine_model import LengthModel
 from reinforce_ada.simulate.population import World
-from reinforce_ada.simulate.run import Pools
+from reinforce_ada.types import CompletionId, Prompt, Request, Scored
 
 
 class ScriptedWorld(World):
@@ -38,36 +38,30 @@ class CompletionOrder:
     def done(self) -> bool:
         return not self._open
 
-    def next_requests(self, free_slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        found: list[tuple[int, int]] = []
+    def next_requests(self, free_slots: int) -> list[Request]:
+        found: list[Request] = []
         while len(found) < free_slots:
             able = [p for p in self._open if len(self._out[p]) < self._window and self._issued[p] < self._policy.cap]
             if not able:
                 break
             prompt = min(able, key=lambda p: (self._issued[p], p))
-            found.append((prompt, self._issued[prompt]))
+            found.append(Request(CompletionId(0, str(prompt), self._issued[prompt]), Prompt(str(prompt)), 0, 0))
             self._out[prompt].add(self._issued[prompt])
             self._issued[prompt] += 1
-        return columns(found)
+        return found
 
-    def receive(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64], rewards: NDArray[np.float64]) -> tuple:
-        aborted: list[tuple[int, int]] = []
-        for prompt, i, reward in zip(prompt_of.tolist(), index.tolist(), rewards.tolist(), strict=True):
-            if prompt not in self._open:
-                continue
-            correct, wrong, _ = self._counts[prompt]
-            self._counts[prompt] = counts = Counts(correct + (reward > 0), wrong + (reward == 0))
-            self._out[prompt].discard(i)
-            self.taken.append((prompt, i))
-            if self._policy.verdict(counts) is not Verdict.CONTINUE or counts.committed == self._policy.cap:
-                self._open.discard(prompt)
-                aborted += [(prompt, other) for other in sorted(self._out[prompt])]
-        return columns(aborted)
+    def receive(self, event: Scored) -> list[CompletionId]:
+        prompt = int(event.id.prompt_id)
+        if prompt not in self._open:
+            return []
+        correct, wrong, _ = self._counts[prompt]
+        self._counts[prompt] = counts = Counts(correct + (event.reward > 0), wrong + (event.reward == 0))
+        self._out[prompt].discard(event.id.index)
+        self.taken.append((prompt, event.id.index))
+        if self._policy.verdict(counts) is Verdict.CONTINUE and counts.committed < self._policy.cap:
+            return []
+        self._open.discard(prompt)
+        return [CompletionId(0, str(prompt), other) for other in sorted(self._out[prompt])]
 
-    def pools(self) -> Pools:
-        return Pools(np.array([c.correct for c in self._counts]), np.array([c.wrong for c in self._counts]))
-
-
-def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    array = np.array(pairs, np.int64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+    def committed(self, prompt_id: str) -> int:
+        return self._counts[int(prompt_id)].committed

@@ -120,7 +120,6 @@ def test_a_run_gives_the_models_and_flags_override_them(capsys, tmp_path: Path) 
         ("grpo --population no.csv", "simulate: cannot read no.csv: No such file or directory; a file of pass rates is needed"),
         ("grpo --prompts 0", "simulate: prompts 0; a finite number of at least 1 is needed"),
         ("grpo --slots 0", "EngineModel: slots 0; a finite number of at least 1 is needed"),
-        ("grpo --poll-fraction 1", "simulate: poll_fraction 1.0; a number from 0 to below 1 is needed"),
         ("grpo --json no/where.json", "simulate: --json no/where.json; a file in a folder that exists is needed"),
         ("grpo --json .", "simulate: --json .; a file in a folder that exists is needed"),
         ("grpo --figure study.pdf", "simulate: --figure study.pdf; a file name that ends with .png is needed"),
@@ -140,7 +139,7 @@ def test_help_names_every_flag_and_needs_no_numpy(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["simulate", "--help"])
     out = capsys.readouterr().out
-    flags = ("--schedule", "--window", "--population", "--prompts", "--slots", "--seeds", "--fit", "--json", "--figure", "--poll-fraction")
+    flags = ("--schedule", "--window", "--population", "--prompts", "--slots", "--seeds", "--fit", "--json", "--figure")
     assert all(flag in out for flag in (*flags, "--engine-step-ms", "--engine-busy-ms", "--median-wrong", "--sigma-prompt"))
     assert "posterior:0.3" in out
     code = "import sys; from reinforce_ada.simulate import command; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"

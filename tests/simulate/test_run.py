@@ -1,4 +1,4 @@
-"""The event loop against cases worked by hand, the sequential law, and itself at other samplers and polls."""
+"""The event loop against cases worked by hand, the sequential law, and itself at other samplers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from simulated_world import ScriptedWorld
 
-from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import preset, stopping_table
 from reinforce_ada.sampling.policies import Counts, Verdict
 from reinforce_ada.sampling.statistics import samples, signal
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.population import BetaRates, World
-from reinforce_ada.simulate.run import BatchSampler, simulate
+from reinforce_ada.simulate.run import _Drawn, simulate
 
 ONE = preset("grpo", group_size=1)
 EACH = preset("reinforce-ada-balance", decide_every=1)
@@ -60,15 +59,13 @@ def test_rounds_wait_for_the_slowest() -> None:
     assert simulate(world, policy, EngineModel(slots=8), window=4).num_steps == 9  # 5 + 3 beside 9
 
 
-def test_a_poll_fraction_leaves_slots_idle_until_enough_have_ended() -> None:
-    """Half of 4 slots: 1 and 2 end at steps 1 and 2, both are seen at 2; the clock counts every token all the same."""
-    world = ScriptedWorld(["+"] * 6, [[1], [2], [4], [4], [2], [2]])
-    assert simulate(world, ONE, EngineModel(slots=4)).num_steps == 4
-    done = simulate(world, ONE, EngineModel(slots=4), poll_fraction=0.5)
-    assert (done.num_steps, done.tokens) == (4, 15)
-    assert done.busy[:, 1].tolist() == [4, 4, 0]
-    with pytest.raises(InputError, match=r"simulate: poll_fraction 1.0; a number from 0 to below 1 is needed"):
-        simulate(world, ONE, EngineModel(slots=4), poll_fraction=1.0)
+def test_completions_are_the_same_drawn_in_blocks_and_all_at_once() -> None:
+    world, cap = World(BetaRates().draw(300, 5), LengthModel(), 5), 13  # no multiple of a block either way
+    drawn = _Drawn(world, cap)
+    prompt_of, index = np.divmod(np.arange(300 * cap), cap)
+    correct, tokens = world.draw(prompt_of, index)
+    signed = [drawn(prompt, i) for prompt, i in zip(prompt_of.tolist(), index.tolist(), strict=True)]
+    assert signed == np.where(correct, tokens, -tokens).tolist()
 
 
 def test_a_policy_that_refills_wants_its_share_of_the_prompts() -> None:
@@ -76,22 +73,6 @@ def test_a_policy_that_refills_wants_its_share_of_the_prompts() -> None:
     world = ScriptedWorld(["++", "+-", "-+", "+-"], [[1, 1]] * 4)
     done = simulate(world, policy, EngineModel(slots=4))
     assert (done.num_prompts, done.num_with_signal) == (3, 2)  # 2 wanted, one dropped and replaced
-
-
-def test_both_samplers_give_the_same_run_and_a_coarser_poll_nearly_so() -> None:
-    world = World(BetaRates().draw(48, 3), LengthModel(), 3)
-    engine = EngineModel(slots=64)
-    for kwargs in ({"schedule": "rounds"}, {"window": 8}, {"window": 3}, {}, {"window": PosteriorWindow(EACH)}):
-        schedule, window = kwargs.get("schedule", "stream"), kwargs.get("window")
-        event = simulate(world, EACH, engine, schedule=schedule, window=window)
-        batch = simulate(
-            world, EACH, engine, schedule=schedule, window=window, sampler=BatchSampler(EACH, schedule, window, world.histories(0))
-        )
-        assert (event.wall_s, event.tokens, event.tokens_committed) == (batch.wall_s, batch.tokens, batch.tokens_committed)
-    exact = simulate(world, EACH, engine, window=8)
-    coarse = simulate(world, EACH, engine, window=8, poll_fraction=0.05)
-    assert coarse.num_committed == exact.num_committed
-    assert coarse.wall_s == pytest.approx(exact.wall_s, rel=0.05)
 
 
 @pytest.mark.parametrize("policy", [EACH, preset("reinforce-ada-balance"), preset("reinforce-ada-pos", decide_every=1)])
@@ -107,7 +88,7 @@ def test_pools_are_those_of_the_sequential_sampler(policy) -> None:
                 break
         total += counts.committed
         with_signal += counts.correct > 0 and counts.wrong > 0
-    for kwargs in ({"schedule": "rounds"}, {"window": 5}, {"window": PosteriorWindow(policy)}, {"window": 7, "poll_fraction": 0.1}):
+    for kwargs in ({"schedule": "rounds"}, {"window": 5}, {"window": PosteriorWindow(policy)}):
         done = simulate(world, policy, EngineModel(slots=32), **kwargs)
         assert (done.num_committed, done.num_with_signal) == (total, with_signal)
 
@@ -115,7 +96,7 @@ def test_pools_are_those_of_the_sequential_sampler(policy) -> None:
 def test_samples_and_signal_are_those_of_the_exact_program() -> None:
     """2000 prompts of Beta(1, 2): 4 standard errors, which are below 0.25 samples and 0.006 of signal."""
     policy = preset("reinforce-ada-balance")
-    done = simulate(World(BetaRates().draw(2000, 0), LengthModel(), 0), policy, EngineModel(slots=2000), window=8, poll_fraction=0.05)
+    done = simulate(World(BetaRates().draw(2000, 0), LengthModel(), 0), policy, EngineModel(slots=2000), window=8)
     table = stopping_table(policy)
     assert done.samples_per_prompt == pytest.approx(table.expect_beta(samples, 1, 2), abs=4 * 8.5 / 2000**0.5)
     assert done.signal_fraction == pytest.approx(table.expect_beta(signal, 1, 2), abs=4 * 0.24 / 2000**0.5)

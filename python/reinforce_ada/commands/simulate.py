@@ -53,8 +53,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, default=8, metavar="K", help="repetitions (default: 8)")
     shown = "completions of earlier steps that are known of each prompt (default: 0)"
     parser.add_argument("--earlier", type=int, default=0, metavar="N", help=shown)
-    shown = "ask the sampler only when this share of the slots has ended; for 100 000 prompts and more (default: 0, at every end)"
-    parser.add_argument("--poll-fraction", type=float, default=0.0, metavar="X", help=shown)
     parser.add_argument("--fit", type=Path, metavar="RUN", help="take engine, lengths and pass rates from a run folder or its store")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write wall-clock against waste, and busy slots over time")
@@ -74,7 +72,6 @@ def run(given: argparse.Namespace) -> int:
     )
     command.run(
         given.policies, given.schedule, given.window, given.population, num_prompts=given.prompts, num_seeds=given.seeds,
-        num_earlier=given.earlier, poll_fraction=given.poll_fraction, engine=engine, lengths=lengths, fit=given.fit, json_to=given.json,
-        figure_to=given.figure,
+        num_earlier=given.earlier, engine=engine, lengths=lengths, fit=given.fit, json_to=given.json, figure_to=given.figure,
     )  # fmt: skip
     return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
-from reinforce_ada.sampling.objectives import ObjectiveWeight
+from reinforce_ada.sampling.metrics import Progress
 from reinforce_ada.sampling.policies import (
     AdvantageSpec,
     All,
+    Allocation,
     AllPrompts,
     Balance,
     Balanced,
@@ -15,6 +16,7 @@ from reinforce_ada.sampling.policies import (
     Centered,
     Counts,
     DropOneClass,
+    ExitRule,
     First,
     History,
     InverseSqrtRate,
@@ -28,9 +30,11 @@ from reinforce_ada.sampling.policies import (
     Rounds,
     SkipStreaks,
     Verdict,
+    Weighting,
 )
+from reinforce_ada.sampling.policies.objective_weight import ObjectiveWeight
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
-from reinforce_ada.sampling.sampler import AdaptiveSampler, Progress, request_seed
+from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
 from reinforce_ada.sampling.windows import PosteriorWindow
 
@@ -40,6 +44,7 @@ __all__ = [
     "AdvantageSpec",
     "All",
     "AllPrompts",
+    "Allocation",
     "Balance",
     "Balanced",
     "Band",
@@ -47,6 +52,7 @@ __all__ = [
     "Centered",
     "Counts",
     "DropOneClass",
+    "ExitRule",
     "First",
     "History",
     "InverseSqrtRate",
@@ -65,6 +71,7 @@ __all__ = [
     "SkipStreaks",
     "StoppingTable",
     "Verdict",
+    "Weighting",
     "configured",
     "preset",
     "request_seed",

@@ -5,10 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from reinforce_ada.sampling.policies import Policy
+from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Scored
+
+
+class Progress(NamedTuple):
+    """Running counts of one step, cheap enough to ask after every poll."""
+
+    num_prompts: int  # entered so far
+    num_active: int
+    num_satisfied: int
+    num_dropped: int
+    num_issued: int
+    num_committed: int
+    num_correct: int  # among the committed
+    num_with_signal: int  # prompts whose committed rewards differ so far
+    num_tokens: int  # of the committed completions
+    num_tokens_wasted: int  # of answers that are never committed
 
 
 @dataclass
@@ -31,8 +48,8 @@ class Tally:
 
     def commit(self, outcome: Outcome, positive_threshold: float) -> None:
         self.num_committed += 1
+        self.num_correct += unit_of(outcome, positive_threshold) is CORRECT
         if isinstance(outcome, Scored):
-            self.num_correct += outcome.reward > positive_threshold
             self.tokens_committed += len(outcome.completion.token_ids)
 
     def lose(self, event: Aborted | Lost) -> None:
@@ -49,6 +66,20 @@ class Tally:
             self.tokens_wasted += len(event.completion.token_ids)
         elif isinstance(event, Aborted):
             self.tokens_wasted += event.num_tokens
+
+    def progress(self, num_prompts: int, num_active: int) -> Progress:
+        return Progress(
+            num_prompts=num_prompts,
+            num_active=num_active,
+            num_satisfied=self.num_satisfied,
+            num_dropped=self.num_dropped,
+            num_issued=self.num_issued,
+            num_committed=self.num_committed,
+            num_correct=self.num_correct,
+            num_with_signal=self.num_with_signal,
+            num_tokens=self.tokens_committed,
+            num_tokens_wasted=self.tokens_wasted,
+        )
 
 
 def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:

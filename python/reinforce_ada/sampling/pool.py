@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.sampling.policies import Counts
-from reinforce_ada.types import ExitReason, Outcome, Pool, Prompt, Scored
+from reinforce_ada.sampling.rules import CORRECT, unit_of
+from reinforce_ada.types import Completion, CompletionId, ExitReason, Outcome, Pool, Prompt, Scored
 
 
 class GrowingPool:
     """Answers of one prompt by request index: those before `committed` are the pool, the others wait for an earlier one."""
 
-    __slots__ = ("_first", "_threshold", "answers", "committed", "correct", "has_signal", "wrong")
+    __slots__ = (
+        "_answered_correct",
+        "_answered_void",
+        "_answered_wrong",
+        "_first",
+        "_threshold",
+        "answers",
+        "committed",
+        "correct",
+        "has_signal",
+        "wrong",
+    )
 
     def __init__(self, positive_threshold: float) -> None:
         self._threshold = positive_threshold
         self.answers: list[Outcome | None] = []
         self.committed = self.correct = self.wrong = 0
+        self._answered_correct = self._answered_wrong = self._answered_void = 0
         self.has_signal = False  # any two rewards differ
         self._first: float | None = None
 
@@ -31,6 +45,7 @@ class GrowingPool:
         """Keep the answer at this index until it can be committed."""
         self.answers.extend([None] * (index + 1 - len(self.answers)))
         self.answers[index] = outcome
+        self._count(outcome, 1)
 
     def has(self, index: int) -> bool:
         return index < len(self.answers) and self.answers[index] is not None
@@ -45,32 +60,34 @@ class GrowingPool:
             if self._first is None:
                 self._first = outcome.reward
             self.has_signal |= outcome.reward != self._first
-            if outcome.reward > self._threshold:
+            if unit_of(outcome, self._threshold) is CORRECT:
                 self.correct += 1
             else:
                 self.wrong += 1
         return outcome
 
     @property
-    def waiting(self) -> list[Outcome | None]:
-        """The answers past the committed prefix, by index from `committed` on."""
-        return self.answers[self.committed :]
+    def later(self) -> list[Counts | None]:
+        """What is known past the committed prefix, by index from `committed` on: CORRECT, WRONG, VOID, or None for an unanswered one."""
+        return [None if answer is None else unit_of(answer, self._threshold) for answer in self.answers[self.committed :]]
 
     @property
     def answered(self) -> Counts:
         """Counts of every answer, those included that wait for an earlier one."""
-        correct, wrong, void = self.counts
-        for outcome in self.waiting:
-            if isinstance(outcome, Scored):
-                correct, wrong = (correct + 1, wrong) if outcome.reward > self._threshold else (correct, wrong + 1)
-            elif outcome is not None:
-                void += 1
-        return Counts(correct, wrong, void)
+        return Counts(self._answered_correct, self._answered_wrong, self._answered_void)
+
+    def _count(self, outcome: Outcome, change: int) -> None:
+        correct, wrong, void = unit_of(outcome, self._threshold)
+        self._answered_correct += change * correct
+        self._answered_wrong += change * wrong
+        self._answered_void += change * void
 
     def cut(self, first: int) -> list[tuple[int, Outcome]]:
         """Remove the answers from this index on: (index, answer) of each."""
         removed = [(index, answer) for index, answer in enumerate(self.answers[first:], first) if answer is not None]
         del self.answers[first:]
+        for _, answer in removed:
+            self._count(answer, -1)
         return removed
 
     def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
@@ -91,6 +108,12 @@ class GrowingPool:
             exit=reason,
             cap=cap,
         )
+
+
+@lru_cache(maxsize=1 << 10)
+def only_reward(reward: float) -> Scored:
+    """The reward of a completion that is not kept, the same object for all that are alike."""
+    return Scored(Completion(CompletionId(-1, "", -1), np.empty(0, np.int32), np.empty(0, np.float32), "", "", -1), reward)
 
 
 def reward_statistics(rewards: list[float]) -> tuple[float, float, float, float]:

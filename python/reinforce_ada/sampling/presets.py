@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.objectives import Objective, ObjectiveWeight
 from reinforce_ada.sampling.policies import (
     All,
+    Allocate,
+    AllPrompts,
     Balance,
     Balanced,
-    Baseline,
     Centered,
     Decide,
-    Degenerate,
     DropOneClass,
     First,
     InverseSqrtRate,
@@ -27,310 +26,169 @@ from reinforce_ada.sampling.policies import (
     Never,
     Policy,
     Positive,
+    Propose,
     Refill,
     Rounds,
-    Scale,
+    Select,
     SkipStreaks,
+    Weight,
     at_least,
 )
+from reinforce_ada.sampling.policies.objective_weight import ObjectiveName, ObjectiveWeight
+
+_WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"}  # what a preset has that leaves them out
 
 
-def grpo(
-    *,
-    group_size: int = 8,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    baseline: Baseline = "group",
-    scale: Scale = "group",
-) -> Policy:
-    """A fixed number of completions per prompt; advantage = (reward - group mean) / (group std + 1e-6).
+@dataclass(frozen=True)
+class Preset:
+    """A published algorithm: its keywords with their defaults, and what it makes of them. Calling it gives the policy.
 
-    The std is the sample std (ddof 1), as TRL and verl both compute it; eps 1e-6 is verl's (TRL adds 1e-4).
-    Source: Shao et al. 2024, arXiv 2402.03300.
+    Every part is a function of the keywords; the rule is asked at the end of every round where `decide_every` is None.
     """
-    at_least("grpo", "group_size", group_size, 1)
-    return Policy(
-        name="grpo",
-        group_size=group_size,
-        allocate=Rounds(group_size, 1),
-        decide=Never(),
-        select=First(),
-        weight=Centered(baseline, scale),
-        decide_every=group_size,
-        min_pool=0,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
+
+    name: str
+    keywords: Mapping[str, Any]
+    allocate: Callable[[Any], Allocate]
+    select: Select
+    decide: Callable[[Any], Decide] = lambda k: Never()
+    weight: Callable[[Any], Weight] = lambda k: Centered(k.baseline, k.scale)
+    propose: Callable[[Any], Propose] = lambda k: AllPrompts()
+    group_size: Callable[[Any], int] = lambda k: k.group_size
+    min_pool: Callable[[Any], int] = lambda k: 0
+
+    def __call__(self, **overrides: Any) -> Policy:
+        """Raises: InputError for an unknown keyword, and for values that cannot go together."""
+        for key in overrides:
+            if key not in self.keywords:
+                raise unknown_name(f"preset {self.name!r}", "override", key, [*self.keywords, "objective", "alpha"])
+        k = SimpleNamespace(**{"name": self.name, **_WITHOUT_KEYWORD, **self.keywords, **overrides})
+        allocate = self.allocate(k)
+        return Policy(
+            name=self.name,
+            group_size=self.group_size(k),
+            allocate=allocate,
+            decide=self.decide(k),
+            select=self.select,
+            weight=self.weight(k),
+            decide_every=allocate.round_size if k.decide_every is None else k.decide_every,
+            min_pool=self.min_pool(k) if k.min_pool is None else k.min_pool,
+            propose=self.propose(k),
+            positive_threshold=k.positive_threshold,
+            degenerate=k.degenerate,
+        )
 
 
-def dapo(
-    *,
-    group_size: int = 16,
-    max_prompts_factor: float = 10.0,
-    positive_threshold: float = 0.7,
-    baseline: Baseline = "group",
-    scale: Scale = "group",
-) -> Policy:
-    """GRPO that drops one-class groups and samples another prompt for each, up to `max_prompts_factor` times the batch.
-
-    Source: Yu et al. 2025, arXiv 2503.14476 (dynamic sampling; 16 completions per prompt).
-    """
-    at_least("dapo", "group_size", group_size, 1)
-    return Policy(
-        name="dapo",
-        group_size=group_size,
-        allocate=Rounds(group_size, 1),
-        decide=DropOneClass(),
-        select=First(),
-        weight=Centered(baseline, scale),
-        decide_every=group_size,
-        min_pool=0,
-        propose=Refill(max_prompts_factor),
-        positive_threshold=positive_threshold,
-        degenerate="drop",
-    )
+def _fixed(k: Any) -> Rounds:
+    at_least(k.name, "group_size", k.group_size, 1)
+    return Rounds(k.group_size, 1)
 
 
-def reinforce_ada_pos(
-    *,
-    group_size: int = 4,
-    round_size: int = 8,
-    max_rounds: int = 4,
-    decide_every: int | None = None,
-    min_pool: int | None = None,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    num_correct: int = 1,
-    baseline: Baseline = "pool",
-    scale: Scale = "none",
-) -> Policy:
-    """Sample in rounds until `num_correct` correct completions; keep a balanced group; advantage = reward - pool mean.
+def _rounds(k: Any) -> Rounds:
+    return Rounds(k.round_size, k.max_rounds)
 
-    Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the positive-focused exit.
-    """
-    return _reinforce_ada(
+
+def _balance(k: Any) -> Balance:
+    """Half of the group correct and the rest wrong, where no keyword says otherwise."""
+    at_least(k.name, "group_size", k.group_size, 1)
+    correct = k.group_size // 2 if k.num_correct is None else k.num_correct
+    wrong = k.group_size - k.group_size // 2 if k.num_wrong is None else k.num_wrong
+    return Balance(correct, wrong)
+
+
+def _inverse_sqrt_rate(k: Any) -> InverseSqrtRate:
+    floor = k.group_size if k.min_budget is None else k.min_budget
+    return InverseSqrtRate(mean=k.mean_budget, floor=floor, cap=k.max_budget, round_size=k.max_budget)
+
+
+_GROUP = {"baseline": "group", "scale": "group"}
+_POOL = {"baseline": "pool", "scale": "none"}
+_ALL = {"positive_threshold": 0.7, "degenerate": "keep"}
+_ADA = {"group_size": 4, "round_size": 8, "max_rounds": 4, "decide_every": None, "min_pool": None, **_ALL}
+
+_ROWS = (
+    # A fixed number of completions per prompt; advantage = (reward - group mean) / (group std + 1e-6). The std is the sample std (ddof 1),
+    # as TRL and verl both compute it; eps 1e-6 is verl's (TRL adds 1e-4). Source: Shao et al. 2024, arXiv 2402.03300.
+    Preset("grpo", {"group_size": 8, **_ALL, **_GROUP}, _fixed, First()),
+    # GRPO that drops one-class groups and samples another prompt for each, up to `max_prompts_factor` times the batch.
+    # Source: Yu et al. 2025, arXiv 2503.14476 (dynamic sampling; 16 completions per prompt).
+    Preset(
+        "dapo",
+        {"group_size": 16, "max_prompts_factor": 10.0, "positive_threshold": 0.7, **_GROUP},
+        _fixed,
+        First(),
+        decide=lambda k: DropOneClass(),
+        propose=lambda k: Refill(k.max_prompts_factor),
+    ),
+    # Sample in rounds until `num_correct` correct completions; keep a balanced group; advantage = reward - pool mean.
+    # Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the positive-focused exit.
+    Preset(
         "reinforce-ada-pos",
-        Positive(num_correct),
-        Centered(baseline, scale),
-        group_size=group_size,
-        allocate=Rounds(round_size, max_rounds),
-        decide_every=decide_every,
-        min_pool=min_pool,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-def reinforce_ada_balance(
-    *,
-    group_size: int = 4,
-    round_size: int = 8,
-    max_rounds: int = 4,
-    decide_every: int | None = None,
-    min_pool: int | None = None,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    num_correct: int | None = None,
-    num_wrong: int | None = None,
-    baseline: Baseline = "pool",
-    scale: Scale = "none",
-) -> Policy:
-    """Sample in rounds until group_size//2 correct and the rest wrong; keep those; advantage = reward - pool mean.
-
-    Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the balanced exit.
-    """
-    at_least("reinforce-ada-balance", "group_size", group_size, 1)
-    correct = group_size // 2 if num_correct is None else num_correct
-    wrong = group_size - group_size // 2 if num_wrong is None else num_wrong
-    return _reinforce_ada(
+        {**_ADA, "num_correct": 1, **_POOL},
+        _rounds,
+        Balanced(),
+        decide=lambda k: Positive(k.num_correct),
+        min_pool=lambda k: k.group_size,
+    ),
+    # Sample in rounds until group_size//2 correct and the rest wrong; keep those; advantage = reward - pool mean.
+    # Source: Reinforce-Ada, arXiv 2510.04996, Algorithm 1 with the balanced exit.
+    Preset(
         "reinforce-ada-balance",
-        Balance(correct, wrong),
-        Centered(baseline, scale),
-        group_size=group_size,
-        allocate=Rounds(round_size, max_rounds),
-        decide_every=decide_every,
-        min_pool=min_pool,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-def reinforce_ada_exact(
-    *,
-    group_size: int = 4,
-    round_size: int = 8,
-    max_rounds: int = 4,
-    decide_every: int = 1,
-    min_pool: int | None = None,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    num_correct: int | None = None,
-    num_wrong: int | None = None,
-) -> Policy:
-    """The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate.
-
-    The rule is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this comes within 2 %
-    of the smallest variance of the gradient per completion (docs/statistics.md has the numbers) and keeps the first round whole.
-    Source: see `objectives.ObjectiveWeight`.
-    """
-    balance = reinforce_ada_balance(
-        group_size=group_size,
-        round_size=round_size,
-        max_rounds=max_rounds,
-        decide_every=decide_every,
-        min_pool=max(round_size, group_size) if min_pool is None else min_pool,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-        num_correct=num_correct,
-        num_wrong=num_wrong,
-    )
-    return dataclasses.replace(balance, name="reinforce-ada-exact", weight=ObjectiveWeight("mean"))
-
-
-def reinforce_ada_est(
-    *,
-    group_size: int = 4,
-    mean_budget: int = 8,
-    min_budget: int | None = None,
-    max_budget: int = 32,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    baseline: Baseline = "pool",
-    scale: Scale = "none",
-) -> Policy:
-    """Budgets in proportion to 1/sqrt(pass rate) as remembered, all used; keep a balanced group; advantage = reward - pool mean.
-
-    Needs memory. `mean_budget` is the cost of GRPO with groups of 8; `min_budget` is `group_size` by default, `max_budget` the cap of the
-    other presets. Source: Reinforce-Ada, arXiv 2510.04996v3, estimation-based.
-    """
-    return Policy(
-        name="reinforce-ada-est",
-        group_size=group_size,
-        allocate=InverseSqrtRate(
-            mean=mean_budget, floor=group_size if min_budget is None else min_budget, cap=max_budget, round_size=max_budget
-        ),
-        decide=Never(),
-        select=Balanced(),
-        weight=Centered(baseline, scale),
-        decide_every=max_budget,
-        min_pool=0,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-def pods(
-    *,
-    group_size: int = 16,
-    num_completions: int = 64,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    baseline: Baseline = "group",
-    scale: Scale = "group",
-) -> Policy:
-    """Sample `num_completions`, train on the `group_size` whose rewards vary most, centred and scaled among themselves.
-
-    Source: Xu et al. 2025, arXiv 2504.13818 (64 completions, 16 kept).
-    """
-    return Policy(
-        name="pods",
-        group_size=group_size,
-        allocate=Rounds(num_completions, 1),
-        decide=Never(),
-        select=MaxVariance(),
-        weight=Centered(baseline, scale),
-        decide_every=num_completions,
-        min_pool=0,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-def knapsack(
-    *,
-    mean_budget: int = 8,
-    min_budget: int = 2,
-    max_budget: int = 128,
-    positive_threshold: float = 0.7,
-    degenerate: Degenerate = "keep",
-    baseline: Baseline = "group",
-    scale: Scale = "group",
-) -> Policy:
-    """GRPO with the budgets of largest total value under the same number of completions; all are kept. Needs memory.
-
-    Source: Li et al. 2025, arXiv 2509.25849 (8 on average, from 2 to 128).
-    """
-    return Policy(
-        name="knapsack",
-        group_size=mean_budget,
-        allocate=Knapsack(mean=mean_budget, floor=min_budget, cap=max_budget, round_size=max_budget),
-        decide=Never(),
-        select=All(),
-        weight=Centered(baseline, scale),
-        decide_every=max_budget,
-        min_pool=0,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-def _reinforce_ada(
-    name: str,
-    decide: Decide,
-    weight: Centered,
-    *,
-    group_size: int,
-    allocate: Rounds,
-    decide_every: int | None,
-    min_pool: int | None,
-    positive_threshold: float,
-    degenerate: Degenerate,
-) -> Policy:
-    return Policy(
-        name=name,
-        group_size=group_size,
-        allocate=allocate,
-        decide=decide,
-        select=Balanced(),
-        weight=weight,
-        decide_every=allocate.round_size if decide_every is None else decide_every,
-        min_pool=group_size if min_pool is None else min_pool,
-        positive_threshold=positive_threshold,
-        degenerate=degenerate,
-    )
-
-
-PRESETS: Mapping[str, Callable[..., Policy]] = MappingProxyType(
-    {
-        "grpo": grpo,
-        "dapo": dapo,
-        "reinforce-ada-pos": reinforce_ada_pos,
-        "reinforce-ada-balance": reinforce_ada_balance,
-        "reinforce-ada-exact": reinforce_ada_exact,
-        "reinforce-ada-est": reinforce_ada_est,
-        "pods": pods,
-        "knapsack": knapsack,
-    }
+        {**_ADA, "num_correct": None, "num_wrong": None, **_POOL},
+        _rounds,
+        Balanced(),
+        decide=_balance,
+        min_pool=lambda k: k.group_size,
+    ),
+    # The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate. The rule
+    # is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this comes within 2 % of the
+    # smallest variance of the gradient per completion (docs/statistics.md has the numbers) and keeps the first round whole.
+    Preset(
+        "reinforce-ada-exact",
+        {**_ADA, "decide_every": 1, "num_correct": None, "num_wrong": None},
+        _rounds,
+        Balanced(),
+        decide=_balance,
+        weight=lambda k: ObjectiveWeight("mean"),
+        min_pool=lambda k: max(k.round_size, k.group_size),
+    ),
+    # Budgets in proportion to 1/sqrt(pass rate) as remembered, all used; keep a balanced group; advantage = reward - pool mean. The mean
+    # is the cost of GRPO with groups of 8, the largest the cap of the other presets. Source: Reinforce-Ada, arXiv 2510.04996v3.
+    Preset(
+        "reinforce-ada-est",
+        {"group_size": 4, "mean_budget": 8, "min_budget": None, "max_budget": 32, **_ALL, **_POOL},
+        _inverse_sqrt_rate,
+        Balanced(),
+    ),
+    # Sample `num_completions`, train on the `group_size` whose rewards vary most, centred and scaled among themselves.
+    # Source: Xu et al. 2025, arXiv 2504.13818 (64 completions, 16 kept).
+    Preset("pods", {"group_size": 16, "num_completions": 64, **_ALL, **_GROUP}, lambda k: Rounds(k.num_completions, 1), MaxVariance()),
+    # GRPO with the budgets of largest total value under the same number of completions; all are kept.
+    # Source: Li et al. 2025, arXiv 2509.25849 (8 on average, from 2 to 128).
+    Preset(
+        "knapsack",
+        {"mean_budget": 8, "min_budget": 2, "max_budget": 128, **_ALL, **_GROUP},
+        lambda k: Knapsack(mean=k.mean_budget, floor=k.min_budget, cap=k.max_budget, round_size=k.max_budget),
+        All(),
+        group_size=lambda k: k.mean_budget,
+    ),
 )
+PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS})
 
 
-def preset(name: str, *, objective: Objective | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
+def preset(name: str, *, objective: ObjectiveName | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
     """The policy of a published algorithm.
 
     Args:
         name: a key of `PRESETS`.
         objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None leave it.
         alpha: exponent of objective "power".
-        overrides: keywords of that preset's function (group_size, round_size, decide_every, ...).
+        overrides: keywords of that preset (group_size, round_size, decide_every, ...).
     Returns: a Policy.
     Raises: InputError for an unknown name or override, with the nearest valid one, and for values that cannot go together.
     """
     if name not in PRESETS:
         raise unknown_name("preset", "name", name, PRESETS)
-    where, known = f"preset {name!r}", inspect.signature(PRESETS[name]).parameters
-    for key in overrides:
-        if key not in known:
-            raise unknown_name(where, "override", key, [*known, "objective", "alpha"])
+    where = f"preset {name!r}"
     policy = PRESETS[name](**overrides)
     if objective is None or objective == "as-published":
         if alpha is not None:

@@ -8,22 +8,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.metrics import Tally, sampling_metrics
-from reinforce_ada.sampling.policies import Counts, History, Policy, Remembers, Verdict, Window, at_least
-from reinforce_ada.sampling.pool import GrowingPool, rewards_of
+from reinforce_ada.sampling.metrics import Progress, Tally, sampling_metrics
+from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.pool import only_reward, rewards_of
+from reinforce_ada.sampling.prompt_state import PromptState, indices_of
+from reinforce_ada.sampling.rules import exit_reason, has_room, settled_end, shared_window, window_needed
 from reinforce_ada.types import (
     Aborted,
     CompletionId,
     Event,
     ExitReason,
+    Failed,
     Group,
     Lost,
-    Outcome,
     Pool,
     Prompt,
     Request,
@@ -34,72 +36,14 @@ from reinforce_ada.types import (
 Schedule: TypeAlias = Literal["stream", "rounds"]
 
 _WHERE = "AdaptiveSampler"
-_EXIT_OF: dict[Verdict, ExitReason] = {Verdict.STOP: "satisfied", Verdict.DROP: "dropped"}
 _ORDER_BITS = 40  # of a heap key: num_issued above them, the prompt's order in them; a tuple would cost 100 bytes a prompt
 _UNKNOWN = History()
-CORRECT, WRONG, VOID = Counts(1, 0), Counts(0, 1), Counts(0, 0, 1)
-
-
-class Progress(NamedTuple):
-    """Running counts of one step, cheap enough to ask after every poll."""
-
-    num_prompts: int  # entered so far
-    num_active: int
-    num_satisfied: int
-    num_dropped: int
-    num_issued: int
-    num_committed: int
-    num_correct: int  # among the committed
-    num_with_signal: int  # prompts whose committed rewards differ so far
-    num_tokens: int  # of the committed completions
-    num_tokens_wasted: int  # of answers that are never committed
 
 
 def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
     """The seed of a request, in [0, 2**63): the same whenever, wherever and however often it is issued."""
     key = f"{run_seed},{step},{index},{prompt_id}".encode("utf-8", "surrogatepass")  # prompt_id last: it may hold commas
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
-
-
-class _PromptState(GrowingPool):
-    """What the sampler remembers of one prompt beside its pool. Sets of indices are bit masks, a fifth the size of a set."""
-
-    __slots__ = (
-        "behind",
-        "cap",
-        "discarded",
-        "exit",
-        "history",
-        "limit",
-        "lost",
-        "num_issued",
-        "order",
-        "outstanding",
-        "prompt",
-        "queued",
-        "round_limit",
-        "waits_for",
-    )
-
-    def __init__(self, order: int, prompt: Prompt, history: History, cap: int, positive_threshold: float) -> None:
-        super().__init__(positive_threshold)
-        self.order = order  # position in the source: breaks ties
-        self.prompt = prompt
-        self.history = history
-        self.cap = cap
-        self.limit = cap  # no index at or past this will ever be committed
-        self.num_issued = 0  # the next fresh index
-        self.outstanding = 0  # mask: handed out, not answered
-        self.lost = 0  # mask: to be issued again
-        self.discarded = 0  # mask: answered, never to be committed
-        self.exit: ExitReason | None = None
-        self.queued = False  # has an entry in the ready heap
-        self.waits_for = 0  # the window needed, where it waits for one
-        self.round_limit = 0  # rounds: no index at or past this before the next barrier
-        self.behind = False  # rounds: holds the barrier back
-
-    def is_answered(self, index: int) -> bool:
-        return index < self.committed or self.has(index) or bool(self.discarded >> index & 1)
 
 
 class AdaptiveSampler:
@@ -123,6 +67,8 @@ class AdaptiveSampler:
             ceil((free_slots + outstanding) / active prompts), at least round_size.
         num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
         memory: what earlier steps say of each prompt; required by a policy that looks at it.
+        keep_completions: False forgets all of a completion but its reward as soon as it has come: a twentieth of the memory, for a
+            simulation. The outcomes of the pools then have neither id nor text, and no tokens are counted.
     Raises: InputError for no prompts, duplicate ids, and arguments that cannot go together.
     """
 
@@ -138,6 +84,7 @@ class AdaptiveSampler:
         window: int | Window | None = None,
         num_prompts: int | None = None,
         memory: Remembers | None = None,
+        keep_completions: bool = True,
     ) -> None:
         check_schedule(_WHERE, schedule, window)
         if policy.needs_memory and memory is None:
@@ -150,13 +97,14 @@ class AdaptiveSampler:
         self._policy_version = policy_version
         self._schedule = schedule
         self._seed = seed
+        self._keep_completions = keep_completions
         self._fixed_window = None if callable(window) else window
         self._window_of = window if callable(window) else None
         self._num_wanted = _num_wanted(prompts, policy, num_prompts)
         self._source: Iterator[Prompt] = iter(prompts)
 
-        self._states: dict[str, _PromptState] = {}
-        self._by_order: list[_PromptState] = []
+        self._states: dict[str, PromptState] = {}
+        self._by_order: list[PromptState] = []
         self._num_active = 0
         self._num_outstanding = 0
         self._num_behind = 0
@@ -206,7 +154,7 @@ class AdaptiveSampler:
     @property
     def outstanding(self) -> list[CompletionId]:
         """Requests handed out and not answered, of active prompts, in prompt and request order."""
-        return [self._id(state, index) for state in self._by_order for index in _indices(state.outstanding)]
+        return [self._id(state, index) for state in self._by_order for index in indices_of(state.outstanding)]
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of that id. Raises KeyError when none such has entered this step."""
@@ -219,24 +167,10 @@ class AdaptiveSampler:
     def is_open(self, request_id: CompletionId) -> bool:
         """Whether the answer to this request could still be committed."""
         state = self._states.get(request_id.prompt_id)
-        if state is None or state.exit is not None or request_id.step != self._step:
-            return False
-        return state.committed <= request_id.index < min(state.num_issued, state.limit) and not state.has(request_id.index)
+        return state is not None and request_id.step == self._step and state.is_open(request_id.index)
 
     def progress(self) -> Progress:
-        t = self._tally
-        return Progress(
-            num_prompts=self.num_admitted,
-            num_active=self._num_active,
-            num_satisfied=t.num_satisfied,
-            num_dropped=t.num_dropped,
-            num_issued=t.num_issued,
-            num_committed=t.num_committed,
-            num_correct=t.num_correct,
-            num_with_signal=t.num_with_signal,
-            num_tokens=t.tokens_committed,
-            num_tokens_wasted=t.tokens_wasted,
-        )
+        return self._tally.progress(self.num_admitted, self._num_active)
 
     # -------------------- requests
 
@@ -257,13 +191,13 @@ class AdaptiveSampler:
         if self._fixed_window is not None:
             return min(self._fixed_window, self._policy.cap)
         capacity = free_slots + self._num_outstanding
-        return min(max(math.ceil(capacity / max(self._num_active, 1)), self._policy.allocate.round_size), self._policy.cap)
+        return shared_window(capacity, self._num_active, self._policy.allocate.round_size, self._policy.cap)
 
-    def _next_lost(self) -> tuple[_PromptState, int] | None:
+    def _next_lost(self) -> tuple[PromptState, int] | None:
         while self._reissue:
             order, index = heapq.heappop(self._reissue)
             state = self._by_order[order]
-            if state.exit is None and state.lost >> index & 1:
+            if state.exit is None and state.is_lost(index):
                 return state, index
         return None
 
@@ -275,7 +209,7 @@ class AdaptiveSampler:
                     state.waits_for = 0
                     self._queue(state)
 
-    def _next_fresh(self, window: int) -> tuple[_PromptState, int] | None:
+    def _next_fresh(self, window: int) -> tuple[PromptState, int] | None:
         while self._ready:
             state = self._by_order[heapq.heappop(self._ready) & ((1 << _ORDER_BITS) - 1)]
             state.queued = False
@@ -287,7 +221,7 @@ class AdaptiveSampler:
                 self._waiting[needed].append(state.order)
         return None
 
-    def _window_needed(self, state: _PromptState) -> int:
+    def _window_needed(self, state: PromptState) -> int:
         """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
         never = self._policy.cap + 1
         if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.limit):
@@ -296,18 +230,14 @@ class AdaptiveSampler:
             return 0
         if self._window_of is not None:  # it changes with the answers only, and every answer queues the prompt again
             answered = state.answered
-            window = max(self._window_of(answered, state.history, state.cap), 1)  # with nothing out, nothing would ever change
-            has_room = state.num_issued - answered.committed < window
-            return 0 if has_room else never
-        needed = state.num_issued - state.committed + 1
-        every = self._policy.decide_every
-        past_decision = state.num_issued >= (state.committed // every + 1) * every
-        return max(needed, every + 1) if past_decision else needed
+            window = self._window_of(answered, state.history, state.cap)
+            return 0 if has_room(window, state.num_issued, answered.committed) else never
+        return window_needed(state.num_issued, state.committed, self._policy.decide_every)
 
-    def _issue(self, state: _PromptState, index: int) -> Request:
+    def _issue(self, state: PromptState, index: int) -> Request:
         state.outstanding |= 1 << index
         self._num_outstanding += 1
-        if state.lost >> index & 1:
+        if state.is_lost(index):
             state.lost ^= 1 << index
         else:
             state.num_issued += 1
@@ -317,12 +247,12 @@ class AdaptiveSampler:
         seed = request_seed(self._seed, self._step, state.prompt.prompt_id, index)
         return Request(request_id, state.prompt, seed, self._policy_version)
 
-    def _queue(self, state: _PromptState) -> None:
+    def _queue(self, state: PromptState) -> None:
         if not state.queued and state.exit is None:
             state.queued = True
             heapq.heappush(self._ready, state.num_issued << _ORDER_BITS | state.order)
 
-    def _id(self, state: _PromptState, index: int) -> CompletionId:
+    def _id(self, state: PromptState, index: int) -> CompletionId:
         return CompletionId(self._step, state.prompt.prompt_id, index)
 
     # -------------------- events
@@ -361,7 +291,7 @@ class AdaptiveSampler:
             state.queued, state.waits_for = False, 0
             self._queue(state)
 
-    def _state_of(self, event: Event, request_id: CompletionId) -> _PromptState | None:
+    def _state_of(self, event: Event, request_id: CompletionId) -> PromptState | None:
         """The prompt this event may be credited to, or None."""
         if isinstance(event, Scored) and not math.isfinite(event.reward):
             given = f"reward {event.reward} for {tuple(request_id)}"
@@ -371,19 +301,19 @@ class AdaptiveSampler:
         state = self._states.get(request_id.prompt_id)
         return state if state is not None and 0 <= request_id.index < state.cap else None
 
-    def _mark_issued(self, state: _PromptState, index: int) -> None:
+    def _mark_issued(self, state: PromptState, index: int) -> None:
         """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
         for missing in range(state.num_issued, min(index, state.limit)):
             self._issue_again(state, missing)
         self._tally.num_issued += max(index + 1 - state.num_issued, 0)
         state.num_issued = max(index + 1, state.num_issued)
 
-    def _issue_again(self, state: _PromptState, index: int) -> None:
+    def _issue_again(self, state: PromptState, index: int) -> None:
         state.lost |= 1 << index
         heapq.heappush(self._reissue, (state.order, index))
 
-    def _take(self, state: _PromptState, event: Event, index: int) -> list[CompletionId]:
-        if state.is_answered(index) or (state.lost >> index & 1 and isinstance(event, Aborted | Lost)):
+    def _take(self, state: PromptState, event: Event, index: int) -> list[CompletionId]:
+        if state.is_answered(index) or (state.is_lost(index) and isinstance(event, Aborted | Lost)):
             self._tally.num_duplicates += 1
             return []
         if state.exit is not None or index >= state.limit:
@@ -397,60 +327,51 @@ class AdaptiveSampler:
             self._issue_again(state, index)
             return []
         state.lost &= ~(1 << index)
-        state.put(index, event)
+        state.put(index, event if self._keep_completions or isinstance(event, Failed) else only_reward(event.reward))
         return self._commit(state)
 
-    def _waste(self, state: _PromptState, index: int, event: Event) -> None:
+    def _waste(self, state: PromptState, index: int, event: Event) -> None:
         """An answer that will never be committed."""
         if not isinstance(event, Lost):  # a lost one may still answer
             state.discarded |= 1 << index
             self._tally.waste(event)
 
-    def _commit(self, state: _PromptState) -> list[CompletionId]:
+    def _commit(self, state: PromptState) -> list[CompletionId]:
         """Extend the committed prefix as far as it goes, asking the exit rule at every decision point."""
         had_signal = state.has_signal
         while (outcome := state.commit_next()) is not None:
             self._tally.num_with_signal += state.has_signal and not had_signal
             had_signal = state.has_signal
             self._tally.commit(outcome, self._policy.positive_threshold)
-            is_asked = self._policy.is_asked(state.correct + state.wrong, state.committed, state.cap)
-            verdict = self._policy.decide(state.counts) if is_asked else Verdict.CONTINUE
-            if verdict is not Verdict.CONTINUE or state.committed == state.cap:
-                return self._exit(state, _EXIT_OF.get(verdict, "exhausted"))
+            if (reason := exit_reason(self._policy, state.counts, state.cap)) is not None:
+                return self._exit(state, reason)
         self._queue(state)
         if state.behind and state.committed >= state.round_limit:
             self._catch_up(state)
         return [] if self._window_of is None else self._settle(state)
 
-    def _settle(self, state: _PromptState) -> list[CompletionId]:
+    def _settle(self, state: PromptState) -> list[CompletionId]:
         """Give up the requests past the point where the prompt exits whatever its unanswered ones bring."""
         if self._policy.decide(state.answered) is Verdict.CONTINUE:  # spares the search: nearly always
             return []
-        later = [None if o is None else self._unit(o) for o in state.waiting]
-        state.limit = min(state.limit, certain_exit(self._policy, state.counts, later, state.cap))
-        to_abort = _indices(state.outstanding >> state.limit << state.limit)
-        state.outstanding &= (1 << state.limit) - 1
+        state.limit = min(state.limit, settled_end(self._policy, state.counts, state.later, state.cap))
         state.lost &= (1 << state.limit) - 1
+        return self._give_up(state, state.limit)
+
+    def _give_up(self, state: PromptState, first: int) -> list[CompletionId]:
+        """Nothing from this index on will be committed: what waits there is waste, and what is out is to be aborted."""
+        to_abort = state.abort(first)
         self._num_outstanding -= len(to_abort)
-        for index, outcome in state.cut(state.limit):
+        for index, outcome in state.cut(first):
             self._waste(state, index, outcome)
         return [self._id(state, index) for index in to_abort]
 
-    def _unit(self, outcome: Outcome) -> Counts:
-        if isinstance(outcome, Scored):
-            return CORRECT if outcome.reward > self._policy.positive_threshold else WRONG
-        return VOID
-
-    def _exit(self, state: _PromptState, reason: ExitReason) -> list[CompletionId]:
+    def _exit(self, state: PromptState, reason: ExitReason) -> list[CompletionId]:
         state.exit = reason
         self._num_active -= 1
         self._tally.num_satisfied += reason == "satisfied"
         self._tally.num_dropped += reason == "dropped"
-        to_abort = [self._id(state, index) for index in _indices(state.outstanding)]
-        self._num_outstanding -= len(to_abort)
-        state.outstanding = 0
-        for index, outcome in state.cut(state.committed):
-            self._waste(state, index, outcome)
+        to_abort = self._give_up(state, state.committed)
         if reason == "dropped":
             self._admit()
         if state.behind:
@@ -486,13 +407,13 @@ class AdaptiveSampler:
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
             seen = history if self._window_of is not None else _UNKNOWN  # nobody else asks again
-            state = _PromptState(len(self._by_order), prompt, seen, cap, self._policy.positive_threshold)
+            state = PromptState(len(self._by_order), prompt, seen, cap, self._policy.positive_threshold)
             self._states[prompt.prompt_id] = state
             self._by_order.append(state)
             self._num_active += 1
             self._queue(state)
 
-    def _catch_up(self, state: _PromptState) -> None:
+    def _catch_up(self, state: PromptState) -> None:
         state.behind = False
         self._num_behind -= 1
         if self._num_behind == 0:
@@ -569,43 +490,3 @@ def budgets_of(policy: Policy, histories: Sequence[History]) -> Sequence[int]:
         given = f"a budget of {min(budgets) if min(budgets) < 1 else max(budgets)} completions"
         raise InputError(f"Policy {policy.name!r}", given, f"at least 1 and at most the cap of {policy.cap} is needed")
     return budgets
-
-
-def certain_exit(policy: Policy, counts: Counts, later: Sequence[Counts | None], cap: int) -> int:
-    """The first decision point where the rule ends a prompt however its unanswered completions turn out; the cap at the latest.
-
-    Args:
-        policy: its `verdict` is the rule.
-        counts: of the committed completions.
-        later: what is known past them, in request order: CORRECT, WRONG, VOID, or None for an unanswered one.
-        cap: the prompt's.
-    """
-    known, num_open, every = counts, 0, policy.decide_every
-    past_known = [None] * (-(counts.committed + len(later)) % every)  # up to the next decision point
-    for end, unit in enumerate([*later, *past_known], counts.committed + 1):
-        if unit is None:
-            num_open += 1
-        else:
-            known = Counts(known.correct + unit.correct, known.wrong + unit.wrong, known.void + unit.void)
-        if end < cap and end % every == 0 and _always_exits(policy, known, num_open, cap):
-            return end
-    return cap
-
-
-def _always_exits(policy: Policy, counts: Counts, num_open: int, cap: int) -> bool:
-    """Whether no way in which `num_open` more can turn out (correct, wrong or void) lets the rule go on."""
-    correct, wrong, void = counts
-    return all(
-        policy.verdict(Counts(correct + x, wrong + y, void + num_open - x - y), cap) is not Verdict.CONTINUE
-        for x in range(num_open + 1)
-        for y in range(num_open + 1 - x)
-    )
-
-
-def _indices(mask: int) -> list[int]:
-    """The places of the bits that are set, increasing."""
-    found = []
-    while mask:
-        found.append((mask & -mask).bit_length() - 1)
-        mask &= mask - 1
-    return found

@@ -140,6 +140,7 @@ def _num_at_least(survival: NDArray[np.float64], least: float) -> NDArray[np.int
     return found
 
 
+@lru_cache(maxsize=1 << 12)
 def _half_power(value: float) -> float:
     """`value` > 0 to the nearest of .., 1/2, 0.7, 1, 1.4, 2, .., between 1/16 and 1024."""
     return math.pow(2, min(max(round(2 * math.log2(value)), -8), 20) / 2)

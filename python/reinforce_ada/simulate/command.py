@@ -31,7 +31,6 @@ def run(
     num_prompts: int | None,
     num_seeds: int,
     num_earlier: int,
-    poll_fraction: float,
     engine: Mapping[str, float],
     lengths: Mapping[str, float],
     fit: Path | None,
@@ -45,7 +44,7 @@ def run(
         schedules, windows: what each policy is run with; windows apply to streams.
         populations: "beta:a,b", a file of pass rates, or a store; none is Beta(1, 2), or that of `fit`.
         num_prompts: None is 64, or as many as a file has.
-        num_seeds, num_earlier, poll_fraction: see `run_study`.
+        num_seeds, num_earlier: see `run_study`.
         engine, lengths: fields of EngineModel and LengthModel that differ from the default, or from `fit`.
         fit: a run to take engine, lengths and pass rates from.
         json_to, figure_to: files to write.
@@ -66,7 +65,7 @@ def run(
             studies.append(
                 run_study(
                     compared, p, engine_model, length_model, num_prompts=n, num_seeds=num_seeds, num_earlier=num_earlier,
-                    poll_fraction=poll_fraction, on_poll=progress.tell,
+                    on_poll=progress.tell,
                 )
             )  # fmt: skip
     for study in studies:

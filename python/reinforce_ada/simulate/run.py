@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Policy
-from reinforce_ada.sampling.columns import ColumnSampler
 from reinforce_ada.sampling.policies import History, Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.simulate.engine_model import EngineModel
 from reinforce_ada.simulate.population import World
-from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
+from reinforce_ada.types import Completion, CompletionId, Event, Prompt, Request, Scored
 
 Ints = NDArray[np.int64]
-_NEVER = np.iinfo(np.int64).max  # the step at which a free slot finishes
 _NO_TOKENS, _NO_LOGPROBS = np.empty(0, np.int32), np.empty(0, np.float32)
-_CHUNK = 1 << 16  # prompts whose committed tokens are counted together: 2 M completions at a cap of 32
+_NO_DATA: Mapping[str, object] = MappingProxyType({})
+_CHUNK = 1 << 18  # completions whose tokens are counted together, some 20 MB
+_PROMPT_BITS, _INDEX_BITS = 8, 3  # of a block of completions that are drawn together
 
 
 class Sampler(Protocol):
-    """What the loop asks of a sampler; prompts are positions, requests are columns (prompt_of [N], index [N])."""
+    """What the loop asks of an `AdaptiveSampler`; the id of a prompt is its position."""
 
     @property
     def done(self) -> bool: ...
 
-    def next_requests(self, free_slots: int) -> tuple[Ints, Ints]: ...
+    def next_requests(self, free_slots: int) -> Sequence[Request]: ...
 
-    def receive(self, prompt_of: Ints, index: Ints, rewards: NDArray[np.float64]) -> tuple[Ints, Ints]: ...
+    def receive(self, event: Event) -> Sequence[CompletionId]: ...
 
-    def pools(self) -> Pools: ...
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Counts of the finished pools, each [P] int64."""
-
-    num_correct: Ints
-    num_wrong: Ints
-
-    @property
-    def committed(self) -> Ints:
-        """Completions in the pool; a simulated reward never fails, so all are scored."""
-        return self.num_correct + self.num_wrong
+    def committed(self, prompt_id: str) -> int: ...
 
 
 class _Known:
@@ -58,58 +47,6 @@ class _Known:
 
     def history(self, prompt: Prompt, /) -> History:
         return self._histories[int(prompt.prompt_id)]
-
-
-class EventSampler:
-    """`AdaptiveSampler` in columns, one event after another: the faster of the two while polls bring less than ten answers."""
-
-    def __init__(self, policy: Policy, schedule: Schedule, window: int | Window | None, histories: Sequence[History]) -> None:
-        prompts, wanted = [Prompt(str(i)) for i in range(len(histories))], _num_wanted(len(histories), policy)
-        memory = _Known(histories)
-        self._sampler = AdaptiveSampler(prompts, policy, schedule=schedule, window=window, num_prompts=wanted, memory=memory)
-
-    @property
-    def done(self) -> bool:
-        return self._sampler.done
-
-    def next_requests(self, free_slots: int) -> tuple[Ints, Ints]:
-        return _columns([request.id for request in self._sampler.next_requests(free_slots)])
-
-    def receive(self, prompt_of: Ints, index: Ints, rewards: NDArray[np.float64]) -> tuple[Ints, Ints]:
-        aborted: list[CompletionId] = []
-        for prompt, i, reward in zip(prompt_of.tolist(), index.tolist(), rewards.tolist(), strict=True):
-            completion = Completion(CompletionId(0, str(prompt), i), _NO_TOKENS, _NO_LOGPROBS, "", "stop", 0)
-            aborted += self._sampler.receive(Scored(completion, reward))
-        return _columns(aborted)
-
-    def pools(self) -> Pools:
-        pools = self._sampler.result().pools
-        return Pools(np.array([pool.num_correct for pool in pools]), np.array([pool.num_wrong for pool in pools]))
-
-
-class BatchSampler:
-    """`ColumnSampler`, for batches of hundreds."""
-
-    def __init__(self, policy: Policy, schedule: Schedule, window: int | Window | None, histories: Sequence[History]) -> None:
-        num_prompts = len(histories)
-        wanted = _num_wanted(num_prompts, policy)
-        self._sampler = ColumnSampler(num_prompts, policy, schedule=schedule, window=window, num_wanted=wanted, histories=histories)
-
-    @property
-    def done(self) -> bool:
-        return self._sampler.done
-
-    def next_requests(self, free_slots: int) -> tuple[Ints, Ints]:
-        prompt_of, index = self._sampler.next_requests(free_slots)
-        return prompt_of, index.astype(np.int64)
-
-    def receive(self, prompt_of: Ints, index: Ints, rewards: NDArray[np.float64]) -> tuple[Ints, Ints]:
-        aborted_prompt_of, aborted_index = self._sampler.receive(prompt_of, index, rewards)
-        return aborted_prompt_of, aborted_index.astype(np.int64)
-
-    def pools(self) -> Pools:
-        result = self._sampler.result()
-        return Pools(result.num_correct.astype(np.int64), result.num_wrong.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -145,29 +82,85 @@ class Outcome:
         return self.num_with_signal / self.num_prompts
 
 
-class _Slots:
-    """The engine: which completion is in which slot, and the decode step it ends at."""
+class _Drawn:
+    """The completions of a world, one at a time. They are drawn in blocks: numpy takes as long for one as for hundreds."""
 
-    def __init__(self, num_slots: int, num_prompts: int, cap: int) -> None:
-        self.finish = np.full(num_slots, _NEVER)
-        self.prompt_of = np.zeros(num_slots, np.int64)
-        self.index = np.zeros(num_slots, np.int64)
-        self.correct = np.zeros(num_slots, np.bool_)
-        self._cap = cap
-        self._slot_of = np.zeros(num_prompts * cap, np.int32)  # 4 bytes a completion; read only for those that run
+    def __init__(self, world: World, cap: int) -> None:
+        self._world = world
+        self._last_prompt, self._last_index = world.num_prompts - 1, cap - 1
+        self._blocks: dict[tuple[int, int], memoryview] = {}
 
-    def free(self) -> Ints:
-        return np.flatnonzero(self.finish == _NEVER)
+    def __call__(self, prompt: int, index: int) -> int:
+        """Tokens of the completion; negative where it is wrong."""
+        at = prompt >> _PROMPT_BITS, index >> _INDEX_BITS
+        block = self._blocks.get(at)
+        if block is None:
+            block = self._blocks[at] = self._draw(*at)
+        return block[(index & (1 << _INDEX_BITS) - 1) << _PROMPT_BITS | prompt & (1 << _PROMPT_BITS) - 1]
 
-    def start(self, prompt_of: Ints, index: Ints, correct: NDArray[np.bool_], finish: Ints) -> None:
-        slots = self.free()[: len(prompt_of)]
-        self.prompt_of[slots], self.index[slots], self.correct[slots], self.finish[slots] = prompt_of, index, correct, finish
-        self._slot_of[prompt_of * self._cap + index] = slots
+    def _draw(self, prompts: int, indices: int) -> memoryview:
+        index, prompt_of = np.divmod(np.arange(1 << _PROMPT_BITS + _INDEX_BITS), 1 << _PROMPT_BITS)
+        prompt_of = np.minimum(prompt_of + (prompts << _PROMPT_BITS), self._last_prompt)
+        correct, tokens = self._world.draw(prompt_of, np.minimum(index + (indices << _INDEX_BITS), self._last_index))
+        return np.where(correct, tokens, -tokens).astype(np.int32).data
 
-    def abort(self, prompt_of: Ints, index: Ints) -> None:
-        """Free the slots of these; one that has finished in the same poll has none any more."""
-        slots = self._slot_of[prompt_of * self._cap + index]
-        self.finish[slots[(self.prompt_of[slots] == prompt_of) & (self.index[slots] == index)]] = _NEVER
+
+class _Engine:
+    """The engine on its virtual clock: what runs in its slots, by the decode step it ends at."""
+
+    def __init__(self, model: EngineModel, drawn: _Drawn) -> None:
+        self._model = model
+        self._drawn = drawn
+        self._reward_of: dict[CompletionId, float] = {}
+        self._ending: dict[int, list[CompletionId]] = {}
+        self._steps: list[int] = []  # heap of the keys of _ending
+        self._busy = array("d")  # pairs
+        self.step = self.tokens = self.num_ended = 0
+        self.seconds = model.sync_ms / 1e3
+        self._prefill_s = 0.0  # of the requests that join the next step
+
+    @property
+    def free_slots(self) -> int:
+        return self._model.slots - len(self._reward_of)
+
+    @property
+    def busy(self) -> NDArray[np.float64]:
+        """Seconds and the slots that were busy from then on, [n, 2]; after the last decode step none is."""
+        return np.append(np.array(self._busy), (self.seconds, 0)).reshape(-1, 2)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Give each a slot, and their prompts the time they take."""
+        for request in requests:
+            length = self._drawn(int(request.id.prompt_id), request.id.index)
+            last_step = self.step + abs(length)
+            self._reward_of[request.id] = float(length > 0)
+            if (ending := self._ending.get(last_step)) is None:
+                self._ending[last_step] = [request.id]
+                heapq.heappush(self._steps, last_step)
+            else:
+                ending.append(request.id)
+        self._busy.extend((self.seconds, len(self._reward_of)))
+        self._prefill_s = self._model.prefill_s(len(requests))
+
+    def abort(self, request_id: CompletionId) -> None:
+        """Free its slot; one that has ended in the same step has none any more."""
+        self._reward_of.pop(request_id, None)
+
+    def poll(self) -> list[Scored]:
+        """Decode up to the next step at which any ends; those that do."""
+        num_running = len(self._reward_of)
+        ended: list[CompletionId] = []
+        while not ended:
+            step = heapq.heappop(self._steps)
+            ended = [request_id for request_id in self._ending.pop(step) if request_id in self._reward_of]
+        generated = num_running * (step - self.step)
+        self.seconds += self._model.decode_s(step - self.step, generated) + self._prefill_s
+        self.tokens, self.step, self.num_ended = self.tokens + generated, step, self.num_ended + len(ended)
+        return [_scored(request_id, self._reward_of.pop(request_id)) for request_id in ended]
+
+
+def _scored(request_id: CompletionId, reward: float) -> Scored:
+    return Scored(Completion(request_id, _NO_TOKENS, _NO_LOGPROBS, "", "stop", 0), reward)
 
 
 def simulate(
@@ -178,13 +171,12 @@ def simulate(
     schedule: Schedule = "stream",
     window: int | Window | None = None,
     num_earlier: int = 0,
-    poll_fraction: float = 0.0,
     sampler: Sampler | None = None,
     on_poll: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Run one sampling phase on the virtual clock.
 
-    Between two polls the batch only shrinks, and the time is exact: sum over steps of (step_ms + busy_ms * busy) is
+    Between two polls the batch is the same, and the time is exact: sum over steps of (step_ms + busy_ms * busy) is
     step_ms * steps + busy_ms * tokens.
 
     Args:
@@ -193,65 +185,56 @@ def simulate(
         engine: slots and times.
         schedule, window: as `AdaptiveSampler` takes them.
         num_earlier: completions of earlier steps from which each prompt's history is; 0 leaves all at Beta(1, 1).
-        poll_fraction: 0 polls whenever a completion ends. Above it, only when that share of the slots has ended (or all that run have),
-            which leaves those slots idle meanwhile; it is for populations of 100 000 prompts, where 0.01 costs under 1 % of the time.
-        sampler: to drive instead of the one that fits.
+        sampler: to drive instead of an `AdaptiveSampler`.
         on_poll: called after every poll with the number of completions that have ended so far.
     Returns: wall-clock, tokens, waste, signal, utilisation and the busy slots over time.
     """
-    if not 0 <= poll_fraction < 1:
-        raise InputError("simulate", f"poll_fraction {poll_fraction}", "a number from 0 to below 1 is needed")
-    driven = sampler or (BatchSampler if poll_fraction else EventSampler)(policy, schedule, window, world.histories(num_earlier))
-    slots = _Slots(engine.slots, world.num_prompts, policy.cap)
-    batch = max(round(poll_fraction * engine.slots), 1)
-    step = tokens = num_ended = 0
-    seconds = engine.sync_ms / 1e3
-    busy: list[tuple[float, int]] = []
+    driven = sampler or _sampler(policy, schedule, window, world.histories(num_earlier))
+    virtual = _Engine(engine, _Drawn(world, policy.cap))
+    entered = array("q")
     while not driven.done:
-        prompt_of, index = driven.next_requests(len(slots.free()))
-        correct, length = world.draw(prompt_of, index)
-        slots.start(prompt_of, index, correct, step + length)
-        running = slots.finish[slots.finish != _NEVER]
-        busy.append((seconds, len(running)))
-        wake = int(np.partition(running, min(batch, len(running)) - 1)[min(batch, len(running)) - 1])
-        generated = int((np.minimum(running, wake) - step).sum())
-        seconds += engine.decode_s(wake - step, generated) + engine.prefill_s(len(prompt_of))
-        tokens, step = tokens + generated, wake
-        ended = np.flatnonzero(slots.finish <= wake)
-        slots.finish[ended] = _NEVER
-        slots.abort(*driven.receive(slots.prompt_of[ended], slots.index[ended], slots.correct[ended].astype(np.float64)))
-        num_ended += len(ended)
+        requests = driven.next_requests(virtual.free_slots)
+        entered.extend(int(request.id.prompt_id) for request in requests if request.id.index == 0)
+        virtual.submit(requests)
+        for event in virtual.poll():
+            for request_id in driven.receive(event):
+                virtual.abort(request_id)
         if on_poll is not None:
-            on_poll(num_ended)
-    busy.append((seconds, 0))
-    pools = driven.pools()
+            on_poll(virtual.num_ended)
+    committed = np.fromiter((driven.committed(str(prompt)) for prompt in entered), np.int64, len(entered))
+    tokens_committed, num_with_signal = _pools(world, np.array(entered), committed)
     return Outcome(
-        wall_s=seconds,
-        num_steps=step,
-        tokens=tokens,
-        tokens_committed=_committed_tokens(world, pools.committed),
-        num_prompts=len(pools.committed),
-        num_committed=int(pools.committed.sum()),
-        num_with_signal=int(((pools.num_correct > 0) & (pools.num_wrong > 0)).sum()),
+        wall_s=virtual.seconds,
+        num_steps=virtual.step,
+        tokens=virtual.tokens,
+        tokens_committed=tokens_committed,
+        num_prompts=len(entered),
+        num_committed=int(committed.sum()),
+        num_with_signal=num_with_signal,
         slots=engine.slots,
-        busy=np.array(busy),
+        busy=virtual.busy,
     )
 
 
-def _committed_tokens(world: World, committed: Ints) -> int:
-    """Tokens of the first so many completions of each prompt."""
-    total = 0
-    for first in range(0, len(committed), _CHUNK):
-        counts = committed[first : first + _CHUNK]
-        prompt_of = np.repeat(np.arange(first, first + len(counts)), counts)
-        index = np.arange(len(prompt_of)) - np.repeat(np.cumsum(counts) - counts, counts)
-        total += int(world.draw(prompt_of, index)[1].sum())
-    return total
+def _sampler(policy: Policy, schedule: Schedule, window: int | Window | None, histories: Sequence[History]) -> AdaptiveSampler:
+    prompts, wanted = [Prompt(str(i), data=_NO_DATA) for i in range(len(histories))], _num_wanted(len(histories), policy)
+    memory = _Known(histories)
+    return AdaptiveSampler(prompts, policy, schedule=schedule, window=window, num_prompts=wanted, memory=memory, keep_completions=False)
 
 
-def _columns(ids: list[CompletionId]) -> tuple[Ints, Ints]:
-    prompt_of = np.fromiter((int(i.prompt_id) for i in ids), np.int64, len(ids))
-    return prompt_of, np.fromiter((i.index for i in ids), np.int64, len(ids))
+def _pools(world: World, prompts: Ints, committed: Ints) -> tuple[int, int]:
+    """(tokens, prompts with both classes) of the first so many completions of each of these prompts."""
+    tokens = with_signal = 0
+    num_prompts = max(_CHUNK // int(committed.max()), 1)
+    for first in range(0, len(committed), num_prompts):
+        counts = committed[first : first + num_prompts]
+        row = np.repeat(np.arange(len(counts)), counts)
+        index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        correct, length = world.draw(prompts[first + row], index)
+        num_correct = np.bincount(row, correct, len(counts))
+        tokens += int(length.sum())
+        with_signal += int(((num_correct > 0) & (num_correct < counts)).sum())
+    return tokens, with_signal
 
 
 def _num_wanted(num_prompts: int, policy: Policy) -> int | None:

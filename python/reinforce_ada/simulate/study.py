@@ -184,7 +184,6 @@ def run_study(
     num_prompts: int,
     num_seeds: int,
     num_earlier: int = 0,
-    poll_fraction: float = 0.0,
     on_poll: Callable[[Setting, int, int], None] | None = None,
 ) -> Study:
     """Run every setting on the prompts and completions of seeds 0, 1, .., num_seeds - 1.
@@ -194,7 +193,7 @@ def run_study(
         population: pass rates of the prompts.
         engine, lengths: the engine and its completions.
         num_prompts, num_seeds: at least 1.
-        num_earlier, poll_fraction: see `simulate`.
+        num_earlier: see `simulate`.
         on_poll: called after every poll with the setting, the seed and the number of completions that have ended.
     Raises: InputError for numbers below these.
     """
@@ -205,18 +204,13 @@ def run_study(
     for s in settings:
         if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
             given = f"{num_prompts} prompts with a cap of {s.policy.cap}"
-            raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 3 GB")
+            raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 8 GB")
     outcomes: list[list[Outcome]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
         for s, found in zip(settings, outcomes, strict=True):
             told = None if on_poll is None else _teller(on_poll, s, seed)
-            found.append(
-                simulate(
-                    world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, poll_fraction=poll_fraction,
-                    on_poll=told,
-                )
-            )  # fmt: skip
+            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, on_poll=told))
     rows = tuple(Row(s, tuple(found)) for s, found in zip(settings, outcomes, strict=True))
     return Study(str(population), engine, lengths, num_prompts, num_seeds, rows)
 

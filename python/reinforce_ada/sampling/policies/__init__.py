@@ -9,10 +9,12 @@ from reinforce_ada.sampling.policies.allocate import BatchBudget, Budgeted, Inve
 from reinforce_ada.sampling.policies.contracts import (
     AdvantageSpec,
     Allocate,
+    Allocation,
     Baseline,
     Counts,
     Decide,
     Degenerate,
+    ExitRule,
     History,
     Propose,
     Remembers,
@@ -20,9 +22,10 @@ from reinforce_ada.sampling.policies.contracts import (
     Select,
     Verdict,
     Weight,
+    Weighting,
     Window,
     at_least,
-    needs_of,
+    promises_of,
 )
 from reinforce_ada.sampling.policies.decide import Balance, Band, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.policy import Policy
@@ -35,6 +38,7 @@ __all__ = [
     "All",
     "AllPrompts",
     "Allocate",
+    "Allocation",
     "Balance",
     "Balanced",
     "Band",
@@ -46,6 +50,7 @@ __all__ = [
     "Decide",
     "Degenerate",
     "DropOneClass",
+    "ExitRule",
     "First",
     "History",
     "InverseSqrtRate",
@@ -64,7 +69,8 @@ __all__ = [
     "SkipStreaks",
     "Verdict",
     "Weight",
+    "Weighting",
     "Window",
     "at_least",
-    "needs_of",
+    "promises_of",
 ]

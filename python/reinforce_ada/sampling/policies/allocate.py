@@ -5,21 +5,21 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies.contracts import Counts, History, at_least
+from reinforce_ada.sampling.policies.contracts import Allocation, Counts, History, at_least
 
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Rounds(Allocation):
     """`max_rounds` rounds of `round_size` requests; the cap is their product. GRPO is `Rounds(group_size, 1)`."""
 
     round_size: int
@@ -41,7 +41,7 @@ class Rounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budgeted:
+class Budgeted(Allocation):
     """A budget for each prompt from a function of your own.
 
     Args:
@@ -75,7 +75,7 @@ class Budgeted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchBudget:
+class BatchBudget(Allocation):
     """A budget for all prompts that enter together: `mean` for each on average, and between `floor` and `cap` for any one.
 
     Subclasses say who gets how much; the sum is exactly mean * prompts. As budgets depend on who else enters, a policy that refills
@@ -83,9 +83,11 @@ class BatchBudget:
     """
 
     mean: int
-    floor: int
+    floor: int = field()  # without a default: not that of the base
     cap: int
     round_size: int  # completions requested together
+    needs_memory = True
+    is_batch_wide = True
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -93,14 +95,6 @@ class BatchBudget:
         at_least(where, "floor", self.floor, 1)
         at_least(where, "mean", self.mean, self.floor)
         at_least(where, "cap", self.cap, self.mean)
-
-    @property
-    def needs_memory(self) -> bool:
-        return True
-
-    @property
-    def is_batch_wide(self) -> bool:
-        return True
 
     def __call__(self, counts: Counts, /) -> int:
         return _end_of_round(counts, self.round_size, self.cap)

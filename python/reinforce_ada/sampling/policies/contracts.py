@@ -111,6 +111,11 @@ class Propose(Protocol):
     @property
     def candidates_per_prompt(self) -> int: ...
 
+    @property
+    def needs_memory(self) -> bool:
+        """Whether it looks at what earlier steps say of a prompt."""
+        ...
+
     def __call__(self, num_prompts: int, num_dropped: int, /) -> int: ...
 
     def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]: ...
@@ -125,11 +130,34 @@ class Allocate(Protocol):
     @property
     def cap(self) -> int: ...
 
+    @property
+    def floor(self) -> int | None:
+        """The smallest budget of a prompt where each has its own; None where all have the cap, or nothing is promised."""
+        ...
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether it looks at what earlier steps say of a prompt."""
+        ...
+
+    @property
+    def is_batch_wide(self) -> bool:
+        """Whether the budget of a prompt depends on which others enter with it."""
+        ...
+
     def __call__(self, counts: Counts, /) -> int: ...
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
         """Most completions of each prompt, for prompts that enter together."""
         ...
+
+
+class Allocation:
+    """What most ways to allocate answer; one that answers otherwise says so."""
+
+    floor: int | None = None
+    needs_memory: bool = False
+    is_batch_wide: bool = False
 
 
 class Window(Protocol):
@@ -143,18 +171,25 @@ class Window(Protocol):
 
 
 class Decide(Protocol):
-    """The exit rule: stop, continue or drop, from the committed counts.
-
-    A rule with an attribute `needs` = (correct, wrong) promises never to stop below it.
-    """
+    """The exit rule: stop, continue or drop, from the committed counts. A function, or an `ExitRule`, which may promise more."""
 
     def __call__(self, counts: Counts, /) -> Verdict: ...
 
 
-def needs_of(decide: Decide) -> tuple[int, int]:
-    """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
-    needs: tuple[int, int] = getattr(decide, "needs", (0, 0))
-    return needs
+class ExitRule:
+    """What an exit rule promises: nothing, where it does not say otherwise."""
+
+    pilot: int | None = None  # the committed count at which it must be asked
+
+    @property
+    def needs(self) -> tuple[int, int]:
+        """(correct, wrong) completions without which it never stops."""
+        return 0, 0
+
+
+def promises_of(decide: Decide) -> ExitRule:
+    """What the rule promises; a function promises nothing."""
+    return decide if isinstance(decide, ExitRule) else ExitRule()
 
 
 class Select(Protocol):
@@ -168,9 +203,13 @@ class Select(Protocol):
 
 
 class Weight(Protocol):
-    """The advantage of each kept completion, as a specification for `ops.group_advantages`.
-
-    One with a method `check(policy)` is asked when the policy is made, and raises InputError where the two do not fit.
-    """
+    """The advantage of each kept completion, as a specification for `ops.group_advantages`. A function, or a `Weighting`."""
 
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec: ...
+
+
+class Weighting:
+    """A weight that is asked, when a policy is made, whether the two fit."""
+
+    def check(self, policy: Policy) -> None:
+        """Raises: InputError where they do not."""

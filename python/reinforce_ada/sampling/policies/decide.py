@@ -5,23 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies.contracts import Counts, Decide, Verdict, at_least, needs_of
+from reinforce_ada.sampling.policies.contracts import Counts, Decide, ExitRule, Verdict, at_least, promises_of
 
 
 @dataclass(frozen=True)
-class Never:
+class Never(ExitRule):
     """Sample up to the cap, whatever comes."""
-
-    @property
-    def needs(self) -> tuple[int, int]:
-        return 0, 0
 
     def __call__(self, counts: Counts, /) -> Verdict:
         return Verdict.CONTINUE
 
 
 @dataclass(frozen=True)
-class Positive:
+class Positive(ExitRule):
     """Stop at `num_correct` correct completions (Reinforce-Ada-pos)."""
 
     num_correct: int = 1
@@ -38,7 +34,7 @@ class Positive:
 
 
 @dataclass(frozen=True)
-class Balance:
+class Balance(ExitRule):
     """Stop at `num_correct` correct and `num_wrong` wrong completions (Reinforce-Ada-balance)."""
 
     num_correct: int
@@ -57,7 +53,7 @@ class Balance:
 
 
 @dataclass(frozen=True)
-class DropOneClass:
+class DropOneClass(ExitRule):
     """Drop a prompt whose completions are all correct or all wrong, stop otherwise (DAPO's dynamic sampling)."""
 
     @property
@@ -69,7 +65,7 @@ class DropOneClass:
 
 
 @dataclass(frozen=True)
-class Band:
+class Band(ExitRule):
     """Drop a prompt whose rate of correct completions after a pilot of `pilot` is not strictly between `low` and `high` (SPEED-RL).
 
     Before and after, `then` decides. A pilot with voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
@@ -87,7 +83,7 @@ class Band:
 
     @property
     def needs(self) -> tuple[int, int]:
-        return needs_of(self.then)
+        return promises_of(self.then).needs
 
     def __call__(self, counts: Counts, /) -> Verdict:
         if counts.committed == self.pilot and not self.low * counts.scored < counts.correct < self.high * counts.scored:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.policies.contracts import (
     Allocate,
+    Allocation,
     Counts,
     Decide,
     Degenerate,
@@ -15,8 +16,9 @@ from reinforce_ada.sampling.policies.contracts import (
     Select,
     Verdict,
     Weight,
+    Weighting,
     at_least,
-    needs_of,
+    promises_of,
 )
 from reinforce_ada.sampling.policies.propose import AllPrompts
 from reinforce_ada.sampling.policies.select import All
@@ -81,14 +83,14 @@ class Policy:
         if self.degenerate not in ("keep", "drop"):
             raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
         self._check_together(where)
-        if (check := getattr(self.weight, "check", None)) is not None:
-            check(self)
+        if isinstance(self.weight, Weighting):
+            self.weight.check(self)
 
     def _check_forms(self, where: str) -> None:
         """Decide, select and weight may be plain functions; allocate and propose answer more than one question."""
         for hook, names, wrapper in (
-            ("allocate", ("budgets()", "cap", "round_size", "__call__()"), "Budgeted wraps a function"),
-            ("propose", ("choose()", "candidates_per_prompt", "__call__()"), "see AllPrompts"),
+            ("allocate", ("budgets()", "cap", "round_size", "__call__()", *Allocation.__annotations__), "Budgeted wraps a function"),
+            ("propose", ("choose()", "candidates_per_prompt", "__call__()", "needs_memory"), "see AllPrompts"),
         ):
             part = getattr(self, hook)
             if missing := [name for name in names if not hasattr(part, name.removesuffix("()"))]:
@@ -102,7 +104,7 @@ class Policy:
 
     def _check_together(self, where: str) -> None:
         """Parts that are sound alone and make no sense together."""
-        pilot, floor = getattr(self.decide, "pilot", None), getattr(self.allocate, "floor", None)
+        pilot, floor = promises_of(self.decide).pilot, self.allocate.floor
         if pilot is not None:
             if pilot > self.cap:
                 raise InputError(where, f"a pilot of {pilot} completions", f"at most the cap of {self.cap} is possible")
@@ -114,7 +116,7 @@ class Policy:
         if floor is not None and floor < self.group_size and not isinstance(self.select, All):
             needed = f"at least group_size {self.group_size} is needed to fill every group"
             raise InputError(where, f"budgets from {floor} completions on", needed, "raise floor, lower group_size, or select All()")
-        if getattr(self.allocate, "is_batch_wide", False) and self.refills:
+        if self.allocate.is_batch_wide and self.refills:
             needed = "prompts that enter together are needed"
             raise InputError(where, "a budget for the whole batch with a propose that refills", needed, "max_prompts_factor=1")
 
@@ -132,12 +134,12 @@ class Policy:
     @property
     def needs(self) -> tuple[int, int]:
         """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
-        return needs_of(self.decide)
+        return promises_of(self.decide).needs
 
     @property
     def needs_memory(self) -> bool:
         """Whether a hook looks at what earlier steps say of a prompt."""
-        return any(getattr(part, "needs_memory", False) for part in (self.propose, self.allocate))
+        return self.propose.needs_memory or self.allocate.needs_memory
 
     def verdict(self, counts: Counts, cap: int | None = None) -> Verdict:
         """What happens to a prompt with these committed counts: the exit rule where it is due, CONTINUE elsewhere.

@@ -17,6 +17,8 @@ from reinforce_ada.sampling.policies.contracts import History, at_least
 class AllPrompts:
     """As many prompts enter as groups are wanted; a dropped one is not replaced."""
 
+    needs_memory = False
+
     @property
     def candidates_per_prompt(self) -> int:
         return 1
@@ -60,15 +62,12 @@ class NearestRate(Refill):
     target: float = 0.5
     candidates_per_prompt: int = 4
     max_prompts_factor: float = 1.0
+    needs_memory = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("NearestRate", "candidates_per_prompt", self.candidates_per_prompt, 1)
         _probability("NearestRate", "target", self.target)
-
-    @property
-    def needs_memory(self) -> bool:
-        return True
 
     def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
         rates = rng.beta([h.a for h in histories], [h.b for h in histories])
@@ -88,16 +87,13 @@ class SkipStreaks(Refill):
     explore_hard: float = 0.5
     candidates_per_prompt: int = 2
     max_prompts_factor: float = 1.0
+    needs_memory = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("SkipStreaks", "candidates_per_prompt", self.candidates_per_prompt, 1)
         _probability("SkipStreaks", "explore_easy", self.explore_easy)
         _probability("SkipStreaks", "explore_hard", self.explore_hard)
-
-    @property
-    def needs_memory(self) -> bool:
-        return True
 
     def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
         explore = [self.explore_easy if h.all_correct else self.explore_hard for h in histories]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Baseline, Scale
+from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Baseline, Scale, Weighting
 from reinforce_ada.types import Group
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Centered:
+class Centered(Weighting):
     """advantage = (reward - baseline) / (std + eps) * class weight, the same rule for every group.
 
     `class_weights` are the factors for advantages below 0 (the wrong ones, for rewards of 0 and 1) and for the others.

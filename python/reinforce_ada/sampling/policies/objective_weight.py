@@ -14,18 +14,19 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies import AdvantageSpec, Counts, Policy, Verdict
+from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Counts, Verdict, Weighting
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.sampling.statistics import Terminal, stopping_table, terminals_of
 from reinforce_ada.types import Group
 
-Objective: TypeAlias = Literal["as-published", "mean", "log", "power"]
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
+ObjectiveName: TypeAlias = Literal["as-published", "mean", "log", "power"]
+OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 
 _BASELINE = 0.5  # halfway between the rewards 0 and 1, so that the class weights are met by advantages of -1/2 and +1/2
 
 
 @dataclass(frozen=True)
-class ObjectiveWeight:
+class ObjectiveWeight(Weighting):
     """Advantages whose expected gradient is that of f(p), summed over the prompts that entered.
 
         A+ = +t n / a,  A- = -t n / b,  t = f'(p~) * theta~;  0 where a or b is 0
@@ -46,12 +47,12 @@ class ObjectiveWeight:
     Source: arXiv 2510.04996 v3 (non-linear objectives); the estimates, Girshick, Mosteller, Savage 1946.
     """
 
-    objective: Objective = "mean"
+    objective: ObjectiveName = "mean"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES[1:]:
-            raise unknown_name("ObjectiveWeight", "objective", self.objective, OBJECTIVES[1:])
+        if self.objective not in OBJECTIVE_NAMES[1:]:
+            raise unknown_name("ObjectiveWeight", "objective", self.objective, OBJECTIVE_NAMES[1:])
         if not 0 < self.alpha < math.inf:
             raise InputError("ObjectiveWeight", f"alpha {self.alpha}", "a positive number is needed")
         if self.objective != "power" and self.alpha != 1:
@@ -83,8 +84,7 @@ class ObjectiveWeight:
         if policy.refills:
             given = f"{type(policy.propose).__name__}, which lets prompts in because others were dropped"
             raise InputError(where, given, "a fixed number of prompts is needed")
-        smallest: int = getattr(policy.allocate, "floor", policy.cap)  # where prompts have budgets of their own
-        for cap in {smallest, policy.cap}:
+        for cap in {policy.allocate.floor or policy.cap, policy.cap}:
             _check_rule(where, policy, stopping_table(policy, cap).terminals)
         _check_selection(where, policy)
 
