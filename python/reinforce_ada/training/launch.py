@@ -21,7 +21,7 @@ from reinforce_ada import machine
 from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine, Launch
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rewards.loading import is_file
@@ -73,6 +73,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     precision = _precision(config.model.dtype, device)
     config = with_dtype(config, device)
     track.check_names(config.run.track)
+    needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     config = _with_whole_paths(config, records)
     if resume is None:

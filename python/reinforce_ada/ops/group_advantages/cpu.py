@@ -36,8 +36,8 @@ def common_case(
     codes, dtype = _CODES.get((baseline, scale, singleton)), DTYPE_CODES.get(rewards.dtype)
     if codes is None or dtype is None or group_of.dtype is not _int64:
         return None
-    shape = rewards.shape
-    if len(shape) != 1 or group_of.shape != shape or not (rewards.is_cpu and group_of.is_cpu):
+    rows = rewards.numel()  # and not .shape, which makes an object: 0.2 us for the two
+    if rewards.dim() != 1 or group_of.dim() != 1 or group_of.numel() != rows or not (rewards.is_cpu and group_of.is_cpu):
         return None
     if not (type(ddof) is int and 0 <= ddof < MOST and 0 <= eps < MOST):
         return None
@@ -45,7 +45,7 @@ def common_case(
         return None
     out = torch.empty_like(rewards)
     wrong = cpu.group_advantages(
-        rewards.data_ptr(), dtype, group_of.data_ptr(), 0, shape[0], -1, 0, 0, 0, 0, 0, 0, 0, codes[0], codes[1], ddof, eps, codes[2],
+        rewards.data_ptr(), dtype, group_of.data_ptr(), 0, rows, -1, 0, 0, 0, 0, 0, 0, 0, codes[0], codes[1], ddof, eps, codes[2],
         out.data_ptr(), _num_threads(),
     )  # fmt: skip
     return out if wrong < 0 else None
