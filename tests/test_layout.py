@@ -26,13 +26,14 @@ DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
 # and ends it with the report, so nothing else in training may import it.
-FOUNDATION = {"errors", "files", "machine", "outside", "types"}
+FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
     "packing": set(),
     "files": {"errors", "outside"},
+    "loading": {"errors", "outside"},
     "machine": set(),
     "types": {"errors"},
     "config": {"errors", "files", "outside"},

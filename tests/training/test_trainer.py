@@ -237,7 +237,7 @@ def test_a_head_that_does_not_fit_is_said_and_the_logits_are_used(
     assert steps_of(tmp_path / "wrong head")[0]["loss"] != 0
 
 
-# -------------------- rewards
+# -------------------- rewards and losses of one's own
 
 
 def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +251,30 @@ def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytes
     flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["train", *flags]) == 0
     assert [r["first_round_reward"] for r in steps_of(tmp_path / "run")] == [0.25]
+
+
+OWN = """def ppo(logprobs, old_logprobs, advantages, mask):
+    ratio = (logprobs - old_logprobs).exp()
+    return (-advantages * ratio).maximum(-advantages * ratio.clamp(0.8, 1.28))
+"""
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_a_loss_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: None, entropy_coef: float) -> None:
+    (tmp_path / "my_own_losses.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    losses = {"builtin": "ppo", "file": "./my_own_losses.py:ppo", "module": "my_own_losses:ppo"}
+    records = {}
+    for name, loss in losses.items():
+        records[name] = train(base, tmp_path / name, loss=loss, minibatches=2, entropy_coef=entropy_coef, eval_prompts=0)
+        saved = configuration.load(tmp_path / name / "config.toml").training.loss
+        assert saved == ("ppo" if name == "builtin" else f"{tmp_path}/my_own_losses.py:ppo")
+    for found in (records["file"], records["module"]):
+        for record, expected in zip(found, records["builtin"], strict=True):
+            assert expected.keys() - record.keys() == {"clip_fraction_low", "clip_fraction_high"}
+            for key in ("loss", "grad_norm", "approx_kl_k3", *(("entropy",) if entropy_coef else ())):
+                assert record[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6)
 
 
 def test_rewards_that_raise_or_hang_are_voids(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +403,10 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
         ({"reward": "toy_rewards:absent"}, r"toy_rewards:absent"),
         ({"clip_low": 5.0}, r"^config: clip_low = 5.0; at most 1$"),
         ({"clip_low": 5.0, "loss": "gspo", "rollout_correction": "sequence-mask"}, r"^config: clip_low = 5.0"),
+        ({"loss": "pppo"}, r"^policy_loss: unknown loss 'pppo'; .*; did you mean 'ppo'\?$"),
+        ({"loss": "no_such_module:f"}, r"^train: loss 'no_such_module:f': No module named 'no_such_module'; an importable module"),
+        ({"loss": "math:hypot"}, r"^train: loss math:hypot: (Value|Type)Error: .*; one loss a token from \(logprobs, old_logprobs, advan"),
+        ({"loss": "torch:ne"}, r"^train: loss torch:ne: TypeError: "),
         ({"memory_from": "absent"}, r"^RolloutStore: absent/rollouts.sqlite does not exist; a store to read is needed$"),
     ],
 )

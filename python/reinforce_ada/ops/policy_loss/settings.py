@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from reinforce_ada.errors import InputError, unknown_name
 
 WHERE = "policy_loss"
 LOSSES = ("reinforce", "ppo", "cispo", "gspo", "sapo")
+OwnLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")
@@ -105,7 +107,7 @@ class RolloutCorrection:
 class Settings:
     """The checked choices of one `policy_loss` call; fields as its arguments."""
 
-    loss: str = "ppo"
+    loss: str | OwnLoss = "ppo"
     ratio_level: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.28
