@@ -193,6 +193,11 @@ def test_the_parts_have_an_order():
         left = {part: below for part, below in left.items() if part not in lowest}
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("ops._")])
+def test_what_operators_share_knows_none_of_them(module):
+    assert [name for name in imports(TREES[module]) if any(f"{name}.".startswith(f"reinforce_ada.ops.{op}.") for op in DECLARED)] == []
+
+
 def test_what_needs_no_torch_imports_none():
     """Nor does it import an engine: these start in a moment, and the sampler lives in trainers that have neither."""
     light = [

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
-from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss, Settings
-from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values, describe
+from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values
 
 __all__ = ["linear_policy_loss"]
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.policy_loss import cpu, gpu, reference
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.contract import Settings, arguments
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
@@ -21,9 +23,7 @@ from reinforce_ada.ops.policy_loss.settings import (
     WHERE,
     OwnLoss,
     RolloutCorrection,
-    Settings,
 )
-from reinforce_ada.ops.token_logprobs.checks import describe
 
 __all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "OwnLoss", "RolloutCorrection", "policy_loss"]
 
@@ -177,8 +177,8 @@ def policy_loss(
         raise InputError(WHERE, f"entropy_coef={entropy_coef} without entropy", "entropy, one value a token")
     form = resolve(WHERE, backend, logprobs.device, logprobs.dtype, needs_of(settings.loss))
     if form != "reference":
-        given = (logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
-        value, metrics = cpu.policy_loss(*given) if form == "cpu" else gpu.policy_loss(form, *given)
+        inputs = arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
+        value, metrics = cpu.policy_loss(inputs) if form == "cpu" else gpu.policy_loss(form, inputs)
     else:
         check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
         dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops._checks import FLOATING, describe
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
+from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.own import shown
 from reinforce_ada.ops.policy_loss.settings import (
     ADVANTAGES_PER,
@@ -17,10 +19,8 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSS_AGGS,
     LOSSES,
     RATIO_LEVELS,
-    Settings,
     check_integers,
 )
-from reinforce_ada.ops.token_logprobs.checks import FLOATING, describe
 
 _NUMBERS = (
     *("clip_low", "clip_high", "dual_clip", "log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length"),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import load
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._torch import is_eager, run_when_traced
 from reinforce_ada.ops.policy_loss.settings import WHERE, OwnLoss
-from reinforce_ada.ops.token_logprobs.checks import describe
 from reinforce_ada.outside import one_line
 
 OWN_LOSS = "a loss of one's own"  # as `Form.lacks` lists it

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops.policy_loss import own
+from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.settings import (
     KL_LOG_RATIO_BOUND,
     METRICS,
     SAPO_TAU,
     SEQUENCE_LOG_RATIO_BOUND,
     RolloutCorrection,
-    Settings,
 )
 
 
