@@ -115,7 +115,7 @@ def test_under_compile(loss: Any) -> None:
         return policy_loss(logprobs, advantages, batch["mask"], old_logprobs=old, cu_seqlens=batch["cu_seqlens"], loss=loss)[0]
 
     results = []
-    for function in (call, torch.compile(call, backend="aot_eager")):
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
         leaf = given[0].clone().requires_grad_()
         value = function(leaf, *given[1:])
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))

@@ -89,8 +89,9 @@ class Settings:
     def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
         """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
         clips, corrected = has_old and self.loss in ("ppo", "cispo", "gspo"), self.rollout_correction is not None
-        means = [True] * 2 + [has_old] * 5 + [clips] * 2 + [has_old and self.dual_clip is not None] + [has_rollout] * 2
-        means += [corrected] * 3 + [self.kl is not None, has_entropy]
+        dual, kl = has_old and self.dual_clip is not None, self.kl is not None
+        of_ratios, of_weights = (has_old, has_old, has_old, has_old, has_old, clips, clips, dual), (corrected, corrected, corrected)
+        means = (True, True, *of_ratios, has_rollout, has_rollout, *of_weights, kl, has_entropy)
         return {name: x for name, x, meant in zip(METRICS, metrics.unbind(), means, strict=True) if meant}
 
 
@@ -145,14 +146,13 @@ def arguments(
     settings: Settings,
 ) -> Inputs:
     """What an operator of `SCHEMA` takes for the arguments of the public function."""
-    old, rollout, ref = (None if x is None else constant(x, _readable(x)) for x in (old_logprobs, rollout_logprobs, ref_logprobs))
     return Inputs(
         dense(logprobs),
         constant(advantages, torch.float32),
         constant(mask if mask.dtype in (torch.bool, torch.float32) else mask != 0),
-        old,
-        rollout,
-        ref,
+        _constant(old_logprobs),
+        _constant(rollout_logprobs),
+        _constant(ref_logprobs),
         None if entropy is None else dense(entropy, _readable(entropy)),
         None if cu_seqlens is None else constant(cu_seqlens, torch.int64),
         settings.advantages_per_token,
@@ -161,24 +161,28 @@ def arguments(
     )
 
 
+def _constant(x: Tensor | None) -> Tensor | None:
+    return None if x is None else constant(x, _readable(x))
+
+
 def _readable(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in DTYPE_CODES else torch.float32
 
 
-def empty_results(inputs: Inputs) -> Results:
+def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> Results:
     """Memory for the results."""
-    logprobs, entropy = inputs.logprobs, inputs.entropy
     return (
         logprobs.new_empty((), dtype=torch.float32),
         logprobs.new_empty(len(METRICS), dtype=torch.float64),
         torch.empty_like(logprobs),
-        logprobs.new_empty(0) if entropy is None or not inputs.entropy_grad else torch.empty_like(entropy),
+        logprobs.new_empty(0) if entropy is None or not entropy_grad else torch.empty_like(entropy),
     )
 
 
-def fake(*inputs: Any) -> Results:
+def fake(*given: Any) -> Results:
     """The results of an operator of `SCHEMA`, without their values."""
-    return empty_results(Inputs(*inputs))
+    inputs = Inputs(*given)
+    return empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:

@@ -20,30 +20,30 @@ def policy_loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return value, metrics
 
 
-def evaluate(inputs: Inputs) -> Results:
+def evaluate(inputs: Inputs | tuple[Any, ...]) -> Results:
     """Value, metrics and derivatives. Raises: InputError for a cu_seqlens that does not go from 0 to T without decreasing."""
-    value, metrics, grad, grad_entropy = out = empty_results(inputs)
-    logprobs, mask, cu_seqlens = inputs.logprobs, inputs.mask, inputs.cu_seqlens
+    logprobs, advantages, mask, old, rollout, ref, entropy, cu_seqlens, advantages_per_token, entropy_grad, numbers = inputs
+    value, metrics, grad, grad_entropy = out = empty_results(logprobs, entropy, entropy_grad)
     wrong = cpu.policy_loss(
         address(logprobs),
         DTYPE_CODES[logprobs.dtype],
-        address(inputs.advantages),
-        inputs.advantages_per_token,
+        address(advantages),
+        advantages_per_token,
         address(mask),
         mask.dtype != torch.bool,
-        *_stream(inputs.old_logprobs),
-        *_stream(inputs.rollout_logprobs),
-        *_stream(inputs.ref_logprobs),
-        *_stream(inputs.entropy),
+        *_stream(old),
+        *_stream(rollout),
+        *_stream(ref),
+        *_stream(entropy),
         address(cu_seqlens),
         logprobs.numel(),
-        inputs.num_sequences,
+        logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         logprobs.shape[-1],
-        inputs.numbers,
+        numbers,
         address(value),
         address(metrics),
         address(grad),
-        address(grad_entropy) if inputs.entropy_grad else 0,
+        address(grad_entropy) if entropy_grad else 0,
         torch.get_num_threads(),
     )
     if cu_seqlens is not None and wrong >= 0:
@@ -68,7 +68,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
 _op = NativeOp(
     "policy_loss",
     SCHEMA,
-    lambda *inputs: evaluate(Inputs(*inputs)),
+    lambda *inputs: evaluate(inputs),
     fake,
     setup_context=setup_context,
     backward=_backward,

@@ -64,7 +64,7 @@ class Form:
 
     def _evaluate(self, *given: Any) -> Results:
         inputs = Inputs(*given)
-        results, logprobs = empty_results(inputs), inputs.logprobs
+        results, logprobs = empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad), inputs.logprobs
         workspace = logprobs.new_empty(self._kernels.workspace_size(logprobs.numel(), inputs.num_sequences), dtype=torch.float64)
         self._kernels.evaluate(*inputs, *results, workspace)
         return results
