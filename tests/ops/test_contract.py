@@ -15,15 +15,11 @@ import torch
 
 from reinforce_ada.ops import RolloutCorrection, linear_policy_loss, policy_loss
 from reinforce_ada.ops.policy_loss import METRICS, contract, settings
-from reinforce_ada.ops.policy_loss.contract import NUMBERS, SCHEMA, Inputs, Settings, numbers
+from reinforce_ada.ops.policy_loss.contract import NUMBERS, SCHEMA, Inputs, Settings, by_name, numbers
 
 HEADER = (Path(__file__).parents[2] / "csrc/ops/policy_loss/policy_loss.h").read_text()
 OPERATORS: tuple[Callable[..., Any], ...] = (policy_loss, linear_policy_loss)
 SETTINGS = {f.name: f.default for f in fields(Settings) if f.name != "advantages_per_token"}
-
-
-def by_name(chosen: Settings) -> dict[str, float]:
-    return dict(zip(NUMBERS, numbers(chosen), strict=True))
 
 
 def enum(name: str) -> list[str]:
@@ -40,26 +36,12 @@ def test_the_numbers_of_a_call_are_those_of_the_header() -> None:
     assert enum("Number") == [*NUMBERS, "count"]
 
 
-TRITON = {  # names of the Triton form that are other ones
-    "dual": "dual_clip", "ratio_bound": "log_ratio_bound", "agg": "loss_agg", "tokens": "num_tokens", "seqs": "num_seqs",
-    "length": "norm_length", "weights": "correction_low correction_high correction_scale",
-}  # fmt: skip
-
-
-def test_the_triton_form_reads_them_in_their_order() -> None:
-    source = Path(inspect.getfile(contract)).with_name("triton.py").read_text()
-    targets = re.search(r"\(([^()]*)\) = \(\s*numbers\[:15\]\s*\)\s*(.*) = numbers\[15:\]", source)
-    assert targets is not None
-    names = [TRITON.get(name, name) for name in re.findall(r"\w+", " ".join(targets.groups()))]
-    assert " ".join(names).split() == list(NUMBERS)
-
-
 def test_the_codes_are_those_of_the_header() -> None:
     assert enum("Loss") == list(settings.LOSSES)
     assert enum("LossAgg") == [name.replace("-", "_") for name in settings.LOSS_AGGS]
     assert enum("Kl") == [name for name in settings.KL_ESTIMATORS if not name.endswith("+")]
     corrections = [RolloutCorrection(level, mode) for level in settings.CORRECTION_LEVELS for mode in settings.CORRECTION_MODES]
-    names = {by_name(Settings(rollout_correction=c))["correction"]: f"{c.level}_{c.mode}" for c in corrections}
+    names = {by_name(numbers(Settings(rollout_correction=c))).correction: f"{c.level}_{c.mode}" for c in corrections}
     assert {0.0: "none", **names} == dict(enumerate(enum("Correction")))
 
 
@@ -100,9 +82,9 @@ PLAIN = {
     ],
 )
 def test_numbers(chosen: dict[str, Any], changed: dict[str, float]) -> None:
-    found = by_name(Settings(**chosen))
-    assert found == {**PLAIN, **changed}
-    assert {type(x) for x in found.values()} == {float}
+    found = numbers(Settings(**chosen))
+    assert vars(by_name(found)) == {**PLAIN, **changed}
+    assert {type(x) for x in found} == {float}
 
 
 # -------------------- the operators

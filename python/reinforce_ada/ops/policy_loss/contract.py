@@ -6,7 +6,9 @@ A setting is a field of `Settings`; the numbers by which kernels know it are sai
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 import torch
@@ -102,6 +104,11 @@ NUMBERS = tuple(number for _, number, _ in _TABLE)
 def numbers(settings: Settings) -> list[float]:
     """The settings as kernels take them, in the order of `NUMBERS`."""
     return [of(getattr(settings, name)) for name, _, of in _TABLE]
+
+
+def by_name(numbers: Sequence[float]) -> Any:
+    """`numbers` with each as an attribute."""
+    return SimpleNamespace(**dict(zip(NUMBERS, numbers, strict=True)))
 
 
 # -------------------- what a kernel reads and writes

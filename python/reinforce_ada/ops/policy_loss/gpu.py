@@ -18,31 +18,10 @@ class Kernels(Protocol):
     def workspace_size(self, num_tokens: int, num_sequences: int, /) -> int:
         """How many float64 numbers `evaluate` works in."""
 
-    def evaluate(
-        self,
-        logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        old_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        ref_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        cu_seqlens: Tensor | None,
-        advantages_per_token: bool,
-        entropy_grad: bool,
-        numbers: list[float],
-        value: Tensor,
-        metrics: Tensor,
-        grad: Tensor,
-        grad_entropy: Tensor,
-        workspace: Tensor,
-        /,
-    ) -> None:
+    def evaluate(self, inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor, /) -> None:
         """Writes value [] float32, metrics float64 as METRICS lists them, grad as logprobs, with entropy_grad also grad_entropy as entropy.
 
-        Contiguous tensors: logprobs, old, rollout, ref, entropy each float32, bfloat16 or float16, packed [T] with cu_seqlens int64
-        [N + 1] or padded [N, L] without; advantages float32, one a sequence or one a token; mask bool or float32; numbers as
-        contract.NUMBERS lists them. A cu_seqlens that does not go from 0 to T without decreasing makes everything NaN;
+        A cu_seqlens that does not go from 0 to T without decreasing makes everything NaN;
         nothing outside of the tensors is read.
         """
 
@@ -66,7 +45,7 @@ class Form:
         inputs = Inputs(*given)
         results, logprobs = empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad), inputs.logprobs
         workspace = logprobs.new_empty(self._kernels.workspace_size(logprobs.numel(), inputs.num_sequences), dtype=torch.float64)
-        self._kernels.evaluate(*inputs, *results, workspace)
+        self._kernels.evaluate(inputs, *results, workspace)
         return results
 
 

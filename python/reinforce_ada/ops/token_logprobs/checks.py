@@ -10,18 +10,6 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops._checks import FLOATING, IGNORED, describe
 
-__all__ = [
-    "IGNORED",
-    "check_bias",
-    "check_head",
-    "check_matrix",
-    "check_temperature",
-    "check_temperature_values",
-    "check_tokens",
-    "check_values",
-    "wrong_token",
-]
-
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of numbers that kernels take
 
 
