@@ -26,13 +26,14 @@ DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
 # and ends it with the report, so nothing else in training may import it.
-FOUNDATION = {"errors", "files", "machine", "outside", "types"}
+FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
     "packing": set(),
     "files": {"errors", "outside"},
+    "loading": {"errors", "outside"},
     "machine": set(),
     "types": {"errors"},
     "config": {"errors", "files", "outside"},
@@ -190,6 +191,11 @@ def test_the_parts_have_an_order():
         lowest = {part for part, below in left.items() if not below & left.keys()}
         assert lowest, f"a cycle among {sorted(left)}"
         left = {part: below for part, below in left.items() if part not in lowest}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("ops._")])
+def test_what_operators_share_knows_none_of_them(module):
+    assert [name for name in imports(TREES[module]) if any(f"{name}.".startswith(f"reinforce_ada.ops.{op}.") for op in DECLARED)] == []
 
 
 def test_what_needs_no_torch_imports_none():

@@ -136,7 +136,7 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "gradient clipping by global norm")
     minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
-    loss: Literal["reinforce", "ppo", "cispo", "gspo", "sapo"] = option("ppo", "policy loss")
+    loss: str = option("ppo", "policy loss: reinforce, ppo, cispo, gspo or sapo, or your own as module:function or file.py:function")
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
         None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )

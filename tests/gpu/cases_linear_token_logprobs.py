@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import _torch, linear_token_logprobs
-from reinforce_ada.ops.linear_token_logprobs import gpu
+from reinforce_ada.ops.linear_token_logprobs import launches
 
 NAMES = ("logprobs", "entropy", "sum_p2", "hidden", "weight", "bias")
 INF, NAN = math.inf, math.nan
@@ -344,10 +344,10 @@ def check_torch(backend: str, device: str) -> None:
     extra_bytes = 50 * 40 * 2
     temperatures = torch.rand(5, device=device) + 0.5
     for bias_or_none, t, entropy in ((None, None, False), (bias, temperatures, True)):
-        torch.library.opcheck(gpu.scored.op, (hidden, weight, bias_or_none, ids, t, 0.7, 0.5, 3.0, entropy, entropy, extra_bytes))
+        torch.library.opcheck(launches.scored.op, (hidden, weight, bias_or_none, ids, t, 0.7, 0.5, 3.0, entropy, entropy, extra_bytes))
     saved = [torch.rand(5, device=device) for _ in range(5)]
     arguments = (hidden.detach(), weight.detach(), bias.detach(), ids, temperatures, *saved[:3], 0.7, 0.5, 3.0, *saved[3:])
-    torch.library.opcheck(gpu._gradient_op.op, (*arguments, True, True, True, extra_bytes))
+    torch.library.opcheck(launches._gradient_op.op, (*arguments, True, True, True, extra_bytes))
 
     def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         out = linear_token_logprobs(h, w, ids, bias=b, soft_cap=3.0, entropy=True, max_extra_bytes=extra_bytes, backend=backend)

@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import policy_loss
 from reinforce_ada.ops.policy_loss import LOSS_AGGS, LOSSES, RolloutCorrection, gpu
-from reinforce_ada.ops.policy_loss.cpu import arguments
-from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.policy_loss.contract import Settings, arguments
 
 NAN, INF = math.nan, math.inf
 # A one-token sequence, an empty one, one that is fully masked (index 4), sequences over several blocks of the kernels.

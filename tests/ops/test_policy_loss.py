@@ -21,7 +21,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops import linear_policy_loss, policy_loss
 from reinforce_ada.ops.policy_loss import KL_ESTIMATORS, LOSS_AGGS, LOSSES, METRICS, RolloutCorrection
 from reinforce_ada.ops.policy_loss import cpu as cpu_form
-from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.policy_loss.contract import Settings, numbers
 
 every_build = pytest.mark.parametrize("backend", builds("policy_loss"), indirect=True)
 every_form = pytest.mark.parametrize("backend", builds("policy_loss", every_isa=False), indirect=True)
@@ -841,10 +841,10 @@ def test_opcheck(backend: str) -> None:
     for leaf, wants in ((torch.randn(8, requires_grad=True), True), (torch.randn(8).half(), False)):
         entropy = torch.rand(8, requires_grad=wants)
         mask = torch.ones(8, dtype=torch.bool)
-        args = (leaf, torch.randn(3), mask, *others, entropy, cu, False, wants, cpu_form.numbers(chosen))
+        args = (leaf, torch.randn(3), mask, *others, entropy, cu, False, wants, numbers(chosen))
         torch.library.opcheck(cpu_form._op.op, args)
     rows = (torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.ones(2, 4), None, None, None, None, None)
-    torch.library.opcheck(cpu_form._op.op, (*rows, True, False, cpu_form.numbers(Settings(num_tokens_global=7))))
+    torch.library.opcheck(cpu_form._op.op, (*rows, True, False, numbers(Settings(num_tokens_global=7))))
 
 
 @every_form

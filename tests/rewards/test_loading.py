@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_reward_pool import score
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.loading import described
 from reinforce_ada.rewards import RewardPool
-from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward, described, resolve
+from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward, resolve
 
 FILES = {
     "rwd.py": "import helper_of_rwd\n\ndef ok(prompt, text):\n    return helper_of_rwd.VALUE\n\nclass Keeper:\n    @staticmethod\n"

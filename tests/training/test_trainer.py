@@ -28,7 +28,7 @@ from reinforce_ada.training import launch, models
 from reinforce_ada.training.batching import Sample, collate
 from reinforce_ada.training.language_model import HuggingFaceModel, token_logprobs
 from reinforce_ada.training.log import read_log
-from reinforce_ada.training.objectives import Objective
+from reinforce_ada.training.objectives import Objective, inexact
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.training.tasks import load_records
 from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
@@ -237,7 +237,7 @@ def test_a_head_that_does_not_fit_is_said_and_the_logits_are_used(
     assert steps_of(tmp_path / "wrong head")[0]["loss"] != 0
 
 
-# -------------------- rewards
+# -------------------- rewards and losses of one's own
 
 
 def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +251,26 @@ def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytes
     flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["train", *flags]) == 0
     assert [r["first_round_reward"] for r in steps_of(tmp_path / "run")] == [0.25]
+
+
+OWN = "def ppo(x, old, adv, mask):\n    return (-adv * (ratio := (x - old).exp())).maximum(-adv * ratio.clamp(0.8, 1.28))\n"
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_a_loss_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: None, entropy_coef: float) -> None:
+    (tmp_path / "my_own_losses.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    records = {}
+    for name, loss in {"builtin": "ppo", "file": "./my_own_losses.py:ppo", "module": "my_own_losses:ppo"}.items():
+        records[name] = train(base, tmp_path / name, loss=loss, minibatches=2, entropy_coef=entropy_coef, eval_prompts=0)
+        saved = "ppo" if name == "builtin" else f"{tmp_path}/my_own_losses.py:ppo"
+        assert configuration.load(tmp_path / name / "config.toml").training.loss == saved
+    for found in (records["file"], records["module"]):
+        for record, expected in zip(found, records["builtin"], strict=True):
+            assert expected.keys() - record.keys() == {"clip_fraction_low", "clip_fraction_high"}
+            for key in ("loss", "grad_norm", "approx_kl_k3", *(("entropy",) if entropy_coef else ())):
+                assert record[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6)
 
 
 def test_rewards_that_raise_or_hang_are_voids(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,11 +345,24 @@ def test_a_denominator_below_one_divides(tmp_path: Path) -> None:
     assert eighth == pytest.approx(8 * whole)
 
 
-@pytest.mark.parametrize(("loss_agg", "said"), [("token-mean", True), ("seq-mean-token-sum", False)])
-def test_a_run_says_what_keeps_it_from_being_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str], loss_agg: str, said: bool) -> None:
-    config = toy_config(tmp_path / "run", steps=0, minibatches=1, preset="reinforce-ada-exact", loss_agg=loss_agg)
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        ({"loss_agg": "token-mean"}, "loss_agg 'token-mean'"),
+        ({"loss_agg": "seq-mean-token-sum"}, None),
+        ({"loss": "torch:mul"}, "loss torch:mul may have another gradient than -advantage"),
+    ],
+)
+def test_what_keeps_a_run_from_being_exact(tmp_path: Path, values: dict[str, Any], cause: str | None) -> None:
+    config = toy_config(tmp_path / "run", minibatches=1, preset="reinforce-ada-exact", max_grad_norm=1e6, **values)
+    said = inexact(config, configured(config.sampling))
+    assert said == "" if cause is None else said.startswith(f'objective "mean" is only approximate here: {cause}')
+
+
+def test_a_run_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path / "run", steps=0, minibatches=1, preset="reinforce-ada-exact", loss_agg="token-mean")
     toy_trainer(config, tmp_path / "run", resume=False).run()
-    assert ("objective \"mean\" is only approximate here: loss_agg 'token-mean'" in capsys.readouterr().err) == said
+    assert "objective \"mean\" is only approximate here: loss_agg 'token-mean'" in capsys.readouterr().err
 
 
 def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Path) -> None:
@@ -379,6 +412,9 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
         ({"reward": "toy_rewards:absent"}, r"toy_rewards:absent"),
         ({"clip_low": 5.0}, r"^config: clip_low = 5.0; at most 1$"),
         ({"clip_low": 5.0, "loss": "gspo", "rollout_correction": "sequence-mask"}, r"^config: clip_low = 5.0"),
+        ({"loss": "pppo"}, r"^policy_loss: unknown loss 'pppo'; .*; did you mean 'ppo'\?$"),
+        ({"loss": "no_such_module:f"}, r"^train: loss 'no_such_module:f': No module named 'no_such_module'; an importable module"),
+        ({"loss": "math:hypot"}, r"^train: loss math:hypot: (Value|Type)Error: .*; one loss a token from \(logprobs, old_logprobs, advan"),
         ({"memory_from": "absent"}, r"^RolloutStore: absent/rollouts.sqlite does not exist; a store to read is needed$"),
     ],
 )

@@ -10,7 +10,7 @@
 
 namespace reinforce_ada {
 
-// Codes and bounds shared with ops/policy_loss/settings.py.
+// Codes and bounds shared with ops/policy_loss/settings.py; tests/ops/test_contract.py compares them.
 enum class Loss : int { reinforce, ppo, cispo, gspo, sapo };
 enum class LossAgg : int { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
 enum class Kl : int { k1, k2, k3, abs };
@@ -20,7 +20,7 @@ constexpr float kSequenceLogRatioBound = 10.0f;
 constexpr float kKlLogRatioBound = 20.0f;
 constexpr float kSapoTauPositive = 1.0f, kSapoTauOther = 1.05f;
 
-// The numbers of a call, in the order in which ops/policy_loss/cpu.py lists them.
+// The numbers of a call, as the fields of Settings in ops/policy_loss/contract.py make them, in their order.
 enum class Number : std::size_t {
     loss,              // a Loss
     sequence_ratio,    // 1: ratios are of sequences, with their gradient spread over the tokens

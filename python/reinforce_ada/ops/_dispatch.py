@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -26,27 +27,33 @@ class BackendError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One implementation of an operator: the device types and dtypes it takes (None: any), and why it is missing, if it is."""
+    """One implementation of an operator: the device types and dtypes it takes (None: any), what of the operator's settings it does not
+    support, and why it is missing, if it is."""
 
     backend: str
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     missing: Callable[[], str | None] = lambda: None
+    lacks: tuple[str, ...] = ()
 
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The reason this form cannot take such tensors here, None when it can."""
+    def why_not(self, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...] = ()) -> str | None:
+        """The reason this form cannot take such tensors here, or does not support what is needed; None when it can."""
         if reason := self.missing():
             return reason
         if self.devices is not None and device.type not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {', '.join(map(_name, self.dtypes))}, not {_name(dtype)}"
+        for setting in needs:
+            if setting in self.lacks:
+                return f"it does not take {setting}"
         return None
 
 
 _forms: dict[str, dict[str, Form]] = {}
 _traced = torch.compiler.is_compiling
-_resolved: dict[tuple[str, str, str, torch.dtype], Form] = {}  # what was asked and found before: 0.3 us a call instead of 1.1
+_Asked: TypeAlias = tuple[str, str, str, torch.dtype, tuple[str, ...]]
+_resolved: dict[_Asked, Form] = {}  # what was asked and found before: 0.3 us a call instead of 1.1
 
 
 def declare(op: str, *forms: Form) -> None:
@@ -62,13 +69,14 @@ def forms(op: str) -> Mapping[str, Form]:
     return _forms[op]
 
 
-def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...] = ()) -> str:
     """The backend that runs `op` on such tensors.
 
     Args:
         op: name of the operator.
         backend: "auto", or one of `BACKENDS`.
         device, dtype: of the tensors the operator works on.
+        needs: what the call asks for that not every form supports, in the words of `Form.lacks`.
 
     Returns:
         The name of a usable form: `backend` itself, or for "auto" the first in order of preference.
@@ -77,23 +85,23 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         InputError: an unknown backend, or one that cannot run, with the reason.
     """
     if _traced():  # which must not depend on what was called before
-        return _resolve(op, backend, device, dtype)
-    asked = (op, backend, device.type, dtype)
+        return _resolve(op, backend, device, dtype, needs)
+    asked = (op, backend, device.type, dtype, needs)
     form = _resolved.get(asked)
     if form is None or form.missing() is not None:
-        form = _resolved[asked] = _forms[op][_resolve(op, backend, device, dtype)]
+        form = _resolved[asked] = _forms[op][_resolve(op, backend, device, dtype, needs)]
     return form.backend
 
 
-def _resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> str:
     declared = _forms[op]
     if backend == "auto":
-        return next(name for name, form in declared.items() if form.why_not(device, dtype) is None)
+        return next(name for name, form in declared.items() if form.why_not(device, dtype, needs) is None)
     if backend not in BACKENDS:
         raise unknown_name(op, "backend", backend, ("auto", *BACKENDS))
-    reason = declared[backend].why_not(device, dtype) if backend in declared else "this version has no such form"
+    reason = declared[backend].why_not(device, dtype, needs) if backend in declared else "this version has no such form"
     if reason is not None:
-        usable = tuple(name for name, form in declared.items() if form.why_not(device, dtype) is None)
+        usable = tuple(name for name, form in declared.items() if form.why_not(device, dtype, needs) is None)
         raise BackendError(op, backend, reason, usable)
     return backend
 

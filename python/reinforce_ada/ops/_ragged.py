@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops.token_logprobs.checks import describe
+from reinforce_ada.ops._checks import describe
 
 
 def first_wrong_offset(cu_seqlens: Tensor, rows: int) -> int | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine, Launch
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError, needs
+from reinforce_ada.loading import whole
 from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
-from reinforce_ada.rewards.loading import is_file
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
@@ -267,27 +266,18 @@ def _scratch(weights_dir: str) -> Iterator[str]:
 
 
 def _with_whole_paths(config: Config, records: Records) -> Config:
-    """Make the paths of task, reward and model absolute, since a resume may start from another folder."""
-    task, reward, model = config.task.task, config.task.reward, config.model.model
+    """Make the paths of task, reward, loss and model absolute, since a resume may start from another folder."""
+    task, model = config.task.task, config.model.model
     if records.digest:
         task = str(Path(task).absolute())
-    module, colon, function = reward.rpartition(":")
-    here = str(Path(f"{module}.py").absolute())
-    if is_file(module):
-        reward = f"{Path(module).absolute()}{colon}{function}"
-    elif "." not in module and os.path.isfile(here) and _origin(module) == here:  # a module that only this folder has
-        reward = f"{here}{colon}{function}"
     if os.path.isdir(model) and model not in ("smollm2", "tiny"):
         model = str(Path(model).absolute())
-    changed = dataclasses.replace(config.task, task=task, reward=reward)
-    return dataclasses.replace(config, task=changed, model=dataclasses.replace(config.model, model=model))
-
-
-def _origin(module: str) -> str | None:
-    with suppress(ValueError):  # a module without a file
-        found = importlib.util.find_spec(module)
-        return found.origin if found else None
-    return None
+    return dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, task=task, reward=whole(config.task.reward)),
+        training=dataclasses.replace(config.training, loss=whole(config.training.loss)),
+        model=dataclasses.replace(config.model, model=model),
+    )
 
 
 def _longest_prompt(config: Config) -> int:

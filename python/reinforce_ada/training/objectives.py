@@ -13,7 +13,11 @@ from torch import Tensor
 
 from reinforce_ada import ops
 from reinforce_ada.config import Config
+from reinforce_ada.errors import InputError
+from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
+from reinforce_ada.ops.policy_loss.own import loss_of
+from reinforce_ada.ops.policy_loss.settings import OwnLoss
 from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel
@@ -72,6 +76,8 @@ def inexact(config: Config, policy: Policy) -> str:
         causes.append(f"from the second of {t.minibatches} minibatches on the weights are no longer those that sampled (minibatches 1)")
     if t.entropy_coef:
         causes.append(f"entropy_coef {t.entropy_coef} adds an objective of its own (entropy_coef 0)")
+    if ":" in t.loss:
+        causes.append(f"loss {t.loss} may have another gradient than -advantage where the ratio is 1 (the built-in losses have that one)")
     if t.max_grad_norm < _NO_CLIPPING:
         causes.append(f"gradients longer than max_grad_norm {t.max_grad_norm:g} are cut, the longer the more (max_grad_norm 1e6)")
     return f'objective "mean" is only approximate here: {"; ".join(causes)}' if causes else ""
@@ -81,7 +87,7 @@ def inexact(config: Config, policy: Policy) -> str:
 class Objective:
     """The loss of the configuration, exact under gradient accumulation: denominators are those of the whole minibatch."""
 
-    loss: str
+    loss: str | OwnLoss
     loss_agg: str
     clip_low: float
     clip_high: float
@@ -99,7 +105,7 @@ class Objective:
             level, mode = t.rollout_correction.split("-")
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
         objective = cls(
-            loss=t.loss,
+            loss=loss_of("train", t.loss),
             loss_agg=loss_agg_of(config),
             clip_low=t.clip_low,
             clip_high=t.clip_high,
@@ -108,16 +114,29 @@ class Objective:
             temperature=config.sampling.temperature,
             norm_length=config.sampling.max_tokens,
         )
-        objective._check()
+        objective._check(t.loss)
         return objective
 
-    def _check(self) -> None:
-        """Compute the loss of one token, so that a refused setting is reported before anything is sampled."""
-        one, settings = torch.zeros(1), {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high")}
-        ops.policy_loss(
-            one, one, torch.ones(1, dtype=torch.bool), old_logprobs=one, rollout_logprobs=one, cu_seqlens=torch.tensor([0, 1]),
-            rollout_correction=self.rollout_correction, entropy=one, entropy_coef=self.entropy_coef, backend="reference", **settings,
-        )  # fmt: skip
+    def _check(self, named: str) -> None:
+        """Compute the loss and gradient of some tokens, so that a refused setting or a failing loss is known before sampling.
+
+        Raises: InputError, which names a loss of one's own as it was `named`.
+        """
+        settings = {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high", "rollout_correction")}
+        drift = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0])  # ratios of 1, and clipped ones, for advantages of both signs and of 0
+        logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0, -0.5, -20.0]).requires_grad_()
+        old, advantages, offsets = logprobs.detach() - drift, torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0, 2, 4, 6])
+        try:
+            loss, _ = ops.policy_loss(
+                logprobs, advantages, torch.tensor([1, 1, 1, 1, 1, 0]) != 0, old_logprobs=old, rollout_logprobs=old, cu_seqlens=offsets,
+                entropy=-old, entropy_coef=self.entropy_coef, backend="reference", **settings,
+            )  # fmt: skip
+            torch.autograd.backward(loss)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the code of a loss raises
+            needed = "one loss a token from (logprobs, old_logprobs, advantages, mask) is needed"
+            raise InputError("train", f"loss {named}: {described(error)}", needed) from error
 
     def __call__(
         self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float
@@ -143,17 +162,20 @@ class Objective:
             "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,
         }
         mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
-        head = model.head()
-        if model.use_head:
-            hidden, weight, bias = model.hidden(batch), head.weight, head.bias
-            form: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
-            return ops.linear_policy_loss(
-                hidden, weight, batch.token_ids, batch.advantages, mask, temperature=self.temperature,
-                entropy_coef=self.entropy_coef, **form, **settings,
-            )  # fmt: skip
-        out = ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=self.temperature)
-        assert isinstance(out, Tensor)
-        return ops.policy_loss(out, batch.advantages, mask, **settings)
+        if not model.use_head:
+            out = ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=self.temperature)
+            assert isinstance(out, Tensor)
+            return ops.policy_loss(out, batch.advantages, mask, **settings)
+        hidden, head = model.hidden(batch), model.head()
+        settings["entropy_coef"] = self.entropy_coef
+        form: dict[str, Any] = {"bias": head.bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
+        form["temperature"] = self.temperature
+        if isinstance(self.loss, str):
+            return ops.linear_policy_loss(hidden, head.weight, batch.token_ids, batch.advantages, mask, **form, **settings)
+        # linear_policy_loss has only the reference for it, which keeps all logits.
+        scored = ops.linear_token_logprobs(hidden, head.weight, batch.token_ids, entropy=self.entropy_coef != 0, **form)
+        logprobs, entropy = (scored, None) if isinstance(scored, Tensor) else (scored.logprobs, scored.entropy)
+        return ops.policy_loss(logprobs, batch.advantages, mask, entropy=entropy, **settings)
 
 
 def combine_metrics(parts: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
-from reinforce_ada.ops.token_logprobs.checks import describe
 from reinforce_ada.types import PoolStats
 
 WHERE = "group_advantages"

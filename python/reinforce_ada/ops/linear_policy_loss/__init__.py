@@ -9,14 +9,17 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
-from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, Settings
-from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values, describe
+from reinforce_ada.ops.policy_loss.contract import Settings
+from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
+from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values
 
 __all__ = ["linear_policy_loss"]
 
@@ -26,8 +29,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 declare(
     _WHERE,
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing, lacks=(OWN_LOSS,)),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing, lacks=(OWN_LOSS,)),
     Form("reference"),
 )
 
@@ -49,7 +52,7 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str = "ppo",
+    loss: str | OwnLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -110,7 +113,7 @@ def linear_policy_loss(
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
     check_tensors(_WHERE, token_ids, mask, others)
     settings = Settings(
-        loss=loss,
+        loss=loss_of(_WHERE, loss),
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -140,7 +143,7 @@ def linear_policy_loss(
     assert adv is not None
     head = (bias, logit_scale, soft_cap, temperature)
     inputs = (hidden, weight, token_ids, adv, mask, *head, old, rollout, ref, cu_seqlens, settings)
-    form = resolve(_WHERE, backend, hidden.device, hidden.dtype)
+    form = resolve(_WHERE, backend, hidden.device, hidden.dtype, needs_of(settings.loss))
     if form == "triton":
         value, metrics = triton.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
     elif form == "cpu":

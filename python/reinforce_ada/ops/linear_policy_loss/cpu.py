@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype
 from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
 from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
 from reinforce_ada.ops.policy_loss import cpu as policy
-from reinforce_ada.ops.policy_loss.settings import METRICS, Settings
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
+from reinforce_ada.ops.policy_loss.contract import Inputs, Results, Settings, numbers
+from reinforce_ada.ops.policy_loss.settings import METRICS
 from reinforce_ada.ops.token_logprobs.cpu import check_values
 
 _WHERE = "linear_policy_loss"
@@ -66,9 +67,9 @@ def linear_policy_loss(
         float(logit_scale),
         float(soft_cap or 0),
         settings.advantages_per_token,
-        policy.numbers(settings),
-        policy.numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
-        policy.numbers(_aggregation(settings)),
+        numbers(settings),
+        numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
+        numbers(_aggregation(settings)),
         settings.entropy_coef != 0,
         *wanted,
         DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
@@ -104,11 +105,11 @@ class Batch:
     ref: Tensor | None
     cu_seqlens: Tensor | None
 
-    def evaluate(self, logprobs: Tensor, entropy: Tensor | None, numbers: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, metrics, derivative in logprobs, derivative in entropy or empty)."""
+    def evaluate(self, logprobs: Tensor, entropy: Tensor | None, numbers: list[float]) -> Results:
+        """Value, metrics and derivatives."""
         entropy = None if entropy is None else entropy.view(self.mask.shape)
         others = (self.old, self.rollout, self.ref, entropy, self.cu_seqlens, self.per_token, entropy is not None)
-        return policy.evaluate(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers)
+        return policy.evaluate(Inputs(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers))
 
     def shares(self, aggregation: list[float]) -> Tensor:
         """[T], of each token in the aggregate."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops.linear_token_logprobs import reference as head
 from reinforce_ada.ops.policy_loss import reference
-from reinforce_ada.ops.policy_loss.settings import Settings
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
+from reinforce_ada.ops.policy_loss.contract import Settings
 
 
 def linear_policy_loss(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._torch import once, refuse_transforms
-from reinforce_ada.ops.linear_token_logprobs import gpu as linear
+from reinforce_ada.ops.linear_token_logprobs import launches as linear
 from reinforce_ada.ops.policy_loss import gpu as policy
-from reinforce_ada.ops.policy_loss.settings import Settings
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
+from reinforce_ada.ops.policy_loss.contract import Settings, arguments
 
 
 def linear_policy_loss(
@@ -56,18 +56,9 @@ def linear_policy_loss(
         logprobs, _, _, entropy, _ = _OntoWeightGrad.apply(weight_grad, *inputs)
     else:
         logprobs, _, _, entropy, _ = linear.scored(*inputs)
-    return policy.policy_loss(
-        "triton",
-        logprobs.view(mask.shape),
-        advantages,
-        mask,
-        old_logprobs,
-        rollout_logprobs,
-        ref_logprobs,
-        entropy.view(mask.shape) if settings.entropy_coef != 0 else None,
-        cu_seqlens,
-        settings,
-    )
+    bonus = entropy.view(mask.shape) if settings.entropy_coef != 0 else None
+    tokens = (logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, bonus)
+    return policy.policy_loss("triton", arguments(*tokens, cu_seqlens, settings))
 
 
 class _OntoWeightGrad(torch.autograd.Function):

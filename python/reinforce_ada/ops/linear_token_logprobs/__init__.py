@@ -9,18 +9,11 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_token_logprobs import cpu, gpu, reference
+from reinforce_ada.ops.linear_token_logprobs import cpu, launches, reference
 from reinforce_ada.ops.token_logprobs import TokenLogprobs
-from reinforce_ada.ops.token_logprobs.checks import (
-    check_bias,
-    check_head,
-    check_matrix,
-    check_temperature,
-    check_tokens,
-    check_values,
-    describe,
-)
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_tokens, check_values
 
 __all__ = ["linear_token_logprobs"]
 
@@ -131,7 +124,7 @@ def linear_token_logprobs(
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
     form = resolve(_WHERE, backend, hidden.device, hidden.dtype)
     if form == "triton":
-        results = gpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
+        results = launches.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
     elif form == "cpu":
         results = cpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
     else:

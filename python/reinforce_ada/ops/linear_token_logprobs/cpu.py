@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._products import TILE, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype, scratch_bytes
 from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
 from reinforce_ada.ops.token_logprobs import cpu as whole_rows
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 _WHERE = "linear_token_logprobs"
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.token_logprobs import reference
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 # What a chunk holds for each of its logits at the worst moment (in the backward, with entropy and a soft cap, all in float32 but the
 # matmul's result and its gradient); float64 holds twice as much.

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, vanishing
 
-IGNORED = tl.constexpr(-100)  # token_logprobs.checks.IGNORED
+IGNORED = tl.constexpr(-100)  # ops._checks.IGNORED
 
 
 # Tiles

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.policy_loss import cpu, gpu, reference
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
+from reinforce_ada.ops.policy_loss.contract import Settings, arguments
+from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
     KL_ESTIMATORS,
@@ -18,20 +21,19 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     METRICS,
     WHERE,
+    OwnLoss,
     RolloutCorrection,
-    Settings,
 )
-from reinforce_ada.ops.token_logprobs.checks import describe
 
-__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "RolloutCorrection", "policy_loss"]
+__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "OwnLoss", "RolloutCorrection", "policy_loss"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 declare(
     WHERE,
-    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
+    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing, lacks=(OWN_LOSS,)),
+    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing, lacks=(OWN_LOSS,)),
+    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing, lacks=(OWN_LOSS,)),
     Form("reference"),
 )
 
@@ -47,7 +49,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str = "ppo",
+    loss: str | OwnLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -110,7 +112,11 @@ def policy_loss(
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
         advantages_per: "sequence" or "token", what there is one advantage for; None: as their shape says. Packed advantages of as many
             tokens as sequences fit both, and have to say it unless every sequence is seen to have one token.
-        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo".
+        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or one's own, a function or its name, "module:function" or
+            "file.py:function". It is called with (logprobs, old_logprobs, advantages, mask) of one shape, packed or padded as they are, in
+            the dtype that is computed in, 0 where the mask is False, old_logprobs those of now without gradient where there are none,
+            and returns one loss a token in that shape and dtype, through which autograd goes. Only the reference takes it, which is then
+            what "auto" takes.
         ratio_level: "token" or "sequence", not with "gspo", whose ratio is of the sequence in its own way.
         clip_low, clip_high: widths of the clip below and above 1.
         dual_clip: > 1, "ppo" only; None for no dual clip.
@@ -148,7 +154,7 @@ def policy_loss(
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
     check_tensors(WHERE, logprobs, mask, others)
     settings = Settings(
-        loss=loss,
+        loss=loss_of(WHERE, loss),
         ratio_level=ratio_level,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -169,10 +175,10 @@ def policy_loss(
     check_settings(WHERE, settings, others)
     if entropy_coef != 0 and entropy is None:
         raise InputError(WHERE, f"entropy_coef={entropy_coef} without entropy", "entropy, one value a token")
-    form = resolve(WHERE, backend, logprobs.device, logprobs.dtype)
+    form = resolve(WHERE, backend, logprobs.device, logprobs.dtype, needs_of(settings.loss))
     if form != "reference":
-        given = (logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
-        value, metrics = cpu.policy_loss(*given) if form == "cpu" else gpu.policy_loss(form, *given)
+        inputs = arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
+        value, metrics = cpu.policy_loss(inputs) if form == "cpu" else gpu.policy_loss(form, inputs)
     else:
         check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
         dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32

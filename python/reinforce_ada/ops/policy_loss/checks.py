@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops._checks import FLOATING, describe
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
+from reinforce_ada.ops.policy_loss.contract import Settings
+from reinforce_ada.ops.policy_loss.own import shown
 from reinforce_ada.ops.policy_loss.settings import (
     ADVANTAGES_PER,
     KL_ESTIMATORS,
@@ -16,10 +19,8 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSS_AGGS,
     LOSSES,
     RATIO_LEVELS,
-    Settings,
     check_integers,
 )
-from reinforce_ada.ops.token_logprobs.checks import FLOATING, describe
 
 _NUMBERS = (
     *("clip_low", "clip_high", "dual_clip", "log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length"),
@@ -76,9 +77,11 @@ def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None])
     if not (0 <= s.clip_low <= 1 and s.clip_high >= 0):
         raise InputError(where, f"clip_low={s.clip_low}, clip_high={s.clip_high}", "0 <= clip_low <= 1 and clip_high >= 0")
     if s.dual_clip is not None and not (s.loss == "ppo" and s.dual_clip > 1):
-        raise InputError(where, f"dual_clip={s.dual_clip} with loss={s.loss!r}", 'dual_clip > 1 with loss="ppo"')
+        raise InputError(where, f"dual_clip={s.dual_clip} with loss={shown(s.loss)}", 'dual_clip > 1 with loss="ppo"')
     if s.ratio_level == "sequence" and s.loss == "gspo":
         raise InputError(where, 'ratio_level="sequence" with loss="gspo"', "one of them", 'loss="ppo" where the gradient is to be spread')
+    if s.ratio_level == "sequence" and not isinstance(s.loss, str):
+        raise InputError(where, f'ratio_level="sequence" with loss={shown(s.loss)}', "a built-in loss", "one's own makes ratios itself")
     for name in ("log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length", "kl_bound"):
         value = getattr(s, name)
         if value is not None and not value > 0:
@@ -90,7 +93,7 @@ def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None])
 
 def _check_names(where: str, s: Settings) -> None:
     for kind, value, known in (
-        ("loss", s.loss, LOSSES),
+        ("loss", s.loss if isinstance(s.loss, str) else None, LOSSES),
         ("ratio_level", s.ratio_level, RATIO_LEVELS),
         ("loss_agg", s.loss_agg, LOSS_AGGS),
         ("kl", s.kl, KL_ESTIMATORS),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._gpu import cuda, stream
 from reinforce_ada.ops._torch import DTYPE_CODES, address
+from reinforce_ada.ops.policy_loss.contract import Inputs
 
 
 def workspace_size(num_tokens: int, num_sequences: int) -> int:
@@ -14,48 +15,32 @@ def workspace_size(num_tokens: int, num_sequences: int) -> int:
     return cuda.policy_loss_workspace(num_tokens, num_sequences)
 
 
-def evaluate(
-    logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-    advantages_per_token: bool,
-    entropy_grad: bool,
-    numbers: list[float],
-    value: Tensor,
-    metrics: Tensor,
-    grad: Tensor,
-    grad_entropy: Tensor,
-    workspace: Tensor,
-) -> None:
-    """Writes value [], metrics [17], grad as logprobs and, with entropy_grad, grad_entropy as entropy."""
+def evaluate(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor) -> None:
+    """See gpu.Kernels."""
+    logprobs, mask = inputs.logprobs, inputs.mask
     cuda.policy_loss(
         logprobs.get_device(),
         stream(logprobs),
         address(logprobs),
         DTYPE_CODES[logprobs.dtype],
-        address(advantages),
-        advantages_per_token,
+        address(inputs.advantages),
+        inputs.advantages_per_token,
         address(mask),
         mask.dtype != torch.bool,
-        *_stream(old_logprobs),
-        *_stream(rollout_logprobs),
-        *_stream(ref_logprobs),
-        *_stream(entropy),
-        address(cu_seqlens),
+        *_stream(inputs.old_logprobs),
+        *_stream(inputs.rollout_logprobs),
+        *_stream(inputs.ref_logprobs),
+        *_stream(inputs.entropy),
+        address(inputs.cu_seqlens),
         logprobs.numel(),
-        logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        inputs.num_sequences,
         logprobs.shape[-1],
-        numbers,
+        inputs.numbers,
         address(workspace),
         address(value),
         address(metrics),
         address(grad),
-        address(grad_entropy) if entropy_grad else 0,
+        address(grad_entropy) if inputs.entropy_grad else 0,
     )
 
 

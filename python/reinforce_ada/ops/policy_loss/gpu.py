@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._torch import NativeOp, run_when_traced
-from reinforce_ada.ops.policy_loss.cpu import SCHEMA, arguments, empty_results, fake, setup_context
-from reinforce_ada.ops.policy_loss.settings import Settings
+from reinforce_ada.ops.policy_loss.contract import SCHEMA, Inputs, Results, empty_results, fake, gradients, setup_context
 
 
 class Kernels(Protocol):
@@ -19,49 +18,16 @@ class Kernels(Protocol):
     def workspace_size(self, num_tokens: int, num_sequences: int, /) -> int:
         """How many float64 numbers `evaluate` works in."""
 
-    def evaluate(
-        self,
-        logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        old_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        ref_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        cu_seqlens: Tensor | None,
-        advantages_per_token: bool,
-        entropy_grad: bool,
-        numbers: list[float],
-        value: Tensor,
-        metrics: Tensor,
-        grad: Tensor,
-        grad_entropy: Tensor,
-        workspace: Tensor,
-        /,
-    ) -> None:
+    def evaluate(self, inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor, /) -> None:
         """Writes value [] float32, metrics float64 as METRICS lists them, grad as logprobs, with entropy_grad also grad_entropy as entropy.
 
-        Contiguous tensors: logprobs, old, rollout, ref, entropy each float32, bfloat16 or float16, packed [T] with cu_seqlens int64
-        [N + 1] or padded [N, L] without; advantages float32, one a sequence or one a token; mask bool or float32; numbers as
-        csrc/ops/policy_loss/policy_loss.h lists them. A cu_seqlens that does not go from 0 to T without decreasing makes everything NaN;
+        A cu_seqlens that does not go from 0 to T without decreasing makes everything NaN;
         nothing outside of the tensors is read.
         """
 
 
-def policy_loss(
-    backend: str,
-    logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-    settings: Settings,
-) -> tuple[Tensor, Tensor]:
+def policy_loss(backend: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(loss, metrics in the order of `METRICS`), float32 and float64, by the form `backend`; see the public function."""
-    inputs = arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
     value, metrics, _, _ = form(backend).evaluate(*inputs)
     return value, metrics
 
@@ -75,21 +41,20 @@ class Form:
             f"policy_loss_{backend}", SCHEMA, self._evaluate, fake, setup_context=setup_context, backward=_backward, device_type=None
         )
 
-    def _evaluate(self, logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *_, entropy, cu_seqlens, _, entropy_grad, _ = rest
-        results = empty_results(logprobs, entropy, entropy_grad)
-        num_sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        workspace = logprobs.new_empty(self._kernels.workspace_size(logprobs.numel(), num_sequences), dtype=torch.float64)
-        self._kernels.evaluate(*(logprobs, *rest, *results, workspace))
+    def _evaluate(self, *given: Any) -> Results:
+        inputs = Inputs(*given)
+        results, logprobs = empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad), inputs.logprobs
+        workspace = logprobs.new_empty(self._kernels.workspace_size(logprobs.numel(), inputs.num_sequences), dtype=torch.float64)
+        self._kernels.evaluate(inputs, *results, workspace)
         return results
 
 
 def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_value is None:
-        return (None,) * 11
+        return gradients(None, None)
     # Always multiplied: to see that the factor is 1 would be to wait for the device.
     grad, grad_entropy = (x * grad_value for x in ctx.saved_tensors)
-    return (grad, None, None, None, None, None, grad_entropy if ctx.wants_entropy else None, None, None, None, None)
+    return gradients(grad, grad_entropy if ctx.wants_entropy else None)
 
 
 _forms: dict[str, Form] = {}

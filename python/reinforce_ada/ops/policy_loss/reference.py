@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops.policy_loss import own
+from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.settings import (
     KL_LOG_RATIO_BOUND,
     METRICS,
     SAPO_TAU,
     SEQUENCE_LOG_RATIO_BOUND,
     RolloutCorrection,
-    Settings,
 )
 
 
@@ -94,7 +95,7 @@ def policy_loss(
     adv = seqs.clean(advantages if settings.advantages_per_token else seqs.spread(advantages))
     old = logp.detach() if old_logprobs is None else seqs.clean(old_logprobs)
 
-    terms = _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
+    terms = _terms(logp, old, adv, seqs, settings)
     loss = terms.loss
     measured = {"num_tokens": seqs.mask.sum(), "num_masked": (~seqs.mask).sum(), **_drift(terms, logp - old, seqs, settings)}
     if rollout_logprobs is not None:
@@ -131,6 +132,12 @@ def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
         return total / settings.norm_length
     longest = seqs.longest
     return total / (longest.clamp(min=1) if isinstance(longest, Tensor) else max(longest, 1))
+
+
+def _terms(logp: Tensor, old: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
+    if isinstance(settings.loss, str):
+        return _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
+    return Terms(own.evaluate(settings.loss, logp, old, adv, seqs.mask), _ratio(logp - old, seqs, settings))
 
 
 def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:

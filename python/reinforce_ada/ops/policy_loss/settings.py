@@ -1,11 +1,12 @@
-"""The words of the policy losses: what can be chosen, what is measured, and the record that carries the choices to every form."""
+"""The words of the policy losses: what can be chosen, and what is measured."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from reinforce_ada.errors import InputError, unknown_name
 
 WHERE = "policy_loss"
 LOSSES = ("reinforce", "ppo", "cispo", "gspo", "sapo")
+OwnLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")
@@ -99,33 +101,3 @@ class RolloutCorrection:
             raise InputError(where, f"low={self.low}, high={self.high}", "0 <= low <= high")
         if not 0 < self.normalizer < math.inf:
             raise InputError(where, f"normalizer={self.normalizer}", "a finite number > 0")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The checked choices of one `policy_loss` call; fields as its arguments."""
-
-    loss: str = "ppo"
-    ratio_level: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float | None = None
-    log_ratio_bound: float | None = LOG_RATIO_BOUND
-    loss_agg: str = "token-mean"
-    num_tokens_global: float | None = None
-    num_seqs_global: float | None = None
-    norm_length: float | None = None
-    rollout_correction: RolloutCorrection | None = None
-    kl: str | None = None
-    kl_coef: float = 0.0
-    kl_weighting: str = "none"
-    kl_bound: float | None = KL_BOUND
-    entropy_coef: float = 0.0
-    advantages_per_token: bool = False
-
-    def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
-        """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
-        clips, corrected = has_old and self.loss in ("ppo", "cispo", "gspo"), self.rollout_correction is not None
-        means = [True] * 2 + [has_old] * 5 + [clips] * 2 + [has_old and self.dual_clip is not None] + [has_rollout] * 2
-        means += [corrected] * 3 + [self.kl is not None, has_entropy]
-        return {name: x for name, x, meant in zip(METRICS, metrics.unbind(), means, strict=True) if meant}

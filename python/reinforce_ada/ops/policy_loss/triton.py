@@ -22,6 +22,7 @@ from torch import Tensor
 from reinforce_ada.ops._gpu import guard
 from reinforce_ada.ops._triton import LOG2_E, launch
 from reinforce_ada.ops.policy_loss import settings
+from reinforce_ada.ops.policy_loss.contract import Inputs, by_name
 
 THREADS = 128
 BLOCK = 512  # tokens of a program, 4 a thread
@@ -35,8 +36,10 @@ EXPONENT_BOUND = tl.constexpr(88.3)  # e^88.3 = 2.2e38 is the last to fit float3
 SEQUENCE_BOUND = tl.constexpr(settings.SEQUENCE_LOG_RATIO_BOUND)
 TAU_POSITIVE, TAU_OTHER = tl.constexpr(settings.SAPO_TAU[0]), tl.constexpr(settings.SAPO_TAU[1])
 REINFORCE, CISPO, GSPO, SAPO = (tl.constexpr(settings.LOSSES.index(name)) for name in ("reinforce", "cispo", "gspo", "sapo"))
-TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, NORM = (tl.constexpr(i) for i in (0, 1, 3))  # of LOSS_AGGS
-KL_K1, KL_K2, KL_K3, KL_ABS = (tl.constexpr(i) for i in range(4))  # of KL_ESTIMATORS
+TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, NORM = (
+    tl.constexpr(settings.LOSS_AGGS.index(name)) for name in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+)
+KL_K1, KL_K2, KL_K3, KL_ABS = (tl.constexpr(settings.KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "k3", "abs"))
 TOKEN_TRUNCATE, SEQUENCE_TRUNCATE = tl.constexpr(1), tl.constexpr(3)  # corrections; those of sequences are at least the latter
 
 
@@ -45,85 +48,71 @@ def workspace_size(num_tokens: int, num_sequences: int) -> int:
     return 4 * num_sequences + 1 + 17 * int(triton.cdiv(num_tokens, BLOCK))
 
 
-def evaluate(
-    logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-    advantages_per_token: bool,
-    entropy_grad: bool,
-    numbers: list[float],
-    value: Tensor,
-    metrics: Tensor,
-    grad: Tensor,
-    grad_entropy: Tensor,
-    workspace: Tensor,
-) -> None:
+def evaluate(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor) -> None:
     """See gpu.Kernels."""
-    num_tokens = logprobs.numel()
-    num_sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    logprobs, cu_seqlens = inputs.logprobs, inputs.cu_seqlens
+    num_tokens, num_sequences = logprobs.numel(), inputs.num_sequences
     if num_tokens and not num_sequences:  # tokens of no sequence
         for result in (value, metrics, grad, grad_entropy):
             result.fill_(math.nan)
         return
-    (loss, sequence_ratio, clip_low, clip_high, dual, ratio_bound, agg, tokens, seqs, length, correction, *weights, allow_missing) = (
-        numbers[:15]
-    )
-    kl, straight_through, kl_coef, kl_weighted, kl_bound, entropy_coef = numbers[15:]
+    s = by_name(inputs.numbers)
     num_parts = triton.cdiv(num_tokens, BLOCK)
     sequences, totals, parts = workspace.split([4 * num_sequences, 1, 17 * num_parts])
     layout = (workspace if cu_seqlens is None else cu_seqlens, num_tokens, num_sequences, logprobs.shape[-1])
-    ratio_bound = min(ratio_bound, EXPONENT_BOUND.value)
+    ratio_bound = min(s.log_ratio_bound, EXPONENT_BOUND.value)
+    weights = (s.correction_low, s.correction_high, s.correction_scale)
     weigh: dict[str, Any] = {
-        "CORRECTION": int(correction) if rollout_logprobs is not None else 0,
-        "ALLOW_MISSING": bool(allow_missing),
+        "CORRECTION": int(s.correction) if inputs.rollout_logprobs is not None else 0,
+        "ALLOW_MISSING": bool(s.allow_missing),
         "PACKED": cu_seqlens is not None,
-        "HAS_OLD": old_logprobs is not None,
+        "HAS_OLD": inputs.old_logprobs is not None,
     }
-    old, rollout, ref, bonus = (logprobs if x is None else x for x in (old_logprobs, rollout_logprobs, ref_logprobs, entropy))
-    of_sequences = old_logprobs is not None and (bool(sequence_ratio) or int(loss) == GSPO.value)
+    given = (inputs.old_logprobs, inputs.rollout_logprobs, inputs.ref_logprobs, inputs.entropy)
+    old, rollout, ref, bonus = (logprobs if x is None else x for x in given)
+    of_sequences = inputs.old_logprobs is not None and (bool(s.sequence_ratio) or int(s.loss) == GSPO.value)
     short = num_tokens <= SHORT_LENGTH * num_sequences
     one_sequence = {"BLOCK": SHORT_BLOCK if short else BLOCK, **launch(SHORT_THREADS if short else THREADS)}
-    inputs = (logprobs, advantages, mask, old, rollout, ref, bonus, *layout, totals, sequences)
-    bounds = (1 - clip_low, 1 + clip_high, dual, ratio_bound, *weights)
-    kl_numbers = (kl_coef, settings.KL_LOG_RATIO_BOUND if kl_bound < math.inf else EXPONENT_BOUND.value, kl_bound, entropy_coef)
+    tokens = (logprobs, inputs.advantages, inputs.mask, old, rollout, ref, bonus, *layout, totals, sequences)
+    bounds = (1 - s.clip_low, 1 + s.clip_high, s.dual_clip, ratio_bound, *weights)
+    kl_numbers = (s.kl_coef, settings.KL_LOG_RATIO_BOUND if s.kl_bound < math.inf else EXPONENT_BOUND.value, s.kl_bound, s.entropy_coef)
     chosen: dict[str, Any] = {
         **weigh,
-        "LOSS": int(loss),
-        "SPREAD": bool(sequence_ratio),
+        "LOSS": int(s.loss),
+        "SPREAD": bool(s.sequence_ratio),
         "OF_SEQUENCES": of_sequences,
-        "PER_TOKEN": advantages_per_token,
-        "HAS_DUAL": dual < math.inf,
-        "HAS_ROLLOUT": rollout_logprobs is not None,
-        "HAS_REF": ref_logprobs is not None,
-        "HAS_ENTROPY": entropy is not None,
-        "KL": int(kl),
-        "STRAIGHT_THROUGH": bool(straight_through),
-        "KL_WEIGHTED": bool(kl_weighted),
-        "BY_SEQUENCE": int(agg) == SEQ_MEAN_TOKEN_MEAN.value,
+        "PER_TOKEN": inputs.advantages_per_token,
+        "HAS_DUAL": s.dual_clip < math.inf,
+        "HAS_ROLLOUT": inputs.rollout_logprobs is not None,
+        "HAS_REF": inputs.ref_logprobs is not None,
+        "HAS_ENTROPY": inputs.entropy is not None,
+        "KL": int(s.kl),
+        "STRAIGHT_THROUGH": bool(s.straight_through),
+        "KL_WEIGHTED": bool(s.kl_weighted),
+        "BY_SEQUENCE": int(s.loss_agg) == SEQ_MEAN_TOKEN_MEAN.value,
     }
     with guard(logprobs):
         if num_sequences:
             sequences_kernel[(num_sequences,)](
-                *(logprobs, mask, old, rollout, *layout, ratio_bound, *weights, sequences),
+                *(logprobs, inputs.mask, old, rollout, *layout, ratio_bound, *weights, sequences),
                 OF_SEQUENCES=of_sequences,
                 **weigh,
                 **one_sequence,
             )
         totals_kernel[(1,)](
-            *(sequences, *layout, tokens, seqs, length, totals), AGG=int(agg), PACKED=cu_seqlens is not None, LANES=LANES, **launch(LANES)
+            *(sequences, *layout, s.num_tokens, s.num_seqs, s.norm_length, totals),
+            AGG=int(s.loss_agg),
+            PACKED=cu_seqlens is not None,
+            LANES=LANES,
+            **launch(LANES),
         )
-        if num_tokens and sequence_ratio:
-            through_kernel[(num_sequences,)](*inputs, *bounds, *kl_numbers, **chosen, **one_sequence)
+        if num_tokens and s.sequence_ratio:
+            through_kernel[(num_sequences,)](*tokens, *bounds, *kl_numbers, **chosen, **one_sequence)
         if num_tokens:
             tokens_kernel[(num_parts,)](
-                *(*inputs, *bounds, *kl_numbers, (num_sequences - 1).bit_length(), parts, grad, grad_entropy),
+                *(*tokens, *bounds, *kl_numbers, (num_sequences - 1).bit_length(), parts, grad, grad_entropy),
                 **chosen,
-                ENTROPY_GRAD=entropy_grad,
+                ENTROPY_GRAD=inputs.entropy_grad,
                 BLOCK=BLOCK,
                 **launch(THREADS),
             )

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.token_logprobs import cpu, gpu, reference
-from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values, describe
+from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 

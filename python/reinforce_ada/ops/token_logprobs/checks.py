@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.ops._checks import FLOATING, IGNORED, describe
 
-IGNORED = -100  # torch's ignore_index; csrc/ops/token_logprobs/token_logprobs.h
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of numbers that kernels take
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def describe(tensor: Tensor) -> str:
-    """Shape, dtype and device of a tensor, for messages."""
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def check_matrix(where: str, name: str, tensor: Tensor) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._torch import once, refuse_transforms
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 
 def token_logprobs(

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reinforce_ada.ops import _checks
 from reinforce_ada.ops._gpu import guard
 from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch, vanishing
-from reinforce_ada.ops.token_logprobs import checks
 
 THREADS = 256
 BLOCK = 4096  # logits that a program holds at once, 16 a thread: with 32 the half-precision forward spills registers under a soft cap
-IGNORED = tl.constexpr(checks.IGNORED)
+IGNORED = tl.constexpr(_checks.IGNORED)
 
 
 def width(dtype: torch.dtype) -> int:

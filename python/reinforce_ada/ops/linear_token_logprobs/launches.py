@@ -1,4 +1,4 @@
-"""linear_token_logprobs on a GPU: the torch side of its Triton _kernels().
+"""What launches the Triton kernels of linear_token_logprobs, behind torch's registration: tiles, splits, pieces of the vocabulary.
 
 The logits are never there: a tile of them is a product in registers, scored at once. The backward computes them again, a piece of the
 vocabulary at a time, and keeps that piece of their gradient for the two products with it.
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._gpu import guard, triton_devices
 from reinforce_ada.ops._torch import NativeOp, constant, dense
-from reinforce_ada.ops.token_logprobs.checks import IGNORED
 
 DEFAULT_EXTRA_BYTES = 256_000_000  # at 8192 tokens 15,000 entries of the vocabulary at a time: long products, and 1/10 of the logits
 JOINED_ROWS = 128  # of a program of `combined_scores`, of 128 threads

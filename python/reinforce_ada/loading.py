@@ -1,0 +1,116 @@
+"""From "module:function" or "file.py:function" to the object of that name, with one line for whatever keeps it from being found."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
+
+
+def load(where: str, kind: str, spec: str) -> Any:
+    """The object that `spec` names, "module:function" or "path/to/file.py:function"; messages say `where` it is needed, as what `kind`.
+
+    Raises: InputError, in one line, where there is none: no such module or file, whatever its code raises, no such function in it.
+    """
+    place, separator, names = spec.rpartition(":")
+    if not separator or not place or not names:
+        raise InputError(where, f"{kind} {spec!r}", 'the form "module:function" or "file.py:function" is needed')
+    module = _module(place, where, f"{kind} {spec!r}")
+    found: Any = module
+    for name in names.split("."):
+        try:
+            found = getattr(found, name)
+        except Exception as error:  # a module may have a __getattr__ of its own
+            given = f"{kind} {spec!r}: {module.__name__} ({getattr(module, '__file__', None) or 'built in'}) has no attribute {name!r}"
+            raise InputError(where, given, "a function of that module is needed", _hint(place, module, names)) from error
+    return found
+
+
+def is_file(module: str) -> bool:
+    """Whether what stands before the colon names a file, not a module."""
+    return module.endswith(".py") or os.sep in module
+
+
+def whole(spec: str) -> str:
+    """`spec` as it can be loaded from any folder: with the whole path of its file, and of a module that only this folder has."""
+    module, colon, function = spec.rpartition(":")
+    here = str(Path(f"{module}.py").absolute())
+    if is_file(module):
+        return f"{Path(module).absolute()}{colon}{function}"
+    if "." not in module and os.path.isfile(here) and _origin(module) == here:
+        return f"{here}{colon}{function}"
+    return spec
+
+
+def _origin(module: str) -> str | None:
+    with suppress(ValueError):  # a module that is there without a file
+        found = importlib.util.find_spec(module)
+        return found.origin if found else None
+    return None
+
+
+def _module(place: str, where: str, named: str) -> ModuleType:
+    try:
+        return _from_file(Path(place), where, named) if is_file(place) else importlib.import_module(place)
+    except InputError:
+        raise
+    except ModuleNotFoundError as error:
+        hint = f'"./{place}.py:..." loads a file' if error.name == place.partition(".")[0] else "it is imported there"
+        raise InputError(where, f"{named}: {error}", "an importable module is needed", hint) from error
+    except BaseException as error:  # whatever the code of a module raises, an exit included
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        given = f"{named}: {place} does not import ({described(error)})"
+        raise InputError(where, given, "a module that imports is needed") from error
+
+
+def _from_file(path: Path, where: str, named: str) -> ModuleType:
+    path = path.absolute()
+    if not os.path.isfile(path):
+        raise InputError(where, f"{named}: there is no file {path}", "a Python file is needed")
+    # One name for one file: what it defines then pickles, and two files of the same name do not meet, nor an installed module.
+    name = f"{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise InputError(where, f"{named}: {path} is no Python file", "a name that ends with .py is needed")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for its neighbours; last, so that they hide no installed module
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _hint(place: str, module: ModuleType, names: str) -> str:
+    """Where a file of the name lies here and another module was found, how to name the file."""
+    here = Path(f"{place.replace('.', os.sep)}.py")
+    if os.path.isfile(here) and str(here.absolute()) != getattr(module, "__file__", None):
+        return f"another module has that name; ./{here}:{names} loads the file"
+    return ""
+
+
+def described(error: BaseException) -> str:
+    """ "ValueError: no such answer, at rewards.py:12", in one line."""
+    text = "".join(traceback.format_exception_only(type(error), error)[-1:])
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames and not isinstance(error, SyntaxError) else ""
+    if isinstance(error, SyntaxError):
+        place = f", at {error.filename}:{error.lineno}"
+        text = f"{type(error).__name__}: {error.msg}"
+    return one_line(text) + place

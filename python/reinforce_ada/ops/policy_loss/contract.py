@@ -1,0 +1,210 @@
+"""What every form of policy_loss is told and gives back, and how torch sees that. It names no device.
+
+A setting is a field of `Settings`; the numbers by which kernels know it are said there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
+
+import torch
+from torch import Tensor
+
+from reinforce_ada.ops._torch import DTYPE_CODES, constant, dense
+from reinforce_ada.ops.policy_loss.settings import (
+    CORRECTION_LEVELS,
+    CORRECTION_MODES,
+    KL_BOUND,
+    KL_ESTIMATORS,
+    LOG_RATIO_BOUND,
+    LOSS_AGGS,
+    LOSSES,
+    METRICS,
+    OwnLoss,
+    RolloutCorrection,
+)
+
+# -------------------- settings
+
+
+def _or_zero(count: float | None) -> float:
+    return float(count or 0)
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else float(bound)
+
+
+def _correction_code(correction: RolloutCorrection | None) -> float:
+    if correction is None:
+        return 0.0
+    return 1.0 + 2 * CORRECTION_LEVELS.index(correction.level) + CORRECTION_MODES.index(correction.mode)
+
+
+_NO_CORRECTION = RolloutCorrection()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked choices of one `policy_loss` call; fields as its arguments.
+
+    The metadata of a field are the numbers that it is to a kernel, by their names and in their order in csrc/ops/policy_loss/policy_loss.h.
+    """
+
+    loss: str | OwnLoss = field(default="ppo", metadata={"loss": lambda loss: float(LOSSES.index(loss))})
+    ratio_level: str = field(default="token", metadata={"sequence_ratio": lambda level: float(level == "sequence")})
+    clip_low: float = field(default=0.2, metadata={"clip_low": float})
+    clip_high: float = field(default=0.28, metadata={"clip_high": float})
+    dual_clip: float | None = field(default=None, metadata={"dual_clip": _or_infinity})
+    log_ratio_bound: float | None = field(default=LOG_RATIO_BOUND, metadata={"log_ratio_bound": _or_infinity})
+    loss_agg: str = field(default="token-mean", metadata={"loss_agg": lambda agg: float(LOSS_AGGS.index(agg))})
+    num_tokens_global: float | None = field(default=None, metadata={"num_tokens": _or_zero})
+    num_seqs_global: float | None = field(default=None, metadata={"num_seqs": _or_zero})
+    norm_length: float | None = field(default=None, metadata={"norm_length": _or_zero})
+    rollout_correction: RolloutCorrection | None = field(
+        default=None,
+        metadata={
+            "correction": _correction_code,
+            "correction_low": lambda correction: _or_zero((correction or _NO_CORRECTION).low),
+            "correction_high": lambda correction: float((correction or _NO_CORRECTION).high),
+            "correction_scale": lambda correction: 1 / (correction or _NO_CORRECTION).normalizer,
+            "allow_missing": lambda correction: float((correction or _NO_CORRECTION).allow_missing),
+        },
+    )
+    kl: str | None = field(
+        default=None,
+        metadata={
+            "kl": lambda kl: 0.0 if kl is None else float(KL_ESTIMATORS.index(kl.rstrip("+"))),
+            "straight_through": lambda kl: float(kl is not None and kl.endswith("+")),
+        },
+    )
+    kl_coef: float = field(default=0.0, metadata={"kl_coef": float})
+    kl_weighting: str = field(default="none", metadata={"kl_weighted": lambda weighting: float(weighting == "ratio")})
+    kl_bound: float | None = field(default=KL_BOUND, metadata={"kl_bound": _or_infinity})
+    entropy_coef: float = field(default=0.0, metadata={"entropy_coef": float})
+    advantages_per_token: bool = False
+
+    def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
+        """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
+        clips, corrected = has_old and self.loss in ("ppo", "cispo", "gspo"), self.rollout_correction is not None
+        dual, kl = has_old and self.dual_clip is not None, self.kl is not None
+        of_ratios, of_weights = (has_old, has_old, has_old, has_old, has_old, clips, clips, dual), (corrected, corrected, corrected)
+        means = (True, True, *of_ratios, has_rollout, has_rollout, *of_weights, kl, has_entropy)
+        return {name: x for name, x, meant in zip(METRICS, metrics.unbind(), means, strict=True) if meant}
+
+
+_TABLE = tuple((f.name, number, of) for f in fields(Settings) for number, of in f.metadata.items())
+NUMBERS = tuple(number for _, number, _ in _TABLE)
+
+
+def numbers(settings: Settings) -> list[float]:
+    """The settings as kernels take them, in the order of `NUMBERS`."""
+    return [of(getattr(settings, name)) for name, _, of in _TABLE]
+
+
+def by_name(numbers: Sequence[float]) -> Any:
+    """`numbers` with each as an attribute."""
+    return SimpleNamespace(**dict(zip(NUMBERS, numbers, strict=True)))
+
+
+# -------------------- what a kernel reads and writes
+
+
+class Inputs(NamedTuple):
+    """The arguments of a native form: contiguous, of dtypes that kernels read. [T] with cu_seqlens, or [N, L] without."""
+
+    logprobs: Tensor  # float32, bfloat16 or float16, as the next ones but advantages
+    advantages: Tensor  # float32, [N] or one a token
+    mask: Tensor  # bool or float32
+    old_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    entropy: Tensor | None
+    cu_seqlens: Tensor | None  # int64, [N + 1]
+    advantages_per_token: bool
+    entropy_grad: bool  # whether the derivative in the entropy is wanted
+    numbers: list[float]  # of `NUMBERS`
+
+    @property
+    def num_sequences(self) -> int:
+        """Packed sequences or rows."""
+        return self.logprobs.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, metrics, derivative in logprobs, derivative in entropy or empty
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", list[float]: "float[]"}
+SCHEMA = f"({', '.join(f'{_TYPES[kind]} {name}' for name, kind in get_type_hints(Inputs).items())}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+
+def arguments(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    settings: Settings,
+) -> Inputs:
+    """What an operator of `SCHEMA` takes for the arguments of the public function."""
+    return Inputs(
+        dense(logprobs),
+        constant(advantages, torch.float32),
+        constant(mask if mask.dtype in (torch.bool, torch.float32) else mask != 0),
+        _constant(old_logprobs),
+        _constant(rollout_logprobs),
+        _constant(ref_logprobs),
+        None if entropy is None else dense(entropy, _readable(entropy)),
+        None if cu_seqlens is None else constant(cu_seqlens, torch.int64),
+        settings.advantages_per_token,
+        entropy is not None and entropy.requires_grad and settings.entropy_coef != 0,
+        numbers(settings),
+    )
+
+
+def _constant(x: Tensor | None) -> Tensor | None:
+    return None if x is None else constant(x, _readable(x))
+
+
+def _readable(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in DTYPE_CODES else torch.float32
+
+
+def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> Results:
+    """Memory for the results."""
+    return (
+        logprobs.new_empty((), dtype=torch.float32),
+        logprobs.new_empty(len(METRICS), dtype=torch.float64),
+        torch.empty_like(logprobs),
+        logprobs.new_empty(0) if entropy is None or not entropy_grad else torch.empty_like(entropy),
+    )
+
+
+def fake(*given: Any) -> Results:
+    """The results of an operator of `SCHEMA`, without their values."""
+    inputs = Inputs(*given)
+    return empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    """Saves the derivatives that the forward has computed."""
+    _, metrics, grad, grad_entropy = output
+    ctx.mark_non_differentiable(metrics, grad, grad_entropy)
+    ctx.save_for_backward(grad, grad_entropy)
+    ctx.set_materialize_grads(False)
+    ctx.wants_entropy = Inputs(*inputs).entropy_grad
+
+
+_BEFORE_ENTROPY = (None,) * (Inputs._fields.index("entropy") - 1)
+_AFTER_ENTROPY = (None,) * (len(Inputs._fields) - len(_BEFORE_ENTROPY) - 2)
+
+
+def gradients(of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward returns, one for each of `Inputs`."""
+    return (of_logprobs, *_BEFORE_ENTROPY, of_entropy, *_AFTER_ENTROPY)
