@@ -19,7 +19,7 @@ from reinforce_ada.ops.policy_loss.contract import NUMBERS, SCHEMA, Inputs, Sett
 
 HEADER = (Path(__file__).parents[2] / "csrc/ops/policy_loss/policy_loss.h").read_text()
 OPERATORS: tuple[Callable[..., Any], ...] = (policy_loss, linear_policy_loss)
-SETTINGS = {f.name: f.default for f in fields(Settings) if f.name != "advantages_per_token"}
+SETTINGS = {f.name: f.default for f in fields(Settings) if f.init and f.name != "advantages_per_token"}
 
 
 def enum(name: str) -> list[str]:
@@ -109,10 +109,10 @@ def test_every_setting_reaches_the_forms(operator: Callable[..., Any], monkeypat
     class Seen(Exception):  # noqa: N818
         pass
 
-    def check(where: str, made: Settings, others: Any) -> None:
-        raise Seen(made)
+    def check(where: str, others: Any, *values: Any) -> None:
+        raise Seen(Settings(*values))
 
-    monkeypatch.setitem(operator.__globals__, "check_settings", check)
+    monkeypatch.setitem(operator.__globals__, "checked_settings", check)
     tokens = (torch.zeros(2, 3),) if operator is policy_loss else (torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long())
     assert OTHER.keys() == SETTINGS.keys()
     with pytest.raises(Seen) as seen:

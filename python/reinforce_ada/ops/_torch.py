@@ -43,7 +43,13 @@ def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if dtype is not None and tensor.dtype is not dtype:
         tensor = tensor.to(dtype)
-    return tensor.resolve_neg().contiguous()
+    tensor = resolved(tensor)
+    return tensor if not _traced() and tensor.is_contiguous() else tensor.contiguous()  # 0.05 us instead of 0.3
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor without a pending negation, which a kernel would not see. To ask first takes 0.07 us instead of 0.3."""
+    return tensor.resolve_neg() if _traced() or tensor.is_neg() else tensor
 
 
 def constant(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

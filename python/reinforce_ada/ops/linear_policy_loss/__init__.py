@@ -15,8 +15,7 @@ from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
-from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
-from reinforce_ada.ops.policy_loss.contract import Settings
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
 from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values
@@ -112,26 +111,11 @@ def linear_policy_loss(
     check_layout(_WHERE, "token_ids", token_ids, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
     check_tensors(_WHERE, token_ids, mask, others)
-    settings = Settings(
-        loss=loss_of(_WHERE, loss),
-        ratio_level=ratio_level,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        log_ratio_bound=log_ratio_bound,
-        loss_agg=loss_agg,
-        num_tokens_global=num_tokens_global,
-        num_seqs_global=num_seqs_global,
-        norm_length=norm_length,
-        rollout_correction=rollout_correction,
-        kl=kl,
-        kl_coef=kl_coef,
-        kl_weighting=kl_weighting,
-        kl_bound=kl_bound,
-        entropy_coef=entropy_coef,
-        advantages_per_token=advantages_are_per_token(_WHERE, token_ids, cu_seqlens, advantages, advantages_per),
-    )
-    check_settings(_WHERE, settings, others)
+    per_token = advantages_are_per_token(_WHERE, token_ids, cu_seqlens, advantages, advantages_per)
+    settings = checked_settings(
+        _WHERE, others, loss_of(_WHERE, loss), ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global,
+        num_seqs_global, norm_length, rollout_correction, kl, kl_coef, kl_weighting, kl_bound, entropy_coef, per_token,
+    )  # fmt: skip
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
     row_bytes = weight.shape[0] * BYTES_PER_LOGIT
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:

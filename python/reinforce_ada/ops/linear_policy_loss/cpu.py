@@ -18,11 +18,11 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype
-from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms
+from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms, resolved
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
 from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
 from reinforce_ada.ops.policy_loss import cpu as policy
-from reinforce_ada.ops.policy_loss.contract import Inputs, Results, Settings, numbers
+from reinforce_ada.ops.policy_loss.contract import Inputs, Results, Settings, numbers, once_for
 from reinforce_ada.ops.policy_loss.settings import METRICS
 from reinforce_ada.ops.token_logprobs.cpu import check_values
 
@@ -54,8 +54,8 @@ def linear_policy_loss(
     onto = weight_grad if wanted[1] else None
     run = _op if onto is None else partial(_onto_weight_grad, onto)
     value, metrics, *_ = run(
-        hidden.flatten(0, -2).resolve_neg(),
-        weight.resolve_neg(),
+        resolved(hidden.flatten(0, -2)),
+        resolved(weight),
         bias,
         constant(token_ids.flatten(), torch.int64),
         dense(temperature.flatten(), torch.float32) if isinstance(temperature, Tensor) else None,
@@ -67,14 +67,17 @@ def linear_policy_loss(
         float(logit_scale),
         float(soft_cap or 0),
         settings.advantages_per_token,
-        numbers(settings),
-        numbers(_before_aggregation(settings)) if _of_each_token(settings) else [],
-        numbers(_aggregation(settings)),
+        *once_for(settings, _numbers_of_parts),
         settings.entropy_coef != 0,
         *wanted,
         DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
     )
     return value, metrics
+
+
+def _numbers_of_parts(s: Settings) -> tuple[list[float], list[float], list[float]]:
+    """The numbers of the loss, of each token's part of it where a token has one, and of the aggregation."""
+    return numbers(s), numbers(_before_aggregation(s)) if _of_each_token(s) else [], numbers(_aggregation(s))
 
 
 def _of_each_token(s: Settings) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._native import cpu
 from reinforce_ada.ops._products import TILE, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype, scratch_bytes
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, resolved, row_address
 from reinforce_ada.ops.token_logprobs import cpu as whole_rows
 
 _WHERE = "linear_token_logprobs"
@@ -97,7 +97,7 @@ def linear_token_logprobs(
     temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     extra = DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes
-    rows = (hidden.resolve_neg(), weight.resolve_neg(), bias, constant(token_ids, torch.int64))
+    rows = (resolved(hidden), resolved(weight), bias, constant(token_ids, torch.int64))
     logprobs, _, h, s = _forward_op(*rows, temperatures, scalar, float(logit_scale), float(soft_cap or 0), entropy, sum_p2, extra)
     return logprobs, h if entropy else None, s if sum_p2 else None
 

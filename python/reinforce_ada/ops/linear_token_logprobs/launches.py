@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._gpu import guard, triton_devices
-from reinforce_ada.ops._torch import NativeOp, constant, dense
+from reinforce_ada.ops._torch import NativeOp, constant, dense, resolved
 
 DEFAULT_EXTRA_BYTES = 256_000_000  # at 8192 tokens 15,000 entries of the vocabulary at a time: long products, and 1/10 of the logits
 JOINED_ROWS = 128  # of a program of `combined_scores`, of 128 threads
@@ -125,7 +125,7 @@ def arguments(
     bias = None if bias is None else dense(bias)
     head = (temperatures, scalar, float(logit_scale), float(soft_cap or 0))
     extra = DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes
-    return hidden.resolve_neg(), weight.resolve_neg(), bias, constant(token_ids, torch.int64), *head, entropy, sum_p2, extra
+    return resolved(hidden), resolved(weight), bias, constant(token_ids, torch.int64), *head, entropy, sum_p2, extra
 
 
 # The device

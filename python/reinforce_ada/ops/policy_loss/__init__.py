@@ -10,8 +10,8 @@ from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._dispatch import Form, declare, resolve
 from reinforce_ada.ops.policy_loss import cpu, gpu, reference
-from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_settings, check_tensors
-from reinforce_ada.ops.policy_loss.contract import Settings, arguments
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
+from reinforce_ada.ops.policy_loss.contract import arguments
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
@@ -153,26 +153,11 @@ def policy_loss(
     check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
     check_tensors(WHERE, logprobs, mask, others)
-    settings = Settings(
-        loss=loss_of(WHERE, loss),
-        ratio_level=ratio_level,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        log_ratio_bound=log_ratio_bound,
-        loss_agg=loss_agg,
-        num_tokens_global=num_tokens_global,
-        num_seqs_global=num_seqs_global,
-        norm_length=norm_length,
-        rollout_correction=rollout_correction,
-        kl=kl,
-        kl_coef=kl_coef,
-        kl_weighting=kl_weighting,
-        kl_bound=kl_bound,
-        entropy_coef=entropy_coef,
-        advantages_per_token=advantages_are_per_token(WHERE, logprobs, cu_seqlens, advantages, advantages_per),
-    )
-    check_settings(WHERE, settings, others)
+    per_token = advantages_are_per_token(WHERE, logprobs, cu_seqlens, advantages, advantages_per)
+    settings = checked_settings(
+        WHERE, others, loss_of(WHERE, loss), ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global,
+        num_seqs_global, norm_length, rollout_correction, kl, kl_coef, kl_weighting, kl_bound, entropy_coef, per_token,
+    )  # fmt: skip
     if entropy_coef != 0 and entropy is None:
         raise InputError(WHERE, f"entropy_coef={entropy_coef} without entropy", "entropy, one value a token")
     form = resolve(WHERE, backend, logprobs.device, logprobs.dtype, needs_of(settings.loss))

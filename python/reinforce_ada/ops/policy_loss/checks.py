@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSS_AGGS,
     LOSSES,
     RATIO_LEVELS,
+    RolloutCorrection,
     check_integers,
 )
 
@@ -70,8 +73,30 @@ def _of_one_token_each(cu_seqlens: Tensor) -> bool:
     return bool((cu_seqlens.diff() == 1).all())
 
 
-def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None]) -> None:
-    """Names and numbers, and that settings come together with the tensors they read."""
+_PLAIN = frozenset((str, int, float, bool, type(None), RolloutCorrection))
+
+
+def checked_settings(where: str, others: Mapping[str, Tensor | None], *values: Any) -> Settings:
+    """The settings of these values, in the order of the fields, once they are found to go together with each other and with the tensors.
+
+    The same values, which a run gives at every call, are checked once: that takes 7 us of the 38 of a small call.
+    """
+    kept = _PLAIN.issuperset(map(type, values)) and not torch.compiler.is_compiling()
+    settings = (_settings_of_plain if kept else _settings_of)(where, *values)
+    _check_companions(where, settings, others)
+    return settings
+
+
+def _settings_of(where: str, *values: Any) -> Settings:
+    settings = Settings(*values)
+    _check_settings(where, settings)
+    return settings
+
+
+_settings_of_plain = lru_cache(maxsize=64)(_settings_of)
+
+
+def _check_settings(where: str, s: Settings) -> None:
     _check_names(where, s)
     check_integers(where, s, _NUMBERS)
     if not (0 <= s.clip_low <= 1 and s.clip_high >= 0):
@@ -88,7 +113,6 @@ def check_settings(where: str, s: Settings, others: Mapping[str, Tensor | None])
             raise InputError(where, f"{name}={value}", f"{name} > 0")
     if s.norm_length is not None and s.loss_agg != "seq-mean-token-sum-norm":
         raise InputError(where, f"norm_length={s.norm_length} with loss_agg={s.loss_agg!r}", 'loss_agg="seq-mean-token-sum-norm"')
-    _check_companions(where, s, others)
 
 
 def _check_names(where: str, s: Settings) -> None:

@@ -6,10 +6,10 @@ A setting is a field of `Settings`; the numbers by which kernels know it are sai
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeAlias, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from reinforce_ada.ops.policy_loss.settings import (
     OwnLoss,
     RolloutCorrection,
 )
+
+_T = TypeVar("_T")
 
 # -------------------- settings
 
@@ -87,6 +89,7 @@ class Settings:
     kl_bound: float | None = field(default=KL_BOUND, metadata={"kl_bound": _or_infinity})
     entropy_coef: float = field(default=0.0, metadata={"entropy_coef": float})
     advantages_per_token: bool = False
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
         """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
@@ -103,7 +106,20 @@ NUMBERS = tuple(number for _, number, _ in _TABLE)
 
 def numbers(settings: Settings) -> list[float]:
     """The settings as kernels take them, in the order of `NUMBERS`."""
+    return once_for(settings, _numbers)
+
+
+def _numbers(settings: Settings) -> list[float]:
     return [of(getattr(settings, name)) for name, _, of in _TABLE]
+
+
+def once_for(settings: Settings, make: Callable[[Settings], _T]) -> _T:
+    """What `make` makes of the settings; a record keeps it, since a run uses the same record at every call."""
+    if torch.compiler.is_compiling():
+        return make(settings)
+    if make not in settings._kept:
+        settings._kept[make] = make(settings)
+    return settings._kept[make]  # type: ignore[no-any-return]
 
 
 def by_name(numbers: Sequence[float]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._native import cpu
-from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, row_address
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, address, constant, dense, resolved, row_address
 from reinforce_ada.ops.token_logprobs.checks import check_temperature_values, wrong_token
 
 _WHERE = "token_logprobs"
@@ -30,7 +30,7 @@ def token_logprobs(
     temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
     ids = constant(token_ids, torch.int64)
-    logprobs, _, h, s = _forward_op(logits.resolve_neg(), ids, *head, entropy, sum_p2, inplace_backward, grad_out)
+    logprobs, _, h, s = _forward_op(resolved(logits), ids, *head, entropy, sum_p2, inplace_backward, grad_out)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops._torch import NativeOp, constant, dense, run_when_traced
+from reinforce_ada.ops._torch import NativeOp, constant, dense, resolved, run_when_traced
 
 
 class Kernels(Protocol):
@@ -84,7 +84,7 @@ def token_logprobs(
     temperatures = dense(temperature, torch.float32) if isinstance(temperature, Tensor) else None
     head = (temperatures, 1.0 if per_token else float(temperature), float(logit_scale), float(soft_cap or 0))
     run = form(backend).forward
-    logprobs, _, _, h, s = run(logits.resolve_neg(), constant(token_ids, torch.int64), *head, entropy, sum_p2, inplace_backward, grad_out)
+    logprobs, _, _, h, s = run(resolved(logits), constant(token_ids, torch.int64), *head, entropy, sum_p2, inplace_backward, grad_out)
     return logprobs, h if entropy else None, s if sum_p2 else None
 
 
