@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +43,37 @@ def test_issue_forms_can_be_read():
     for form in ("bug_report", "feature_request"):
         body = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{form}.yml").read_text())["body"]
         assert all(part["id"] and part["attributes"]["label"] for part in body)
+
+
+def additions(heading: str) -> dict[str, str]:
+    """The lines that a section of CONTRIBUTING.md adds, by the file that it adds them to."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    found: dict[str, str] = {}
+    for name, lines in re.findall(r"^(?:\+\+\+|---) (\S+)\n((?:[+ -](?!\+\+ |-- ).*\n|\+\n)+)", section, re.MULTILINE):
+        found[name] = "".join(line[1:] + "\n" for line in lines.splitlines() if line.startswith("+"))
+    return found
+
+
+def test_the_loss_of_contributing_trains(tmp_path):
+    from reinforce_ada import ops
+
+    ((name, text),) = additions("A loss").items()
+    (tmp_path / name).write_text(text)
+    logprobs = torch.tensor([-1.2, -0.4, -2.3], requires_grad=True)
+    loss, metrics = ops.policy_loss(
+        logprobs, torch.tensor([1.0, -1.0]), torch.ones(3, dtype=torch.bool), old_logprobs=torch.tensor([-1.0, -0.5, -2.0]),
+        cu_seqlens=torch.tensor([0, 2, 3]), loss=f"{tmp_path / name}:smooth",
+    )  # fmt: skip
+    loss.backward()
+    assert logprobs.grad.abs().min() > 0
+    assert metrics["num_tokens"] == 3
+
+
+def test_the_exit_rule_of_contributing_runs():
+    from reinforce_ada.sampling import policies, presets
+
+    rule, row = additions("An exit rule and its preset").values()
+    names = {**vars(policies.contracts), **vars(policies.decide), **vars(presets)}
+    exec(compile(rule, "decide.py", "exec", dont_inherit=True), names)
+    policy = eval(row.strip().rstrip(","), names)(num_scored=4)
+    assert [policy.decide(policies.Counts(c, w)).name for c, w in ((0, 5), (1, 2), (1, 3))] == ["CONTINUE", "CONTINUE", "STOP"]
