@@ -523,6 +523,14 @@ def changed(name: str, **parts) -> Policy:
             "propose namespace.*; an object with .candidates_per_prompt is needed; see AllPrompts",
         ),
         (
+            lambda: changed("grpo", decide=SimpleNamespace(needs=(1, 0), __call__=len)),
+            r"decide namespace.* with .needs; a class derived from ExitRule is needed",
+        ),
+        (
+            lambda: changed("grpo", weight=SimpleNamespace(check=len, __call__=len)),
+            r"weight namespace.* with .check; a class derived from Weighting is needed",
+        ),
+        (
             lambda: changed("grpo", weight=Centered(class_weights=[1, 2])),
             r"weight Centered\(.*; a hashable one is needed: tables are kept by policy; @dataclass\(frozen=True\), and tuples for lists",
         ),

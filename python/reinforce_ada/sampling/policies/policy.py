@@ -12,6 +12,7 @@ from reinforce_ada.sampling.policies.contracts import (
     Counts,
     Decide,
     Degenerate,
+    ExitRule,
     Propose,
     Select,
     Verdict,
@@ -95,6 +96,11 @@ class Policy:
             part = getattr(self, hook)
             if missing := [name for name in names if not hasattr(part, name.removesuffix("()"))]:
                 raise InputError(where, f"{hook} {part!r}", f"an object with .{missing[0]} is needed", wrapper)
+        # Answers of a part that is not derived from the class that asks for them would count for nothing.
+        for hook, base, names in (("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check",))):
+            part = getattr(self, hook)
+            if unheard := [name for name in names if hasattr(part, name) and not isinstance(part, base)]:
+                raise InputError(where, f"{hook} {part!r} with .{unheard[0]}", f"a class derived from {base.__name__} is needed")
         for hook in ("propose", "allocate", "decide", "select", "weight"):
             try:
                 hash(part := getattr(self, hook))
