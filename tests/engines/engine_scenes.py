@@ -111,10 +111,17 @@ def weights(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 def abort_and_reissue(engine: Any, requests: Sequence[Request]) -> tuple[dict[CompletionId, Completion], dict[CompletionId, Completion]]:
     """(the completions of the even requests, the odd ones having been aborted after three polls or the first answer; those of the odd
-    ones, issued again)."""
+    ones, issued again). A fast server may answer all of them within one poll: they are then aborted before any."""
+    kept, again = _abort_after(3, engine, requests)
+    return (kept, again) if again else _abort_after(0, engine, requests)
+
+
+def _abort_after(
+    polls: int, engine: Any, requests: Sequence[Request]
+) -> tuple[dict[CompletionId, Completion], dict[CompletionId, Completion]]:
     engine.submit(requests)
     done: list[Completion] = []
-    for _ in range(3):
+    for _ in range(polls):
         done += [] if done else engine.poll()  # a fast server may finish all of them within three polls
     early = {c.id for c in done}
     aborted = [r for i, r in enumerate(requests) if i % 2 and r.id not in early]
