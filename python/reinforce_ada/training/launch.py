@@ -108,7 +108,10 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         if not any(record["kind"] == "run" for record in trainer.log.records):
             trainer.log.write({**_header(config, engine, device, ranks.size), "run_id": store.id})
         trainer.run()
-    finish(out, display)
+    if any(record["kind"] != "run" for record in trainer.log.records):
+        finish(out, display)
+    else:
+        display.line(f"{out}: no step and no evaluation, so there is nothing to report")
     if trace:
         display.line(f"profile {trace.path}")
 
