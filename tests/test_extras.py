@@ -41,7 +41,9 @@ LINES: dict[str, set[str]] = {
     f"{TRAIN} openai --servers http://127.0.0.1:9": {"transformers", "safetensors", "rich", "tomli_w", "httpx"},
     f"{TRAIN} vllm": {"transformers", "safetensors", "rich", "tomli_w", "vllm"},
     f"{TRAIN} ray": {"transformers", "safetensors", "rich", "tomli_w", "ray"},  # vLLM is needed where the actors are
-    "train --model ./gone --task chain_sum --engine transformers": {"transformers", "reasoning_gym", "rich"},
+    "train --model ./gone --task chain_sum --engine transformers": {
+        "transformers", "reasoning_gym", "rich", "tomli_w", "matplotlib",  # reasoning_gym needs the last
+    },
 }  # fmt: skip
 MISSING = re.compile(r'reinforce-ada: [\w -]+: (\w+) is not installed; pip install "reinforce-ada\[(\w+)\]"(; [^\n]+)?\n')
 
