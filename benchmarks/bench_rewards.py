@@ -26,7 +26,7 @@ def _completions() -> tuple[list[Prompt], list[Completion]]:
 
 
 def _score(runner: RewardRunner, prompts: list[Prompt], completions: list[Completion], batch: int) -> None:
-    """As the driver does: hand over what an engine has finished, look, go on."""
+    """Submit completions in batches and poll after each of them, as the driver does."""
     done = 0
     for start in range(0, len(completions), batch):
         runner.submit(prompts[start : start + batch], completions[start : start + batch])

@@ -1,4 +1,4 @@
-"""From "module:function" or "file.py:function" to the object of that name, with one line for whatever keeps it from being found."""
+"""Load what "module:function" or "file.py:function" names; whatever keeps it from being found is reported in one line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from reinforce_ada.outside import one_line
 
 
 def load(where: str, kind: str, spec: str) -> Any:
-    """The object that `spec` names, "module:function" or "path/to/file.py:function"; messages say `where` it is needed, as what `kind`.
+    """Return the object that `spec` names, "module:function" or "path/to/file.py:function"; messages name `where` and `kind`.
 
-    Raises: InputError, in one line, where there is none: no such module or file, whatever its code raises, no such function in it.
+    Raises: InputError, in one line, if there is none: no such module or file, any exception of its code, no such function in it.
     """
     place, separator, names = spec.rpartition(":")
     if not separator or not place or not names:
@@ -37,12 +37,12 @@ def load(where: str, kind: str, spec: str) -> Any:
 
 
 def is_file(module: str) -> bool:
-    """Whether what stands before the colon names a file, not a module."""
+    """Return whether the part before the colon names a file rather than a module."""
     return module.endswith(".py") or os.sep in module
 
 
 def whole(spec: str) -> str:
-    """`spec` as it can be loaded from any folder: with the whole path of its file, and of a module that only this folder has."""
+    """Return `spec` in a form that loads from any folder: a file, or a module that only this folder has, by its absolute path."""
     module, colon, function = spec.rpartition(":")
     here = str(Path(f"{module}.py").absolute())
     if is_file(module):
@@ -78,7 +78,7 @@ def _from_file(path: Path, where: str, named: str) -> ModuleType:
     path = path.absolute()
     if not os.path.isfile(path):
         raise InputError(where, f"{named}: there is no file {path}", "a Python file is needed")
-    # One name for one file: what it defines then pickles, and two files of the same name do not meet, nor an installed module.
+    # One name for one file: its definitions can then be pickled, and it collides with no file of the same name and no installed module.
     name = f"{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
@@ -98,7 +98,7 @@ def _from_file(path: Path, where: str, named: str) -> ModuleType:
 
 
 def _hint(place: str, module: ModuleType, names: str) -> str:
-    """Where a file of the name lies here and another module was found, how to name the file."""
+    """Return how to name the file, if another module was found although a file of that name is here."""
     here = Path(f"{place.replace('.', os.sep)}.py")
     if os.path.isfile(here) and str(here.absolute()) != getattr(module, "__file__", None):
         return f"another module has that name; ./{here}:{names} loads the file"
@@ -106,7 +106,7 @@ def _hint(place: str, module: ModuleType, names: str) -> str:
 
 
 def described(error: BaseException) -> str:
-    """ "ValueError: no such answer, at rewards.py:12", in one line."""
+    """Return, for example, "ValueError: no such answer, at rewards.py:12", in one line."""
     text = "".join(traceback.format_exception_only(type(error), error)[-1:])
     frames = traceback.extract_tb(error.__traceback__)
     place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames and not isinstance(error, SyntaxError) else ""

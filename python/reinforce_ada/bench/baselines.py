@@ -52,7 +52,7 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def trl(logits: Tensor, ids: Tensor) -> Tensor:
-    """As TRL's selective_log_softmax: row by row to save memory; in bf16 the whole log-softmax of a row, in bf16."""
+    """Work row by row, as TRL's selective_log_softmax does; in bf16 take the log-softmax of a whole row in bf16."""
     if logits.dtype == torch.float32:
         chosen = logits.gather(1, ids[:, None]).squeeze(1)
         return chosen - torch.stack([row.logsumexp(-1) for row in logits])
@@ -100,7 +100,7 @@ def bincount(rewards: Tensor, group_of: Tensor, groups: int, with_std: bool) -> 
 
 
 def verl_loop(rewards: Tensor, group_of: Tensor, with_std: bool) -> Tensor:
-    """As verl's compute_grpo_outcome_advantage: Python loops over completions and groups, one tensor each."""
+    """Loop over completions and groups in Python, a tensor each, as verl's compute_grpo_outcome_advantage does."""
     scores, of = rewards.clone(), group_of.tolist()
     members: dict[int, list[Tensor]] = defaultdict(list)
     for i, group in enumerate(of):

@@ -40,7 +40,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _rows(records: Sequence[Record], kind: Kind) -> dict[Row, list[tuple[Record, float, str]]]:
-    """For each row the records with the goal's bound and the candidate it is measured against."""
+    """Return, for each row, its records with the goal's bound and the candidate that it is measured against."""
     rows: dict[Row, list[tuple[Record, float, str]]] = {}
     for r in records:
         for goal in r.goals:

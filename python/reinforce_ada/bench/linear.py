@@ -49,7 +49,7 @@ class _Inputs:
 
     @property
     def flops(self) -> int:
-        """Of one matrix product."""
+        """Return the floating-point operations of one matrix product."""
         return 2 * self.hidden.numel() * self.weight.shape[0]
 
     def why_not(self, package: str, device: str) -> str | None:

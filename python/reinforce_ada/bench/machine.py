@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """Of the checkout that this file belongs to, "-dirty" with uncommitted changes; "" for an installed package."""
+    """Return the commit of the checkout that holds this file, with "-dirty" for uncommitted changes; "" for an installed package."""
     here = Path(__file__).resolve().parent
     try:
         top = _git(here, "rev-parse", "--show-toplevel")
