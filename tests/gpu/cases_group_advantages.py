@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import group_advantages
-from reinforce_ada.ops.group_advantages import BASELINES, CONVENTIONS, SCALES, gpu
-from reinforce_ada.ops.group_advantages.cpu import arguments
+from reinforce_ada.ops.group_advantages import BASELINES, CONVENTIONS, SCALES
+from reinforce_ada.ops.group_advantages.contract import arguments
 from reinforce_ada.types import PoolStats
 
 NAN = math.nan
@@ -177,7 +177,7 @@ def check_torch(backend: str, device: str) -> None:
     for groups, cu, count in ((group_of, None, None), (group_of, None, 3), (None, offsets, 3)):
         pool = None if count is None else there(pool_of(3), device)
         args = arguments(rewards, groups, cu, count, pool, "pool", "pool", None, 1, 1e-6, "zero")
-        torch.library.opcheck(gpu.form(backend).op.op, args)
+        torch.library.opcheck(getattr(torch.ops.reinforce_ada, f"group_advantages_{backend}").default, args)
     with FakeTensorMode():
         fake = torch.empty(7, dtype=torch.float16, device=device)
         assert group_advantages(fake, torch.empty(7, dtype=torch.int64, device=device), backend=backend).dtype == torch.float16

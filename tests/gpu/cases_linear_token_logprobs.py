@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import _torch, linear_token_logprobs
-from reinforce_ada.ops.linear_token_logprobs import launches
+from reinforce_ada.ops._dispatch import operator
 
 NAMES = ("logprobs", "entropy", "sum_p2", "hidden", "weight", "bias")
 INF, NAN = math.inf, math.nan
@@ -344,10 +344,12 @@ def check_torch(backend: str, device: str) -> None:
     extra_bytes = 50 * 40 * 2
     temperatures = torch.rand(5, device=device) + 0.5
     for bias_or_none, t, entropy in ((None, None, False), (bias, temperatures, True)):
-        torch.library.opcheck(launches.scored.op, (hidden, weight, bias_or_none, ids, t, 0.7, 0.5, 3.0, entropy, entropy, extra_bytes))
+        args = (hidden, weight, bias_or_none, ids, t, 0.7, 0.5, 3.0, entropy, entropy, extra_bytes)
+        torch.library.opcheck(operator("linear_token_logprobs", backend).op, args)
     saved = [torch.rand(5, device=device) for _ in range(5)]
-    arguments = (hidden.detach(), weight.detach(), bias.detach(), ids, temperatures, *saved[:3], 0.7, 0.5, 3.0, *saved[3:])
-    torch.library.opcheck(launches._gradient_op.op, (*arguments, True, True, True, extra_bytes))
+    arguments = (hidden.detach(), weight.detach(), bias.detach(), ids, temperatures, 0.7, 0.5, 3.0, *saved[:3])
+    gradient_op = getattr(torch.ops.reinforce_ada, f"linear_token_logprobs_gradient_{backend}").default
+    torch.library.opcheck(gradient_op, (*arguments, True, True, True, extra_bytes, *saved[3:]))
 
     def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         out = linear_token_logprobs(h, w, ids, bias=b, soft_cap=3.0, entropy=True, max_extra_bytes=extra_bytes, backend=backend)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import policy_loss
-from reinforce_ada.ops.policy_loss import LOSS_AGGS, LOSSES, RolloutCorrection, gpu
+from reinforce_ada.ops._dispatch import operator
+from reinforce_ada.ops.policy_loss import LOSS_AGGS, LOSSES, RolloutCorrection
 from reinforce_ada.ops.policy_loss.contract import Settings, arguments
 
 NAN, INF = math.nan, math.inf
@@ -236,7 +237,7 @@ def check_torch(backend: str, device: str) -> None:
         others = [torch.randn(8, device=device), torch.randn(8, device=device).bfloat16(), torch.randn(8, device=device), entropy, cu]
         mask = torch.ones(8, dtype=torch.bool, device=device)
         args = arguments(leaf, torch.randn(3, device=device), mask, *others, chosen)
-        torch.library.opcheck(gpu.form(backend).evaluate.op, args)
+        torch.library.opcheck(operator("policy_loss", backend).op, args)
 
     batch = {k: v.nan_to_num(0, 0, 0).to(device) if v.is_floating_point() else v.to(device) for k, v in draw().items()}
 

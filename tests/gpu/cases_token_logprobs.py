@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reinforce_ada.ops import token_logprobs
-from reinforce_ada.ops.token_logprobs import gpu
+from reinforce_ada.ops._dispatch import operator
 
 NAMES = ("logprobs", "entropy", "sum_p2", "gradient")
 INF, NAN = math.inf, math.nan
@@ -261,7 +261,7 @@ def check_torch(backend: str, device: str, inplace: bool) -> None:
     for temperatures, entropy in ((None, False), (torch.rand(4, device=device) + 0.5, True)):
         logits = torch.randn(4, 10, device=device).bfloat16().requires_grad_()
         args = (logits, ids, temperatures, 0.7, 0.5, 3.0, entropy, entropy, inplace, None)
-        torch.library.opcheck(gpu.form(backend).forward.op, args)
+        torch.library.opcheck(operator("token_logprobs", backend).op, args)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         out = token_logprobs(hidden @ weight, ids, temperature=0.7, entropy=True, inplace_backward=inplace, backend=backend)

@@ -49,7 +49,7 @@ for op in OPERATORS:
     _dispatch.declare(op, *forms.values())
 
 if "linear_token_logprobs" in OPERATORS:  # which asks torch for the size of the device
-    from reinforce_ada.ops.linear_token_logprobs import launches as linear
+    from reinforce_ada.ops.linear_token_logprobs import triton as linear
 
     linear._multiprocessors = lambda _: 4
     linear._warp_size = lambda _: 32

@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from reinforce_ada.ops import RolloutCorrection, linear_policy_loss, policy_loss
+from reinforce_ada.ops._torch import parameters
 from reinforce_ada.ops.policy_loss import METRICS, contract, settings
-from reinforce_ada.ops.policy_loss.contract import NUMBERS, SCHEMA, Inputs, Settings, by_name, numbers
+from reinforce_ada.ops.policy_loss.contract import NUMBERS, Inputs, Settings, by_name, numbers
 
 HEADER = (Path(__file__).parents[2] / "csrc/ops/policy_loss/policy_loss.h").read_text()
 OPERATORS: tuple[Callable[..., Any], ...] = (policy_loss, linear_policy_loss)
@@ -121,12 +123,12 @@ def test_every_setting_reaches_the_forms(operator: Callable[..., Any], monkeypat
 
 
 def test_the_schema() -> None:
-    assert SCHEMA == (
-        "(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
-        "Tensor? entropy, Tensor? cu_seqlens, bool advantages_per_token, bool entropy_grad, float[] numbers) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
+    assert parameters(Inputs) == (
+        "Tensor logprobs, Tensor advantages, Tensor mask, Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
+        "Tensor? entropy, Tensor? cu_seqlens, bool advantages_per_token, bool entropy_grad, float[] numbers"
     )
     grad, grad_entropy = torch.zeros(1), torch.ones(1)
-    returned = Inputs(*contract.gradients(grad, grad_entropy))  # type: ignore[arg-type]
+    saved = SimpleNamespace(saved_tensors=(grad, grad_entropy), wants_entropy=True)
+    returned = Inputs(*contract._backward(saved, torch.ones(())))  # type: ignore[arg-type]
     assert (returned.logprobs is grad, returned.entropy is grad_entropy) == (True, True)
     assert sum(x is not None for x in returned) == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_policy_loss import draw, padded, run
+from policy_loss_truth import draw, padded, run
 from torch import Tensor
 
 from reinforce_ada.errors import InputError

@@ -2,17 +2,23 @@
 
 A form is one implementation of an operator's contract. Every operator declares its forms once, in its own package; a form that
 does not exist is not declared. "auto" is the fastest usable form for the device and dtype, and the reference where there is none.
+
+`ops/X/contract.py` says what a native form of X is told and gives back, and makes torch operators of the kernels in the module of a
+backend, `ops/X/<backend>.py`; `operator` finds them here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from importlib import import_module
+from typing import Any, TypeAlias
 
 import torch
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.ops import _gpu, _native
+from reinforce_ada.ops._torch import run_when_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of preference
 
@@ -62,6 +68,42 @@ def declare(op: str, *forms: Form) -> None:
     assert "reference" in by_backend, f"{op} has no reference form"
     _forms[op] = {backend: by_backend[backend] for backend in BACKENDS if backend in by_backend}
     _resolved.clear()
+
+
+_NATIVE: dict[str, tuple[Callable[[], tuple[str, ...]], Callable[[], str | None]]] = {  # backend -> the devices it takes, why it is missing
+    "cuda": (_gpu.cuda_devices, _gpu.cuda_missing),
+    "triton": (_gpu.triton_devices, _gpu.triton_missing),
+    "cpu": (lambda: ("cpu",), _native.missing),
+}
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def declare_native(op: str, *backends: str, lacks: tuple[str, ...] = (), make: Callable[[str, Any], Any]) -> None:
+    """Declares the native forms of `op`, beside its reference; `make(backend, kernels)` makes the torch operators of a module of kernels.
+
+    Those of the cpu are made now, since a program that torch has exported asks for them by name, the others when they are first asked
+    for: their modules import Triton or the CUDA module.
+    """
+    native = (Form(backend, _NATIVE[backend][0](), _NATIVE_DTYPES, _NATIVE[backend][1], lacks) for backend in backends)
+    declare(op, *native, Form("reference"))
+    _makers[op] = make
+    _make(op, "cpu")
+
+
+_makers: dict[str, Callable[[str, Any], Any]] = {}
+_operators: dict[tuple[str, str], Any] = {}
+
+
+def operator(op: str, backend: str) -> Any:
+    """What `make` of `declare_native` has made for a backend."""
+    _make(op, backend)
+    return _operators[op, backend]
+
+
+@run_when_traced  # tracing could not follow how an operator is made
+def _make(op: str, backend: str) -> None:
+    if (op, backend) not in _operators:
+        _operators[op, backend] = _makers[op](backend, import_module(f"reinforce_ada.ops.{op}.{backend}"))
 
 
 def forms(op: str) -> Mapping[str, Form]:

@@ -7,7 +7,7 @@ plain `autograd.Function`, which costs 6 us instead of 21 (forward) and 35 inste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ def address(tensor: Tensor | None) -> int:
     if not tensor.is_contiguous():
         raise RuntimeError(f"a kernel was handed a tensor of shape {list(tensor.shape)} with strides {tensor.stride()}: use dense()")
     return tensor.data_ptr()
+
+
+def coded(tensor: Tensor | None) -> tuple[int, int]:
+    """The address of a tensor with the code of its dtype, as entry points take the two; zeros for none."""
+    return (0, 0) if tensor is None else (address(tensor), DTYPE_CODES[tensor.dtype])
+
+
+def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    """A matrix as entry points take it: address, dtype, rows, columns, and the distance of the rows."""
+    return row_address(x), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0)
 
 
 def row_address(matrix: Tensor) -> int:
@@ -148,23 +158,37 @@ def run_when_traced(function: _F) -> _F:
     return function
 
 
+_TYPES: dict[Any, str] = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", int | None: "SymInt?", float: "float"},
+    list[float]: "float[]",
+}
+
+
+def parameters(record: type, written: str = "") -> str:
+    """The fields of a record as a schema lists them; the one called `written` is written to."""
+    types = {name: _TYPES[kind] for name, kind in get_type_hints(record).items()}
+    return ", ".join(f"{'Tensor(a!)' if name == written else kind} {name}" for name, kind in types.items())
+
+
 class NativeOp:
-    """A native operator: callable, differentiable where `backward` is given, known to torch as reinforce_ada::<name>.
+    """A native operator on the kernels of a backend: callable, differentiable where `backward` is given.
+
+    torch knows it as reinforce_ada::<name> on the cpu, as reinforce_ada::<name>_<backend> elsewhere.
 
     Args:
-        name: in the namespace `reinforce_ada`.
+        name, backend: see above.
         schema: torch schema of the arguments and results, e.g. "(Tensor x, float scale) -> Tensor".
         forward: computes on real tensors. It may not be an alias of an argument that it returns.
         fake: the same signature; returns empty tensors of the right shape, dtype and strides.
         setup_context: `(ctx, inputs, output)`, as for torch.autograd.Function; saves what `backward` needs.
         backward: `(ctx, *grads)`; it runs under tracing too, so it must call torch functions and other `NativeOp`s only.
         mutates: names of the arguments that `forward` writes to.
-        device_type: of the tensors it takes; None for any.
     """
 
     def __init__(
         self,
         name: str,
+        backend: str,
         schema: str,
         forward: Callable[..., Any],
         fake: Callable[..., Any],
@@ -172,14 +196,13 @@ class NativeOp:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         mutates: Sequence[str] = (),
-        device_type: str | None = "cpu",
     ) -> None:
-        self.op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", forward, mutates_args=tuple(mutates), device_types=device_type, schema=schema
-        )
+        device_type = "cpu" if backend == "cpu" else None  # a GPU's kernels are tested on tensors of the CPU too
+        full = f"{NAMESPACE}::{name}{'' if backend == 'cpu' else f'_{backend}'}"
+        self.op = torch.library.custom_op(full, forward, mutates_args=tuple(mutates), device_types=device_type, schema=schema)
         self.op.register_fake(fake)
         self._name = name
-        self._forward = forward
+        self.forward = forward
         self._written = [i for i, argument in enumerate(self.op._opoverload._schema.arguments) if argument.name in mutates]
         self._function: Any = None
         if backward is not None:
@@ -194,7 +217,7 @@ class NativeOp:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             # Without a formula torch's own path runs: it raises when someone differentiates through it (a double backward).
             return self.op(*args) if self._function is None else self._function.apply(*args)
-        result = self._forward(*args)
+        result = self.forward(*args)
         for i in self._written:
             # A write through an address is invisible to autograd; unmarked, another reader of the tensor would get wrong gradients.
             torch.autograd.graph.increment_version(args[i])

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _gpu, _native
-from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops._torch import has_tangent
-from reinforce_ada.ops.group_advantages import cpu, gpu, reference
+from reinforce_ada.ops.group_advantages import cpu, reference
 from reinforce_ada.ops.group_advantages.checks import (
     BASELINES,
     SCALES,
@@ -22,20 +21,13 @@ from reinforce_ada.ops.group_advantages.checks import (
     count_groups,
     group_numbers,
 )
+from reinforce_ada.ops.group_advantages.contract import arguments, torch_operator
 from reinforce_ada.ops.group_advantages.conventions import CONVENTIONS
 from reinforce_ada.types import PoolStats
 
 __all__ = ["BASELINES", "CONVENTIONS", "SCALES", "SINGLETONS", "group_advantages"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-declare(
-    WHERE,
-    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
-    Form("reference"),
-)
+declare_native(WHERE, "cuda", "triton", "cpu", make=torch_operator)
 
 
 def group_advantages(
@@ -94,9 +86,9 @@ def group_advantages(
     Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
     """
     if pool is None and cu_seqlens is None and class_weights is None and (backend == "auto" or backend == "cpu"):
-        result = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton)
-        if result is not None:
-            return result
+        common = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton)
+        if common is not None:
+            return common
     check_rows(rewards, group_of, cu_seqlens)
     check_choices(baseline, scale, ddof, eps, singleton)
     if has_tangent((rewards,)):
@@ -105,8 +97,9 @@ def group_advantages(
     num_groups = count_groups(cu_seqlens, pool, baseline, class_weights) if per_group else None
     form = resolve(WHERE, backend, rewards.device, rewards.dtype)
     if form != "reference":
-        given = (rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
-        return cpu.group_advantages(*given) if form == "cpu" else gpu.group_advantages(form, *given)
+        inputs = arguments(rewards, group_of, cu_seqlens, num_groups, pool, baseline, scale, class_weights, ddof, eps, singleton)
+        result: Tensor = operator(WHERE, form)(inputs)
+        return result
     rewards = rewards.detach()
     group_of, num_groups = group_numbers(rewards, group_of, cu_seqlens, num_groups)
     stats = None if pool is None else PoolStats(*(_float64(x, rewards) for x in pool))

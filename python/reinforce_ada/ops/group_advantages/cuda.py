@@ -1,56 +1,29 @@
-"""The CUDA kernels of group_advantages: csrc/ops/group_advantages/group_advantages_cuda.h on tensors, for the torch side in gpu.py."""
+"""The kernels of group_advantages in CUDA: csrc/ops/group_advantages/group_advantages_cuda.h on tensors."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import cuda, stream
-from reinforce_ada.ops._torch import DTYPE_CODES, address
+from reinforce_ada.ops._torch import address, coded
+from reinforce_ada.ops.group_advantages.contract import Inputs
+from reinforce_ada.ops.group_advantages.gpu import in_segments
 
-workspace_size: int = cuda.group_advantages_workspace()  # doubles
+_WORKSPACE: int = cuda.group_advantages_workspace()  # doubles
 
 
-def advantages(
-    rewards: Tensor,
-    order: Tensor | None,
-    offsets: Tensor,
-    pool_count: Tensor | None,
-    pool_mean: Tensor | None,
-    pool_m2: Tensor | None,
-    pool_min: Tensor | None,
-    pool_max: Tensor | None,
-    baseline_values: Tensor | None,
-    class_weights: Tensor | None,
-    baseline: int,
-    scale: int,
-    ddof: int,
-    eps: float,
-    keep_single: bool,
-    workspace: Tensor,
-    out: Tensor,
-) -> None:
-    """Writes the advantages [N] of the rows in segments [S]; offsets [S + 1] are the caller's own where there is no order."""
+def advantages(x: Inputs) -> Tensor:
+    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    return in_segments(x, _launch, _WORKSPACE)
+
+
+def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor, out: Tensor) -> None:
     cuda.group_advantages(
-        rewards.get_device(),
-        stream(rewards),
-        address(rewards),
-        DTYPE_CODES[rewards.dtype],
-        address(order),
-        address(offsets),
-        rewards.shape[0],
-        offsets.shape[0] - 1,
-        address(pool_count),
-        address(pool_mean),
-        address(pool_m2),
-        address(pool_min),
-        address(pool_max),
-        address(baseline_values),
-        address(class_weights),
-        baseline,
-        scale,
-        ddof,
-        eps,
-        keep_single,
-        address(workspace),
-        address(out),
-    )
+        x.rewards.get_device(), stream(x.rewards),
+        *coded(x.rewards),
+        address(order), address(offsets), x.rewards.shape[0], offsets.shape[0] - 1,
+        address(x.pool_count), address(x.pool_mean), address(x.pool_m2), address(x.pool_min), address(x.pool_max),
+        address(x.baseline_values), address(x.class_weights),
+        x.baseline, x.scale, x.ddof, x.eps, x.keep_single,
+        address(workspace), address(out),
+    )  # fmt: skip

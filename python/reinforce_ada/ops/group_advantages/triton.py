@@ -18,6 +18,8 @@ from torch import Tensor
 from reinforce_ada.ops._gpu import guard
 from reinforce_ada.ops._triton import launch
 from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES
+from reinforce_ada.ops.group_advantages.contract import Inputs
+from reinforce_ada.ops.group_advantages.gpu import in_segments
 
 THREADS, BLOCK = 32, 32  # of a segment: groups are mostly of 4 to 32 rows
 LONG_THREADS, LONG_BLOCK = 256, 1024  # where they are longer
@@ -28,36 +30,21 @@ LEAVE_ONE_OUT, VALUES = tl.constexpr(BASELINES.index("leave-one-out")), tl.const
 GROUP = tl.constexpr(BASELINES.index("group"))
 SCALE_NONE, SCALE_POOL, SCALE_GROUP, SCALE_BATCH = (tl.constexpr(i) for i in range(len(SCALES)))
 
-workspace_size = 3 * SURVEYS + 2
+_WORKSPACE = 3 * SURVEYS + 2
 
 
-def advantages(
-    rewards: Tensor,
-    order: Tensor | None,
-    offsets: Tensor,
-    pool_count: Tensor | None,
-    pool_mean: Tensor | None,
-    pool_m2: Tensor | None,
-    pool_min: Tensor | None,
-    pool_max: Tensor | None,
-    baseline_values: Tensor | None,
-    class_weights: Tensor | None,
-    baseline: int,
-    scale: int,
-    ddof: int,
-    eps: float,
-    keep_single: bool,
-    workspace: Tensor,
-    out: Tensor,
-) -> None:
-    """See gpu.Kernels."""
-    num_rows, num_segments = rewards.shape[0], offsets.shape[0] - 1
+def advantages(x: Inputs) -> Tensor:
+    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    return in_segments(x, _launch, _WORKSPACE)
+
+
+def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor, out: Tensor) -> None:
+    rewards, num_rows, num_segments = x.rewards, x.rewards.shape[0], offsets.shape[0] - 1
     if num_rows == 0 or num_segments == 0:
         return
     parts, settled = workspace.split([3 * SURVEYS, 2])
-    by_batch = scale == SCALE_BATCH.value
+    by_batch = x.scale == SCALE_BATCH.value
     surveyed = by_batch or order is None
-    given = (pool_count, pool_mean, pool_m2, pool_min, pool_max, baseline_values, class_weights)
     long = num_rows > LONG * num_segments
     with guard(rewards):
         if surveyed:
@@ -67,18 +54,19 @@ def advantages(
                 *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch(SURVEY_THREADS)
             )
             settle_kernel[(1,)](
-                *(parts, num_parts, num_rows, ddof, eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch(SURVEY_THREADS)
+                *(parts, num_parts, num_rows, x.ddof, x.eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch(SURVEY_THREADS)
             )
         rows_kernel[(num_segments,)](
-            *(rewards, offsets if order is None else order, offsets, *(settled if x is None else x for x in given)),
-            *(ddof, eps, settled, out),
+            *(rewards, offsets if order is None else order, offsets),
+            *(settled if statistic is None else statistic for statistic in x.statistics),
+            *(x.ddof, x.eps, settled, out),
             ORDERED=order is not None,
             SURVEYED=surveyed,
-            HAS_POOL=pool_min is not None,
-            HAS_WEIGHTS=class_weights is not None,
-            BASELINE=baseline,
-            SCALE=scale,
-            KEEP_SINGLE=keep_single,
+            HAS_POOL=x.pool_min is not None,
+            HAS_WEIGHTS=x.class_weights is not None,
+            BASELINE=x.baseline,
+            SCALE=x.scale,
+            KEEP_SINGLE=x.keep_single,
             BLOCK=LONG_BLOCK if long else BLOCK,
             **launch(LONG_THREADS if long else THREADS),
         )

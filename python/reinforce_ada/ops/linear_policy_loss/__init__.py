@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._checks import describe
-from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops._torch import share_memory
-from reinforce_ada.ops.linear_policy_loss import cpu, reference, triton
+from reinforce_ada.ops.linear_policy_loss import reference
+from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
@@ -22,16 +22,7 @@ from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, chec
 
 __all__ = ["linear_policy_loss"]
 
-_WHERE = "linear_policy_loss"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-declare(
-    _WHERE,
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing, lacks=(OWN_LOSS,)),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing, lacks=(OWN_LOSS,)),
-    Form("reference"),
-)
+declare_native(WHERE, "triton", "cpu", lacks=(OWN_LOSS,), make=lambda _, form: form.evaluate)
 
 
 def linear_policy_loss(
@@ -108,37 +99,35 @@ def linear_policy_loss(
 
     Source: `linear_token_logprobs` and `policy_loss`; the entropy bonus as in arXiv 1602.01783.
     """
-    check_layout(_WHERE, "token_ids", token_ids, cu_seqlens)
+    check_layout(WHERE, "token_ids", token_ids, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs}
-    check_tensors(_WHERE, token_ids, mask, others)
-    per_token = advantages_are_per_token(_WHERE, token_ids, cu_seqlens, advantages, advantages_per)
+    check_tensors(WHERE, token_ids, mask, others)
+    per_token = advantages_are_per_token(WHERE, token_ids, cu_seqlens, advantages, advantages_per)
     settings = checked_settings(
-        _WHERE, others, loss_of(_WHERE, loss), ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global,
+        WHERE, others, loss_of(WHERE, loss), ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global,
         num_seqs_global, norm_length, rollout_correction, kl, kl_coef, kl_weighting, kl_bound, entropy_coef, per_token,
     )  # fmt: skip
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
     row_bytes = weight.shape[0] * BYTES_PER_LOGIT
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     _check_weight_grad(weight, weight_grad)
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
-    head = (bias, logit_scale, soft_cap, temperature)
-    inputs = (hidden, weight, token_ids, adv, mask, *head, old, rollout, ref, cu_seqlens, settings)
-    form = resolve(_WHERE, backend, hidden.device, hidden.dtype, needs_of(settings.loss))
-    if form == "triton":
-        value, metrics = triton.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
-    elif form == "cpu":
-        check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
-        value, metrics = cpu.linear_policy_loss(*inputs, max_extra_bytes, weight_grad)
+    inputs = Inputs(
+        *(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, adv, old, rollout, ref, mask, cu_seqlens),
+        *(settings, max_extra_bytes, weight_grad),
+    )
+    form = resolve(WHERE, backend, hidden.device, hidden.dtype, needs_of(settings.loss))
+    if form != "reference":
+        value, metrics = operator(WHERE, form)(inputs)
     else:
-        check_offsets(_WHERE, cu_seqlens, token_ids.shape[0])
+        check_offsets(WHERE, cu_seqlens, token_ids.shape[0])
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-            flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
-            check_values(_WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], flat)
-        value, metrics = reference.linear_policy_loss(*inputs, weight_grad)
+            check_values(WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], inputs.flat_temperature)
+        value, metrics = reference.evaluate(inputs)
     has_entropy = settings.entropy_coef != 0
     return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 
@@ -153,23 +142,23 @@ def _check_head(
     temperature: float | Tensor,
     entropy_coef: float,
 ) -> None:
-    check_matrix(_WHERE, "weight", weight)
+    check_matrix(WHERE, "weight", weight)
     vocab, width = weight.shape
     if vocab == 0 or tuple(hidden.shape) != (*token_ids.shape, width) or hidden.dtype != weight.dtype or hidden.device != weight.device:
         given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
-        raise InputError(_WHERE, given, f"{[*token_ids.shape, width]} and [V, {width}] of one dtype and device, V >= 1")
+        raise InputError(WHERE, given, f"{[*token_ids.shape, width]} and [V, {width}] of one dtype and device, V >= 1")
     if width > 1 and hidden.stride(-1) != 1:
-        raise InputError(_WHERE, f"hidden has stride {hidden.stride()}", "stride 1 in the last dimension", "hidden.contiguous()")
+        raise InputError(WHERE, f"hidden has stride {hidden.stride()}", "stride 1 in the last dimension", "hidden.contiguous()")
     if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.device != hidden.device:
-        raise InputError(_WHERE, f"token_ids is {describe(token_ids)}", f"int64 or int32 on {hidden.device}")
-    check_bias(_WHERE, bias, weight)
+        raise InputError(WHERE, f"token_ids is {describe(token_ids)}", f"int64 or int32 on {hidden.device}")
+    check_bias(WHERE, bias, weight)
     if isinstance(temperature, Tensor) and temperature.shape != token_ids.shape:
-        raise InputError(_WHERE, f"temperature is {describe(temperature)}", f"a number, or {list(token_ids.shape)}")
+        raise InputError(WHERE, f"temperature is {describe(temperature)}", f"a number, or {list(token_ids.shape)}")
     flat = temperature.flatten() if isinstance(temperature, Tensor) else temperature
-    check_temperature(_WHERE, flat, token_ids.numel(), hidden.device)
-    check_head(_WHERE, logit_scale, soft_cap)
+    check_temperature(WHERE, flat, token_ids.numel(), hidden.device)
+    check_head(WHERE, logit_scale, soft_cap)
     if not -math.inf < entropy_coef < math.inf:
-        raise InputError(_WHERE, f"entropy_coef={entropy_coef}", "a finite number")
+        raise InputError(WHERE, f"entropy_coef={entropy_coef}", "a finite number")
 
 
 def _check_weight_grad(weight: Tensor, weight_grad: Tensor | None) -> None:
@@ -178,8 +167,8 @@ def _check_weight_grad(weight: Tensor, weight_grad: Tensor | None) -> None:
     same = weight_grad.shape == weight.shape and weight_grad.dtype == weight.dtype and weight_grad.device == weight.device
     if not same or not weight_grad.is_contiguous() or weight_grad.requires_grad:
         needed = f"contiguous {describe(weight)}, without a gradient of its own"
-        raise InputError(_WHERE, f"weight_grad is {describe(weight_grad)}", needed)
+        raise InputError(WHERE, f"weight_grad is {describe(weight_grad)}", needed)
     if torch.compiler.is_compiling():
-        raise InputError(_WHERE, "weight_grad under torch.compile", "an eager call")
+        raise InputError(WHERE, "weight_grad under torch.compile", "an eager call")
     if share_memory(weight_grad, weight):
-        raise InputError(_WHERE, "weight_grad in the memory of the weight", "memory of its own")
+        raise InputError(WHERE, "weight_grad in the memory of the weight", "memory of its own")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,59 +18,65 @@ from torch import Tensor
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, gradient_bytes, logits_dtype
-from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, refuse_transforms, resolved
+from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, parameters, refuse_transforms, resolved
+from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
-from reinforce_ada.ops.linear_token_logprobs.cpu import Head, Scored, rows_of
-from reinforce_ada.ops.policy_loss import cpu as policy
-from reinforce_ada.ops.policy_loss.contract import Inputs, Results, Settings, numbers, once_for
+from reinforce_ada.ops.linear_token_logprobs.contract import Gradients, Head, Scored, empty_gradients, take
+from reinforce_ada.ops.policy_loss import contract as policy
+from reinforce_ada.ops.policy_loss import cpu as policy_cpu
+from reinforce_ada.ops.policy_loss.checks import check_offsets
+from reinforce_ada.ops.policy_loss.contract import Results, Settings, numbers, once_for
 from reinforce_ada.ops.policy_loss.settings import METRICS
+from reinforce_ada.ops.token_logprobs.contract import scoring
 from reinforce_ada.ops.token_logprobs.cpu import check_values
 
-_WHERE = "linear_policy_loss"
-DEFAULT_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32, up to D = 2048; fewer make the products slower
+_EXTRA_BYTES = 62_000_000  # 96 tokens of a vocabulary of 151936 in float32, up to D = 2048; fewer make the products slower
 _MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, which `scratch_bytes` has to hold
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    soft_cap: float | None,
-    temperature: float | Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    settings: Settings,
-    max_extra_bytes: int | None,
-    weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
-    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-    onto = weight_grad if wanted[1] else None
+class Fused(NamedTuple):
+    """The arguments of the operator, as kernels read them; tokens are [T] but for the mask."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    temperatures: Tensor | None
+    temperature: float
+    logit_scale: float
+    soft_cap: float
+    advantages: Tensor
+    mask: Tensor  # [T] with cu_seqlens, [N, L] without
+    old_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    cu_seqlens: Tensor | None
+    advantages_per_token: bool
+    numbers: list[float]  # of the loss
+    before_aggregation: list[float]  # of each token's part of it; empty where a token has none
+    aggregation: list[float]
+    with_entropy: bool
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+    extra_bytes: int
+
+
+def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
+    check_offsets(WHERE, x.cu_seqlens, x.mask.shape[0])
+    wanted = [leaf is not None and leaf.requires_grad and torch.is_grad_enabled() for leaf in (x.hidden, x.weight, x.bias)]
+    onto = x.weight_grad if wanted[1] else None
     run = _op if onto is None else partial(_onto_weight_grad, onto)
     value, metrics, *_ = run(
-        resolved(hidden.flatten(0, -2)),
-        resolved(weight),
-        bias,
-        constant(token_ids.flatten(), torch.int64),
-        dense(temperature.flatten(), torch.float32) if isinstance(temperature, Tensor) else None,
-        constant(advantages, torch.float32),
-        constant(mask != 0),
-        *(None if x is None else constant(x) for x in (old_logprobs, rollout_logprobs, ref_logprobs)),
-        None if cu_seqlens is None else constant(cu_seqlens, torch.int64),
-        1.0 if isinstance(temperature, Tensor) else float(temperature),
-        float(logit_scale),
-        float(soft_cap or 0),
-        settings.advantages_per_token,
-        *once_for(settings, _numbers_of_parts),
-        settings.entropy_coef != 0,
-        *wanted,
-        DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes,
+        *(resolved(x.hidden.flatten(0, -2)), resolved(x.weight), x.bias, constant(x.token_ids.flatten(), torch.int64)),
+        *scoring(x.flat_temperature, x.logit_scale, x.soft_cap),
+        *(constant(x.advantages, torch.float32), constant(x.mask != 0)),
+        *(None if logprobs is None else constant(logprobs) for logprobs in (x.old_logprobs, x.rollout_logprobs, x.ref_logprobs)),
+        None if x.cu_seqlens is None else constant(x.cu_seqlens, torch.int64),
+        x.settings.advantages_per_token,
+        *once_for(x.settings, _numbers_of_parts),
+        *(x.settings.entropy_coef != 0, *wanted, _EXTRA_BYTES if x.max_extra_bytes is None else x.max_extra_bytes),
     )
     return value, metrics
 
@@ -97,7 +103,7 @@ def _aggregation(s: Settings) -> Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class LossInputs:
     """What the loss reads besides logprobs and entropy."""
 
     advantages: Tensor
@@ -112,7 +118,7 @@ class Batch:
         """Value, metrics and derivatives."""
         entropy = None if entropy is None else entropy.view(self.mask.shape)
         others = (self.old, self.rollout, self.ref, entropy, self.cu_seqlens, self.per_token, entropy is not None)
-        return policy.evaluate(Inputs(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers))
+        return policy_cpu.evaluate(policy.Inputs(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers))
 
     def shares(self, aggregation: list[float]) -> Tensor:
         """[T], of each token in the aggregate."""
@@ -120,13 +126,13 @@ class Batch:
         zeros = self.advantages.new_zeros(self.mask.shape)
         return plain.evaluate(zeros, None, aggregation)[2].flatten()
 
-    def tokens(self, index: Tensor) -> Batch:
+    def tokens(self, index: Tensor) -> LossInputs:
         """These tokens as one sequence."""
-        old, rollout, ref = (None if x is None else rows_of(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
+        old, rollout, ref = (None if x is None else take(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
         mask, cu_seqlens = self.mask.new_ones(len(index)), index.new_tensor([0, len(index)])
-        return Batch(rows_of(self.advantages, index), True, mask, old, rollout, ref, cu_seqlens)
+        return LossInputs(take(self.advantages, index), True, mask, old, rollout, ref, cu_seqlens)
 
-    def each_token(self) -> Batch:
+    def each_token(self) -> LossInputs:
         """With one advantage a token, [T]."""
         if self.per_token:
             return replace(self, advantages=self.advantages.flatten())
@@ -136,59 +142,32 @@ class Batch:
         return replace(self, advantages=of_token, per_token=True)
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperatures: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    soft_cap: float,
-    advantages_per_token: bool,
-    numbers: list[float],
-    before_aggregation: list[float],
-    aggregation: list[float],
-    with_entropy: bool,
-    of_hidden: bool,
-    of_weight: bool,
-    of_bias: bool,
-    extra_bytes: int,
-    *,
-    onto: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids = token_ids.masked_fill(~mask.flatten(), IGNORED)
-    check_values(_WHERE, ids, weight.shape[0], temperatures)
-    head = linear.head_of(weight, bias, temperatures, temperature, logit_scale, soft_cap)
-    batch = Batch(advantages, advantages_per_token, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens)
-    results = linear.empty_gradients(hidden, weight, of_hidden, of_weight and onto is None, of_bias)
-    grads = results if onto is None else (results[0], onto, results[2])
-    wanted = of_hidden or of_weight or of_bias
-    factor = hidden.new_ones((), dtype=torch.float64)
+def _forward(*given: Any, onto: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, gradients of hidden, weight and bias times a factor, the factor)"""
+    x = Fused(*given)
+    ids = x.token_ids.masked_fill(~x.mask.flatten(), IGNORED)
+    check_values(WHERE, ids, x.weight.shape[0], x.temperatures)
+    bias = None if x.bias is None else dense(x.bias, logits_dtype(x.weight.dtype))
+    head = Head(x.weight, bias, x.temperatures, x.temperature, x.logit_scale, x.soft_cap)
+    others = (x.old_logprobs, x.rollout_logprobs, x.ref_logprobs, x.cu_seqlens)
+    inputs = LossInputs(x.advantages, x.advantages_per_token, x.mask, *others)
+    grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
+    wanted = x.of_hidden or x.of_weight or x.of_bias
+    factor = x.hidden.new_ones((), dtype=torch.float64)
     with torch.autocast("cpu", enabled=False):
-        if wanted and before_aggregation:
-            shares = batch.shares(aggregation)
-            factor = factor if onto is not None else _factor(shares, hidden.dtype)
-            shares = (shares * factor).float()
-            logprobs, entropy = _score_with_gradients(
-                hidden, head, ids, batch.each_token(), before_aggregation, shares, with_entropy, grads, extra_bytes, onto is not None
-            )
-            value, metrics, _, _ = batch.evaluate(logprobs, entropy, numbers)
-            return value, metrics, *results, factor
-        logprobs, normalizers, entropy, _ = linear.score(hidden, head, ids, with_entropy, False, extra_bytes)
-        value, metrics, g, h = batch.evaluate(logprobs, entropy if with_entropy else None, numbers)
+        if wanted and x.before_aggregation:
+            shares = inputs.shares(x.aggregation)
+            factor = factor if onto is not None else _factor(shares, x.hidden.dtype)
+            logprobs, entropy = _score_with_gradients(x, head, ids, inputs.each_token(), (shares * factor).float(), grads, onto)
+            value, metrics, _, _ = inputs.evaluate(logprobs, entropy, x.numbers)
+            return value, metrics, *grads, factor
+        scores, normalizers = linear.score(x.hidden, head, ids, x.with_entropy, False, x.extra_bytes)
+        value, metrics, g, h = inputs.evaluate(scores.logprobs, scores.entropy if x.with_entropy else None, x.numbers)
         if wanted:
-            factor = factor if onto is not None else _factor(g, hidden.dtype)
-            slopes = [(x.flatten() * factor).float() if x.numel() else None for x in (g, h)]
-            scored = Scored(ids, normalizers, entropy, *slopes)
-            linear.add_gradients(hidden, head, scored, grads, extra_bytes, onto_weight=onto is not None)
-        return value, metrics, *results, factor
+            factor = factor if onto is not None else _factor(g, x.hidden.dtype)
+            slopes = [(slope.flatten() * factor).float() if slope.numel() else None for slope in (g, h)]
+            linear.add_gradients(x.hidden, head, Scored(ids, (normalizers,), scores.entropy, *slopes), grads, x.extra_bytes, onto)
+        return value, metrics, *grads, factor
 
 
 def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,36 +182,28 @@ def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _score_with_gradients(
-    hidden: Tensor,
-    head: Head,
-    token_ids: Tensor,
-    batch: Batch,
-    numbers: list[float],
-    shares: Tensor,
-    with_entropy: bool,
-    grads: tuple[Tensor, Tensor, Tensor],
-    extra_bytes: int,
-    onto_weight: bool,
+    x: Fused, head: Head, token_ids: Tensor, inputs: LossInputs, shares: Tensor, grads: Gradients, onto: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Writes the gradients; returns logprobs and entropy [T], 0 where a token is ignored."""
-    grad_hidden, grad_weight, grad_bias = grads
+    hidden = x.hidden
+    grad_hidden, grad_weight, grad_bias = grads if onto is None else (grads[0], onto, grads[2])
     grad_hidden.zero_()
     bias_sums = grad_bias.new_zeros(len(grad_bias), dtype=torch.float64)
     logprobs = shares.new_zeros(len(token_ids))
-    entropy = torch.zeros_like(logprobs) if with_entropy else None
+    entropy = torch.zeros_like(logprobs) if x.with_entropy else None
     active = (token_ids != IGNORED).nonzero().squeeze(1)
-    room = linear.for_logits(extra_bytes, hidden.dtype, bias_sums.nbytes + head.bias_bytes)
+    room = linear.for_logits(x.extra_bytes, hidden.dtype, bias_sums.nbytes + linear.bias_bytes(head))
     tokens = _tokens_of_chunk(len(active), head.weight, room)
-    buffer = hidden.new_empty(tokens * head.vocab, dtype=logits_dtype(hidden.dtype))
-    for chunk, index in enumerate(torch.split(active, tokens) if len(active) else ()):
-        rows, ids, head_at = Hidden(rows_of(hidden, index)), rows_of(token_ids, index), head.at(index)
+    buffer = linear.buffer_for(hidden, tokens, head.vocab)
+    for chunk, index in enumerate(linear.chunks(active, tokens)):
+        rows, ids, head_at = Hidden(take(hidden, index)), take(token_ids, index), head.at(index)
         dz = rows.logits(head.weight, head.bias, buffer)
-        logp, normalizers, h, _ = linear.score_logits(dz, ids, head_at, with_entropy)
-        _, _, *slopes = batch.tokens(index).evaluate(logp, h if with_entropy else None, numbers)
-        incoming = [slope * rows_of(shares, index) if slope.numel() else None for slope in slopes]
-        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, normalizers, h, *incoming), head_at, bias_sums)
+        (logp, h, _), normalizers = linear.score_logits(dz, ids, head_at, x.with_entropy)
+        _, _, *slopes = inputs.tokens(index).evaluate(logp, h if x.with_entropy else None, x.before_aggregation)
+        incoming = [slope * take(shares, index) if slope.numel() else None for slope in slopes]
+        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, (normalizers,), h, *incoming), head_at, bias_sums)
         if len(grad_weight):
-            rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and not onto_weight)
+            rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and onto is None)
         if len(grad_hidden):
             sums = rows.rows.new_zeros(rows.rows.shape, dtype=torch.float32)
             add_hidden_gradient(dz, head.weight, sums)
@@ -240,7 +211,7 @@ def _score_with_gradients(
         logprobs[index] = logp
         if entropy is not None:
             entropy[index] = h
-    if not len(active) and not onto_weight:
+    if not len(active) and onto is None:
         grad_weight.zero_()
     grad_bias.copy_(bias_sums)
     return logprobs, entropy
@@ -257,10 +228,11 @@ def _tokens_of_chunk(num_tokens: int, weight: Tensor, room: int) -> int:
     return tokens if tokens < tile or tokens == num_tokens else tokens // tile * tile
 
 
-def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    value, metrics = hidden.new_empty((), dtype=torch.float32), hidden.new_empty(len(METRICS), dtype=torch.float64)
-    grads = linear.empty_gradients(hidden, weight, *rest[-4:-1])
-    return value, metrics, *grads, hidden.new_empty((), dtype=torch.float64)
+def _fake(*given: Any) -> tuple[Tensor, ...]:
+    x = Fused(*given)
+    value, metrics = x.hidden.new_empty((), dtype=torch.float32), x.hidden.new_empty(len(METRICS), dtype=torch.float64)
+    grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight, x.of_bias)
+    return value, metrics, *grads, x.hidden.new_empty((), dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -271,7 +243,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 20
+    nothing = (None,) * (len(Fused._fields) - 3)
     if grad_value is None:
         return None, None, None, *nothing
     *grads, factor = ctx.saved_tensors
@@ -297,31 +269,29 @@ class _OntoWeightGrad(torch.autograd.Function):
         return output
 
     @staticmethod
-    @partial(once, _WHERE)
+    @partial(once, WHERE)
     def backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_value is not None and grad_value != 1:
             given = f"weight_grad and a loss that is multiplied by {grad_value.item():g} afterwards"
-            raise InputError(_WHERE, given, "loss.backward() on the loss as it is: the gradient has been added", "use num_tokens_global")
+            raise InputError(WHERE, given, "loss.backward() on the loss as it is: the gradient has been added", "use num_tokens_global")
         if ctx.spent:
-            raise InputError(_WHERE, "weight_grad and a second backward", "one: the gradient has been added once")
+            raise InputError(WHERE, "weight_grad and a second backward", "one: the gradient has been added once")
         ctx.spent = True
         grad_hidden, _, grad_bias, _ = ctx.saved_tensors
         of_hidden, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * 20
+        return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * (len(Fused._fields) - 3)
 
 
 def _onto_weight_grad(onto: Tensor, *inputs: Any) -> Any:
-    refuse_transforms(_WHERE, inputs)
+    refuse_transforms(WHERE, inputs)
     run: Any = _OntoWeightGrad.apply
     return run(onto, *inputs)
 
 
 _op = NativeOp(
-    "linear_policy_loss",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? temperatures, Tensor advantages, Tensor mask, "
-    "Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, Tensor? cu_seqlens, float temperature, float logit_scale, "
-    "float soft_cap, bool advantages_per_token, float[] numbers, float[] before_aggregation, float[] aggregation, bool with_entropy, "
-    "bool of_hidden, bool of_weight, bool of_bias, int extra_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    WHERE,
+    "cpu",
+    f"({parameters(Fused)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,

@@ -6,42 +6,22 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._checks import IGNORED
+from reinforce_ada.ops.linear_policy_loss.contract import Inputs
 from reinforce_ada.ops.linear_token_logprobs import reference as head
 from reinforce_ada.ops.policy_loss import reference
-from reinforce_ada.ops.policy_loss.contract import Settings
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    soft_cap: float | None,
-    temperature: float | Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    settings: Settings,
-    weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
-    keep = mask != 0
-    if weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
+def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`)"""
+    keep, weight = x.mask != 0, x.weight
+    if x.weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
         weight = weight.detach().requires_grad_()  # another leaf, whose gradient autograd adds to what is there
-        weight.grad = weight_grad
+        weight.grad = x.weight_grad
     # Also the hidden states: a NaN there would reach the weight's gradient as NaN * 0.
-    hidden = torch.where(keep[..., None], hidden, 0.0).flatten(0, -2)
-    ids = torch.where(keep, token_ids.long(), IGNORED).flatten()
-    if isinstance(temperature, Tensor):
-        temperature = temperature.flatten()
-    logprobs, entropy, _ = head.linear_token_logprobs(
-        hidden, weight, bias, ids, temperature, logit_scale, soft_cap, settings.entropy_coef != 0, False, None
-    )
-    entropy = None if entropy is None else entropy.view(mask.shape)
-    return reference.policy_loss(
-        logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings
-    )
+    hidden = torch.where(keep[..., None], x.hidden, 0.0).flatten(0, -2)
+    ids = torch.where(keep, x.token_ids.long(), IGNORED).flatten()
+    scoring = (x.flat_temperature, x.logit_scale, x.soft_cap, x.settings.entropy_coef != 0, False)
+    logprobs, entropy, _ = head.linear_token_logprobs(hidden, weight, x.bias, ids, *scoring, None)
+    entropy = None if entropy is None else entropy.view(keep.shape)
+    others = (x.old_logprobs, x.rollout_logprobs, x.ref_logprobs, entropy, x.cu_seqlens)
+    return reference.policy_loss(logprobs.view(keep.shape), x.advantages, x.mask, *others, x.settings)

@@ -14,51 +14,28 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._checks import IGNORED
+from reinforce_ada.ops._dispatch import operator
 from reinforce_ada.ops._torch import once, refuse_transforms
-from reinforce_ada.ops.linear_token_logprobs import launches as linear
-from reinforce_ada.ops.policy_loss import gpu as policy
-from reinforce_ada.ops.policy_loss.contract import Settings, arguments
+from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
+from reinforce_ada.ops.linear_token_logprobs import contract as head
+from reinforce_ada.ops.linear_token_logprobs import triton as linear
+from reinforce_ada.ops.policy_loss import contract as policy
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    soft_cap: float | None,
-    temperature: float | Tensor,
-    old_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    settings: Settings,
-    max_extra_bytes: int | None,
-    weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`); arguments as in `ops.linear_policy_loss`."""
-    inputs = linear.arguments(
-        hidden.flatten(0, -2),
-        weight,
-        bias,
-        torch.where(mask != 0, token_ids.long(), IGNORED).flatten(),
-        temperature.flatten() if isinstance(temperature, Tensor) else temperature,
-        logit_scale,
-        soft_cap,
-        settings.entropy_coef != 0,
-        False,
-        max_extra_bytes,
-    )
-    if weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
-        refuse_transforms("linear_policy_loss", inputs)
-        logprobs, _, _, entropy, _ = _OntoWeightGrad.apply(weight_grad, *inputs)
+def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(loss, metrics in the order of `METRICS`)"""
+    ids, with_entropy = torch.where(x.mask != 0, x.token_ids.long(), IGNORED).flatten(), x.settings.entropy_coef != 0
+    scoring = (x.flat_temperature, x.logit_scale, x.soft_cap, with_entropy, False)
+    inputs = head.arguments(x.hidden.flatten(0, -2), x.weight, x.bias, ids, *scoring, x.max_extra_bytes)
+    if x.weight_grad is not None and x.weight.requires_grad and torch.is_grad_enabled():
+        refuse_transforms(WHERE, inputs)
+        logprobs, entropy, *_ = _OntoWeightGrad.apply(x.weight_grad, *inputs)
     else:
-        logprobs, _, _, entropy, _ = linear.scored(*inputs)
-    bonus = entropy.view(mask.shape) if settings.entropy_coef != 0 else None
-    tokens = (logprobs.view(mask.shape), advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, bonus)
-    return policy.policy_loss("triton", arguments(*tokens, cu_seqlens, settings))
+        logprobs, entropy, *_ = operator("linear_token_logprobs", "triton")(*inputs)
+    bonus = entropy.view(x.mask.shape) if with_entropy else None
+    tokens = (logprobs.view(x.mask.shape), x.advantages, x.mask, x.old_logprobs, x.rollout_logprobs, x.ref_logprobs, bonus)
+    value, metrics, _, _ = operator("policy_loss", "triton")(*policy.arguments(*tokens, x.cu_seqlens, x.settings))
+    return value, metrics
 
 
 class _OntoWeightGrad(torch.autograd.Function):
@@ -66,15 +43,16 @@ class _OntoWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, onto: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        output = linear.score_inputs(*inputs)
-        linear.setup_context(ctx, inputs, output)
+        output = linear.scores(head.Inputs(*inputs))
+        head.setup_context(ctx, inputs, output)
         ctx.onto = onto
         return output
 
     @staticmethod
-    @partial(once, "linear_policy_loss")
+    @partial(once, WHERE)
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         of_hidden, _, of_bias = ctx.needs_input_grad[1:4]
-        grad_hidden, grad_bias = linear.gradients_onto(ctx, incoming, ctx.onto, of_hidden, of_bias)
+        x, normalizers = head.saved_inputs(ctx, incoming, of_hidden, True, of_bias)
+        grad_hidden, _, grad_bias = linear.gradients(x, *normalizers, onto=ctx.onto)
         torch.autograd.graph.increment_version(ctx.onto)
-        return None, grad_hidden, None, grad_bias, *(None,) * 8
+        return None, grad_hidden if of_hidden else None, None, grad_bias if of_bias else None, *(None,) * 8

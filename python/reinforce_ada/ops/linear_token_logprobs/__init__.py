@@ -8,25 +8,16 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._checks import describe
-from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.linear_token_logprobs import cpu, launches, reference
+from reinforce_ada.ops._dispatch import declare_native, operator, resolve
+from reinforce_ada.ops.linear_token_logprobs import reference
+from reinforce_ada.ops.linear_token_logprobs.contract import WHERE, arguments, torch_operator
 from reinforce_ada.ops.token_logprobs import TokenLogprobs
 from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_tokens, check_values
 
 __all__ = ["linear_token_logprobs"]
 
-_WHERE = "linear_token_logprobs"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-declare(
-    _WHERE,
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
-    Form("reference"),
-)
+declare_native(WHERE, "triton", "cpu", make=torch_operator)
 
 
 @overload
@@ -116,31 +107,30 @@ def linear_token_logprobs(
     Source: token_logprobs behind a linear head, chunked as in arXiv 2411.09009 (Cut Your Losses).
     """
     _check_head(hidden, weight, bias, logit_scale, soft_cap)
-    check_tokens(_WHERE, token_ids, hidden.shape[0], hidden.device)
-    check_temperature(_WHERE, temperature, hidden.shape[0], hidden.device)
+    check_tokens(WHERE, token_ids, hidden.shape[0], hidden.device)
+    check_temperature(WHERE, temperature, hidden.shape[0], hidden.device)
     row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
     if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(_WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
-    form = resolve(_WHERE, backend, hidden.device, hidden.dtype)
-    if form == "triton":
-        results = launches.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
-    elif form == "cpu":
-        results = cpu.linear_token_logprobs(hidden, weight, bias, token_ids, *scoring, max_extra_bytes)
+    form = resolve(WHERE, backend, hidden.device, hidden.dtype)
+    if form != "reference":
+        logprobs, h, s, *_ = operator(WHERE, form)(*arguments(hidden, weight, bias, token_ids, *scoring, max_extra_bytes))
+        results = logprobs, h if entropy else None, s if sum_p2 else None
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-            check_values(_WHERE, token_ids, weight.shape[0], temperature)
+            check_values(WHERE, token_ids, weight.shape[0], temperature)
         chunk = None if max_extra_bytes is None else max_extra_bytes // row_bytes
         results = reference.linear_token_logprobs(hidden, weight, bias, token_ids.long(), *scoring, chunk)
     return TokenLogprobs(*results) if entropy or sum_p2 else results[0]
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, soft_cap: float | None) -> None:
-    check_matrix(_WHERE, "hidden", hidden)
-    check_matrix(_WHERE, "weight", weight)
+    check_matrix(WHERE, "hidden", hidden)
+    check_matrix(WHERE, "weight", weight)
     vocab, width = weight.shape
     if hidden.shape[1] != width or hidden.dtype != weight.dtype or hidden.device != weight.device or vocab == 0:
         given = f"hidden is {describe(hidden)}, weight {describe(weight)}"
-        raise InputError(_WHERE, given, "[T, D] and [V, D] of one dtype and device, V >= 1", "cast one with .to(dtype)")
-    check_bias(_WHERE, bias, weight)
-    check_head(_WHERE, logit_scale, soft_cap)
+        raise InputError(WHERE, given, "[T, D] and [V, D] of one dtype and device, V >= 1", "cast one with .to(dtype)")
+    check_bias(WHERE, bias, weight)
+    check_head(WHERE, logit_scale, soft_cap)

@@ -1,432 +1,273 @@
-"""The Triton kernels of linear_token_logprobs: logits a tile at a time, scored or turned into their gradient before the next one.
+"""The Triton form of linear_token_logprobs: tiles, splits, pieces of the vocabulary, and the launches of `triton_kernels`.
 
-Shapes: hidden [T, D] and weight [V, D] of one dtype, rows any distance apart and each contiguous; everything indexed by token is [T].
-A row is a token, a column an entry of the vocabulary. `temperatures` (float32), `bias` may be None. Sums are float32 (of the bias
-float64), each in one fixed order. Offsets are int64: 32k tokens x 152k entries is 5.0e9, past int32.
-
-Numbers that have nothing to do with how rows are read (counts of tokens, of splits), and where vectors of a value a token begin, compile
-nothing anew when they change.
-Constants of every kernel: INTERPRETED in Triton's interpreter; ROWS, COLUMNS and DEPTH of a tile product; GROUP, how many blocks of rows
-run together on one range of columns, so that both are read from the L2 cache; HAS_CAP for a soft cap.
+The logits are never there: a tile of them is a product in registers, scored at once. The backward computes them again, a piece of the
+vocabulary at a time, and keeps that piece of their gradient for the two products with it.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
 
-from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, vanishing
+import torch
+from torch import Tensor
 
-IGNORED = tl.constexpr(-100)  # ops._checks.IGNORED
+from reinforce_ada.ops._gpu import guard, triton_devices
+from reinforce_ada.ops._torch import dense
+from reinforce_ada.ops.linear_token_logprobs import triton_kernels
+from reinforce_ada.ops.linear_token_logprobs.contract import GradientInputs, Gradients, Head, Inputs, Plan, Scored, empty_gradients
+from reinforce_ada.ops.token_logprobs.contract import empty_scores
+from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
 
+__all__ = ["NORMALIZERS", "empty_normalizers", "gradients", "scores"]
 
-# Tiles
-
-
-@triton.jit
-def operand(x, INTERPRETED: tl.constexpr):
-    """A factor of a product: as it is; float32 in the interpreter, which would multiply the bits of bfloat16 as integers."""
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x in DTYPE, to nearest even; the interpreter by itself would truncate to bfloat16."""
-    if INTERPRETED and DTYPE.is_bf16():
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(tl.abs(x) < float("inf"), nearest.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
+_EXTRA_BYTES = 256_000_000  # at 8192 tokens 15,000 entries of the vocabulary at a time: long products, and 1/10 of the logits
+JOINED_ROWS = 128  # of a program of `combined_scores`, of 128 threads
+SUMMED_COLUMNS = 128  # of a program of `bias_gradient`, of 128 threads
+_THREADS = 128
+_GROUP = 16  # blocks of rows that run together: 2048 hidden states of 4096 in half precision are 17 MB, which the L2 cache keeps
+_STATES = 5  # float32 of a row and split between the two kernels of the forward
+_WAVES = 4  # programs for each multiprocessor that the forward cuts its work into, so that the last ones leave few idle
+_SPLITS = 16  # of the vocabulary at least, where it is as large: short float32 sums
 
 
-@triton.jit
-def block_of(program, blocks, columns, GROUP: tl.constexpr):
-    """(block of rows, range of columns) of a program: GROUP blocks of rows go through all ranges, then the next."""
-    group = program // (GROUP * columns)
-    size = tl.minimum(blocks - group * GROUP, GROUP)
-    inside = program % (GROUP * columns)
-    return group * GROUP + inside % size, inside // size
+class Tile(NamedTuple):
+    """Of a product: `rows` by `columns` of the result in the registers of `threads` threads, `depth` at a time through `stages` buffers."""
+
+    rows: int
+    columns: int
+    depth: int
+    threads: int
+    stages: int
 
 
-@triton.jit
-def logits(
-    hidden,
-    hidden_stride,
-    weight,
-    weight_stride,
-    bias,
-    rows,
-    read,
-    columns,
-    vocab,
-    width,
-    INTERPRETED: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """hidden[rows] weight[columns]^T + bias[columns] in float32; rows where `read` is false count as 0."""
-    there = columns < vocab
-    k = tl.arange(0, DEPTH)
-    hidden_at = hidden + rows[:, None].to(tl.int64) * hidden_stride + k[None, :]
-    weight_at = weight + columns[:, None].to(tl.int64) * weight_stride + k[None, :]
-    x = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    # A block in which nothing is read takes no step: prompts are long.
-    for start in range(0, tl.where(tl.max(read.to(tl.int32), 0) > 0, width, 0), DEPTH):
-        left = k[None, :] < width - start
-        h = tl.load(hidden_at + start, mask=read[:, None] & left, other=0.0)
-        w = tl.load(weight_at + start, mask=there[:, None] & left, other=0.0)
-        x = tl.dot(operand(h, INTERPRETED), tl.trans(operand(w, INTERPRETED)), x, input_precision="ieee")
-    if bias is not None:
-        x += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :]
-    return x
+# By bytes of an element. One tile serves every device of a backend. It fits 64 KB of shared memory, as on MI300X and below what any
+# CUDA device has; larger ones spill registers in the epilogue of the logits.
+TILES = {
+    "cuda": {2: Tile(128, 128, 32, 256, 4), 4: Tile(64, 64, 16, 256, 3)},
+    "hip": {2: Tile(64, 128, 64, 256, 2), 4: Tile(64, 64, 32, 256, 2)},
+    "interpreter": {2: Tile(32, 64, 32, 32, 1), 4: Tile(32, 64, 32, 32, 1)},
+}
+# Where rows do not all begin at 16 bytes: elements are loaded one by one then, each from an address of its own in registers.
+UNALIGNED_TILES = {
+    "cuda": {2: Tile(64, 64, 32, 256, 2), 4: Tile(64, 64, 16, 256, 3)},
+    "hip": {2: Tile(64, 64, 16, 256, 2), 4: Tile(64, 64, 16, 256, 2)},
+    "interpreter": {2: Tile(32, 64, 16, 32, 1), 4: Tile(32, 64, 16, 32, 1)},
+}
 
 
-@triton.jit
-def column_of(ids, vocab):
-    """The columns of token ids in int32, -1 for an id outside the vocabulary: half the registers of int64."""
-    return tl.where((ids >= 0) & (ids < vocab), ids, -1).to(tl.int32)
+# The device
 
 
-@triton.jit
-def exponent_factor(temperatures, temperature, rows, there):
-    """(log2(e) / temperature, temperature) of each row, NaN for a temperature that is not positive and finite."""
-    t = tl.full(rows.shape, 1.0, tl.float32) * temperature
-    if temperatures is not None:
-        t = tl.load(temperatures + rows, mask=there, other=1.0)
-    t = tl.where((t > 0.0) & (t < float("inf")), t, float("nan"))
-    return 1.0 / t * LOG2_E, t
+@cache
+def _backend(device: torch.device) -> str:
+    """The part of `TILES` for a device."""
+    if triton_devices() == ("cpu",):
+        return "interpreter"
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return 4 if _backend(device) == "interpreter" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _warp_size(device: torch.device) -> int:
+    return 1 if _backend(device) == "interpreter" else torch.cuda.get_device_properties(device).warp_size
+
+
+def ceil_div(n: int, size: int) -> int:
+    """How many blocks of a size hold n."""
+    return -(-n // size)
+
+
+def tile_of(hidden: Tensor, weight: Tensor) -> Tile:
+    """Of the products of these."""
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in (hidden, weight)) and weight.shape[1] % 16 == 0
+    return (TILES if aligned else UNALIGNED_TILES)[_backend(hidden.device)][weight.dtype.itemsize]
+
+
+def _options(device: torch.device, threads: int) -> dict[str, Any]:
+    # fp_fusion said in so many words: Triton warns where it is left to a default that will change.
+    return {"num_warps": threads // _warp_size(device), "enable_fp_fusion": True}
+
+
+def _tile_of_gradient(tile: Tile, head: Head) -> Tile:
+    """Of the logits' gradient. The slope of a soft cap beside 64 sums is more than the 255 registers a thread has on sm_90."""
+    crowded = head.soft_cap != 0 and tile.rows * tile.columns > 32 * tile.threads
+    return tile._replace(columns=tile.columns // 2) if crowded else tile
+
+
+def _product_options(tile: Tile, device: torch.device) -> dict[str, Any]:
+    backend = _backend(device)
+    options = {
+        "INTERPRETED": backend == "interpreter",
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": _GROUP,
+        "num_stages": tile.stages,
+        **_options(device, tile.threads),
+    }
+    # Left to itself ptxas spills some registers so that a second block fits a multiprocessor.
+    return {**options, "maxnreg": 255} if backend == "cuda" else options
 
 
 # Forward
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "vocab", "splits", "tiles_of_split"],
-    do_not_specialize_on_alignment=["bias", "token_ids", "temperatures", "states"],
-)
-def partial_scores(
-    hidden,
-    weight,
-    bias,
-    token_ids,
-    temperatures,
-    states,
-    num_tokens,
-    vocab,
-    width,
-    hidden_stride,
-    weight_stride,
-    temperature,
-    logit_scale,
-    soft_cap,
-    splits,
-    tiles_of_split,
-    HAS_CAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Scores a block of rows against a part of the vocabulary.
-
-    Writes states [5, splits, T] (float32; [3, splits, T] without MOMENTS), with d = (z - m) log2(e) / temperature over the columns
-    of the split: m = max z, sum 2^d, z of the row's own token (0 where the split lacks it), sum d 2^d, sum 4^d.
-
-    token_ids: int64. The vocabulary is cut in `splits` of `tiles_of_split` tiles of COLUMNS. Programs: blocks of ROWS times splits.
-    """
-    block, split = block_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), splits, GROUP)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    there = rows < num_tokens
-    ids = tl.load(token_ids + rows, mask=there, other=IGNORED)
-    token = column_of(ids, vocab)
-    factor, _ = exponent_factor(temperatures, temperature, rows, there)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    own = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
-    for tile in range(split * tiles_of_split, tl.minimum((split + 1) * tiles_of_split, tl.cdiv(vocab, COLUMNS))):
-        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        x = logits(hidden, hidden_stride, weight, weight_stride, bias, rows, ids != IGNORED, columns, vocab, width, INTERPRETED, DEPTH)
-        z = tl.where((columns < vocab)[None, :], head(x, logit_scale, soft_cap, HAS_CAP), float("-inf"))
-        own += tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
-        higher = tl.maximum(highest, tl.max(z, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far
-        d = (z - anchor[:, None]) * factor[:, None]
-        e = tl.math.exp2(d)
-        down = tl.where(highest == float("-inf"), 0.0, (highest - higher) * factor)
-        down = vanishing(down)
-        shrink = tl.math.exp2(down)
-        if MOMENTS:
-            weighted = (weighted + down * total) * shrink + tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1)
-            squares = squares * shrink * shrink + tl.sum(e * e, 1)
-        total = total * shrink + tl.sum(e, 1)
-        highest = higher
-    field = tl.cast(splits, tl.int64) * num_tokens
-    at = states + tl.cast(split, tl.int64) * num_tokens + rows
-    tl.store(at, highest, mask=there)
-    tl.store(at + field, total, mask=there)
-    tl.store(at + 2 * field, own, mask=there)
-    if MOMENTS:
-        tl.store(at + 3 * field, weighted, mask=there)
-        tl.store(at + 4 * field, squares, mask=there)
+def scores(x: Inputs) -> tuple[Tensor, ...]:
+    """See contract.Kernels."""
+    hidden, weight = x.hidden, x.weight
+    out, (row_max, log2_sum) = empty_scores(hidden, x.entropy, x.sum_p2), empty_normalizers(hidden)
+    num_tokens = len(x.token_ids)
+    if num_tokens == 0:
+        return *out, row_max, log2_sum
+    vocab, width = weight.shape
+    tile = tile_of(hidden, weight)
+    blocks, tiles = ceil_div(num_tokens, tile.rows), ceil_div(vocab, tile.columns)
+    splits = _splits(blocks, tiles, num_tokens, _multiprocessors(hidden.device), _room(x))
+    states = hidden.new_empty((_STATES if x.entropy or x.sum_p2 else 3, splits, num_tokens), dtype=torch.float32)
+    with guard(hidden):
+        triton_kernels.partial_scores[(blocks * splits,)](
+            *(hidden, weight, _bias(x), x.token_ids, x.temperatures, states, num_tokens, vocab, width),
+            *(hidden.stride(0), weight.stride(0), x.temperature, x.logit_scale, x.soft_cap),
+            *(splits, ceil_div(tiles, splits)),
+            HAS_CAP=x.soft_cap != 0,
+            MOMENTS=x.entropy or x.sum_p2,
+            **_product_options(tile, hidden.device),
+        )
+        triton_kernels.combined_scores[(ceil_div(num_tokens, JOINED_ROWS),)](
+            *(states, x.token_ids, x.temperatures, out.logprobs, row_max, log2_sum),
+            *(out.entropy if x.entropy else None, out.sum_p2 if x.sum_p2 else None, num_tokens, vocab, splits, x.temperature),
+            BLOCK=JOINED_ROWS,
+            **_options(hidden.device, _THREADS),
+        )
+    return *out, row_max, log2_sum
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "vocab", "splits"],
-    do_not_specialize_on_alignment=["states", "token_ids", "temperatures", "logprobs", "row_max", "log2_sum", "entropy", "sum_p2"],
-)
-def combined_scores(
-    states,
-    token_ids,
-    temperatures,
-    logprobs,
-    row_max,
-    log2_sum,
-    entropy,
-    sum_p2,
-    num_tokens,
-    vocab,
-    splits,
-    temperature,
-    BLOCK: tl.constexpr,
-):
-    """Joins the states that `partial_scores` wrote, in the order of the splits.
+def _room(x: Inputs | GradientInputs) -> int:
+    return _EXTRA_BYTES if x.extra_bytes is None else x.extra_bytes
 
-    Writes [T] float32 each: logprobs, row_max = max z, log2_sum = log2 sum 2^((z - row_max) log2(e) / temperature), and entropy and
-    sum_p2 unless they are None. 0 where the token is ignored; NaN where it is outside the vocabulary, or its temperature not positive
-    and finite. Programs: blocks of BLOCK rows.
-    """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = rows < num_tokens
-    ids = tl.load(token_ids + rows, mask=there, other=IGNORED)
-    factor, t = exponent_factor(temperatures, temperature, rows, there)
-    field = tl.cast(splits, tl.int64) * num_tokens
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for split in range(splits):
-        highest = tl.maximum(highest, tl.load(states + tl.cast(split, tl.int64) * num_tokens + rows, mask=there, other=0.0))
-    own = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        at = states + tl.cast(split, tl.int64) * num_tokens + rows
-        top = tl.load(at, mask=there, other=0.0)
-        part = tl.load(at + field, mask=there, other=1.0)
-        own += tl.load(at + 2 * field, mask=there, other=0.0)
-        down = tl.where(top == float("-inf"), 0.0, (top - highest) * factor)
-        down = vanishing(down)
-        shrink = tl.math.exp2(down)
-        total += part * shrink
-        if entropy is not None:
-            weighted += (tl.load(at + 3 * field, mask=there, other=0.0) + down * part) * shrink
-        if sum_p2 is not None:
-            squares += tl.load(at + 4 * field, mask=there, other=0.0) * shrink * shrink
-    log2_total = tl.log2(total)
-    kept = ids != IGNORED
-    logprob = tl.math.div_rn(own - highest, t) - log2_total * LN2
-    logprob = tl.where((ids >= 0) & (ids < vocab), logprob, float("nan"))
-    tl.store(logprobs + rows, tl.where(kept, logprob, 0.0), mask=there)
-    tl.store(row_max + rows, tl.where(kept, highest, 0.0), mask=there)
-    tl.store(log2_sum + rows, tl.where(kept, log2_total, 0.0), mask=there)
-    if entropy is not None:
-        tl.store(entropy + rows, tl.where(kept, (log2_total - weighted / total) * LN2, 0.0), mask=there)
-    if sum_p2 is not None:
-        tl.store(sum_p2 + rows, tl.where(kept, squares / (total * total), 0.0), mask=there)
+
+def _bias(x: Inputs | GradientInputs) -> Tensor | None:
+    return None if x.bias is None else dense(x.bias)
+
+
+def _splits(blocks: int, tiles: int, num_tokens: int, multiprocessors: int, extra_bytes: int) -> int:
+    """Into how many parts the vocabulary is cut: few rows shall fill the device too."""
+    wanted = max(_SPLITS, ceil_div(_WAVES * multiprocessors, blocks))
+    return int(max(1, min(wanted, tiles, extra_bytes // (4 * _STATES * num_tokens))))
 
 
 # Backward
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "vocab", "first_column"],
-    do_not_specialize_on_alignment=[
-        "bias",
-        "token_ids",
-        "temperatures",
-        "reached",
-        "row_max",
-        "log2_sum",
-        "entropy",
-        "grad_logprobs",
-        "grad_entropy",
-        "column_sums",
-    ],
-)
-def logits_gradient(
-    hidden,
-    weight,
-    bias,
-    token_ids,
-    temperatures,
-    reached,
-    row_max,
-    log2_sum,
-    entropy,
-    grad_logprobs,
-    grad_entropy,
-    dz,
-    column_sums,
-    num_tokens,
-    vocab,
-    width,
-    hidden_stride,
-    weight_stride,
-    dz_stride,
-    temperature,
-    logit_scale,
-    soft_cap,
-    first_column,
-    num_columns,
-    HAS_CAP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Computes the logits of `num_columns` of the vocabulary from `first_column` on again and writes their gradient.
-
-        dz[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j] / temperature
-
-    with g of grad_logprobs and h of grad_entropy (0 where it is None), into dz [T, num_columns] of the weight's dtype. Rows where
-    `reached` (bool) is false are not read and 0. column_sums [blocks of ROWS, num_columns] float32 gets the sums over each block, unless
-    None. Programs: blocks of ROWS times tiles of COLUMNS.
-    """
-    block, tile = block_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), tl.cdiv(num_columns, COLUMNS), GROUP)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    there = rows < num_tokens
-    read = tl.load(reached + rows, mask=there, other=0) != 0
-    inside = tile * COLUMNS + tl.arange(0, COLUMNS)  # not columns - first_column, of which the compiler would not know that it is aligned
-    columns = first_column + inside
-    x = logits(hidden, hidden_stride, weight, weight_stride, bias, rows, read, columns, vocab, width, INTERPRETED, DEPTH)
-    z, slope = head_and_slope(x, logit_scale, soft_cap, HAS_CAP)
-    token = column_of(tl.load(token_ids + rows, mask=read, other=0), vocab)
-    factor, t = exponent_factor(temperatures, temperature, rows, read)
-    log2_p = (z - tl.load(row_max + rows, mask=read, other=0.0)[:, None]) * factor[:, None]
-    log2_p -= tl.load(log2_sum + rows, mask=read, other=0.0)[:, None]
-    p = tl.math.exp2(log2_p)
-    g = tl.load(grad_logprobs + rows, mask=read, other=0.0)
-    g = tl.where((g == 0.0) | (token >= 0), g, float("nan"))[:, None]
-    grad = tl.where(columns[None, :] == token[:, None], g, 0.0) - g * p
-    if grad_entropy is not None:
-        h = tl.load(grad_entropy + rows, mask=read, other=0.0)[:, None]
-        mean = tl.load(entropy + rows, mask=read, other=0.0)[:, None]
-        grad -= h * p * (tl.where(p > 0.0, log2_p * LN2, 0.0) + mean)
-    grad = tl.where(read[:, None] & (columns < vocab)[None, :], grad * slope * (logit_scale / t)[:, None], 0.0)
-    tl.store(
-        dz + rows[:, None].to(tl.int64) * dz_stride + inside[None, :],
-        rounded(grad, dz.dtype.element_ty, INTERPRETED),
-        mask=there[:, None] & (inside < num_columns)[None, :],
-    )
-    if column_sums is not None:
-        tl.store(column_sums + tl.cast(block, tl.int64) * num_columns + inside, tl.sum(grad, 0), mask=inside < num_columns)
+def gradients(x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = None) -> Gradients:
+    """See contract.Kernels."""
+    grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
+    g = torch.zeros_like(normalizers[0]) if x.grad_logprobs is None else x.grad_logprobs
+    scored = Scored(x.token_ids, normalizers, x.entropy, g, x.grad_entropy)
+    add_gradients(x.hidden, replace(x.head, bias=_bias(x)), scored, grads, _room(x), onto)
+    return grads
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_columns"], do_not_specialize_on_alignment=["column_sums", "sums"])
-def bias_gradient(column_sums, sums, num_blocks, num_columns, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """sums [num_columns] float64 = (with ADD: sums +) the column_sums [num_blocks, num_columns] of all blocks, in their order.
-
-    Programs: blocks of BLOCK columns.
-    """
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = columns < num_columns
-    total = tl.zeros([BLOCK], tl.float64)
-    for block in range(num_blocks):
-        total += tl.load(column_sums + tl.cast(block, tl.int64) * num_columns + columns, mask=there, other=0.0).to(tl.float64)
-    if ADD:
-        total += tl.load(sums + columns, mask=there, other=0.0)
-    tl.store(sums + columns, total, mask=there)
+def plan_of(num_tokens: int, weight: Tensor, tile: Tile, room: int) -> Plan:
+    """In `room` bytes: all tokens at once where that leaves room for a tile of columns, then as many columns as fit."""
+    vocab, width = weight.shape
+    size = weight.dtype.itemsize
+    sums = 0 if size == 4 else 4 * width  # of the gradient of hidden, float32 between pieces
+    least = min(vocab, tile.columns)
+    tokens = max(1, min(num_tokens, room // (sums + least * (size + 4))))
+    tokens = tokens if tokens == num_tokens or tokens < tile.rows else tokens // tile.rows * tile.rows
+    # A column is its gradient, and for the bias its sum over each block of rows.
+    piece = max(least, (room - tokens * sums) // (tokens * size + 4 * ceil_div(tokens, tile.rows)))
+    return Plan(tokens, vocab if piece >= vocab else piece // tile.columns * tile.columns)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["reached"])
-def weight_gradient(
-    dz,
-    hidden,
-    reached,
-    before,
-    grad_weight,
-    num_tokens,
-    num_columns,
-    width,
-    dz_stride,
-    hidden_stride,
-    INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """grad_weight [num_columns, D] = (before +) dz^T hidden, over all T in one float32 sum, rounded once.
-
-    `before` is None, or grad_weight itself; both have contiguous rows of D. Hidden states where `reached` is false are not read.
-    Programs: blocks of ROWS of num_columns times tiles of COLUMNS of D.
-    """
-    block, tile = block_of(tl.program_id(0), tl.cdiv(num_columns, ROWS), tl.cdiv(width, COLUMNS), GROUP)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    there = columns < width
-    k = tl.arange(0, DEPTH)
-    dz_at = dz + k[:, None].to(tl.int64) * dz_stride + rows[None, :]
-    hidden_at = hidden + k[:, None].to(tl.int64) * hidden_stride + columns[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, num_tokens, DEPTH):
-        token = start + k
-        read = tl.load(reached + token, mask=token < num_tokens, other=0) != 0
-        mask = (token < num_tokens)[:, None] & (rows < num_columns)[None, :]
-        d = tl.load(dz_at + tl.cast(start, tl.int64) * dz_stride, mask=mask, other=0.0)
-        h = tl.load(hidden_at + tl.cast(start, tl.int64) * hidden_stride, mask=read[:, None] & there[None, :], other=0.0)
-        total = tl.dot(tl.trans(operand(d, INTERPRETED)), operand(h, INTERPRETED), total, input_precision="ieee")
-    at = rows[:, None].to(tl.int64) * width + columns[None, :]
-    inside = (rows < num_columns)[:, None] & there[None, :]
-    if before is not None:
-        total += tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_weight + at, rounded(total, grad_weight.dtype.element_ty, INTERPRETED), mask=inside)
+def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
+    """Writes the gradients of hidden, weight and bias (empty ones are not wanted); with `onto` adds that of the weight to it instead."""
+    grad_hidden, grad_weight, grad_bias = grads if onto is None else (grads[0], onto, grads[2])
+    num_tokens, vocab = len(hidden), len(head.weight)
+    if num_tokens == 0:
+        grad_bias.zero_()
+        if onto is None:
+            grad_weight.zero_()
+        return
+    bias_sums = grad_bias.new_empty(len(grad_bias), dtype=torch.float64)
+    tile = tile_of(hidden, head.weight)
+    plan = plan_of(num_tokens, head.weight, tile, extra_bytes - bias_sums.nbytes)
+    dz = hidden.new_empty(plan.tokens * _padded(plan.piece))
+    in_parts = len(grad_hidden) > 0 and plan.piece < vocab and hidden.dtype != torch.float32
+    sums = hidden.new_empty(plan.tokens if in_parts else 0, hidden.shape[1], dtype=torch.float32)
+    reached = scored.reached()
+    with guard(hidden):
+        for start in range(0, num_tokens, plan.tokens):
+            rows = slice(start, min(start + plan.tokens, num_tokens))
+            chunk = _Chunk(hidden[rows], head.at(rows), scored.at(rows), reached[rows], dz, tile)
+            add = onto is not None or start > 0
+            for columns in plan.pieces(vocab):
+                chunk.write_dz(columns, bias_sums, add=start > 0)
+                if len(grad_weight):
+                    chunk.write_weight_gradient(columns, grad_weight[columns], add=add)
+                if len(grad_hidden):
+                    out = sums[: len(chunk.hidden)] if in_parts and columns.stop < vocab else grad_hidden[rows]
+                    before = sums if in_parts else out
+                    chunk.write_hidden_gradient(columns, before if columns.start else None, out)
+    grad_bias.copy_(bias_sums)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["reached"])
-def hidden_gradient(
-    dz,
-    weight,
-    reached,
-    before,
-    grad_hidden,
-    num_tokens,
-    num_columns,
-    width,
-    dz_stride,
-    weight_stride,
-    INTERPRETED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """grad_hidden [T, D] = (before +) dz weight, for the num_columns rows of the weight that begin at `weight`.
+def _padded(columns: int) -> int:
+    """Distance of the rows of so many columns, in elements: they then begin at multiples of 16 bytes."""
+    return ceil_div(columns, 16) * 16
 
-    `before` is None, or the float32 sums [T, D] of the pieces before, which may be grad_hidden itself. 0 where `reached` is false.
-    Programs: blocks of ROWS of T times tiles of COLUMNS of D.
-    """
-    block, tile = block_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), tl.cdiv(width, COLUMNS), GROUP)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    there = columns < width
-    read = tl.load(reached + rows, mask=rows < num_tokens, other=0) != 0
-    k = tl.arange(0, DEPTH)
-    dz_at = dz + rows[:, None].to(tl.int64) * dz_stride + k[None, :]
-    weight_at = weight + k[:, None].to(tl.int64) * weight_stride + columns[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, tl.where(tl.max(read.to(tl.int32), 0) > 0, num_columns, 0), DEPTH):
-        left = k < num_columns - start
-        d = tl.load(dz_at + start, mask=read[:, None] & left[None, :], other=0.0)
-        w = tl.load(weight_at + tl.cast(start, tl.int64) * weight_stride, mask=left[:, None] & there[None, :], other=0.0)
-        total = tl.dot(operand(d, INTERPRETED), operand(w, INTERPRETED), total, input_precision="ieee")
-    at = rows[:, None].to(tl.int64) * width + columns[None, :]
-    inside = (rows < num_tokens)[:, None] & there[None, :]
-    if before is not None:
-        total += tl.load(before + at, mask=inside, other=0.0)
-    total = tl.where(read[:, None], total, 0.0)
-    tl.store(grad_hidden + at, rounded(total, grad_hidden.dtype.element_ty, INTERPRETED), mask=inside)
+
+class _Chunk:
+    """Rows whose gradient is made together, a piece of the vocabulary at a time."""
+
+    def __init__(self, hidden: Tensor, head: Head, scored: Scored, reached: Tensor, dz: Tensor, tile: Tile) -> None:
+        self.hidden, self.head, self.scored, self.reached, self.dz = hidden, head, scored, reached, dz
+        self.tile, self.options = tile, _product_options(tile, hidden.device)
+
+    def write_dz(self, columns: slice, bias_sums: Tensor, *, add: bool) -> None:
+        """The gradient of the logits of these columns, and its sums to those of the bias unless they are empty."""
+        head, hidden, scored = self.head, self.hidden, self.scored
+        (num_tokens, width), num_columns = hidden.shape, columns.stop - columns.start
+        blocks = ceil_div(num_tokens, self.tile.rows)
+        sums = hidden.new_empty((blocks, num_columns), dtype=torch.float32) if len(bias_sums) else None
+        tile = _tile_of_gradient(self.tile, head)
+        triton_kernels.logits_gradient[(blocks * ceil_div(num_columns, tile.columns),)](
+            *(hidden, head.weight, head.bias, scored.ids, head.temperatures, self.reached, *scored.normalizers),
+            *(scored.entropy, scored.grad_logprobs, scored.grad_entropy, self.dz, sums, num_tokens, len(head.weight), width),
+            *(hidden.stride(0), head.weight.stride(0), _padded(num_columns), head.temperature, head.logit_scale, head.soft_cap),
+            *(columns.start, num_columns),
+            HAS_CAP=head.soft_cap != 0,
+            **_product_options(tile, hidden.device),
+        )
+        if sums is not None:
+            triton_kernels.bias_gradient[(ceil_div(num_columns, SUMMED_COLUMNS),)](
+                *(sums, bias_sums[columns], blocks, num_columns),
+                ADD=add,
+                BLOCK=SUMMED_COLUMNS,
+                **_options(hidden.device, _THREADS),
+            )
+
+    def write_weight_gradient(self, columns: slice, grad: Tensor, *, add: bool) -> None:
+        """That of these rows of the weight, onto what is there where `add`."""
+        (num_tokens, width), num_columns = self.hidden.shape, columns.stop - columns.start
+        triton_kernels.weight_gradient[(ceil_div(num_columns, self.tile.rows) * ceil_div(width, self.tile.columns),)](
+            *(self.dz, self.hidden, self.reached, grad if add else None, grad, num_tokens, num_columns, width),
+            *(_padded(num_columns), self.hidden.stride(0)),
+            **self.options,
+        )
+
+    def write_hidden_gradient(self, columns: slice, before: Tensor | None, grad: Tensor) -> None:
+        """What these columns add to `before`."""
+        (num_tokens, width), num_columns = self.hidden.shape, columns.stop - columns.start
+        weight = self.head.weight[columns]
+        triton_kernels.hidden_gradient[(ceil_div(num_tokens, self.tile.rows) * ceil_div(width, self.tile.columns),)](
+            *(self.dz, weight, self.reached, before, grad, num_tokens, num_columns, width, _padded(num_columns), weight.stride(0)),
+            **self.options,
+        )

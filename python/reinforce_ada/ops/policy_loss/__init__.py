@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _gpu, _native
-from reinforce_ada.ops._checks import describe
-from reinforce_ada.ops._dispatch import Form, declare, resolve
-from reinforce_ada.ops.policy_loss import cpu, gpu, reference
+from reinforce_ada.ops._checks import FLOATING, describe
+from reinforce_ada.ops._dispatch import declare_native, operator, resolve
+from reinforce_ada.ops.policy_loss import reference
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
-from reinforce_ada.ops.policy_loss.contract import arguments
+from reinforce_ada.ops.policy_loss.contract import arguments, torch_operator
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
@@ -27,15 +26,7 @@ from reinforce_ada.ops.policy_loss.settings import (
 
 __all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "OwnLoss", "RolloutCorrection", "policy_loss"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-declare(
-    WHERE,
-    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing, lacks=(OWN_LOSS,)),
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing, lacks=(OWN_LOSS,)),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing, lacks=(OWN_LOSS,)),
-    Form("reference"),
-)
+declare_native(WHERE, "cuda", "triton", "cpu", lacks=(OWN_LOSS,), make=torch_operator)
 
 
 def policy_loss(
@@ -148,7 +139,7 @@ def policy_loss(
     (gspo), 2511.20347 (sapo), 2503.20783 (norm_length), 2512.02556 (kl_weighting), 1602.01783 (entropy). docs/operators.md says which
     arguments make up the losses of other trainers.
     """
-    if logprobs.dtype not in (*_DTYPES, torch.float64):
+    if logprobs.dtype not in FLOATING:
         raise InputError(WHERE, f"logprobs is {describe(logprobs)}", "float32, bfloat16, float16 or float64")
     check_layout(WHERE, "logprobs", logprobs, cu_seqlens)
     others = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
@@ -163,7 +154,7 @@ def policy_loss(
     form = resolve(WHERE, backend, logprobs.device, logprobs.dtype, needs_of(settings.loss))
     if form != "reference":
         inputs = arguments(logprobs, advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, settings)
-        value, metrics = cpu.policy_loss(inputs) if form == "cpu" else gpu.policy_loss(form, inputs)
+        value, metrics, _, _ = operator(WHERE, form)(*inputs)
     else:
         check_offsets(WHERE, cu_seqlens, logprobs.shape[0])
         dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32

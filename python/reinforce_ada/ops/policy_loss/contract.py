@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeAlias, TypeVar, get_type_hints
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops._torch import DTYPE_CODES, constant, dense
+from reinforce_ada.ops._torch import DTYPE_CODES, NativeOp, constant, dense, is_eager, parameters
 from reinforce_ada.ops.policy_loss.settings import (
     CORRECTION_LEVELS,
     CORRECTION_MODES,
@@ -24,6 +24,7 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSS_AGGS,
     LOSSES,
     METRICS,
+    WHERE,
     OwnLoss,
     RolloutCorrection,
 )
@@ -153,9 +154,6 @@ class Inputs(NamedTuple):
 
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, metrics, derivative in logprobs, derivative in entropy or empty
 
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", list[float]: "float[]"}
-SCHEMA = f"({', '.join(f'{_TYPES[kind]} {name}' for name, kind in get_type_hints(Inputs).items())}) -> (Tensor, Tensor, Tensor, Tensor)"
-
 
 def arguments(
     logprobs: Tensor,
@@ -168,7 +166,7 @@ def arguments(
     cu_seqlens: Tensor | None,
     settings: Settings,
 ) -> Inputs:
-    """What an operator of `SCHEMA` takes for the arguments of the public function."""
+    """The inputs of a native form for the checked arguments of the public function."""
     return Inputs(
         dense(logprobs),
         constant(advantages, torch.float32),
@@ -202,14 +200,30 @@ def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) 
     )
 
 
-def fake(*given: Any) -> Results:
-    """The results of an operator of `SCHEMA`, without their values."""
-    inputs = Inputs(*given)
-    return empty_results(inputs.logprobs, inputs.entropy, inputs.entropy_grad)
+class Kernels(Protocol):
+    """What the module of a backend provides."""
+
+    def evaluate(self, x: Inputs) -> Results:
+        """Value [] float32, metrics float64 as METRICS lists them, the derivatives in logprobs and, with entropy_grad, in entropy.
+
+        Where a cu_seqlens does not go from 0 to T without decreasing, the cpu raises InputError and a GPU, which is not waited for, makes
+        everything NaN; nothing outside of the tensors is read.
+        """
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    """Saves the derivatives that the forward has computed."""
+def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
+    """The operator of a backend's kernels: `Results` of `Inputs`, differentiable in logprobs and entropy."""
+
+    def fake(*given: Any) -> Results:
+        x = Inputs(*given)
+        return empty_results(x.logprobs, x.entropy, x.entropy_grad)
+
+    schema = f"({parameters(Inputs)}) -> (Tensor, Tensor, Tensor, Tensor)"
+    forward = lambda *given: kernels.evaluate(Inputs(*given))  # noqa: E731
+    return NativeOp(WHERE, backend, schema, forward, fake, setup_context=_setup_context, backward=_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     _, metrics, grad, grad_entropy = output
     ctx.mark_non_differentiable(metrics, grad, grad_entropy)
     ctx.save_for_backward(grad, grad_entropy)
@@ -221,6 +235,11 @@ _BEFORE_ENTROPY = (None,) * (Inputs._fields.index("entropy") - 1)
 _AFTER_ENTROPY = (None,) * (len(Inputs._fields) - len(_BEFORE_ENTROPY) - 2)
 
 
-def gradients(of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a backward returns, one for each of `Inputs`."""
-    return (of_logprobs, *_BEFORE_ENTROPY, of_entropy, *_AFTER_ENTROPY)
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, grad_entropy = ctx.saved_tensors
+    if grad_value is None:
+        return (None,) * len(Inputs._fields)
+    # loss.backward() takes no second array of the size of logprobs. On a GPU, to see that the factor is 1 would be to wait for the device.
+    if not (grad_value.is_cpu and is_eager((grad, grad_value)) and grad_value.item() == 1):
+        grad, grad_entropy = grad * grad_value, grad_entropy * grad_value
+    return grad, *_BEFORE_ENTROPY, grad_entropy if ctx.wants_entropy else None, *_AFTER_ENTROPY

@@ -1,48 +1,28 @@
-"""The CUDA kernels of policy_loss: csrc/ops/policy_loss/policy_loss_cuda.h on tensors, for the torch side in gpu.py."""
+"""The kernels of policy_loss in CUDA: csrc/ops/policy_loss/policy_loss_cuda.h on tensors."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from reinforce_ada.ops._gpu import cuda, stream
-from reinforce_ada.ops._torch import DTYPE_CODES, address
-from reinforce_ada.ops.policy_loss.contract import Inputs
+from reinforce_ada.ops._torch import address, coded
+from reinforce_ada.ops.policy_loss.contract import Inputs, Results, empty_results
 
 
-def workspace_size(num_tokens: int, num_sequences: int) -> int:
-    """How many doubles `evaluate` works in."""
-    return cuda.policy_loss_workspace(num_tokens, num_sequences)
-
-
-def evaluate(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor) -> None:
-    """See gpu.Kernels."""
-    logprobs, mask = inputs.logprobs, inputs.mask
+def evaluate(x: Inputs) -> Results:
+    """See contract.Kernels."""
+    logprobs, mask = x.logprobs, x.mask
+    value, metrics, grad, grad_entropy = out = empty_results(logprobs, x.entropy, x.entropy_grad)
+    workspace = logprobs.new_empty(cuda.policy_loss_workspace(logprobs.numel(), x.num_sequences), dtype=torch.float64)
     cuda.policy_loss(
-        logprobs.get_device(),
-        stream(logprobs),
-        address(logprobs),
-        DTYPE_CODES[logprobs.dtype],
-        address(inputs.advantages),
-        inputs.advantages_per_token,
-        address(mask),
-        mask.dtype != torch.bool,
-        *_stream(inputs.old_logprobs),
-        *_stream(inputs.rollout_logprobs),
-        *_stream(inputs.ref_logprobs),
-        *_stream(inputs.entropy),
-        address(inputs.cu_seqlens),
-        logprobs.numel(),
-        inputs.num_sequences,
-        logprobs.shape[-1],
-        inputs.numbers,
-        address(workspace),
-        address(value),
-        address(metrics),
-        address(grad),
-        address(grad_entropy) if inputs.entropy_grad else 0,
-    )
-
-
-def _stream(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (address(x), DTYPE_CODES[x.dtype])
+        logprobs.get_device(), stream(logprobs),
+        *coded(logprobs),
+        address(x.advantages), x.advantages_per_token, address(mask), mask.dtype != torch.bool,
+        *coded(x.old_logprobs),
+        *coded(x.rollout_logprobs),
+        *coded(x.ref_logprobs),
+        *coded(x.entropy),
+        address(x.cu_seqlens), logprobs.numel(), x.num_sequences, logprobs.shape[-1], x.numbers,
+        address(workspace), address(value), address(metrics), address(grad), address(grad_entropy) if x.entropy_grad else 0,
+    )  # fmt: skip
+    return out

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from reinforce_ada.ops._gpu import guard
 from reinforce_ada.ops._triton import LOG2_E, launch
 from reinforce_ada.ops.policy_loss import settings
-from reinforce_ada.ops.policy_loss.contract import Inputs, by_name
+from reinforce_ada.ops.policy_loss.contract import Inputs, Results, by_name, empty_results
 
 THREADS = 128
 BLOCK = 512  # tokens of a program, 4 a thread
@@ -48,8 +49,15 @@ def workspace_size(num_tokens: int, num_sequences: int) -> int:
     return 4 * num_sequences + 1 + 17 * int(triton.cdiv(num_tokens, BLOCK))
 
 
-def evaluate(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor) -> None:
-    """See gpu.Kernels."""
+def evaluate(x: Inputs) -> Results:
+    """See contract.Kernels."""
+    results = empty_results(x.logprobs, x.entropy, x.entropy_grad)
+    size = workspace_size(x.logprobs.numel(), x.num_sequences)
+    _launch(x, *results, x.logprobs.new_empty(size, dtype=torch.float64))
+    return results
+
+
+def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_entropy: Tensor, workspace: Tensor) -> None:
     logprobs, cu_seqlens = inputs.logprobs, inputs.cu_seqlens
     num_tokens, num_sequences = logprobs.numel(), inputs.num_sequences
     if num_tokens and not num_sequences:  # tokens of no sequence

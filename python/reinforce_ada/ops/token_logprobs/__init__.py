@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.ops import _gpu, _native
 from reinforce_ada.ops._checks import describe
-from reinforce_ada.ops._dispatch import Form, declare, resolve
+from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops._torch import share_memory
-from reinforce_ada.ops.token_logprobs import cpu, gpu, reference
+from reinforce_ada.ops.token_logprobs import reference
 from reinforce_ada.ops.token_logprobs.checks import check_head, check_matrix, check_temperature, check_tokens, check_values
+from reinforce_ada.ops.token_logprobs.contract import WHERE, TokenLogprobs, arguments, torch_operator
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 
-_WHERE = "token_logprobs"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-declare(
-    _WHERE,
-    Form("cuda", devices=_gpu.cuda_devices(), dtypes=_DTYPES, missing=_gpu.cuda_missing),
-    Form("triton", devices=_gpu.triton_devices(), dtypes=_DTYPES, missing=_gpu.triton_missing),
-    Form("cpu", devices=("cpu",), dtypes=_DTYPES, missing=_native.missing),
-    Form("reference"),
-)
-
-
-class TokenLogprobs(NamedTuple):
-    """What a sweep over the vocabulary gives for each token; None where it was not asked for."""
-
-    logprobs: Tensor  # [T], nats
-    entropy: Tensor | None  # [T], nats
-    sum_p2: Tensor | None  # [T], in (0, 1]
+declare_native(WHERE, "cuda", "triton", "cpu", make=torch_operator)
 
 
 @overload
@@ -125,15 +107,15 @@ def token_logprobs(
     _check(logits, token_ids, temperature, inplace_backward)
     if grad_out is not None:
         _check_grad_out(grad_out, logits, inplace_backward)
-    check_head(_WHERE, logit_scale, soft_cap)
-    form = resolve(_WHERE, backend, logits.device, logits.dtype)
+    check_head(WHERE, logit_scale, soft_cap)
+    form = resolve(WHERE, backend, logits.device, logits.dtype)
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
     if form != "reference":
-        given = (logits, token_ids, *scoring, inplace_backward, grad_out)
-        results = cpu.token_logprobs(*given) if form == "cpu" else gpu.token_logprobs(form, *given)
+        logprobs, h, s, *_ = operator(WHERE, form)(*arguments(logits, token_ids, *scoring, inplace_backward, grad_out))
+        results = logprobs, h if entropy else None, s if sum_p2 else None
     else:
         if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-            check_values(_WHERE, token_ids, logits.shape[1], temperature)
+            check_values(WHERE, token_ids, logits.shape[1], temperature)
         if grad_out is not None:
             logits = reference.with_gradient_in(grad_out, logits)
         results = reference.token_logprobs(logits, token_ids.long(), *scoring)
@@ -141,28 +123,28 @@ def token_logprobs(
 
 
 def _check(logits: Tensor, token_ids: Tensor, temperature: float | Tensor, inplace_backward: bool) -> None:
-    check_matrix(_WHERE, "logits", logits)
+    check_matrix(WHERE, "logits", logits)
     num_tokens, vocab = logits.shape
     if vocab == 0:
-        raise InputError(_WHERE, "logits of an empty vocabulary", "V >= 1")
-    check_tokens(_WHERE, token_ids, num_tokens, logits.device)
-    check_temperature(_WHERE, temperature, num_tokens, logits.device)
+        raise InputError(WHERE, "logits of an empty vocabulary", "V >= 1")
+    check_tokens(WHERE, token_ids, num_tokens, logits.device)
+    check_temperature(WHERE, temperature, num_tokens, logits.device)
     if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise InputError(_WHERE, "inplace_backward=True with logits that are a leaf", "logits computed by another operation")
+        raise InputError(WHERE, "inplace_backward=True with logits that are a leaf", "logits computed by another operation")
     if inplace_backward and num_tokens > 1 and abs(logits.stride(0)) < vocab:
-        raise InputError(_WHERE, "inplace_backward=True with rows that overlap", "rows of their own", "logits.contiguous()")
+        raise InputError(WHERE, "inplace_backward=True with rows that overlap", "rows of their own", "logits.contiguous()")
 
 
 def _check_grad_out(grad_out: Tensor, logits: Tensor, inplace_backward: bool) -> None:
     if inplace_backward:
-        raise InputError(_WHERE, "grad_out and inplace_backward=True", "one place for the gradient", "leave one out")
+        raise InputError(WHERE, "grad_out and inplace_backward=True", "one place for the gradient", "leave one out")
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        raise InputError(_WHERE, "grad_out for logits that need no gradient", "logits.requires_grad, outside torch.no_grad()")
+        raise InputError(WHERE, "grad_out for logits that need no gradient", "logits.requires_grad, outside torch.no_grad()")
     if grad_out.shape != logits.shape or grad_out.dtype != logits.dtype or grad_out.device != logits.device or grad_out.requires_grad:
         given = f"grad_out is {describe(grad_out)}{' and requires a gradient' * grad_out.requires_grad}"
-        raise InputError(_WHERE, given, f"{describe(logits)}, without a gradient of its own")
+        raise InputError(WHERE, given, f"{describe(logits)}, without a gradient of its own")
     num_tokens, vocab = logits.shape
     if (vocab > 1 and grad_out.stride(1) != 1) or (num_tokens > 1 and abs(grad_out.stride(0)) < vocab):
-        raise InputError(_WHERE, f"grad_out has stride {grad_out.stride()}", "stride 1 in the last dimension and rows of their own")
+        raise InputError(WHERE, f"grad_out has stride {grad_out.stride()}", "stride 1 in the last dimension and rows of their own")
     if share_memory(grad_out, logits):
-        raise InputError(_WHERE, "grad_out in the memory of the logits", "memory of its own", "or inplace_backward=True")
+        raise InputError(WHERE, "grad_out in the memory of the logits", "memory of its own", "or inplace_backward=True")

@@ -15,6 +15,10 @@ from torch import Tensor
 from reinforce_ada.ops import _checks
 from reinforce_ada.ops._gpu import guard
 from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch, vanishing
+from reinforce_ada.ops.token_logprobs.contract import GradientInputs, Inputs, Scores
+from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
+
+__all__ = ["NORMALIZERS", "empty_normalizers", "forward", "gradient"]
 
 THREADS = 256
 BLOCK = 4096  # logits that a program holds at once, 16 a thread: with 32 the half-precision forward spills registers under a soft cap
@@ -31,64 +35,42 @@ def rest(number: float) -> float:
     return number - ctypes.c_float(number).value
 
 
-def forward(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    soft_cap: float,
-    logprobs: Tensor,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    entropy: Tensor,
-    sum_p2: Tensor,
-) -> None:
-    """See gpu.Kernels."""
+def forward(x: Inputs, out: Scores, row_max: Tensor, log2_sum: Tensor) -> None:
+    """See contract.Kernels."""
+    logits = x.logits
     num_tokens, vocab = logits.shape
     if num_tokens == 0:
         return
     with guard(logits):
         forward_kernel[(num_tokens,)](
-            *(logits, logits.stride(0), vocab, token_ids, row_max if temperatures is None else temperatures),
-            *(temperature, rest(temperature), logit_scale, rest(logit_scale), soft_cap, logprobs, row_max, log2_sum, entropy, sum_p2),
-            HAS_TEMPERATURES=temperatures is not None,
-            HAS_CAP=soft_cap != 0,
-            WITH_ENTROPY=entropy.numel() > 0,
-            WITH_SUM_P2=sum_p2.numel() > 0,
+            *(logits, logits.stride(0), vocab, x.token_ids, row_max if x.temperatures is None else x.temperatures),
+            *(x.temperature, rest(x.temperature), x.logit_scale, rest(x.logit_scale), x.soft_cap),
+            *(out.logprobs, row_max, log2_sum, out.entropy, out.sum_p2),
+            HAS_TEMPERATURES=x.temperatures is not None,
+            HAS_CAP=x.soft_cap != 0,
+            WITH_ENTROPY=x.entropy,
+            WITH_SUM_P2=x.sum_p2,
             BLOCK=BLOCK,
             WIDTH=width(logits.dtype),
             **launch(THREADS),
         )
 
 
-def gradient(
-    grad: Tensor,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    soft_cap: float,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> None:
-    """See gpu.Kernels."""
+def gradient(grad: Tensor, x: GradientInputs, row_max: Tensor, log2_sum: Tensor) -> None:
+    """See contract.Kernels."""
+    logits = x.logits
     num_tokens, vocab = logits.shape
     if num_tokens == 0:
         return
     with guard(logits):
         gradient_kernel[(num_tokens, triton.cdiv(vocab, BLOCK))](
-            *(grad, grad.stride(0), logits, logits.stride(0), vocab, token_ids, row_max if temperatures is None else temperatures),
-            *(temperature, logit_scale, soft_cap, row_max, log2_sum, entropy),
-            *(row_max if g is None else g for g in (grad_logprobs, grad_entropy)),
-            HAS_TEMPERATURES=temperatures is not None,
-            HAS_CAP=soft_cap != 0,
-            HAS_GRAD_LOGPROBS=grad_logprobs is not None,
-            HAS_GRAD_ENTROPY=grad_entropy is not None,
+            *(grad, grad.stride(0), logits, logits.stride(0), vocab, x.token_ids, row_max if x.temperatures is None else x.temperatures),
+            *(x.temperature, x.logit_scale, x.soft_cap, row_max, log2_sum, x.entropy),
+            *(row_max if g is None else g for g in (x.grad_logprobs, x.grad_entropy)),
+            HAS_TEMPERATURES=x.temperatures is not None,
+            HAS_CAP=x.soft_cap != 0,
+            HAS_GRAD_LOGPROBS=x.grad_logprobs is not None,
+            HAS_GRAD_ENTROPY=x.grad_entropy is not None,
             BLOCK=BLOCK,
             **launch(THREADS),
         )
