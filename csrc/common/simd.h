@@ -17,6 +17,7 @@
 #endif
 
 #define RA_INLINE static inline __attribute__((always_inline))
+#define RA_METHOD inline __attribute__((always_inline))
 
 namespace reinforce_ada::RA_ISA {
 

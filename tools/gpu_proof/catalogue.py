@@ -199,9 +199,7 @@ def _rank(variant: Variant) -> tuple[int, bool]:
 
 def _divisible(launch: Launch, names: Iterable[str]) -> bool:
     """Whether Triton was told that each of these arguments is a multiple of 16."""
-    order = [name for name, _ in launch.signature]
-    known = {order[path[0]] for path, found in launch.attributes if ("tt.divisibility", 16) in found}
-    return set(names) <= known
+    return set(names) <= launch.divisible
 
 
 def entry_kernels() -> dict[str, set[str]]:
@@ -230,7 +228,7 @@ def due(variant: Variant) -> tuple[str, bool, bool]:
     """(dtype of the factors and streams, whether reads of 16 bytes are due, whether writes are)."""
     kernel, launch = variant.kernel, variant.launch
     wide_in, wide_out = (bool(names) and _divisible(launch, names) for names in (kernel.streams_in, kernel.streams_out))
-    kinds = [kind.removeprefix("*") for _, kind in launch.signature]
+    kinds = [kind.removeprefix("*") for kind in launch.kinds.values()]
     return next((kind for kind in kinds if kind in ("fp16", "bf16")), "fp32"), wide_in, wide_out
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from gpu_proof.records import leaves
+
 
 class Extent(NamedTuple):
     """Where the elements of a tensor lie: `row` bytes of every `step`, from `start` over `span` bytes."""
@@ -33,7 +35,9 @@ def install() -> None:
     call, load, store = GridExecutor.__call__, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def guarded_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _extents[:] = [Extent.of(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.numel()]
+        given = {str(place): value for place, value in enumerate(args)} | kwargs
+        values = [leaf.value for leaf in leaves(given)]
+        _extents[:] = [Extent.of(x) for x in values if isinstance(x, Tensor) and x.numel()]
         return call(self, *args, **kwargs)
 
     def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:

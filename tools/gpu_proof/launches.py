@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_proof import HERE, ROOT
+from gpu_proof.records import leaves
 
 __all__ = ["STORE", "Argument", "Launch", "code_of", "digest", "recorded", "variant_of", "watch"]
 
@@ -50,13 +51,24 @@ class Launch:
     module: str
     kernel: str
     backend: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]  # of a parameter its type, or the record of the types of its fields
     constexprs: tuple[tuple[tuple[int, ...], Any], ...]
     attributes: tuple[tuple[tuple[int, ...], tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]  # num_warps, num_stages and the like, where the launcher says them
     dtypes: tuple[str, ...] = field(compare=False)  # of the calls that lead to it
     grid: tuple[int, ...] = field(compare=False)
     arguments: tuple[Argument, ...] = field(compare=False)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The type of every argument, those of a record by the names of its fields."""
+        return {leaf.name: leaf.value for leaf in leaves(dict(self.signature))}
+
+    @property
+    def divisible(self) -> set[str]:
+        """The arguments that Triton was told to be multiples of 16."""
+        known = {path for path, found in self.attributes if ("tt.divisibility", 16) in found}
+        return {leaf.name for leaf in leaves(dict(self.signature)) if leaf.path in known}
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -83,7 +95,7 @@ class Launch:
     @property
     def label(self) -> str:
         """Names one entry of the catalogue among the others of its kernel."""
-        pointers = "/".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))
+        pointers = "/".join(dict.fromkeys(kind[1:] for kind in self.kinds.values() if kind.startswith("*")))
         flags = [name if value is True else f"{name}={value}" for name, value in self.constants.items() if value is not False]
         text = repr((self.signature, self.constexprs, self.attributes, self.options))
         return f"{self.kernel}[{','.join([pointers, *flags])}]-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
@@ -102,7 +114,7 @@ def digest(*paths: Path) -> str:
 @cache
 def recorded(backend: str) -> tuple[Launch, ...]:
     """Every launch of `calls.py` on "cuda" or "hip"; from the store where the sources are the same."""
-    sources = digest(OPS, *(HERE / name for name in ("launches.py", "record_launches.py", "calls.py")))
+    sources = digest(OPS, *(HERE / name for name in ("launches.py", "records.py", "record_launches.py", "calls.py")))
     files = {name: STORE / f"launches-{name}-{sources}.pickle" for name in BACKENDS}
     if not files[backend].is_file():
         STORE.mkdir(parents=True, exist_ok=True)
@@ -128,7 +140,7 @@ def recorded(backend: str) -> tuple[Launch, ...]:
 
 
 def describe(names: dict[str, bool], arguments: dict[str, Any]) -> tuple[Argument, ...]:
-    """The arguments of a launch; `names` says of each parameter whether it is a constexpr."""
+    """The arguments of a launch, field by field; `names` says of each parameter whether it is a constexpr."""
     import torch
 
     def one(name: str, value: Any, constant: bool) -> Argument:
@@ -140,7 +152,8 @@ def describe(names: dict[str, bool], arguments: dict[str, Any]) -> tuple[Argumen
             return Argument(name, "pointer", str(value.dtype).removeprefix("torch."), tuple(value.shape))
         return Argument(name, "scalar", type(value).__name__, value)
 
-    return tuple(one(name, arguments[name], constant) for name, constant in names.items())
+    constants = list(names.values())
+    return tuple(one(leaf.name, leaf.value, constants[leaf.path[0]]) for leaf in leaves({name: arguments[name] for name in names}))
 
 
 def code_of(kernel: str, arguments: tuple[Argument, ...], options: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def triton_entry(variant: Variant) -> dict[str, Any]:
     file.write_text(kernel.asm["ptx"])
     module = import_module(launch.module)
     given = {argument.name: argument for argument in launch.arguments}
-    parameters = [{"type": kind, "name": name, "recorded": given[name].value} for name, kind in launch.signature if kind != "constexpr"]
+    parameters = [{"type": kind, "name": name, "recorded": given[name].value} for name, kind in launch.kinds.items() if kind != "constexpr"]
     # Triton 3.9 ends every kernel with two pointers of its own, which are null where metadata asks for no memory behind them.
     parameters += [{"type": "*i8", "name": name, "recorded": None} for name in ("global_scratch", "profile_scratch")]
     return {
@@ -56,7 +56,7 @@ def triton_entry(variant: Variant) -> dict[str, Any]:
         "constants": {
             name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in launch.constants.items()
         },
-        "divisible_by_16": [launch.signature[path[0]][0] for path, found in launch.attributes if ("tt.divisibility", 16) in found],
+        "divisible_by_16": [name for name in launch.kinds if name in launch.divisible],
         "grid_recorded": list(launch.grid),
         "threads": 32 * kernel.metadata.num_warps,
         "shared_bytes": kernel.metadata.shared,

@@ -1,6 +1,3 @@
-#include <algorithm>
-#include <limits>
-
 #include "common/launch.cuh"
 #include "ops/policy_loss/policy_loss_cuda.cuh"
 #include "ops/policy_loss/policy_loss_cuda.h"
@@ -25,15 +22,11 @@ void policy_loss(int device, std::uintptr_t stream, const void* logprobs, int lo
                  int entropy_dtype, const std::int64_t* cu_seqlens, std::int64_t num_tokens_total, std::int64_t num_sequences,
                  std::int64_t width, const PolicyLossNumbers& numbers, double* workspace, float* loss, double* metrics, void* grad,
                  void* grad_entropy) {
-    const auto number = [&](Number which) { return numbers[static_cast<std::size_t>(which)]; };
-    const auto real = [&](Number which) { return static_cast<float>(number(which)); };
-    const auto code = [&](Number which) { return static_cast<std::int32_t>(number(which)); };
-    const float ratio_bound = std::min(real(Number::log_ratio_bound), kExponentBound);
-    const float ratio_low = static_cast<float>(1 - number(Number::clip_low)),
-                ratio_high = static_cast<float>(1 + number(Number::clip_high));
-    const std::int32_t spread = code(Number::sequence_ratio), loss_agg = code(Number::loss_agg), loss_code = code(Number::loss);
-    const bool with_ratio = old_logprobs && (spread || static_cast<Loss>(loss_code) == Loss::gspo);
-    const bool by_sequence = static_cast<LossAgg>(loss_agg) == LossAgg::seq_mean_token_mean;
+    const auto number = [&](Number which) { return number_of(numbers, which); };
+    const Settings s = settings_of(numbers);
+    const Weighing& w = s.weighing;
+    const auto loss_agg = static_cast<std::int32_t>(number(Number::loss_agg)), correction = static_cast<std::int32_t>(w.correction);
+    const bool with_ratio = old_logprobs && (s.spread || s.loss == Loss::gspo);
     const bool is_long = num_tokens_total > kLongSequence * num_sequences;
     double* const totals = workspace;
     double* const sequences = totals + kTotalNumbers;
@@ -44,20 +37,18 @@ void policy_loss(int device, std::uintptr_t stream, const void* logprobs, int lo
     launch(is_long ? policy_loss_sequences_256 : policy_loss_sequences_32, {num_sequences}, is_long ? 256 : 32, queue,
            is_long ? "policy_loss_sequences_256" : "policy_loss_sequences_32", shape, logprobs, logprobs_dtype, mask, float_mask,
            old_logprobs, old_dtype, rollout_logprobs, rollout_dtype, cu_seqlens, num_tokens_total, num_sequences, width, with_ratio,
-           ratio_bound, code(Number::correction), real(Number::correction_low), real(Number::correction_high),
-           real(Number::correction_scale), code(Number::allow_missing), sequences);
+           s.ratio_bound, correction, w.low, w.high, w.scale, w.allow_missing, sequences);
     launch(policy_loss_totals, {1}, kTotalsThreads, queue, "policy_loss_totals", shape, sequences, cu_seqlens, num_tokens_total,
            num_sequences, width, loss_agg, number(Number::num_tokens), number(Number::num_seqs), number(Number::norm_length), totals);
     const auto sweep_with = [&](auto kernel, const Grid& grid, unsigned threads, const char* name, auto... outputs) {
         launch(kernel, grid, threads, queue, name, shape, logprobs, logprobs_dtype, advantages, advantages_per_token, mask, float_mask,
                old_logprobs, old_dtype, rollout_logprobs, rollout_dtype, ref_logprobs, ref_dtype, entropy, entropy_dtype, cu_seqlens,
-               num_tokens_total, num_sequences, width, loss_code, spread, ratio_low, ratio_high, real(Number::dual_clip), ratio_bound,
-               code(Number::correction), real(Number::correction_low), real(Number::correction_high), real(Number::correction_scale),
-               code(Number::allow_missing), code(Number::kl), code(Number::straight_through), real(Number::kl_coef),
-               code(Number::kl_weighted), real(Number::kl_bound), real(Number::entropy_coef), by_sequence, totals, outputs...);
+               num_tokens_total, num_sequences, width, static_cast<std::int32_t>(s.loss), s.spread, s.low, s.high, s.dual, s.ratio_bound,
+               correction, w.low, w.high, w.scale, w.allow_missing, static_cast<std::int32_t>(s.kl), s.straight_through, s.kl_coef,
+               s.kl_weighted, s.kl_bound, s.entropy_coef, s.by_sequence, totals, outputs...);
     };
-    if (spread && is_long) sweep_with(policy_loss_through_256, {num_sequences}, 256, "policy_loss_through_256", sequences);
-    if (spread && !is_long) sweep_with(policy_loss_through_32, {num_sequences}, 32, "policy_loss_through_32", sequences);
+    if (s.spread && is_long) sweep_with(policy_loss_through_256, {num_sequences}, 256, "policy_loss_through_256", sequences);
+    if (s.spread && !is_long) sweep_with(policy_loss_through_32, {num_sequences}, 32, "policy_loss_through_32", sequences);
     sweep_with(policy_loss_tokens, {num_parts(num_tokens_total)}, kTokensThreads, "policy_loss_tokens", sequences, parts, grad,
                grad_entropy);
     launch(policy_loss_finish, {1}, kParts * kWarp, queue, "policy_loss_finish", shape, parts, num_parts(num_tokens_total),

@@ -1,6 +1,6 @@
 """Every barrier, bound and mask of the GPU kernels, each removed once: generated from the sources by rule.
 
-CUDA (csrc/common/device.cuh, csrc/ops/*/*_cuda.cuh), in code that is compiled for the CPU too; what asks for an enumerator chooses a
+CUDA (csrc/common/device.cuh, csrc/ops/*/*.cuh), in code that is compiled for the CPU too; what asks for an enumerator chooses a
 formula and is left alone:
   barrier     a __syncthreads() or __syncwarp() is gone
   guard       `if (c)` before a return, break or continue never holds; any other `if (c)` always does
@@ -64,7 +64,7 @@ class Change(NamedTuple):
 def all_mutants(root: Path = ROOT) -> list[Mutant]:
     """Of every kernel source below `root`."""
     mutants: list[Mutant] = []
-    for file in [root / "csrc/common/device.cuh", *sorted(root.glob("csrc/ops/*/*_cuda.cuh"))]:
+    for file in [root / "csrc/common/device.cuh", *sorted(root.glob("csrc/ops/*/*.cuh"))]:
         mutants += _of(file, root, cuda_changes)
     for file in sorted(root.glob("python/reinforce_ada/ops/**/*.py")):
         if "@triton.jit" in file.read_text():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,17 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from gpu_proof.ptx.memory import Buffer, Memory
 from gpu_proof.ptx.program import Program, parse
 from gpu_proof.ptx.run import run
+from gpu_proof.records import leaves
 
-_POINTERS = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-    torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8",
-}  # fmt: skip
 _SCRATCH = 2  # pointers that Triton adds to every entry and these kernels do not use
-_compiled: dict[Any, tuple[Program, int]] = {}
+_compiled: dict[Any, tuple[Program, int, list[tuple[int, ...]]]] = {}  # program, warps, where what it takes is found
 launches: dict[str, int] = {}  # kernel -> how often it ran
 
 
@@ -58,44 +57,27 @@ class _Driver:
 
 
 def _launch(kernel: Any, capability: int, grid: Any, args: Sequence[Any], given: dict[str, Any]) -> None:
-    names = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | {name: given.pop(name) for name in list(given) if name in names}
-    for param in kernel.params:
-        if param.name not in values:
-            values[param.name] = param.default
-    if callable(grid):
-        grid = grid(values)
-    signature, constants, attributes = _specialised(kernel, values)
-    key = (kernel, capability, tuple(signature.items()), tuple(constants.items()), tuple(attributes), tuple(sorted(given.items())))
+    target = GPUTarget("cuda", capability, 32)
+    bind, backend = _binder(kernel, target)
+    values, specialization, options = bind(*args, **given)
+    key = (kernel, capability, str(specialization), tuple(sorted(options.items())))
     if key not in _compiled:
-        source = ASTSource(kernel, signature, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in attributes})
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given)
-        _compiled[key] = parse(binary.asm["ptx"], None, binary.metadata.shared), binary.metadata.num_warps
-    program, num_warps = _compiled[key]
-    passed = [values[name] for name in names if signature[name] != "constexpr"]
-    execute(program, tuple(grid) + (1,) * (3 - len(grid)), 32 * num_warps, [*passed, *(0,) * _SCRATCH])
+        _, signature, constants, attributes = kernel._pack_args(backend, given, values, specialization, options)
+        binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+        paths = [leaf.path for leaf in leaves(signature) if leaf.value != "constexpr"]
+        _compiled[key] = parse(binary.asm["ptx"], None, binary.metadata.shared), binary.metadata.num_warps, paths
+    program, num_warps, paths = _compiled[key]
+    by_path = {leaf.path: leaf.value for leaf in leaves(values)}
+    passed = [by_path[path] for path in paths]
+    grid = tuple(grid(values) if callable(grid) else grid)
+    execute(program, grid + (1,) * (3 - len(grid)), 32 * num_warps, [*passed, *(0,) * _SCRATCH])
 
 
-def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """(signature, constants, divisible by 16) as Triton's own launcher would find them."""
-    signature, constants, divisible = {}, {}, []
-    for param in kernel.params:
-        name, value = param.name, values[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible.append(name)
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
-                divisible.append(name)
-        else:
-            signature[name] = "fp32"
-    return signature, constants, divisible
+@cache
+def _binder(kernel: Any, target: GPUTarget) -> tuple[Any, Any]:
+    """What finds the types, constants and multiples of 16 of a launch, as Triton's own launcher does."""
+    backend = make_backend(target)
+    return create_function_from_signature(kernel.signature, kernel.params, backend), backend
 
 
 def execute(program: Program, grid: tuple[int, int, int], threads: int, args: Sequence[Any]) -> None:
