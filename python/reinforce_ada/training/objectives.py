@@ -7,38 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reinforce_ada import ops
+from reinforce_ada.advantages import advantages_of
 from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
 from reinforce_ada.ops.policy_loss.own import loss_of
 from reinforce_ada.ops.policy_loss.settings import OwnLoss
-from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy, configured
+from reinforce_ada.sampling import ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel
 from reinforce_ada.types import SamplingResult
 
 
 def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
-    """Return the groups with an advantage on each completion, computed over whole pools as the policy's weight hook specifies."""
-    if not any(g.kept for g in result.groups):
-        return []
-    raw = np.array([s.reward for g in result.groups for s in g.kept])
-    group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
-    spec = policy.weight(result.groups, policy)
-    rewards = torch.as_tensor(spec.rewards(raw), dtype=torch.float64)  # float32 would not tell 1e9 from 1e9 + 1
-    advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **_arguments(spec)).tolist())
-    return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
-
-
-def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
-    given = {"baseline": spec.baseline, "scale": spec.scale, "ddof": spec.ddof, "eps": spec.eps, "class_weights": spec.class_weights}
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+    """Return the groups that kept something, with an advantage on each completion; see `advantages_of`."""
+    rows = zip(result.groups, advantages_of(result, policy), strict=True)
+    return [[Sample(g.pool.prompt, s.completion, a) for s, a in zip(g.kept, advantages, strict=True)] for g, advantages in rows if g.kept]
 
 
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
