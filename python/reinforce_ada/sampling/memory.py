@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling.policies import History
@@ -77,6 +78,23 @@ class Memory:
         self._wrong[row] = left * self._wrong[row] + num_wrong
         self._seen_at[row] = step
         self._streak[row] = _streak(self._streak[row], num_correct, num_wrong)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that is remembered as what JSON has, for a checkpoint; `from_state` is the way back, to the bit."""
+        rows = zip(self._row_of, self._correct, self._wrong, self._seen_at, self._streak, strict=True)
+        return {"decay": self.decay, "step": self.step, "rows": [list(row) for row in rows]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Memory:
+        """Return the memory that gave this state."""
+        memory = cls(state["decay"])
+        memory.step = state["step"]
+        columns: tuple[array[Any], ...] = (memory._correct, memory._wrong, memory._seen_at, memory._streak)
+        for key, *values in state["rows"]:
+            memory._row_of[key] = len(memory._row_of)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        return memory
 
 
 def key_of(prompt: Prompt) -> str:

@@ -1,0 +1,1 @@
+"""Adaptive sampling inside the trainers of others: adapters only, one package for each."""

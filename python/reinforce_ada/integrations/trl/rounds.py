@@ -1,0 +1,90 @@
+"""A sampler's requests, answered in rounds by TRL's own generation and reward functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from reinforce_ada.integrations.trl.rows import Generated, Row
+from reinforce_ada.sampling import AdaptiveSampler
+from reinforce_ada.types import Completion, CompletionId, Event, Failed, Request, SamplingResult, Scored
+
+
+class Rounds:
+    """Drives one sampler to its end, on every process alike: each call's requests are split evenly and the answers gathered.
+
+    Args:
+        trainer: the TRL trainer.
+        generate, score: its own `_generate` and `_calculate_rewards`.
+    """
+
+    def __init__(self, trainer: Any, generate: Callable[..., Any], score: Callable[..., Any]) -> None:
+        self._trainer, self._generate, self._score = trainer, generate, score
+        self._rank, self._world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        self.rows: dict[CompletionId, Row] = {}
+        self.num_calls = 0
+        self.generated: Generated  # of the latest call
+
+    def run(self, sampler: AdaptiveSampler) -> SamplingResult:
+        """Return the result of the sampler. No call has more rows than a batch of TRL's, so no more memory is needed than TRL needs."""
+        most = max(self._trainer.args.generation_batch_size, self._world)
+        while not sampler.done:
+            # By prompt, as TRL orders the rows of a batch: one round of a fixed number of completions is then TRL's own batch.
+            requests = sorted(sampler.next_requests(most), key=lambda r: (int(r.id.prompt_id), r.id.index))
+            for request, row in zip(requests, self._answer(requests), strict=True):
+                self.rows[request.id] = row
+                sampler.receive(_event(request, row))
+            self.num_calls += 1
+        return sampler.result()
+
+    def _answer(self, requests: Sequence[Request]) -> list[Row]:
+        share = math.ceil(len(requests) / self._world)
+        mine = list(requests[self._rank * share : (self._rank + 1) * share])
+        mine += [requests[0]] * (share - len(mine))  # collectives want equal counts; what is over is thrown away below
+        inputs = [dict(request.prompt.data) for request in mine]
+        with self._one_generation_a_row():
+            self.generated = Generated(self._generate([row["prompt"] for row in inputs]))
+        rows = self.generated.rows()
+        for given, row in zip(inputs, rows, strict=True):
+            given.update(row.extra_fields)
+        rewards = self._score(inputs, [row["prompt"] for row in inputs], [r.completion for r in rows], [r.completion_ids for r in rows])
+        logs = self._extra_logs(len(rows))
+        gathered = gather_object([replace(row, extra_logs=log) for row, log in zip(rows, logs, strict=True)])
+        return [self._rewarded(row, scores) for row, scores in zip(gathered, rewards.cpu(), strict=True)][: len(requests)]
+
+    @contextmanager
+    def _one_generation_a_row(self) -> Iterator[None]:
+        """TRL's servers are asked for every num_generations-th row, with that number of completions."""
+        num_generations, self._trainer.num_generations = self._trainer.num_generations, 1
+        try:
+            yield
+        finally:
+            self._trainer.num_generations = num_generations
+
+    def _extra_logs(self, num_rows: int) -> list[dict[str, Any]]:
+        """Take what the reward functions logged of each row, so that only kept rows reach the table of completions."""
+        pending = self._trainer._pending_extra_logs
+        logs = [{name: values[i] for name, values in pending.items() if i < len(values)} for i in range(num_rows)]
+        pending.clear()
+        return logs
+
+    def _rewarded(self, row: Row, scores: torch.Tensor) -> Row:
+        """Return the row with the rewards of each function and TRL's sum of them, in float32 as TRL adds them."""
+        is_void = bool(scores.isnan().all())
+        total = math.nan if is_void else (scores * self._trainer.reward_weights.cpu()).nansum().item()
+        return replace(row, rewards=tuple(scores.tolist()), reward=total)
+
+
+def _event(request: Request, row: Row) -> Event:
+    if math.isnan(row.reward):
+        return Failed(request.id, 0, "every reward function returned None")
+    text = row.completion if isinstance(row.completion, str) else ""
+    logprobs = np.array([0.0] * len(row.completion_ids) if row.logprobs is None else row.logprobs, dtype=np.float32)
+    return Scored(Completion(request.id, np.array(row.completion_ids, dtype=np.int32), logprobs, text, "stop", 0), row.reward)
