@@ -18,7 +18,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
-  test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
+  test-trl test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -61,6 +61,14 @@ simulate-docs: $(VENV)/.dev
 # vLLM in this process beside LLM.generate, and schedules beside the simulator; about a quarter of an hour on two quiet cores.
 engines-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/write_engines.py
+
+# The oldest TRL that adaptive(GRPOTrainer) fits, one between, and the newest, each from its wheel; about five minutes on two cores.
+TRL_VERSIONS ?= 1.0.0 1.8.0 1.16.0
+test-trl: $(VENV)/.dev
+	for version in $(TRL_VERSIONS); do \
+	  $(PIP) install --quiet --no-deps --upgrade --target build/trl-$$version trl==$$version || exit 1; \
+	  PYTHONPATH=$(CURDIR)/build/trl-$$version TRL_VERSION=$$version $(BIN)/python -m pytest tests/integrations $(PYTEST_FLAGS) || exit 1; \
+	done
 
 CONFIGURE := cmake -DREINFORCE_ADA_CUDA=OFF -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
   -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -S .

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import version
+
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import pandas
+import trl
 from peft import LoraConfig
 from trl_runs import RecordedAdaptive, RecordedPlain, data, logged, none, tenth, third, trained, trainer_of, void_for_some, weights
 
@@ -33,6 +37,10 @@ def test_preset_grpo_is_trl_itself(model_folder, tmp_path):
     assert (weights(plain) - weights(guest)).abs().max() <= 1e-6
     for name in ("loss", "reward", "reward_std", "rewards/third/mean", "rewards/third/std", "frac_reward_zero_std", "num_tokens"):
         assert logged(guest, name) == pytest.approx(logged(plain, name), abs=1e-6), name
+
+
+def test_the_version_is_the_one_that_is_meant():
+    assert os.environ.get("TRL_VERSION", version("trl")) == version("trl") == trl.__version__
 
 
 # -------------------- what is trained

@@ -1,0 +1,38 @@
+"""The script of docs/trl.md and the example run as they stand."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from trl_runs import GRPOConfig, data
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # TRL's default, where there is no GPU
+
+
+def test_the_script_of_the_documentation_runs(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl.GRPOConfig", partial(GRPOConfig, use_cpu=True, bf16=False, max_completion_length=8))  # the defaults want a GPU
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/trl.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {"model": str(model_folder), "train": data(8)}
+    exec(compile(script, "trl.md", "exec", dont_inherit=True), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 3
+    assert trainer.sampling_result.metrics["num_prompts"] == 8
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "2"], ["--steps", "1", "--plain"]])
+def test_the_example_trains(monkeypatch, arguments):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import trl_adaptive
+
+    found = trl_adaptive.main(arguments)
+    assert 0 < found["before"] < 1
+    assert 0 < found["after"] < 1
+    assert found["signal"] > (0.2 if "--plain" in arguments else 0.6)
