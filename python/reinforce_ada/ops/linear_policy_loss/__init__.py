@@ -13,12 +13,12 @@ from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import reference
 from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
-from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
+from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT, check_extra_bytes
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
-from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_tensors, checked_settings
 from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
-from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature
 
 __all__ = ["linear_policy_loss"]
 
@@ -108,11 +108,8 @@ def linear_policy_loss(
         num_seqs_global, norm_length, rollout_correction, kl, kl_coef, kl_weighting, kl_bound, entropy_coef, per_token,
     )  # fmt: skip
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
-    row_bytes = weight.shape[0] * BYTES_PER_LOGIT
-    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     _check_weight_grad(weight, weight_grad)
-
+    check_extra_bytes(WHERE, max_extra_bytes, weight.shape[0] * BYTES_PER_LOGIT)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
@@ -121,13 +118,7 @@ def linear_policy_loss(
         *(settings, max_extra_bytes, weight_grad),
     )
     form = resolve(WHERE, backend, hidden.device, hidden.dtype, needs_of(settings.loss))
-    if form != "reference":
-        value, metrics = operator(WHERE, form)(inputs)
-    else:
-        check_offsets(WHERE, cu_seqlens, token_ids.shape[0])
-        if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-            check_values(WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], inputs.flat_temperature)
-        value, metrics = reference.evaluate(inputs)
+    value, metrics = reference.evaluate(inputs) if form == "reference" else operator(WHERE, form)(inputs)
     has_entropy = settings.entropy_coef != 0
     return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 

@@ -110,8 +110,7 @@ def linear_token_logprobs(
     check_tokens(WHERE, token_ids, hidden.shape[0], hidden.device)
     check_temperature(WHERE, temperature, hidden.shape[0], hidden.device)
     row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
-    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+    reference.check_extra_bytes(WHERE, max_extra_bytes, row_bytes)
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
     form = resolve(WHERE, backend, hidden.device, hidden.dtype)
     if form != "reference":

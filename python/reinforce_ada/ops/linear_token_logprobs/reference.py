@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.token_logprobs import reference
@@ -17,6 +18,12 @@ from reinforce_ada.ops.token_logprobs import reference
 # What a chunk holds for each of its logits at the worst moment (in the backward, with entropy and a soft cap, all in float32 but the
 # matmul's result and its gradient); float64 holds twice as much.
 BYTES_PER_LOGIT = 40
+
+
+def check_extra_bytes(where: str, extra_bytes: int | None, least: int) -> None:
+    """None, or enough for the logits of one token."""
+    if extra_bytes is not None and extra_bytes < least:
+        raise InputError(where, f"max_extra_bytes={extra_bytes}", f"at least {least}, for the logits of one token")
 
 
 def linear_token_logprobs(
