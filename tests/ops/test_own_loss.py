@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from policy_loss_truth import draw, padded, run
+from conformance import padded
+from policy_loss_truth import draw, run
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
