@@ -484,7 +484,7 @@ def changed(name: str, **parts) -> Policy:
         ),
         (
             lambda: changed("reinforce-ada-pos", decide=Band(pilot=12)),
-            "a pilot of 12 completions; a multiple of decide_every 8 .*never looked at",
+            "a pilot of 12 completions; a multiple of decide_every 8 .*never asked",
         ),
         (
             lambda: changed("reinforce-ada-balance", allocate=est(floor=2)),

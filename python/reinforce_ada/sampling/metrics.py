@@ -1,4 +1,4 @@
-"""What one step's sampling reports; docs/sampling.md says what each number means."""
+"""The metrics of one step's sampling; docs/sampling.md defines each number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Sco
 
 
 class Progress(NamedTuple):
-    """Running counts of one step, cheap enough to ask after every poll."""
+    """Running counts of one step, cheap enough to be read after every poll."""
 
-    num_prompts: int  # entered so far
+    num_prompts: int  # those that have entered so far
     num_active: int
     num_satisfied: int
     num_dropped: int
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counters the sampler keeps as events come in."""
+    """The counters that the sampler updates with each event."""
 
     num_issued: int = 0
     num_committed: int = 0
@@ -53,7 +53,7 @@ class Tally:
             self.tokens_committed += len(outcome.completion.token_ids)
 
     def lose(self, event: Aborted | Lost) -> None:
-        """A request of an active prompt that is to be issued again."""
+        """Count a request of an active prompt that is to be issued again."""
         if isinstance(event, Aborted):
             self.num_aborted += 1
             self.tokens_wasted += event.num_tokens
@@ -61,7 +61,7 @@ class Tally:
             self.num_lost += 1
 
     def waste(self, event: Scored | Failed | Aborted) -> None:
-        """An answer that is never committed."""
+        """Count the tokens of an answer that is never committed."""
         if isinstance(event, Scored):
             self.tokens_wasted += len(event.completion.token_ids)
         elif isinstance(event, Aborted):
@@ -83,11 +83,11 @@ class Tally:
 
 
 def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:
-    """The flat table of metrics of one step. A mean over nothing is nan."""
+    """Return the metrics of one step by name. A mean over nothing is nan."""
     num_prompts = len(pools)
     missing = [_missing(pool, policy) for pool in pools if pool.exit == "exhausted"]
     metrics = {
-        # Only the first num_wanted prompts: a later one enters because others were dropped, which biases the whole.
+        # Only the first num_wanted prompts: a later prompt enters because others were dropped, which biases the mean.
         "first_round_reward": _mean(m for pool in pools[:num_wanted] if (m := _first_reward(pool, policy)) is not None),
         "pool_reward": _mean(pool.mean for pool in pools if pool.count),
         "pass_rate": _mean(t.pass_rate for t in terminals_of(pools[:num_wanted], policy) if t.count),
@@ -121,7 +121,7 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
 
 
 def _first_reward(pool: Pool, policy: Policy) -> float | None:
-    """Mean reward of the completions that are drawn whatever the outcomes."""
+    """Return the mean reward of the completions that are drawn whatever the outcomes; None without a scored one."""
     rewards = [o.reward for o in pool.outcomes[: min(policy.num_always_drawn, pool.cap)] if isinstance(o, Scored)]
     return math.fsum(rewards) / len(rewards) if rewards else None
 

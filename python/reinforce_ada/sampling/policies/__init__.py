@@ -1,6 +1,6 @@
 """A policy is five small pure functions: propose, allocate, decide, select, weight.
 
-Any frozen callable with the right signature (see contracts) is a policy part.
+Any hashable callable with the right signature (see `contracts`) can be a part of a policy.
 """
 
 from __future__ import annotations

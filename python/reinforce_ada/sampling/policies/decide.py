@@ -1,4 +1,4 @@
-"""Exit rules: when a prompt has what it needs."""
+"""The decide hook: exit rules, which say when a prompt has what it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reinforce_ada.sampling.policies.contracts import Counts, Decide, ExitRule, 
 
 @dataclass(frozen=True)
 class Never(ExitRule):
-    """Sample up to the cap, whatever comes."""
+    """Sample up to the cap, whatever the outcomes."""
 
     def __call__(self, counts: Counts, /) -> Verdict:
         return Verdict.CONTINUE
@@ -68,7 +68,7 @@ class DropOneClass(ExitRule):
 class Band(ExitRule):
     """Drop a prompt whose rate of correct completions after a pilot of `pilot` is not strictly between `low` and `high` (SPEED-RL).
 
-    Before and after, `then` decides. A pilot with voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
+    Before and after the pilot `then` decides. A pilot of voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
     """
 
     low: float = 0.0
