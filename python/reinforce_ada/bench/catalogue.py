@@ -1,4 +1,4 @@
-"""All cases, and how they are chosen."""
+"""All cases of the benchmarks, and the choice among them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ OPS = ("token_logprobs", "linear_token_logprobs", "group_advantages", "policy_lo
 
 
 def all_cases() -> list[Case]:
-    """Every case, operator by operator."""
+    """Return every case, operator by operator."""
     found = [case for module in (logits, linear, groups, policy) for case in module.cases()]
     return sorted(found, key=lambda case: OPS.index(case.op))
 
 
 def choose(ops: Sequence[str], pattern: str = "", *, quick: bool = False) -> list[Case]:
-    """The cases of the given operators (none: of all) that have `pattern` in their names, at their quick shapes if asked for.
+    """Return the cases of the given operators (of all if empty) with `pattern` in their names, if `quick` at their quick shapes.
 
-    Raises: InputError for an unknown operator, or when nothing is left.
+    Raises: InputError for an unknown operator, or if no case is left.
     """
     for op in ops:
         if op not in OPS:

@@ -1,4 +1,4 @@
-"""The figure: for every goal that is a ratio, what was reached and where the goal lies. Needs matplotlib."""
+"""The figure of the benchmarks: every goal that is a ratio, and the ratio reached. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = tuple[str, str, str, str]  # operator, case, dtype, against
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes the figure; each dot is one shape (full where the goal is met), the line its quartiles, the mark the goal.
+    """Write the figure; each dot is one shape (full if the goal is met), the line its quartiles, the mark the goal.
 
     Raises: ImportError without matplotlib.
     """
@@ -83,7 +83,7 @@ def _panel(ax: Any, kind: Kind, rows: dict[Row, list[tuple[Record, float, str]]]
 
 
 def _few(x: float, _: int) -> str:
-    """Labels of minor ticks: 2 and 5, and their multiples of ten."""
+    """Return the label of a minor tick: only 2 and 5 times powers of ten have one."""
     return f"{x:g}" if f"{x:e}"[0] in "25" else ""
 
 

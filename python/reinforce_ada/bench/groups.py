@@ -1,4 +1,4 @@
-"""Cases of group_advantages."""
+"""The cases of group_advantages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from reinforce_ada.types import PoolStats
 _OP = "group_advantages"
 _ROWS = [512, 65536, 1 << 22]
 _GROUP_SIZE = 8
-_LOOPED = 65536  # rows that a Python loop gets through in a second
+_LOOPED = 65536  # rows that a Python loop handles in a second
 
 
 def cases() -> Iterator[Case]:
-    """Mean, mean and std, and given pools; groups lying together or not."""
+    """Yield cases with mean, with mean and std, and with given pools; of groups that lie together or do not."""
     for rows in _ROWS:
         shape, quick = {"N": rows, "G": rows // _GROUP_SIZE}, {"N": rows, "G": rows // _GROUP_SIZE} if rows == 512 else None
         limits = {512: (Goal("us", 4),), 1 << 22: (Goal("time", 2, "streaming its bytes"),)}.get(rows, ())
@@ -66,7 +66,7 @@ def _build(case: Case, device: str, shuffled: bool, scale: str) -> Setup:
 
 
 def _with_pool(case: Case, device: str) -> Setup:
-    """Statistics given; eager has one gather and a subtraction to do."""
+    """Set up the case with given statistics, for which eager needs one gather and a subtraction."""
     rewards, group_of = _inputs(case, device, shuffled=False)
     pool = PoolStats(*reference.moments(rewards.double(), group_of, case.shape["G"]))
     mean, cu_seqlens = pool.mean, torch.arange(0, len(rewards) + 1, _GROUP_SIZE, device=device)

@@ -1,4 +1,4 @@
-"""Cases of token_logprobs."""
+"""The cases of token_logprobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FRESH = {"float32": 2.5, "bfloat16": 3.5}
 
 
 def cases() -> Iterator[Case]:
-    """Forward at every shape; with entropy and with gradients at the first two."""
+    """Yield the forward at every shape; with entropy and with gradients at the first two."""
     for i, (tokens, vocab) in enumerate(_SHAPES):
         for dtype in _DTYPES:
             shape = {"T": tokens, "V": vocab}
@@ -54,7 +54,7 @@ def _with_gradients(shape: Mapping[str, int], dtype: str, quick: Mapping[str, in
 
 
 def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits with the spread of a language model's, ids, and two rows of gradients."""
+    """Return logits with the spread of a language model's, ids, and two rows of gradients."""
     tokens, vocab = case.shape["T"], case.shape["V"]
     logits = (torch.randn(tokens, vocab, device=device) * 3).to(getattr(torch, case.dtype))
     return logits, torch.randint(vocab, (tokens,), device=device), torch.randn(2, tokens, device=device)
@@ -103,7 +103,7 @@ def _entropy_forms() -> dict[str, Form]:
 
 
 def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
-    """The gradient of the logprobs, and of the entropy where asked for, for given gradients of the results."""
+    """Set up the gradient of the logprobs, and of the entropy if requested, for given gradients of the results."""
     values, ids, g = _inputs(case, device)
     leaf = values.clone().requires_grad_()
     weights = (g[0], g[1]) if entropy else (g[0],)
@@ -114,7 +114,7 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
         return torch.autograd.grad(outputs, logits, weights)[0]
 
     def ours() -> Tensor:
-        logits = leaf.view_as(leaf) if inplace else leaf  # only what is not a leaf may be overwritten
+        logits = leaf.view_as(leaf) if inplace else leaf  # only a tensor that is no leaf may be overwritten
         return gradient(partial(token_logprobs, entropy=entropy, inplace_backward=inplace), logits)
 
     rows = values[_CHECKED].double().requires_grad_()
@@ -144,11 +144,11 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
 
 @torch.no_grad()
 def _copy(to: Tensor, values: Tensor) -> None:
-    to.data.copy_(values)  # not a change that autograd has to know of: what has been computed before is done with
+    to.data.copy_(values)  # hidden from autograd: all earlier graphs are finished
 
 
 def _gpu_forms(device: str) -> tuple[dict[str, Form], dict[str, str]]:
-    """Forms that need a GPU and write the gradient over the logits; and the reasons why others are absent."""
+    """Return the baselines that need a GPU and write the gradient over the logits, and why others are absent."""
     forms: dict[str, Form] = {}
     absent: dict[str, str] = {}
     for name, package, form in (("liger", "liger_kernel", _liger), ("flash-attn", "flash_attn", _flash_attn)):

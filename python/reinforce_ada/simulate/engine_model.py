@@ -1,4 +1,4 @@
-"""The engine as numbers: slots, the time of a decode step, and how long completions are."""
+"""The models of the engine: its slots, the time of a decode step, and the lengths of completions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reinforce_ada.outside import one_line
 
 
 def check_range(where: str, name: str, value: float, low: float, high: float, *, strict: bool = False) -> None:
-    """Raise InputError unless `value` is a number from `low` (above it, where strict) to `high`."""
+    """Raise InputError unless `value` is a number from `low` (above it if `strict`) to `high`."""
     if low < value <= high or (value == low and not strict):
         return
     needed = (
@@ -22,9 +22,9 @@ def check_range(where: str, name: str, value: float, low: float, high: float, *,
 class EngineModel:
     """A continuous-batching engine.
 
-    A decode step with `busy` sequences takes step_ms + busy_ms * busy and gives each one token; a request of L tokens ends L steps
+    A decode step with `busy` sequences takes step_ms + busy_ms * busy and generates one token of each; a request of L tokens ends L steps
     after it got its slot; a free slot is filled at once. A request that starts adds prefill_ms per prompt token to the step it joins.
-    `sync_ms` is paid once, before the first step.
+    `sync_ms` is spent once, before the first step.
     """
 
     slots: int = 256
@@ -42,17 +42,17 @@ class EngineModel:
             raise InputError("EngineModel", "step_ms 0 and busy_ms 0", "a decode step that takes time is needed")
 
     def decode_s(self, num_steps: float, num_tokens: float) -> float:
-        """Seconds of `num_steps` decode steps that gave `num_tokens` tokens together."""
+        """Return the seconds of `num_steps` decode steps that generate `num_tokens` tokens in all."""
         return (self.step_ms * num_steps + self.busy_ms * num_tokens) / 1e3
 
     def prefill_s(self, num_requests: int) -> float:
-        """Seconds that the prompts of so many requests take."""
+        """Return the seconds that the prompts of `num_requests` requests take."""
         return self.prefill_ms * self.prompt_tokens * num_requests / 1e3
 
 
 @dataclass(frozen=True)
 class LengthModel:
-    """Tokens of a completion: lognormal, longer where the answer is wrong, and longer or shorter for a prompt as a whole.
+    """The tokens of a completion: lognormal, with a median by class and a factor per prompt.
 
         log L = log(median of its class) + sigma_prompt * u[prompt] + sigma * z[completion],  u, z ~ N(0, 1);  L <= max_tokens
 

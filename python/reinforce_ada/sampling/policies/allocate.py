@@ -20,7 +20,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rounds(Allocation):
-    """An allocation of `max_rounds` rounds of `round_size` requests; the cap is their product. GRPO is `Rounds(group_size, 1)`."""
+    """Request `max_rounds` rounds of `round_size` completions; the cap is their product. GRPO is `Rounds(group_size, 1)`."""
 
     round_size: int
     max_rounds: int
@@ -42,7 +42,7 @@ class Rounds(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class Budgeted(Allocation):
-    """An allocation whose budgets come from a function of your own.
+    """Take the budgets from a function of your own.
 
     Args:
         function: takes the histories of the prompts that enter together and returns a budget in [1, cap] for each; the same
@@ -103,7 +103,7 @@ class BatchBudget(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrtRate(BatchBudget):
-    """Budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
+    """Set budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
 
         budget_i = clip(s / sqrt(p_i), floor, cap),  p_i = a_i / (a_i + b_i),  s such that the sum is mean * prompts
 
@@ -119,7 +119,7 @@ class InverseSqrtRate(BatchBudget):
 
 @dataclass(frozen=True, kw_only=True)
 class Knapsack(BatchBudget):
-    """The budgets with the largest total value (Knapsack RL).
+    """Set the budgets with the largest total value (Knapsack RL).
 
         max sum_i V(N_i, p_i)  under  sum_i N_i = mean * prompts,  floor <= N_i <= cap
         V(N, p) = (1 - p^N - (1-p)^N) * p (1-p)^2:  P(both classes) times the gain in pass rate that a gradient step is worth

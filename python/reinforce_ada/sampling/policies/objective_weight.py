@@ -27,7 +27,7 @@ _BASELINE = 0.5  # halfway between the rewards 0 and 1, so that the class weight
 
 @dataclass(frozen=True)
 class ObjectiveWeight(Weighting):
-    """The weight whose expected gradient is that of f(p), summed over the prompts that entered.
+    """Set advantages whose expected gradient is that of f(p), summed over the prompts that entered.
 
         A+ = +t n / a,  A- = -t n / b,  t = f'(p~) * theta~;  0 where a or b is 0
         f' = 1 ("mean") | 1 / p ("log") | alpha p^(alpha - 1) ("power")
