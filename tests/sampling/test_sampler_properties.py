@@ -21,7 +21,8 @@ from sampling_world import (
 from sampling_world import policies as any_policy
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Never, Policy, Positive, Refill, Rounds, preset
-from reinforce_ada.sampling.policies import Balanced, DropOneClass
+from reinforce_ada.sampling.policies.decide import DropOneClass
+from reinforce_ada.sampling.policies.select import Balanced
 from reinforce_ada.types import Aborted, CompletionId, Event, Failed, Lost, SamplingResult, Scored
 
 COMMON = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import History
+from reinforce_ada.sampling.policies.contracts import History
 from reinforce_ada.types import Pool, Prompt
 
 

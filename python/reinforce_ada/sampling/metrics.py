@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from reinforce_ada.sampling.policies import Policy
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Scored
@@ -24,8 +24,8 @@ class Progress(NamedTuple):
     num_committed: int
     num_correct: int  # among the committed
     num_with_signal: int  # prompts whose committed rewards differ so far
-    num_tokens: int  # of the committed completions
-    num_tokens_wasted: int  # of answers that are never committed
+    num_tokens: int  # those of the committed completions
+    num_tokens_wasted: int  # those of answers that are never committed
 
 
 @dataclass
@@ -43,43 +43,32 @@ class Tally:
     num_aborted: int = 0
     num_duplicates: int = 0
     num_rejected: int = 0
-    tokens_committed: int = 0
-    tokens_wasted: int = 0
+    num_tokens: int = 0
+    num_tokens_wasted: int = 0
 
     def commit(self, outcome: Outcome, positive_threshold: float) -> None:
         self.num_committed += 1
         self.num_correct += unit_of(outcome, positive_threshold) is CORRECT
         if isinstance(outcome, Scored):
-            self.tokens_committed += len(outcome.completion.token_ids)
+            self.num_tokens += len(outcome.completion.token_ids)
 
     def lose(self, event: Aborted | Lost) -> None:
         """Count a request of an active prompt that is to be issued again."""
         if isinstance(event, Aborted):
             self.num_aborted += 1
-            self.tokens_wasted += event.num_tokens
+            self.num_tokens_wasted += event.num_tokens
         else:
             self.num_lost += 1
 
     def waste(self, event: Scored | Failed | Aborted) -> None:
         """Count the tokens of an answer that is never committed."""
         if isinstance(event, Scored):
-            self.tokens_wasted += len(event.completion.token_ids)
+            self.num_tokens_wasted += len(event.completion.token_ids)
         elif isinstance(event, Aborted):
-            self.tokens_wasted += event.num_tokens
+            self.num_tokens_wasted += event.num_tokens
 
     def progress(self, num_prompts: int, num_active: int) -> Progress:
-        return Progress(
-            num_prompts=num_prompts,
-            num_active=num_active,
-            num_satisfied=self.num_satisfied,
-            num_dropped=self.num_dropped,
-            num_issued=self.num_issued,
-            num_committed=self.num_committed,
-            num_correct=self.num_correct,
-            num_with_signal=self.num_with_signal,
-            num_tokens=self.tokens_committed,
-            num_tokens_wasted=self.tokens_wasted,
-        )
+        return Progress(num_prompts, num_active, *(getattr(self, name) for name in Progress._fields[2:]))
 
 
 def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:
@@ -114,8 +103,8 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         "num_aborted": tally.num_aborted,
         "num_duplicates": tally.num_duplicates,
         "num_rejected": tally.num_rejected,
-        "tokens_committed": tally.tokens_committed,
-        "tokens_wasted": tally.tokens_wasted,
+        "tokens_committed": tally.num_tokens,
+        "tokens_wasted": tally.num_tokens_wasted,
     }
     return {name: float(value) for name, value in metrics.items()}
 

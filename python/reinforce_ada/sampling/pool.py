@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.sampling.policies import Counts
+from reinforce_ada.sampling.policies.contracts import Counts
 from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.types import Completion, CompletionId, ExitReason, Outcome, Pool, Prompt, Scored
 

@@ -9,32 +9,14 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies import (
-    All,
-    Allocate,
-    AllPrompts,
-    Balance,
-    Balanced,
-    Centered,
-    Decide,
-    DropOneClass,
-    First,
-    InverseSqrtRate,
-    Knapsack,
-    MaxVariance,
-    NearestRate,
-    Never,
-    Policy,
-    Positive,
-    Propose,
-    Refill,
-    Rounds,
-    Select,
-    SkipStreaks,
-    Weight,
-    at_least,
-)
+from reinforce_ada.sampling.policies.allocate import InverseSqrtRate, Knapsack, Rounds
+from reinforce_ada.sampling.policies.contracts import Allocate, Decide, Propose, Select, Weight, at_least
+from reinforce_ada.sampling.policies.decide import Balance, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveName, ObjectiveWeight
+from reinforce_ada.sampling.policies.policy import Policy
+from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
+from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
+from reinforce_ada.sampling.policies.weight import Centered
 
 _WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"}  # the values in a preset without these keywords
 
@@ -79,7 +61,7 @@ class Preset:
 
 
 def _fixed(k: Any) -> Rounds:
-    at_least(k.name, "group_size", k.group_size, 1)
+    at_least(1, k.name, group_size=k.group_size)
     return Rounds(k.group_size, 1)
 
 
@@ -89,7 +71,7 @@ def _rounds(k: Any) -> Rounds:
 
 def _balance(k: Any) -> Balance:
     """Return a rule that needs half of the group correct and the rest wrong, unless keywords set the numbers."""
-    at_least(k.name, "group_size", k.group_size, 1)
+    at_least(1, k.name, group_size=k.group_size)
     correct = k.group_size // 2 if k.num_correct is None else k.num_correct
     wrong = k.group_size - k.group_size // 2 if k.num_wrong is None else k.num_wrong
     return Balance(correct, wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reinforce_ada.sampling.policies import History
+from reinforce_ada.sampling.policies.contracts import History
 from reinforce_ada.sampling.pool import GrowingPool
 from reinforce_ada.types import ExitReason, Prompt
 

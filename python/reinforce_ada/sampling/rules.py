@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reinforce_ada.sampling.policies import Counts, Policy, Verdict
+from reinforce_ada.sampling.policies.contracts import Counts, Verdict
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.types import ExitReason, Outcome, Scored
 
 CORRECT, WRONG, VOID = Counts(1, 0), Counts(0, 1), Counts(0, 0, 1)  # what one answer adds

@@ -14,7 +14,8 @@ import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Progress, Tally, sampling_metrics
-from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies.contracts import History, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.sampling.pool import only_reward, rewards_of
 from reinforce_ada.sampling.prompt_state import PromptState, indices_of
 from reinforce_ada.sampling.rules import exit_reason, has_room, settled_end, shared_window, window_needed
@@ -174,7 +175,7 @@ class AdaptiveSampler:
 
     def next_requests(self, free_slots: int) -> list[Request]:
         """Hand out up to `free_slots` requests: lost ones first, then breadth first (fewest issued first, ties in prompt order)."""
-        at_least("AdaptiveSampler.next_requests", "free_slots", free_slots, 0)
+        at_least(0, f"{_WHERE}.next_requests", free_slots=free_slots)
         window = self._window(free_slots)
         self._release(window)
         requests: list[Request] = []
@@ -455,7 +456,7 @@ def check_schedule(where: str, schedule: str, window: int | Window | None) -> No
     if schedule not in ("stream", "rounds"):
         raise unknown_name(where, "schedule", schedule, ("stream", "rounds"))
     if window is not None and not callable(window):
-        at_least(where, "window", window, 1)
+        at_least(1, where, window=window)
     if window is not None and schedule == "rounds":
         given = "a window function" if callable(window) else f"window {window}"
         raise InputError(where, f"{given} with schedule 'rounds'", "rounds have no window", "leave it out")
@@ -473,7 +474,7 @@ def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | No
             given = f"policy {policy.name!r}, which refills dropped prompts, without num_prompts"
             raise InputError(_WHERE, given, "num_prompts is needed", "give fewer than the prompts to draw from")
         return available
-    at_least(_WHERE, "num_prompts", num_prompts, 1)
+    at_least(1, _WHERE, num_prompts=num_prompts)
     if available is not None and num_prompts > available:
         raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most the number of prompts is possible")
     return num_prompts

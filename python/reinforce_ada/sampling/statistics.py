@@ -9,7 +9,8 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import Counts, Policy, Verdict
+from reinforce_ada.sampling.policies.contracts import Counts, Verdict
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.types import Failed, Pool
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window
+from reinforce_ada.sampling.policies.contracts import Counts, History, Verdict, Window
+from reinforce_ada.sampling.policies.policy import Policy
 
 _TABLE_BYTES = 64 << 20
 _BLOCK = 1 << 14  # numbers, 128 KB

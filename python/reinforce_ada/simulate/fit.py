@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.sampling.policies import Window
+from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.sampling import AdaptiveSampler, Policy
-from reinforce_ada.sampling.policies import History, Window
+from reinforce_ada.sampling.policies.contracts import History, Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.simulate.engine_model import EngineModel
 from reinforce_ada.simulate.population import World

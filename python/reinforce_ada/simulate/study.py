@@ -10,7 +10,7 @@ from typing import Any
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.sampling import Policy, preset
-from reinforce_ada.sampling.policies import Window
+from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel, check_range

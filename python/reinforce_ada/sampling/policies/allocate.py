@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies.contracts import Allocation, Counts, History, at_least
+from reinforce_ada.sampling.policies.contracts import Allocation, History, at_least
 
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -26,15 +26,11 @@ class Rounds(Allocation):
     max_rounds: int
 
     def __post_init__(self) -> None:
-        at_least("Rounds", "round_size", self.round_size, 1)
-        at_least("Rounds", "max_rounds", self.max_rounds, 1)
+        at_least(1, "Rounds", round_size=self.round_size, max_rounds=self.max_rounds)
 
     @property
     def cap(self) -> int:
         return self.round_size * self.max_rounds
-
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
         return [self.cap] * len(histories)
@@ -59,9 +55,6 @@ class Budgeted(Allocation):
 
     def __post_init__(self) -> None:
         _check_sizes("Budgeted", self.round_size, self.cap)
-
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
         """Return the function's budgets. Raises: InputError for another number of budgets, or one that is not an integer in [1, cap]."""
@@ -93,12 +86,9 @@ class BatchBudget(Allocation):
     def __post_init__(self) -> None:
         where = type(self).__name__
         _check_sizes(where, self.round_size, self.cap)
-        at_least(where, "floor", self.floor, 1)
-        at_least(where, "mean", self.mean, self.floor)
-        at_least(where, "cap", self.cap, self.mean)
-
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
+        at_least(1, where, floor=self.floor)
+        at_least(self.floor, where, mean=self.mean)
+        at_least(self.mean, where, cap=self.cap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +165,9 @@ class Knapsack(BatchBudget):
         return len(best)
 
 
-def _end_of_round(counts: Counts, round_size: int, cap: int) -> int:
-    return min((counts.committed // round_size + 1) * round_size, cap)
-
-
 def _check_sizes(where: str, round_size: int, cap: int) -> None:
-    at_least(where, "round_size", round_size, 1)
-    at_least(where, "cap", cap, round_size)
+    at_least(1, where, round_size=round_size)
+    at_least(round_size, where, cap=cap)
 
 
 def _scaled(weights: Floats, total: float, floor: int, cap: int) -> Floats:

@@ -24,10 +24,11 @@ Scale: TypeAlias = Literal["none", "pool", "group", "batch"]
 Degenerate: TypeAlias = Literal["keep", "drop"]
 
 
-def at_least(where: str, name: str, value: int, minimum: int) -> None:
-    """Raise InputError unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(where, f"{name} {value!r}", f"an integer of at least {minimum} is needed")
+def at_least(minimum: int, where: str, **values: int) -> None:
+    """Raise InputError unless every one of the named `values` is an integer of at least `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise InputError(where, f"{name} {value!r}", f"an integer of at least {minimum} is needed")
 
 
 # -------------------- records
@@ -153,11 +154,15 @@ class Allocate(Protocol):
 
 
 class Allocation:
-    """A base class with the values that most allocations have; a subclass overrides those that differ."""
+    """A base class with the answers that most allocations give; a subclass overrides those that differ."""
 
     floor: int | None = None
     needs_memory: bool = False
     is_batch_wide: bool = False
+
+    def __call__(self: Allocate, counts: Counts, /) -> int:
+        """Return the end of the current round of `round_size`, or the cap."""
+        return min((counts.committed // self.round_size + 1) * self.round_size, self.cap)
 
 
 class Window(Protocol):

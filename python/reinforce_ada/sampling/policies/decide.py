@@ -23,7 +23,7 @@ class Positive(ExitRule):
     num_correct: int = 1
 
     def __post_init__(self) -> None:
-        at_least("Positive", "num_correct", self.num_correct, 1)
+        at_least(1, "Positive", num_correct=self.num_correct)
 
     @property
     def needs(self) -> tuple[int, int]:
@@ -41,8 +41,7 @@ class Balance(ExitRule):
     num_wrong: int
 
     def __post_init__(self) -> None:
-        at_least("Balance", "num_correct", self.num_correct, 0)
-        at_least("Balance", "num_wrong", self.num_wrong, 0)
+        at_least(0, "Balance", num_correct=self.num_correct, num_wrong=self.num_wrong)
 
     @property
     def needs(self) -> tuple[int, int]:
@@ -77,7 +76,7 @@ class Band(ExitRule):
     then: Decide = field(default_factory=Never)
 
     def __post_init__(self) -> None:
-        at_least("Band", "pilot", self.pilot, 1)
+        at_least(1, "Band", pilot=self.pilot)
         if not 0 <= self.low < self.high <= 1:
             raise InputError("Band", f"low {self.low} and high {self.high}", "0 <= low < high <= 1 is needed")
 

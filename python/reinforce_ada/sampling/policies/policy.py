@@ -63,9 +63,8 @@ class Policy:
     def __post_init__(self) -> None:
         where = f"Policy {self.name!r}"
         self._check_forms(where)
-        at_least(where, "group_size", self.group_size, 1)
-        at_least(where, "decide_every", self.decide_every, 1)
-        at_least(where, "min_pool", self.min_pool, 0)
+        at_least(1, where, group_size=self.group_size, decide_every=self.decide_every)
+        at_least(0, where, min_pool=self.min_pool)
         cap = self.allocate.cap
         if cap < self.group_size:
             needed = f"at least group_size {self.group_size} is needed"

@@ -40,10 +40,10 @@ class Refill(AllPrompts):
     max_prompts_factor: float = 10.0
 
     def __post_init__(self) -> None:
+        where = type(self).__name__
         if not 1 <= self.max_prompts_factor < math.inf:
-            raise InputError(
-                type(self).__name__, f"max_prompts_factor {self.max_prompts_factor}", "a finite number of at least 1 is needed"
-            )
+            raise InputError(where, f"max_prompts_factor {self.max_prompts_factor}", "a finite number of at least 1 is needed")
+        at_least(1, where, candidates_per_prompt=self.candidates_per_prompt)
 
     def __call__(self, num_prompts: int, num_dropped: int, /) -> int:
         return min(num_prompts + num_dropped, math.floor(self.max_prompts_factor * num_prompts))
@@ -66,8 +66,7 @@ class NearestRate(Refill):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("NearestRate", "candidates_per_prompt", self.candidates_per_prompt, 1)
-        _probability("NearestRate", "target", self.target)
+        _check_probabilities("NearestRate", target=self.target)
 
     def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
         rates = rng.beta([h.a for h in histories], [h.b for h in histories])
@@ -92,9 +91,7 @@ class SkipStreaks(Refill):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("SkipStreaks", "candidates_per_prompt", self.candidates_per_prompt, 1)
-        _probability("SkipStreaks", "explore_easy", self.explore_easy)
-        _probability("SkipStreaks", "explore_hard", self.explore_hard)
+        _check_probabilities("SkipStreaks", explore_easy=self.explore_easy, explore_hard=self.explore_hard)
 
     def choose(self, histories: Sequence[History], num: int, rng: np.random.Generator, /) -> Sequence[int]:
         explore = [self.explore_easy if h.all_correct else self.explore_hard for h in histories]
@@ -107,6 +104,7 @@ def _best(scores: NDArray[np.float64], num: int) -> list[int]:
     return sorted(np.argsort(scores, kind="stable")[:num].tolist())
 
 
-def _probability(where: str, name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(where, f"{name} {value}", "a number from 0 to 1 is needed")
+def _check_probabilities(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise InputError(where, f"{name} {value}", "a number from 0 to 1 is needed")
