@@ -18,10 +18,7 @@ Row = tuple[str, str, str, str]  # operator, case, dtype, against
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the figure; each dot is one shape (full if the goal is met), the line its quartiles, the mark the goal.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Write the figure; each dot is one shape (full if the goal is met), the line its quartiles, the mark the goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.commands.flags import add_command
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 
 _EXAMPLES = """\
 examples:
@@ -20,24 +22,6 @@ A policy is a preset, with overrides after a colon: reinforce-ada-balance:decide
 streams with every --window: a number, adaptive, or posterior, which requests a completion if the prompt needs it with probability 0.4 or
 more (posterior:0.3: another probability). Every row meets the same completions; wall-clock is relative to the first row.
 """
-
-
-# The flags of the fields of EngineModel and LengthModel, whose defaults apply.
-_ENGINE_FLAGS = (
-    ("slots", "slots", int, "N", "sequences decoded together (default: 256)"),
-    ("engine-step-ms", "step_ms", float, "MS", "time of a decode step (default: 8)"),
-    ("engine-busy-ms", "busy_ms", float, "MS", "further time for each sequence in it (default: 0.03)"),
-    ("engine-prefill-ms", "prefill_ms", float, "MS", "further time for each prompt token of a request that starts (default: 0)"),
-    ("prompt-tokens", "prompt_tokens", int, "N", "tokens of a prompt (default: 0)"),
-    ("engine-sync-ms", "sync_ms", float, "MS", "weight synchronisation, once (default: 0)"),
-)
-_LENGTH_FLAGS = (
-    ("median-correct", "median_correct", float, "N", "tokens of a correct answer, median (default: 430)"),
-    ("median-wrong", "median_wrong", float, "N", "tokens of a wrong answer, median (default: 709)"),
-    ("sigma", "sigma", float, "X", "spread of log tokens within a prompt (default: 0.8)"),
-    ("sigma-prompt", "sigma_prompt", float, "X", "spread of log tokens between prompts (default: 0.55)"),
-    ("max-tokens", "max_tokens", int, "N", "longest answer (default: 4096)"),
-)
 
 
 def add(commands: Any) -> None:
@@ -56,10 +40,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--fit", type=Path, metavar="RUN", help="take engine, lengths and pass rates from a run folder or its store")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write wall-clock against waste, and busy slots over time")
-    for title, flags in (("engine", _ENGINE_FLAGS), ("lengths", _LENGTH_FLAGS)):
+    for title, model in (("engine", EngineModel), ("lengths", LengthModel)):
         group = parser.add_argument_group(title)
-        for flag, name, kind, metavar, text in flags:
-            group.add_argument(f"--{flag}", dest=name, type=kind, metavar=metavar, help=text)
+        for f in dataclasses.fields(model):
+            flag = ("--engine-" if f.name.endswith("_ms") else "--") + f.name.replace("_", "-")
+            metavar = "MS" if f.name.endswith("_ms") else "N" if isinstance(f.default, int) else "X"
+            shown = f"{f.metadata['about']} (default: {f.default:g})"
+            group.add_argument(flag, dest=f.name, type=type(f.default), metavar=metavar, help=shown)
     parser.set_defaults(run=run)
 
 
@@ -68,7 +55,8 @@ def run(given: argparse.Namespace) -> int:
     from reinforce_ada.simulate import command
 
     engine, lengths = (
-        {name: value for _, name, *_ in flags if (value := getattr(given, name)) is not None} for flags in (_ENGINE_FLAGS, _LENGTH_FLAGS)
+        {f.name: value for f in dataclasses.fields(model) if (value := getattr(given, f.name)) is not None}
+        for model in (EngineModel, LengthModel)
     )
     command.run(
         given.policies, given.schedule, given.window, given.population, num_prompts=given.prompts, num_seeds=given.seeds,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, Verdict, stopping_table
+from reinforce_ada.sampling.pool import only_reward
 from reinforce_ada.sampling.statistics import Terminal, live_sequences
-from reinforce_ada.types import Completion, CompletionId, Group, Pool, Prompt, Scored
+from reinforce_ada.types import Group, Pool, Prompt
 
 Array = NDArray[np.float64]
 
@@ -154,21 +154,12 @@ def _terms(where: str, policy: Policy, drawn: Sequence[tuple[Terminal, str]], ca
 
 def _group(policy: Policy, terminal: Terminal, chars: str, cap: int) -> Group:
     """Return the group that a policy keeps of a pool with these outcomes."""
-    outcomes = tuple(_outcome(i, c) for i, c in enumerate(chars))
+    outcomes = tuple(only_reward(float(c == "+")) for c in chars)
     k, n = terminal.correct, len(chars)
     exit_ = "exhausted" if terminal.verdict is Verdict.CONTINUE else "satisfied"
     low, high = float(k == n), float(k > 0)
-    pool = Pool(_PROMPT, outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
+    pool = Pool(Prompt("p"), outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
     return Group(pool, tuple(outcomes[i] for i in _kept(policy, chars)))
-
-
-_PROMPT = Prompt("p")
-_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.float32)
-
-
-@cache
-def _outcome(index: int, char: str) -> Scored:
-    return Scored(Completion(CompletionId(0, "p", index), _NOTHING[0], _NOTHING[1], "", "stop", 0), float(char == "+"))
 
 
 def _kept(policy: Policy, chars: str) -> list[int]:

@@ -19,10 +19,7 @@ _RATES = np.linspace(0.005, 0.995, 199)
 
 
 def draw(explanations: Sequence[Explanation], path: Path) -> None:
-    """Draw w(p), the implied objective f(p) / f(1), E[N] and P(signal) of each policy.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Draw w(p), the implied objective f(p) / f(1), E[N] and P(signal) of each policy."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.explain.effective import Array, EffectiveWeight, effective_weight
+from reinforce_ada.explain.effective import EffectiveWeight, effective_weight
 from reinforce_ada.sampling import PRESETS, All, Balanced, Centered, History, Never, ObjectiveWeight, Policy, preset, stopping_table
 from reinforce_ada.sampling.statistics import pool_mean, samples, signal
 
@@ -54,13 +54,8 @@ class Explanation:
         found["bias"] = [table.expect(pool_mean, x) - x for x in rates]
         found["pass_rate_bias"] = [table.expect(lambda t: t.pass_rate, x) - x for x in rates]
         if self.weight is not None:
-            curves: dict[str, Array] = {
-                "w": self.weight(p),
-                "f": self.weight.objective(p),
-                "variance": self.weight.variance(p),
-                "noise": self.weight.noise(p),
-            }
-            found.update({name: curve.tolist() for name, curve in curves.items()})
+            w = self.weight
+            found |= {"w": w(p).tolist(), "f": w.objective(p).tolist(), "variance": w.variance(p).tolist(), "noise": w.noise(p).tolist()}
         return found
 
     def population(self, a: float, b: float) -> dict[str, float]:

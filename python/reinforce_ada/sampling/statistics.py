@@ -92,7 +92,7 @@ class StoppingTable:
     def expect_beta(self, value: Callable[[Terminal], float], a: float, b: float) -> float:
         """Return E[value] over a population of prompts with pass rates Beta(a, b): E[p^k (1-p)^w] = B(a+k, b+w) / B(a, b)."""
         return math.fsum(
-            value(t) * math.exp(math.log(t.num_paths) + _log_beta(a + t.correct, b + t.wrong) - _log_beta(a, b)) for t in self.terminals
+            value(t) * math.exp(math.log(t.num_paths) + log_beta(a + t.correct, b + t.wrong) - log_beta(a, b)) for t in self.terminals
         )
 
 
@@ -186,7 +186,8 @@ def pool_mean(terminal: Terminal) -> float:
     return terminal.correct / terminal.count
 
 
-def _log_beta(a: float, b: float) -> float:
+def log_beta(a: float, b: float) -> float:
+    """Return the logarithm of the beta function B(a, b)."""
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 

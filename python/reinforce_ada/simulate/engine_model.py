@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
@@ -18,6 +19,11 @@ def check_range(where: str, name: str, value: float, low: float, high: float, *,
     raise InputError(where, f"{name} {one_line(str(value), 40)}", needed)
 
 
+def _number(default: float, about: str) -> Any:
+    """Declare a number of a model: its default and the line that `--help` prints."""
+    return field(default=default, metadata={"about": about})
+
+
 @dataclass(frozen=True)
 class EngineModel:
     """A continuous-batching engine.
@@ -27,12 +33,12 @@ class EngineModel:
     `sync_ms` is spent once, before the first step.
     """
 
-    slots: int = 256
-    step_ms: float = 8.0
-    busy_ms: float = 0.03
-    prefill_ms: float = 0.0  # per prompt token
-    prompt_tokens: int = 0
-    sync_ms: float = 0.0
+    slots: int = _number(256, "sequences decoded together")
+    step_ms: float = _number(8.0, "time of a decode step")
+    busy_ms: float = _number(0.03, "further time for each sequence in it")
+    prefill_ms: float = _number(0.0, "further time for each prompt token of a request that starts")
+    prompt_tokens: int = _number(0, "tokens of a prompt")
+    sync_ms: float = _number(0.0, "weight synchronisation, once")
 
     def __post_init__(self) -> None:
         check_range("EngineModel", "slots", self.slots, 1, 1e6)
@@ -59,11 +65,11 @@ class LengthModel:
     The default medians are 600 e^(-1/3) and 600 e^(1/6): wrong answers e^0.5 times longer, and 600 the geometric mean at pass rate 1/3.
     """
 
-    median_correct: float = 430.0
-    median_wrong: float = 709.0
-    sigma: float = 0.8
-    sigma_prompt: float = 0.55
-    max_tokens: int = 4096
+    median_correct: float = _number(430.0, "tokens of a correct answer, median")
+    median_wrong: float = _number(709.0, "tokens of a wrong answer, median")
+    sigma: float = _number(0.8, "spread of log tokens within a prompt")
+    sigma_prompt: float = _number(0.55, "spread of log tokens between prompts")
+    max_tokens: int = _number(4096, "longest answer")
 
     def __post_init__(self) -> None:
         check_range("LengthModel", "median_correct", self.median_correct, 0, 1e7, strict=True)

@@ -16,10 +16,7 @@ _PANEL_IN, _HEIGHT_IN, _DPI = 4.6, 4.6, 130
 
 
 def draw(studies: Sequence[Study], path: Path) -> None:
-    """Write the figure: a panel for each study, and one with the busy slots of the first study's first seed.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Write the figure: a panel for each study, and one with the busy slots of the first study's first seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -18,6 +18,7 @@ from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
+from reinforce_ada.sampling.statistics import log_beta
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.population import BetaRates, World
@@ -218,7 +219,7 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
 
     def likelihood(log_a: float, log_b: float) -> float:
         a, b = math.exp(log_a), math.exp(log_b)
-        return math.fsum(n * (_log_beta(a + k, b + w) - _log_beta(a, b)) for (k, w), n in pools.items())
+        return math.fsum(n * (log_beta(a + k, b + w) - log_beta(a, b)) for (k, w), n in pools.items())
 
     at, step = (0.0, 0.0), 1.0
     best = likelihood(*at)
@@ -226,7 +227,7 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
         near = [
             (x, y)
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
-            if _inside(x := at[0] + dx * step, y := at[1] + dy * step)
+            if max(abs(x := at[0] + dx * step), abs(y := at[1] + dy * step)) <= math.log(100)
         ]
         top, point = max((likelihood(*p), p) for p in near)
         if top > best:
@@ -234,11 +235,3 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
         else:
             step /= 2
     return BetaRates(math.exp(at[0]), math.exp(at[1]))
-
-
-def _inside(*logs: float) -> bool:
-    return all(abs(x) <= math.log(100) for x in logs)
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from reinforce_ada.errors import InputError
@@ -209,11 +210,7 @@ def run_study(
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
         for s, found in zip(settings, outcomes, strict=True):
-            told = None if on_poll is None else _teller(on_poll, s, seed)
-            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, on_poll=told))
+            tell = None if on_poll is None else partial(on_poll, s, seed)
+            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, on_poll=tell))
     rows = tuple(Row(s, tuple(found)) for s, found in zip(settings, outcomes, strict=True))
     return Study(str(population), engine, lengths, num_prompts, num_seeds, rows)
-
-
-def _teller(on_poll: Callable[[Setting, int, int], None], s: Setting, seed: int) -> Callable[[int], None]:
-    return lambda num_ended: on_poll(s, seed, num_ended)
