@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,24 @@ from torch import Tensor
 
 from reinforce_ada.bench.case import Candidate
 
+Implementation = Callable[[Tensor, Tensor], Any]  # of a pass over (logits, ids) or (hidden, weight)
+R = TypeVar("R")
+
 
 def compiled(form: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with inductor for fixed shapes, which is the fastest that plain PyTorch offers."""
     return torch.compile(form, dynamic=False)
+
+
+def runnable(found: Mapping[str, tuple[str | None, R]]) -> tuple[dict[str, R], dict[str, str]]:
+    """Split baselines (name: (why it cannot run or None, the baseline)) into those that can run and the reasons of the others."""
+    absent = {name: reason for name, (reason, _) in found.items() if reason}
+    return {name: run for name, (_, run) in found.items() if name not in absent}, absent
+
+
+def candidates(found: Mapping[str, R], call: Callable[[R], Any]) -> list[Candidate]:
+    """Return a candidate for each baseline, which runs `call(baseline)`."""
+    return [Candidate(name, partial(call, run)) for name, run in found.items()]
 
 
 def missing(package: str, device: str, needs_gpu: bool = False) -> str | None:
@@ -115,20 +130,20 @@ def verl_loop(rewards: Tensor, group_of: Tensor, with_std: bool) -> Tensor:
 
 # -------------------- policy losses, with the metrics that ours returns
 
-Batch = dict[str, Tensor]
+LossInputs = dict[str, Tensor]
 PPO = ["num_tokens", "num_masked", "clip_fraction_low", "clip_fraction_high", "approx_kl_k1", "approx_kl_k3"]
 PPO += ["ratio_mean", "ratio_min", "ratio_max"]
 FULL = [*PPO, "rollout_weight_mean", "rollout_weight_max", "effective_sample_size", "kl", "rollout_kl_k1", "rollout_kl_k3"]
 
 
-def per_token(b: Batch) -> Tensor:
+def per_token(b: LossInputs) -> Tensor:
     """Return the advantages in the layout of the tokens."""
     if "cu_seqlens" not in b:
         return b["advantages"][:, None]
     return torch.repeat_interleave(b["advantages"], b["cu_seqlens"].diff(), output_size=len(b["mask"]))
 
 
-def ppo(b: Batch) -> tuple[Tensor, ...]:
+def ppo(b: LossInputs) -> tuple[Tensor, ...]:
     """Compute the token-mean PPO loss and the metrics of PPO."""
     mask, tokens, adv = b["mask"], b["mask"].sum(), per_token(b)
     d = (b["logprobs"] - b["old"]).clamp(-20, 20)
@@ -137,7 +152,7 @@ def ppo(b: Batch) -> tuple[Tensor, ...]:
     return loss, *_ppo_metrics(mask, tokens, adv, d.detach(), ratio.detach())
 
 
-def ppo_with_correction_and_kl(b: Batch) -> tuple[Tensor, ...]:
+def ppo_with_correction_and_kl(b: LossInputs) -> tuple[Tensor, ...]:
     """Compute the loss of `ppo` with a truncated rollout correction and k3 to a reference, and the metrics of FULL."""
     mask, tokens, adv = b["mask"], b["mask"].sum(), per_token(b)
     d = (b["logprobs"] - b["old"]).clamp(-20, 20)

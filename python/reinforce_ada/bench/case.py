@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reinforce_ada.bench.record import Record
+
 Run = Callable[[], Any]
 Kind = Literal["speedup", "time", "extra_mb", "us", "gelem_per_s"]
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-SUBJECT = "ours"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +74,10 @@ class Case:
     naive: str = ""  # the baseline that a trainer would write without regard to speed
     quick_shape: Mapping[str, int] | None = None
 
-    @property
-    def shape_label(self) -> str:
-        """Return the shape as a text such as "T=256,V=151936"."""
-        return shape_label(self.shape)
-
     def __str__(self) -> str:
-        return f"{self.op}/{self.name}/{SHORT[self.dtype]}/{self.shape_label}"
-
-    def quickened(self) -> Case:
-        """Return this case at the shape of --quick."""
-        assert self.quick_shape is not None
-        return dataclasses.replace(self, shape=self.quick_shape)
+        return "/".join(label_of(self))
 
 
-def shape_label(shape: Mapping[str, int]) -> str:
-    """Return a shape as a text such as "T=256,V=151936"."""
-    return ",".join(f"{letter}={size}" for letter, size in shape.items())
+def label_of(case: Case | Record) -> tuple[str, str, str, str]:
+    """Return operator, name, dtype and shape as texts, such as "token_logprobs", "forward", "bf16", "T=256,V=151936"."""
+    return case.op, case.name, SHORT[case.dtype], ",".join(f"{letter}={size}" for letter, size in case.shape.items())

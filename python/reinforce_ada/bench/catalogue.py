@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from reinforce_ada.bench import groups, linear, logits, policy
 from reinforce_ada.bench.case import Case
@@ -25,8 +26,10 @@ def choose(ops: Sequence[str], pattern: str = "", *, quick: bool = False) -> lis
     for op in ops:
         if op not in OPS:
             raise unknown_name("bench", "operator", op, OPS)
-    found = [case for case in all_cases() if (not ops or case.op in ops) and (case.quick_shape is not None or not quick)]
-    found = [case for case in (c.quickened() if quick else c for c in found) if pattern in str(case)]
+    found = [case for case in all_cases() if not ops or case.op in ops]
+    if quick:
+        found = [replace(case, shape=case.quick_shape) for case in found if case.quick_shape is not None]
+    found = [case for case in found if pattern in str(case)]
     if not found:
         raise InputError("bench", f"no case has {pattern!r} in its name", "part of a name", "reinforce-ada bench --list has them all")
     return found

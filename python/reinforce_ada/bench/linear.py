@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reinforce_ada.bench.baselines import Batch, compiled, cross_entropy, log_softmax, logsumexp, missing, ppo
+from reinforce_ada.bench.baselines import (
+    Implementation,
+    LossInputs,
+    candidates,
+    compiled,
+    cross_entropy,
+    log_softmax,
+    logsumexp,
+    missing,
+    ppo,
+    runnable,
+)  # fmt: skip
 from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
 from reinforce_ada.bench.checks import close_in_norm
 from reinforce_ada.bench.policy import batch
@@ -25,8 +36,6 @@ _CHECKED = 16  # rows of the gradients of hidden states and weight that are comp
 _LONG = 1 << 26  # number of logits from which a call in fp32 takes seconds
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04}  # relative to the largest value; a bf16 logit has a relative error of 2^-9
 
-Form = Callable[[Tensor, Tensor], Any]
-
 
 def cases() -> Iterator[Case]:
     """Yield the forward, forward and backward in bounded memory, and the policy loss with its gradient."""
@@ -37,8 +46,9 @@ def cases() -> Iterator[Case]:
         both = "forward and backward, max_extra_bytes=10 MB"
         yield Case("linear_token_logprobs", "forward, max_extra_bytes=10 MB", _SHAPE, dtype, _forward, forward, "eager", quick)
         yield Case("linear_token_logprobs", both, _SHAPE, dtype, _backward, recompute, "eager")
-        yield Case("linear_policy_loss", "ppo, forward and backward", _SHAPE, dtype, _policy, loss, "eager", quick)
-        yield Case("linear_policy_loss", "ppo, forward and backward, onto weight_grad", _SHAPE, dtype, _policy_onto, loss, "eager")
+        yield Case("linear_policy_loss", "ppo, forward and backward", _SHAPE, dtype, partial(_policy, onto=False), loss, "eager", quick)
+        onto = "ppo, forward and backward, onto weight_grad"
+        yield Case("linear_policy_loss", onto, _SHAPE, dtype, partial(_policy, onto=True), loss, "eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,25 +130,21 @@ def _held(x: _Inputs, products: Candidate) -> list[Tensor]:
 # -------------------- log-probabilities
 
 
-def _heads(x: _Inputs, device: str) -> tuple[dict[str, Form], dict[str, str]]:
+def _heads(x: _Inputs, device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Return the baselines for logprobs from hidden states and weight, and why others are absent."""
-    forms: dict[str, Form] = {
-        "eager": lambda h, w: log_softmax(F.linear(h, w), x.ids),
-        "inductor logsumexp": compiled(lambda h, w: logsumexp(F.linear(h, w), x.ids)),
-        "inductor cross_entropy": compiled(lambda h, w: cross_entropy(F.linear(h, w), x.ids)),
-    }
-    absent: dict[str, str] = {}
-    if reason := x.why_not("cut_cross_entropy", device):
-        absent["cut-cross-entropy"] = reason
-    else:
-        forms["cut-cross-entropy"] = partial(_cce, ids=x.ids, device=device)
-    if reason := x.why_not("torch", device):
-        absent["F.linear_cross_entropy"] = reason
-    elif hasattr(F, "linear_cross_entropy"):
-        forms["F.linear_cross_entropy"] = lambda h, w: -F.linear_cross_entropy(h, w, x.ids, reduction="none")
-    else:
-        absent["F.linear_cross_entropy"] = f"torch {torch.__version__} has none"
-    return forms, absent
+    no_fused = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
+    return runnable(
+        {
+            "eager": (None, lambda h, w: log_softmax(F.linear(h, w), x.ids)),
+            "inductor logsumexp": (None, compiled(lambda h, w: logsumexp(F.linear(h, w), x.ids))),
+            "inductor cross_entropy": (None, compiled(lambda h, w: cross_entropy(F.linear(h, w), x.ids))),
+            "cut-cross-entropy": (x.why_not("cut_cross_entropy", device), partial(_cce, ids=x.ids, device=device)),
+            "F.linear_cross_entropy": (
+                x.why_not("torch", device) or no_fused,
+                lambda h, w: -F.linear_cross_entropy(h, w, x.ids, reduction="none"),
+            ),
+        }
+    )
 
 
 def _cce(hidden: Tensor, weight: Tensor, ids: Tensor, device: str) -> Tensor:
@@ -152,15 +158,15 @@ def _cce(hidden: Tensor, weight: Tensor, ids: Tensor, device: str) -> Tensor:
 def _forward(case: Case, device: str) -> Setup:
     x = _inputs(case.shape, case.dtype, device)
     truth, product = _Truth(x, case.dtype), _products(x, 1)
-    forms, absent = _heads(x, device)
+    found, absent = _heads(x, device)
 
-    def without_gradient(form: Form) -> Any:
+    def without_gradient(implementation: Implementation) -> Any:
         with torch.no_grad():
-            return form(x.hidden, x.weight)
+            return implementation(x.hidden, x.weight)
 
     return Setup(
         subject=partial(without_gradient, lambda h, w: linear_token_logprobs(h, w, x.ids, max_extra_bytes=_MAX_EXTRA_BYTES)),
-        others=[*(Candidate(name, partial(without_gradient, form)) for name, form in forms.items()), product],
+        others=[*candidates(found, without_gradient), product],
         check=truth.check,
         held=_held(x, product),
         moved_bytes=x.hidden.nbytes + x.weight.nbytes,
@@ -173,25 +179,23 @@ def _backward(case: Case, device: str) -> Setup:
     """Set up the gradient of the sum of the logprobs, which every baseline can compute."""
     x = _inputs(case.shape, case.dtype, device)
     truth, products = _Truth(x, case.dtype), _products(x, 3)
-    forms, absent = _heads(x, device)
-    del forms["inductor logsumexp"]  # as fast as the other one, and seconds a call
-    if device == "cuda" and not missing("liger_kernel", device):
-        forms["liger"] = partial(_liger_ce, ids=x.ids)
-    else:
-        absent["liger"] = missing("liger_kernel", device, needs_gpu=True) or ""
+    found, absent = _heads(x, device)
+    del found["inductor logsumexp"]  # as fast as the other one, and seconds a call
+    liger: Implementation = partial(_liger_ce, ids=x.ids)
+    if_gpu, no_liger = runnable({"liger": (missing("liger_kernel", device, needs_gpu=True), liger)})
 
-    def gradients(form: Form) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(form(x.hidden, x.weight).sum(), (x.hidden, x.weight))
+    def gradients(implementation: Implementation) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(implementation(x.hidden, x.weight).sum(), (x.hidden, x.weight))
 
     ones = torch.ones(len(x.hidden), device=device)
     return Setup(
         subject=partial(gradients, lambda h, w: linear_token_logprobs(h, w, x.ids, max_extra_bytes=_MAX_EXTRA_BYTES)),
-        others=[*(Candidate(name, partial(gradients, form)) for name, form in forms.items()), products],
+        others=[*candidates({**found, **if_gpu}, gradients), products],
         check=lambda results, loose: truth.check_gradients(results, ones, loose),
         held=_held(x, products),
         moved_bytes=2 * (x.hidden.nbytes + x.weight.nbytes),
         flops=3 * x.flops,
-        absent=absent,
+        absent={**absent, **no_liger},
     )
 
 
@@ -205,17 +209,8 @@ def _liger_ce(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 # -------------------- the policy loss
 
 
-def _policy(case: Case, device: str) -> Setup:
-    """Set up the loss with every gradient in fresh memory."""
-    return _policy_setup(case, device, onto=False)
-
-
-def _policy_onto(case: Case, device: str) -> Setup:
-    """Set up the loss with the weight's gradient added to existing memory, as in the second micro-batch of a step."""
-    return _policy_setup(case, device, onto=True)
-
-
-def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
+def _policy(case: Case, device: str, onto: bool) -> Setup:
+    """Set up the loss; with `onto` the weight's gradient is added to existing memory, as in the second micro-batch of a step."""
     x = _inputs(case.shape, case.dtype, device)
     truth, products = _Truth(x, case.dtype), _products(x, 3)
     tokens = case.shape["T"]
@@ -239,10 +234,10 @@ def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
     def gradients(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(), (x.hidden, x.weight))
 
-    forms, absent = _losses(x, b, device)
+    found, absent = _losses(x, b, device)
     return Setup(
         subject=ours,
-        others=[*(Candidate(name, partial(gradients, form)) for name, form in forms.items()), products],
+        others=[*candidates(found, gradients), products],
         check=check,
         held=[*_held(x, products), *b.values(), *([] if weight_grad is None else [weight_grad])],
         moved_bytes=2 * (x.hidden.nbytes + x.weight.nbytes),
@@ -252,7 +247,7 @@ def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
     )
 
 
-def _loss_gradient(b: Batch, logprobs: Tensor) -> Tensor:
+def _loss_gradient(b: LossInputs, logprobs: Tensor) -> Tensor:
     """Return d loss / d logprobs [T] in float64."""
     lp = logprobs.detach().requires_grad_()
     adv, old = b["advantages"].double(), b["old"].double()
@@ -260,30 +255,27 @@ def _loss_gradient(b: Batch, logprobs: Tensor) -> Tensor:
     return torch.autograd.grad(loss, lp)[0]
 
 
-def _losses(x: _Inputs, b: Batch, device: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+def _losses(x: _Inputs, b: LossInputs, device: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """Return the baselines for the loss, metrics included, and why others are absent."""
 
     def materialised(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return ppo({**b, "logprobs": logsumexp(F.linear(h, w), x.ids)})
 
     inductor = compiled(materialised)
-    forms: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: ppo({**b, "logprobs": log_softmax(F.linear(x.hidden, x.weight), x.ids)})[0],
-        "inductor": lambda: inductor(x.hidden, x.weight)[0],
-    }
-    absent: dict[str, str] = {}
-    if reason := x.why_not("cut_cross_entropy", device):
-        absent["cut-cross-entropy"] = reason
-    else:
-        forms["cut-cross-entropy"] = lambda: ppo({**b, "logprobs": _cce(x.hidden, x.weight, x.ids, device)})[0]
-    if reason := x.why_not("liger_kernel", device):
-        absent["liger"] = reason
-    else:
-        forms["liger"] = _liger_grpo(x, b)
-    return forms, absent
+    return runnable(
+        {
+            "eager": (None, lambda: ppo({**b, "logprobs": log_softmax(F.linear(x.hidden, x.weight), x.ids)})[0]),
+            "inductor": (None, lambda: inductor(x.hidden, x.weight)[0]),
+            "cut-cross-entropy": (
+                x.why_not("cut_cross_entropy", device),
+                lambda: ppo({**b, "logprobs": _cce(x.hidden, x.weight, x.ids, device)})[0],
+            ),
+            "liger": (x.why_not("liger_kernel", device), _liger_grpo(x, b)),
+        }
+    )
 
 
-def _liger_grpo(x: _Inputs, b: Batch) -> Callable[[], Tensor]:
+def _liger_grpo(x: _Inputs, b: LossInputs) -> Callable[[], Tensor]:
     """Return Liger's chunked GRPO loss, which works sequence by sequence and has only the clip fraction as a metric."""
 
     @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.bench import baselines
-from reinforce_ada.bench.baselines import compiled, missing, reading
-from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
+from reinforce_ada.bench.baselines import Implementation, candidates, compiled, missing, reading, runnable
+from reinforce_ada.bench.case import Case, Goal, Setup
 from reinforce_ada.bench.checks import close
 from reinforce_ada.ops import token_logprobs
 
@@ -65,15 +65,15 @@ def _forward(case: Case, device: str, entropy: bool) -> Setup:
     truth = token_logprobs(logits[_CHECKED].double(), ids[_CHECKED], entropy=True, backend="reference")
 
     def check(results: Any, loose: bool) -> None:
-        found = results[:2] if entropy else (results,)
-        for name, a, e in zip(("logprobs", "entropy"), found, (truth.logprobs, truth.entropy), strict=False):
+        parts = results[:2] if entropy else (results,)
+        for name, a, e in zip(("logprobs", "entropy"), parts, (truth.logprobs, truth.entropy), strict=False):
             assert e is not None
             close(name, a[_CHECKED], e, 0.15 if loose else 1e-5)
 
-    forms = _entropy_forms() if entropy else _forms()
+    found = _with_entropy() if entropy else _logprobs_only()
     return Setup(
         subject=lambda: token_logprobs(logits, ids, entropy=entropy),
-        others=[*(Candidate(name, partial(form, logits, ids)) for name, form in forms.items()), reading(logits.nbytes, device)],
+        others=[*candidates(found, lambda implementation: implementation(logits, ids)), reading(logits.nbytes, device)],
         check=check,
         held=[logits, ids],
         moved_bytes=logits.nbytes,
@@ -81,10 +81,7 @@ def _forward(case: Case, device: str, entropy: bool) -> Setup:
     )
 
 
-Form = Callable[[Tensor, Tensor], Any]
-
-
-def _forms() -> dict[str, Form]:
+def _logprobs_only() -> dict[str, Implementation]:
     return {
         "log_softmax": baselines.log_softmax,
         "TRL": baselines.trl,
@@ -94,7 +91,7 @@ def _forms() -> dict[str, Form]:
     }
 
 
-def _entropy_forms() -> dict[str, Form]:
+def _with_entropy() -> dict[str, Implementation]:
     return {
         "log_softmax": baselines.entropy_by_log_softmax,
         "inductor log_softmax": compiled(baselines.entropy_by_log_softmax),
@@ -108,8 +105,8 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
     leaf = values.clone().requires_grad_()
     weights = (g[0], g[1]) if entropy else (g[0],)
 
-    def gradient(form: Form, logits: Tensor) -> Tensor:
-        results = form(logits, ids)
+    def gradient(implementation: Implementation, logits: Tensor) -> Tensor:
+        results = implementation(logits, ids)
         outputs = results[:2] if isinstance(results, tuple) else (results,)
         return torch.autograd.grad(outputs, logits, weights)[0]
 
@@ -127,12 +124,12 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
         eps = torch.finfo(values.dtype).eps
         close("gradient", results[_CHECKED], expected, 0.02 if loose else 1e-5, 0.1 if loose else 2 * eps)
 
-    forms = _entropy_forms() if entropy else _forms()
-    gpu, absent = _gpu_forms(device) if inplace and not entropy else ({}, {})
-    candidates = [Candidate(name, partial(gradient, form, leaf)) for name, form in {**forms, **gpu}.items()]
+    found = _with_entropy() if entropy else _logprobs_only()
+    gpu, absent = _on_gpu(device) if inplace and not entropy else ({}, {})
+    others = candidates({**found, **gpu}, lambda implementation: gradient(implementation, leaf))
     return Setup(
         subject=ours,
-        others=[*candidates, reading(3 * values.nbytes, device)],
+        others=[*others, reading(3 * values.nbytes, device)],
         check=check,
         held=[values, leaf, ids, g],
         moved_bytes=3 * values.nbytes,  # the logits twice, the gradient once
@@ -147,16 +144,14 @@ def _copy(to: Tensor, values: Tensor) -> None:
     to.data.copy_(values)  # hidden from autograd: all earlier graphs are finished
 
 
-def _gpu_forms(device: str) -> tuple[dict[str, Form], dict[str, str]]:
+def _on_gpu(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Return the baselines that need a GPU and write the gradient over the logits, and why others are absent."""
-    forms: dict[str, Form] = {}
-    absent: dict[str, str] = {}
-    for name, package, form in (("liger", "liger_kernel", _liger), ("flash-attn", "flash_attn", _flash_attn)):
-        if reason := missing(package, device, needs_gpu=True):
-            absent[name] = reason
-        else:
-            forms[name] = form
-    return forms, absent
+    return runnable(
+        {
+            "liger": (missing("liger_kernel", device, needs_gpu=True), _liger),
+            "flash-attn": (missing("flash_attn", device, needs_gpu=True), _flash_attn),
+        }
+    )
 
 
 def _liger(logits: Tensor, ids: Tensor) -> Tensor:

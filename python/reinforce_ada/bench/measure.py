@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,13 +26,6 @@ _L2_BYTES = 256 << 20  # more than any GPU caches
 
 class WrongResultError(Exception):
     """The error of an operator with wrong results, which is not timed."""
-
-
-class Clock(Protocol):
-    """A clock for calls on a device."""
-
-    def seconds(self, run: Run, calls: int) -> float:
-        """Return the mean time of a call over `calls` of them."""
 
 
 class CpuClock:
@@ -104,7 +97,7 @@ class Session:
     def __init__(self, case: Case, device: str) -> None:
         torch.compiler.reset()
         self.case, self.device = case, device
-        self.clock: Clock = CudaClock() if device == "cuda" else CpuClock()
+        self.clock = CudaClock() if device == "cuda" else CpuClock()
         self.setup = case.build(case, device)
         self.absent = dict(self.setup.absent)
         self._metered = memory.missing(device) is None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reinforce_ada.bench.baselines import FULL, PPO, Batch, compiled, ppo, ppo_with_correction_and_kl, reading
+from reinforce_ada.bench.baselines import FULL, PPO, LossInputs, compiled, ppo, ppo_with_correction_and_kl, reading
 from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
 from reinforce_ada.bench.checks import close, close_in_norm
 from reinforce_ada.ops import RolloutCorrection, policy_loss
@@ -31,7 +31,7 @@ def cases() -> Iterator[Case]:
             yield Case(_OP, name, shape, "float32", build, _GOALS, "eager", quick)
 
 
-def batch(shape: tuple[int, ...], cu_seqlens: Tensor | None, num_seqs: int, device: str) -> Batch:
+def batch(shape: tuple[int, ...], cu_seqlens: Tensor | None, num_seqs: int, device: str) -> LossInputs:
     """Return logprobs, those of the old, rollout and reference policies, advantages, and a mask without a tenth of the tokens."""
     logprobs = -torch.rand(shape, device=device)
     old = logprobs + 0.2 * torch.randn(shape, device=device)
@@ -53,13 +53,13 @@ def _build(case: Case, device: str, packed: bool, full: bool) -> Setup:
     b["logprobs"].requires_grad_()
     form, names = (ppo_with_correction_and_kl, FULL) if full else (ppo, PPO)
 
-    def ours(b: Batch = b, backend: str = "auto") -> tuple[Tensor, dict[str, Tensor]]:
+    def ours(b: LossInputs = b, backend: str = "auto") -> tuple[Tensor, dict[str, Tensor]]:
         more = {**_FULL_ARGUMENTS, "rollout_logprobs": b["rollout"], "ref_logprobs": b["ref"]} if full else {}
         return policy_loss(
             b["logprobs"], b["advantages"], b["mask"], old_logprobs=b["old"], cu_seqlens=b.get("cu_seqlens"), backend=backend, **more
         )
 
-    def step(form: Callable[[Batch], Any], b: Batch = b) -> tuple[Tensor, Any]:
+    def step(form: Callable[[LossInputs], Any], b: LossInputs = b) -> tuple[Tensor, Any]:
         """Return the gradient, and the loss with its metrics."""
         results = form(b)
         return torch.autograd.grad(results[0], b["logprobs"])[0], results

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.bench.case import SHORT, Goal, shape_label
+from reinforce_ada.bench.case import Goal, label_of
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_file
 
 FORMAT = 1
+_MORE_IS_BETTER = ("speedup", "gelem_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Record:
     @property
     def label(self) -> str:
         """Return operator, case, dtype and shape in one line."""
-        return f"{self.op}/{self.name}/{SHORT[self.dtype]}/{shape_label(self.shape)}"
+        return "/".join(label_of(self))
 
     @property
     def gb_per_s(self) -> float:
@@ -77,7 +78,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GoalVerdict:
     """A goal with the value reached. If it could not be measured, `met` is None and `reached` says why."""
 
     goal: str
@@ -128,30 +129,34 @@ def _record(found: dict[str, Any]) -> Record:
 # -------------------- goals
 
 
-def verdicts(record: Record) -> Iterator[Verdict]:
+def verdicts(record: Record) -> Iterator[GoalVerdict]:
     """Yield the verdict on every goal of a record. Medians decide; no number is rounded in favour of a goal."""
     for goal in record.goals:
         yield _verdict(record, goal)
 
 
-def _verdict(record: Record, goal: Goal) -> Verdict:
+def _verdict(record: Record, goal: Goal) -> GoalVerdict:
     name = record.fastest(goal.against) if goal.against else ""
     if name is None:
         reason = "; ".join(f"{n}: {why}" for n, why in record.absent.items()) or "nothing to compare with was measured"
-        return Verdict(goal_text(goal, None), reason, "", None)
+        return GoalVerdict(goal_text(goal, None), reason, "", None)
     text = goal_text(goal, None if not name else record.others[name])
-    found = _quantity(record, goal, name)
+    found = quantity(record, goal, name)
     if found is None:
-        return Verdict(text, "cannot be measured on this system", "", None)
+        return GoalVerdict(text, "cannot be measured on this system", "", None)
     value, low, high = found
-    at_least = goal.kind in ("speedup", "gelem_per_s")
-    met = value >= goal.bound if at_least else value <= goal.bound
-    exact = name not in ("", goal.against)  # the member of the family is then named
-    reached = number(value, up=not at_least) + (f" ({name})" if exact else "")
-    return Verdict(text, reached, "" if low is None or high is None else f"{number(low, not at_least)}–{number(high, not at_least)}", met)
+    less_is_better = goal.kind not in _MORE_IS_BETTER
+    reached = number(value, less_is_better) + ("" if name in ("", goal.against) else f" ({name})")
+    spread = "" if low is None or high is None else f"{number(low, less_is_better)}–{number(high, less_is_better)}"
+    return GoalVerdict(text, reached, spread, is_met(goal, value))
 
 
-def _quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
+def is_met(goal: Goal, value: float) -> bool:
+    """Return whether a goal is met by the quantity that it bounds."""
+    return value >= goal.bound if goal.kind in _MORE_IS_BETTER else value <= goal.bound
+
+
+def quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
     """Return median and quartiles of the quantity that the goal bounds; None if it was not measured."""
     ours = record.ours
     if goal.kind == "extra_mb":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from reinforce_ada.bench.case import SHORT, shape_label
+from reinforce_ada.bench.case import label_of
 from reinforce_ada.bench.record import Record, Timing, number, slower, verdicts
 
 Row = Sequence[str]
@@ -16,7 +16,7 @@ SUMMARY = ("operator", "case", "× naive eager", "× torch.compile", "× fastest
 
 def goal_rows(records: Iterable[Record]) -> list[Row]:
     """Return one row for each goal."""
-    return [(r.op, r.name, SHORT[r.dtype], shape_label(r.shape), v.goal, v.reached, v.spread, v.word) for r in records for v in verdicts(r)]
+    return [(*label_of(r), v.goal, v.reached, v.spread, v.word) for r in records for v in verdicts(r)]
 
 
 def tally(records: Iterable[Record]) -> str:
@@ -36,7 +36,7 @@ def _measured(r: Record) -> Row:
     baselines = ", ".join(f"{name} {_ratio(t)}" for name, t in r.baselines().items())
     extra = "" if r.ours.extra_mb is None else number(r.ours.extra_mb, up=True)
     rate = f"{r.gflop_per_s:.0f} GFLOP/s" if r.flops else f"{r.gb_per_s:.1f} GB/s"
-    return (r.name, SHORT[r.dtype], shape_label(r.shape), r.backend, duration(r.ours.ms), rate, _share(r), extra, baselines)
+    return (*label_of(r)[1:], r.backend, duration(r.ours.ms), rate, _share(r), extra, baselines)
 
 
 def _ratio(t: Timing) -> str:
@@ -50,7 +50,7 @@ def _share(r: Record) -> str:
 
 def slower_rows(records: Iterable[Record]) -> list[Row]:
     """Return one row for each baseline that is faster than ours."""
-    return [(r.op, r.name, SHORT[r.dtype], shape_label(r.shape), name, _ratio(t)) for r, name, t in slower(records)]
+    return [(*label_of(r), name, _ratio(t)) for r, name, t in slower(records)]
 
 
 def absent_reasons(records: Iterable[Record]) -> list[str]:

@@ -91,7 +91,7 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
     num = _NUM_SEQUENCES // len(terminals) + 1
     live = live_sequences(policy, cap) if simulated else {}
     sequences = [_sequences(live, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
-    terms = _terms(where, policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
+    terms = _terms(policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
     plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
     k, w, paths = (np.array([float(getattr(t, name)) for t in terminals]) for name in ("correct", "wrong", "num_paths"))
@@ -139,7 +139,7 @@ def _divisor(spec: AdvantageSpec, k: Array, w: Array) -> Array:
 # -------------------- the hooks at a terminal state
 
 
-def _terms(where: str, policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
+def _terms(policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
     """Return `plus`, `minus` and the noise term of each draw sequence."""
     groups = [_group(policy, terminal, chars, cap) for terminal, chars in drawn]
     if not groups:

@@ -59,7 +59,7 @@ def run(
     length_model: LengthModel = replace(fitted.lengths if fitted else LengthModel(), **lengths)  # type: ignore[arg-type]
     _check_files(json_to, figure_to)
     studies = []
-    with _Progress(len(chosen) * num_seeds * len(compared)) as progress:
+    with _ProgressLine(len(chosen) * num_seeds * len(compared)) as progress:
         for p in chosen:
             n = num_prompts if num_prompts is not None else len(p.rates) if not isinstance(p, BetaRates) else 64
             studies.append(
@@ -137,7 +137,7 @@ def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
         needs(_WHERE, "matplotlib")
 
 
-class _Progress:
+class _ProgressLine:
     """The progress line on standard error, which is overwritten at each update; nothing is printed if that is no terminal."""
 
     def __init__(self, num_runs: int) -> None:
@@ -157,7 +157,7 @@ class _Progress:
         what = one_line(f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions")
         print(f"\r\033[K[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}", end="", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _ProgressLine:
         return self
 
     def __exit__(self, *error: object) -> None:

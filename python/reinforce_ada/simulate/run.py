@@ -50,7 +50,7 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """The costs and results of a simulated sampling phase."""
 
     wall_s: float
@@ -173,7 +173,7 @@ def simulate(
     num_earlier: int = 0,
     sampler: Sampler | None = None,
     on_poll: Callable[[int], None] | None = None,
-) -> Outcome:
+) -> SimulationResult:
     """Run one sampling phase on the virtual clock.
 
     Between two polls the batch is the same, and the time is exact: sum over steps of (step_ms + busy_ms * busy) is
@@ -203,7 +203,7 @@ def simulate(
             on_poll(virtual.num_ended)
     committed = np.fromiter((driven.committed(str(prompt)) for prompt in entered), np.int64, len(entered))
     tokens_committed, num_with_signal = _pools(world, np.array(entered), committed)
-    return Outcome(
+    return SimulationResult(
         wall_s=virtual.seconds,
         num_steps=virtual.step,
         tokens=virtual.tokens,

@@ -16,7 +16,7 @@ from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel, check_range
 from reinforce_ada.simulate.population import Population, World
-from reinforce_ada.simulate.run import Outcome, simulate
+from reinforce_ada.simulate.run import SimulationResult, simulate
 
 HEADINGS = ("policy", "schedule", "wall s", "relative", "Mtok", "wasted", "signal", "samples/prompt", "utilisation")
 _WHERE = "simulate"
@@ -103,7 +103,7 @@ class Row:
     """The outcomes of one setting, one per seed."""
 
     setting: Setting
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[SimulationResult, ...]
 
     def values(self, name: str) -> list[float]:
         """Return one number of every outcome, in the order of the seeds."""
@@ -206,7 +206,7 @@ def run_study(
         if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
             given = f"{num_prompts} prompts with a cap of {s.policy.cap}"
             raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 8 GB")
-    outcomes: list[list[Outcome]] = [[] for _ in settings]
+    outcomes: list[list[SimulationResult]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
         for s, found in zip(settings, outcomes, strict=True):
