@@ -63,6 +63,12 @@ def world(policy: Policy, script: dict[str, str], timing, **more) -> Chaos:
     return Chaos(sampler, script, rng, slots=slots, mess=mess)
 
 
+def any_step(data: st.DataObject) -> tuple[Policy, dict[str, str]]:
+    """A policy, and the outcomes of one to four prompts."""
+    policy = data.draw(policies())
+    return policy, data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+
+
 def kept(result: SamplingResult) -> list[list[tuple]]:
     return [[s.id for s in group.kept] for group in result.groups]
 
@@ -70,8 +76,7 @@ def kept(result: SamplingResult) -> list[list[tuple]]:
 @COMMON
 @given(data=st.data())
 def test_any_event_order_gives_the_sequential_pools(data: st.DataObject) -> None:
-    policy = data.draw(policies())
-    script = data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+    policy, script = any_step(data)
     chaos = world(policy, script, data.draw(timings(policy)))
     chaos.run()
     result = chaos.sampler.result()
@@ -87,8 +92,7 @@ def test_any_event_order_gives_the_sequential_pools(data: st.DataObject) -> None
 @COMMON
 @given(data=st.data())
 def test_a_step_cut_anywhere_and_restored_gives_the_same_pools(data: st.DataObject) -> None:
-    policy = data.draw(policies())
-    script = data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+    policy, script = any_step(data)
     first = world(policy, script, data.draw(timings(policy)))
     first.run(data.draw(st.integers(0, 60)))
     second = world(policy, script, data.draw(timings(policy)))
