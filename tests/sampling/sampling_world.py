@@ -10,7 +10,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Counts, History, Never, Policy, Positive, Refill, Rounds, Verdict
-from reinforce_ada.sampling.policies import All, Allocation, Balanced, DropOneClass, First, promises_of
+from reinforce_ada.sampling.policies.contracts import Allocation, promises_of
+from reinforce_ada.sampling.policies.decide import DropOneClass
+from reinforce_ada.sampling.policies.select import All, Balanced, First
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, ExitReason, Failed, Lost, Pool, Prompt, Request, Scored
 
 REWARD_OF = {"+": 1.0, "-": 0.0}  # any other character is a void

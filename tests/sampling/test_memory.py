@@ -25,7 +25,8 @@ from reinforce_ada.sampling import (
     SkipStreaks,
     preset,
 )
-from reinforce_ada.sampling.policies import Decide, DropOneClass
+from reinforce_ada.sampling.policies.contracts import Decide
+from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.types import CompletionId, Pool, Prompt, SamplingResult
 
 

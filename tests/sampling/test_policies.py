@@ -245,6 +245,15 @@ def best_value(rate_of: list[float], total: int, floor: int, cap: int) -> float:
     return best[total]
 
 
+def divided(counts: list[tuple[int, int]], floor: int, more: int, room: int) -> tuple[Knapsack, list[int]]:
+    """A knapsack and its budgets for prompts with these counts, which sum up and stay in bounds."""
+    allocate = bag(floor + more, floor, floor + more + room)
+    budgets = allocate.budgets([seen(*c) for c in counts])
+    assert sum(budgets) == allocate.mean * len(counts)
+    assert all(floor <= budget <= allocate.cap for budget in budgets)
+    return allocate, budgets
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
@@ -253,11 +262,8 @@ def best_value(rate_of: list[float], total: int, floor: int, cap: int) -> float:
     st.integers(0, 9),
 )
 def test_knapsack_budgets_have_the_largest_value(counts: list[tuple[int, int]], floor: int, more: int, room: int) -> None:
-    allocate = bag(floor + more, floor, floor + more + room)
-    budgets = allocate.budgets([seen(*c) for c in counts])
+    allocate, budgets = divided(counts, floor, more, room)
     rate_of = [correct / (correct + wrong) for correct, wrong in counts]
-    assert sum(budgets) == allocate.mean * len(counts)
-    assert all(floor <= budget <= allocate.cap for budget in budgets)
     best = best_value(rate_of, allocate.mean * len(counts), floor, allocate.cap)
     assert sum(map(value, budgets, rate_of)) == pytest.approx(best, abs=1e-12)
 
@@ -294,10 +300,7 @@ def test_knapsack_where_the_value_says_nothing(histories: list[History], budgets
     st.integers(0, 60),
 )
 def test_knapsack_budgets_sum_up_and_stay_in_bounds(counts: list[tuple[int, int]], floor: int, more: int, room: int) -> None:
-    allocate = bag(floor + more, floor, floor + more + room)
-    budgets = allocate.budgets([seen(*c) for c in counts])
-    assert sum(budgets) == allocate.mean * len(counts)
-    assert all(floor <= budget <= allocate.cap for budget in budgets)
+    divided(counts, floor, more, room)
 
 
 def test_a_budget_function_of_ones_own() -> None:
@@ -484,7 +487,7 @@ def changed(name: str, **parts) -> Policy:
         ),
         (
             lambda: changed("reinforce-ada-pos", decide=Band(pilot=12)),
-            "a pilot of 12 completions; a multiple of decide_every 8 .*never looked at",
+            "a pilot of 12 completions; a multiple of decide_every 8 .*never asked",
         ),
         (
             lambda: changed("reinforce-ada-balance", allocate=est(floor=2)),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_world import scored
 
-from reinforce_ada.sampling.policies import Counts, History
+from reinforce_ada.sampling.policies.contracts import Counts, History
 from reinforce_ada.sampling.pool import GrowingPool, reward_statistics, rewards_of
 from reinforce_ada.sampling.prompt_state import PromptState, indices_of
 from reinforce_ada.types import CompletionId, Failed, Prompt

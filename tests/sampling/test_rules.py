@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sampling_world import scored
 
 from reinforce_ada.sampling import Balance, Balanced, Band, Centered, Counts, Never, Policy, Positive, Rounds, Verdict
-from reinforce_ada.sampling.policies import Decide, DropOneClass
+from reinforce_ada.sampling.policies.contracts import Decide
+from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.sampling.rules import (
     CORRECT,
     VOID,

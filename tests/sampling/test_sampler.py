@@ -12,7 +12,7 @@ from sampling_world import answer, drawn, finish, prompts_of, scored
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Policy, Rounds, preset, request_seed
-from reinforce_ada.sampling.policies import Balanced
+from reinforce_ada.sampling.policies.select import Balanced
 from reinforce_ada.types import Aborted, CompletionId, Failed, Group, Lost, Prompt, SamplingResult, Scored
 
 POS, BALANCE = "reinforce-ada-pos", "reinforce-ada-balance"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import Counts, Policy, Verdict
 from reinforce_ada.simulate.engine_model import LengthModel
 from reinforce_ada.simulate.population import World
 from reinforce_ada.types import CompletionId, Prompt, Request, Scored
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """What is inside raises InputError with this in its message."""
+    with pytest.raises(InputError) as e:
+        yield
+    assert message in str(e.value)
 
 
 class ScriptedWorld(World):

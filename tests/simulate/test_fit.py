@@ -101,7 +101,7 @@ def test_a_run_is_sampled_again_by_the_policy_it_had(sampling: dict) -> None:
 
 @pytest.mark.parametrize("header", [{}, {"config": 3}, {"config": {"sampling": {}, "engine": {}}, "device": "cpu"}])
 def test_a_header_that_says_nothing_is_one_line(header: dict) -> None:
-    with pytest.raises(InputError, match=r"^simulate --fit: the first record of .*log.jsonl says nothing of how it sampled"):
+    with pytest.raises(InputError, match=r"^simulate --fit: the first record of .*log.jsonl does not say how the run sampled"):
         _Run.of(Path("run"), header)
 
 

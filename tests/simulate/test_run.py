@@ -7,7 +7,7 @@ import pytest
 from simulated_world import ScriptedWorld
 
 from reinforce_ada.sampling import preset, stopping_table
-from reinforce_ada.sampling.policies import Counts, Verdict
+from reinforce_ada.sampling.policies.contracts import Counts, Verdict
 from reinforce_ada.sampling.statistics import samples, signal
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simulated_world import CompletionOrder
+from simulated_world import CompletionOrder, refused
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import preset
@@ -140,9 +140,8 @@ def test_a_setting_is_read_from_its_words() -> None:
     ],
 )
 def test_words_that_mean_nothing(policy: str, window: str, message: str) -> None:
-    with pytest.raises(InputError) as e:
+    with refused(message):
         setting(policy, "stream", window)
-    assert message in str(e.value)
 
 
 def test_a_study_needs_prompts_and_seeds() -> None:

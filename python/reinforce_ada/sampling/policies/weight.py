@@ -1,4 +1,4 @@
-"""The advantage of each kept completion."""
+"""The weight hook: the advantage of each kept completion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Centered(Weighting):
-    """advantage = (reward - baseline) / (std + eps) * class weight, the same rule for every group.
+    """Set advantage = (reward - baseline) / (std + eps) * class weight, by the same rule for every group.
 
     `class_weights` are the factors for advantages below 0 (the wrong ones, for rewards of 0 and 1) and for the others.
     """
