@@ -17,7 +17,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from reinforce_ada.engines.base import Placement, PrefixHits, garbage
+from reinforce_ada.engines.base import Engine, Placement, PrefixHits, check_prompt_length, garbage
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -136,14 +136,15 @@ class FleetCounts:
     sync_s: float = 0.0
 
 
-class Fleet:
-    """An `Engine` made of replicas.
+class Fleet(Engine):
+    """An engine made of replicas.
 
     Args:
         replicas: start immediately, and are used as they come up.
         publish: puts the weights where replicas find them, and returns what `Replica.load` takes.
         max_tokens: the most tokens of a completion.
         vocab_size: every token id must be below.
+        max_model_len: the longest prompt + completion; None leaves the check of prompts to the replicas.
         give_up_s: raise EngineLost after this long without any replica, counted since the last answer of one.
         say: takes one line whenever a replica comes or goes.
         clock, wait_s: monotonic seconds; how long `poll` waits for a message at most.
@@ -156,13 +157,14 @@ class Fleet:
         *,
         max_tokens: int,
         vocab_size: int,
+        max_model_len: int | None = None,
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = 0.05,
     ) -> None:
-        self._publish, self._max_tokens, self._vocab_size, self._give_up_s = publish, max_tokens, vocab_size, give_up_s
-        self._say, self._clock, self._wait_s = say, clock, wait_s
+        self._publish, self._max_tokens, self._max_model_len, self._vocab_size = publish, max_tokens, max_model_len, vocab_size
+        self._give_up_s, self._say, self._clock, self._wait_s = give_up_s, say, clock, wait_s
         self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._droppers: dict[CompletionId, list[Member]] = {}  # replicas that dropped a request since it was last answered
@@ -202,7 +204,13 @@ class Fleet:
         return max(0, sum(m.replica.num_slots - len(m.running) for m in there) - len(self._waiting))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue these requests, and hand out as many as the replicas have room for."""
+        """Queue these requests, and hand out as many as the replicas have room for.
+
+        Raises: InputError for a prompt that leaves no room for max_tokens.
+        """
+        if self._max_model_len is not None:
+            for request in requests:
+                check_prompt_length("engine", request, self._max_tokens, self._max_model_len)
         self._waiting.extend(requests)
         self._give_out()
 
@@ -244,7 +252,6 @@ class Fleet:
         self.counts.sync_s += self._clock() - began
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics that `metrics_of` describes."""
         c, ready = self.counts, [m for m in self.members if m.state is State.ready]
         return {
             "engine_replicas": float(len(ready)),
@@ -258,12 +265,6 @@ class Fleet:
             "engine_sync_s": c.sync_s,
             **self.hits.metrics(),
         }
-
-    def sleep(self) -> None:
-        """Do nothing: replicas have memory of their own."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
         """Close every replica."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from reinforce_ada.engines import answers
 from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
-from reinforce_ada.engines.base import Launch, check_prompt_length, too_old
+from reinforce_ada.engines.base import Launch, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_folder
@@ -362,10 +362,10 @@ class HttpEngine(Fleet):
             raise InputError("engine", "httpx is not installed", 'pip install "reinforce-ada[train]"')
         if len(stop) > _MOST_STOPS:
             raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
-        self._limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
+        limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
         urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
-        replicas = [HttpReplica(self._background, url, self._limits, headers, trusted) for url in urls]
+        replicas = [HttpReplica(self._background, url, limits, headers, trusted) for url in urls]
         greetings = [self._background.begin(replica.greet()) for replica in replicas]
         try:
             _check(replicas, greetings, say)
@@ -375,14 +375,10 @@ class HttpEngine(Fleet):
                 replica.close()
             self._background.close()
             raise
-        limits: dict[str, Any] = {"max_tokens": max_tokens, "vocab_size": vocab_size, "give_up_s": give_up_s}
-        super().__init__(replicas, WeightsFolder(weights), say=say, **limits)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
-        for request in requests:
-            check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
-        super().submit(requests)
+        super().__init__(
+            replicas, WeightsFolder(weights), max_tokens=max_tokens, vocab_size=vocab_size, max_model_len=max_model_len,
+            give_up_s=give_up_s, say=say,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Close the connections; the servers keep running."""

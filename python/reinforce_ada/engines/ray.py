@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.engines.base import Launch, check_prompt_length
+from reinforce_ada.engines.base import Launch
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, is_installed, one_line
@@ -278,7 +278,6 @@ class RayEngine(Fleet):
     ) -> None:
         if num_replicas < 1 or cpus < 1:
             raise InputError("engine", f"{num_replicas} replicas of {cpus} cores", "at least 1 of each")
-        self._limits = options
         self._is_ours = _connect(address)
         resources = {"CPU": float(cpus)} | ({"GPU": float(options.tensor_parallel)} if options.device == "cuda" else {})
         try:
@@ -287,13 +286,10 @@ class RayEngine(Fleet):
             self._leave()
             raise
         replicas = [RayReplica(i, options, resources, hung_after_s) for i in range(num_replicas)]
-        super().__init__(replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, give_up_s=give_up_s, say=say)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
-        for request in requests:
-            check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
-        super().submit(requests)
+        super().__init__(
+            replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, max_model_len=options.max_model_len,
+            give_up_s=give_up_s, say=say,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Kill the actors, and stop Ray if it was started here."""

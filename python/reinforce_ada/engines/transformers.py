@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reinforce_ada.engines.base import Launch, check_own, check_prompt_length
+from reinforce_ada.engines.base import Engine, Launch, check_own, check_prompt_length
 from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -26,7 +26,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll.
 
     A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or are
@@ -181,12 +181,6 @@ class TransformersEngine:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
         self._policy_version = policy_version
-
-    def sleep(self) -> None:
-        """Do nothing: the cache is freed when a batch ends."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
 
     def close(self) -> None:
         """Drop all running requests."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import Launch, PrefixHits, check_own, check_prompt_length, too_old
+from reinforce_ada.engines.base import Engine, Launch, PrefixHits, check_own, check_prompt_length, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, one_line
@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """A vLLM engine in this process that samples from the model's own distribution and ignores that of generation_config.json.
 
     Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
@@ -204,7 +204,6 @@ class VllmEngine:
         self._sync_s += time.monotonic() - began
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics that `metrics_of` describes."""
         return {
             "engine_tokens": float(self._num_tokens),
             "engine_busy_slots": float(min(len(self._running), self._max_num_seqs)),
