@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -73,23 +73,18 @@ class Replica(Protocol):
 
     def start(self, tell: Callable[[News], None]) -> None:
         """Start the replica, or reach it again after a Down: `Up` or `Down` follows. `tell` of an earlier start is not called any more."""
-        ...
 
     def load(self, weights: Any, policy_version: int) -> None:
         """Load weights as the fleet's `publish` returned them: `Loaded` or `Down` follows. Nothing is in flight."""
-        ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Start these requests: for each a `Completion` or `Dropped` follows, unless a `Down` does."""
-        ...
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Stop these requests; their late answers are ignored."""
-        ...
 
     def close(self) -> None:
         """Release all resources."""
-        ...
 
 
 class State(Enum):
@@ -118,6 +113,10 @@ class Member:
     @property
     def load(self) -> float:
         return len(self.running) / self.replica.num_slots
+
+    @property
+    def has_room(self) -> bool:
+        return self.state is State.ready and len(self.running) < self.replica.num_slots
 
     @property
     def is_there(self) -> bool:
@@ -252,17 +251,13 @@ class Fleet(Engine):
         self.counts.sync_s += self._clock() - began
 
     def metrics(self) -> dict[str, float]:
-        c, ready = self.counts, [m for m in self.members if m.state is State.ready]
+        ready = [m for m in self.members if m.state is State.ready]
         return {
             "engine_replicas": float(len(ready)),
             "engine_slots": float(sum(m.replica.num_slots for m in ready)),
-            "engine_tokens": float(c.tokens),
             "engine_busy_slots": float(sum(len(m.running) for m in self.members)),
             "engine_queue": float(len(self._waiting)),
-            "engine_restarts": float(c.restarts),
-            "engine_moved": float(c.moved),
-            "engine_late": float(c.late),
-            "engine_sync_s": c.sync_s,
+            **{f"engine_{name}": float(count) for name, count in asdict(self.counts).items()},
             **self.hits.metrics(),
         }
 
@@ -346,7 +341,7 @@ class Fleet(Engine):
     def _assign(self) -> list[tuple[Member, list[Request]]]:
         given: dict[int, list[Request]] = {}
         stay: list[Request] = []
-        while self._waiting and any(self._has_room(m) for m in self.members):
+        while self._waiting and any(m.has_room for m in self.members):
             request = self._waiting.popleft()
             free = self._takers(request)
             if not free:
@@ -365,11 +360,7 @@ class Fleet(Engine):
         if droppers := self._droppers.get(request.id):
             least = min(droppers.count(self.members[i]) for i in ready)
             ready = [i for i in ready if droppers.count(self.members[i]) == least]
-        return [i for i in ready if self._has_room(self.members[i])]
-
-    @staticmethod
-    def _has_room(member: Member) -> bool:
-        return member.state is State.ready and len(member.running) < member.replica.num_slots
+        return [i for i in ready if self.members[i].has_room]
 
     def _dropped(self, member: Member, request: Request, reason: str) -> None:
         self._put_back([request])

@@ -18,8 +18,8 @@ from typing import Any
 
 from reinforce_ada.engines.base import Launch
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError
-from reinforce_ada.outside import installed_version, is_installed, one_line
+from reinforce_ada.errors import InputError, needs
+from reinforce_ada.outside import installed_version, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after this time, or with the first completion
@@ -117,18 +117,19 @@ class RayReplica:
 
     def load(self, weights: Any, policy_version: int) -> None:
         """Send the weights by reference, so that each node fetches them once."""
-        assert self._talk is not None
-        self._talk.put(load=(weights, policy_version))
+        self._put(load=(weights, policy_version))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Send these with the next turn."""
-        assert self._talk is not None
-        self._talk.put(requests=requests)
+        self._put(requests=requests)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Abort these with the next turn."""
+        self._put(aborted=ids)
+
+    def _put(self, **order: Any) -> None:
         assert self._talk is not None
-        self._talk.put(aborted=ids)
+        self._talk.put(**order)
 
     def close(self) -> None:
         """Kill the actor and release its room."""
@@ -218,7 +219,9 @@ class _Talk:
                 continue
             for completion in ray.get(turns.pop(0), timeout=self._hung_after_s):
                 running.discard(completion.id)
-                self._say(_own(completion))
+                # Arrays of its own: those of Ray's store are read-only, about which torch warns.
+                arrays = {"token_ids": completion.token_ids.copy(), "rollout_logprobs": completion.rollout_logprobs.copy()}
+                self._say(replace(completion, **arrays))
 
     def _comes(self, ray: Any, reference: Any, limit_s: float) -> bool:
         """Wait for the reference, in short intervals so that the wait can be ended. Raise the error that it holds, if it holds one."""
@@ -243,11 +246,6 @@ class _Talk:
                     aborted += [] if unsent else [i]
                 order = self._orders.get_nowait()
         return load, requests, aborted
-
-
-def _own(completion: Completion) -> Completion:
-    """Return it with arrays of its own: those of Ray's store are read-only, about which torch warns."""
-    return replace(completion, token_ids=completion.token_ids.copy(), rollout_logprobs=completion.rollout_logprobs.copy())
 
 
 class RayEngine(Fleet):
@@ -312,24 +310,21 @@ def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
 
 def _connect(address: str) -> bool:
     """Connect to Ray, and return whether this call started it."""
-    if not is_installed("ray"):
-        raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
+    needs("engine", "ray", "--engine vllm needs no cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # avoids a warning about the next version at each start
     import ray
 
     if ray.is_initialized():
         return False
-    _probe(address)
     try:
+        _probe(address)
         ray.init(
             address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
-        said = one_line(str(e), 200)
-        raise InputError(
-            "engine", f"no Ray cluster at {address!r}: {said}", "a cluster, or no address", "ray start --head starts one"
-        ) from e
+        given = f"no Ray cluster at {address!r}: {one_line(str(e), 200)}"
+        raise InputError("engine", given, "a cluster, or no address", "ray start --head starts one") from e
     return True
 
 
@@ -355,14 +350,12 @@ def _in_words(resources: dict[str, float]) -> str:
 
 
 def _probe(address: str) -> None:
-    """Raise InputError if nothing listens at the address; Ray itself would try for minutes."""
-    found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if found is None:
-        return
-    try:
-        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
-    except OSError as e:
-        raise InputError("engine", f"no Ray cluster at {address!r}: {e}", "a cluster, or no address", "ray start --head starts one") from e
+    """Raise ConnectionError if nothing listens at the address; Ray itself would try for minutes."""
+    if found := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
+        except OSError as e:
+            raise ConnectionError(str(e)) from e
 
 
 def launch(run: Launch) -> RayEngine:

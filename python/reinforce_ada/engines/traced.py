@@ -7,6 +7,7 @@ closing bracket too, so a killed run leaves a trace.
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import time
 from collections import deque
@@ -31,7 +32,8 @@ class Trace:
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path = _free_name(path)
+        with_numbers = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        self.path = next(free for free in itertools.chain([path], with_numbers) if not free.exists())
         self.clock = clock
         self._began = clock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +99,6 @@ class Trace:
 def no_span(name: str) -> AbstractContextManager[None]:
     """Replace `Trace.span` when there is no trace."""
     return nullcontext()
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
 
 
 class _Lines:

@@ -63,13 +63,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Replace a folder of the run as a whole. Raises: InputError when the disk is full or the folder not writable."""
     from safetensors import SafetensorError
 
-    def written(aside: Path) -> None:
-        try:
-            write(aside)
-        except SafetensorError as e:
-            raise OSError(str(e)) from e
-
-    replace_folder(final, written, where="checkpoint", hint="then resume the run")
+    replace_folder(final, write, where="checkpoint", hint="then resume the run", failures=(SafetensorError,))
 
 
 def folders(root: Path) -> list[Path]:

@@ -35,23 +35,18 @@ class LanguageModel(Protocol):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the states that predict the batch's completion tokens, [T, D]."""
-        ...
 
     def head(self) -> Head:
         """Return the projection from states to logits."""
-        ...
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the model's own logits of the batch's completion tokens, [T, V]."""
-        ...
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights under the names that engines use."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write a folder that transformers and vLLM load."""
-        ...
 
 
 class HuggingFaceModel:

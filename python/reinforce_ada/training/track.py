@@ -22,11 +22,9 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Take the metrics of a step."""
-        ...
 
     def close(self) -> None:
         """End the run."""
-        ...
 
 
 class Trackers:
