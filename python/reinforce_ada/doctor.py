@@ -52,7 +52,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "native": _guarded(_native),
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
-        "engines": {name: _engine(module) for name, module in _ENGINES.items()},
+        "engines": {name: "ok" if is_installed(module) else f"{module} is not installed" for name, module in _ENGINES.items()},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
     broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]
@@ -119,10 +119,6 @@ def _ops() -> dict[str, dict[str, str]]:
 
     assert reinforce_ada.ops
     return _dispatch.table()
-
-
-def _engine(name: str) -> str:
-    return "ok" if is_installed(name) else f"{name} is not installed"
 
 
 # -------------------- --check

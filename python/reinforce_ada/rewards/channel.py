@@ -28,7 +28,6 @@ class Channel:
         self._incoming = bytearray()
 
     def fileno(self) -> int:
-        """Return the descriptor of the socket, for a selector."""
         return self._socket.fileno()
 
     @property
@@ -81,7 +80,6 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        """Close the socket."""
         self._socket.close()
 
 

@@ -30,14 +30,8 @@ def exact_match(prompt: Prompt, completion: str) -> float:
     answer = prompt.data["answer"]
     accepted = answer if isinstance(answer, Sequence) and not isinstance(answer, (str, bytes)) else [answer]
     given = extract_answer(completion)
-    number = _number(given)
-    return float(any(_equal(given, number, str(one).strip()) for one in accepted))
-
-
-def _equal(given: str, number: Decimal | None, expected: str) -> bool:
-    if given == expected:
-        return True
-    return number is not None and number == _number(expected)
+    number, texts = _number(given), [str(one).strip() for one in accepted]
+    return float(given in texts or (number is not None and any(number == _number(text) for text in texts)))
 
 
 def _number(text: str) -> Decimal | None:

@@ -46,7 +46,7 @@ def _bounded(number: float) -> float:
     return number
 
 
-def resolve(spec: str) -> Callable[..., object]:
+def load_reward(spec: str) -> Callable[..., object]:
     """Return the object that "module:function" or "path/to/file.py:function" names. Raises: InputError if there is none."""
     return load("RewardPool", "reward", spec)  # type: ignore[no-any-return]
 

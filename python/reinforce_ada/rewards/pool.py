@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.loading import check_reward, resolve
+from reinforce_ada.rewards.loading import check_reward, load_reward
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.rewards.worker import START_TIMEOUT_S, Limits, Loaded, Score
@@ -106,8 +106,10 @@ class RewardPool:
 
     def __init__(self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2) -> None:
         _check_settings(num_workers, timeout_s, retries)
-        self._reward = _portable(reward)
-        self._has_batch_form = hasattr(resolve(reward) if isinstance(reward, str) else reward, "batch")
+        function = load_reward(reward) if isinstance(reward, str) else reward  # here, so that a typo costs no process
+        check_reward(function, repr(reward))
+        self._reward = reward if isinstance(reward, str) else _pickled(reward)
+        self._has_batch_form = hasattr(function, "batch")
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._retries = retries
@@ -156,7 +158,7 @@ class RewardPool:
         self._is_closed = True
         self._selector.close()
         for worker in self._workers:
-            worker.process.leave()  # an idle worker leaves by itself
+            worker.process.channel.close()  # an idle worker leaves by itself
         leave_until = time.monotonic() + 1.0
         for worker in self._workers:
             if worker.is_idle:
@@ -347,12 +349,7 @@ def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
         raise InputError("RewardPool", f"retries={retries}", "0 or more is needed")
 
 
-def _portable(reward: Reward | str) -> str | bytes:
-    """Return the reward in the form sent to a worker, checked here so that a typo costs no process."""
-    if isinstance(reward, str):
-        check_reward(resolve(reward), repr(reward))
-        return reward
-    check_reward(reward, repr(reward))
+def _pickled(reward: Reward) -> bytes:
     try:
         return pickle.dumps(reward)
     except Exception as error:  # its contents may raise anything

@@ -63,10 +63,6 @@ class WorkerProcess:
         set_progress(self._progress, -1)
         self.channel.send(chunk)
 
-    def leave(self) -> None:
-        """Ask an idle worker to leave by itself."""
-        self.channel.close()
-
     def wait(self, seconds: float) -> bool:
         """Return whether it has ended within so many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,8 @@ class ReasoningGymReward:
     def _score(self, answer: str, prompt: Prompt) -> float:
         return float(self._task.score_answer(answer, copy.deepcopy(dict(prompt.data))))
 
-    def __reduce__(self) -> tuple[Callable[..., ReasoningGymReward], tuple[str, dict[str, Any]]]:
-        return _rebuild, (self._dataset, self._config)
+    def __reduce__(self) -> tuple[Callable[[], ReasoningGymReward], tuple[()]]:
+        return functools.partial(ReasoningGymReward, self._dataset, **self._config), ()
 
 
 def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict[str, Any]]:
@@ -58,10 +59,6 @@ def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict
     """
     task = _create(dataset, {**config, "size": size, "seed": seed})
     return [dict(task[i]) for i in range(size)]
-
-
-def _rebuild(dataset: str, config: dict[str, Any]) -> ReasoningGymReward:
-    return ReasoningGymReward(dataset, **config)
 
 
 def _create(dataset: str, config: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from multiprocessing import process, spawn
 from typing import Any, NamedTuple, TypeAlias
 
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.loading import as_reward, resolve
+from reinforce_ada.rewards.loading import as_reward, load_reward
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Prompt
 
@@ -108,7 +108,7 @@ def _load(order: Order, channel: Channel) -> Any:
         spawn.prepare(order.preparation)
         del current._inheriting
         hint = ""
-        function: Any = resolve(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
+        function: Any = load_reward(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
     except BaseException as error:
         channel.send(Loaded(*_describe(error), hint))
         return None

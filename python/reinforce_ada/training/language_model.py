@@ -75,7 +75,6 @@ class HuggingFaceModel:
         return {"full_attention": attention_mask(batch, dtype), "sliding_attention": attention_mask(batch, dtype, window)}
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Return the states that predict the batch's completion tokens, [T, D]."""
         states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
@@ -86,7 +85,6 @@ class HuggingFaceModel:
         return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return the model's own logits of the batch's completion tokens, [T, V]."""
         logits: Tensor = self.module(**self._inputs(batch)).logits
         return logits[batch.row_of, batch.column_of]
 

@@ -132,13 +132,12 @@ class Learner:
         """Return the passes and their logprobs before the step's first update. The first minibatch needs none: its ratio is 1."""
         prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
         for m, minibatch in enumerate(minibatches):
-            passes = self._passes(minibatch.samples)
+            batches = micro_batches(
+                minibatch.samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id
+            )
+            passes = [b.to(self.device) for b in batches]
             prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.objective.temperature) for b in passes]))
         return prepared
-
-    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
-        batches = micro_batches(samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id)
-        return [b.to(self.device) for b in batches]
 
     def _gradient(
         self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]

