@@ -8,7 +8,7 @@ import numpy as np
 
 from reinforce_ada.engines.base import LocalEngine
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
+from reinforce_ada.outside import is_utf8, one_line
 from reinforce_ada.types import Completion, Prompt, Request
 
 
@@ -38,15 +38,6 @@ class FunctionEngine(LocalEngine):
         return [self._complete(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _complete(self, request: Request, text: str) -> Completion:
-        if not isinstance(text, str) or not _is_unicode(text):
+        if not isinstance(text, str) or not is_utf8(text):
             raise InputError("FunctionEngine", f"{one_line(repr(text), 80)} from generate", "a text is needed")
         return Completion(request.id, np.empty(0, np.int32), np.empty(0, np.float32), text, "stop", self._policy_version)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether the text has no halves of surrogate pairs, which files and databases do not accept."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -171,8 +171,10 @@ class HttpReplica:
         """Report every error to the fleet: a task that ended silently would keep its requests for ever."""
         try:
             await work
+        except UnfitError as e:
+            tell(Refused(str(e)))
         except Exception as e:
-            tell(_news(e))
+            tell(Down(_told(e), e.pause_s if isinstance(e, BusyError) else 0.0))
 
     async def _watch(self) -> None:
         tell, patience_s = self._tell, self._limits.hung_after_s
@@ -273,13 +275,6 @@ async def _check_status(response: Any, path: str) -> None:
 
 async def _close_all(clients: Sequence[Any]) -> None:
     await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
-
-
-def _news(error: Exception) -> News:
-    """Return what the fleet is told about an error in the background."""
-    if isinstance(error, UnfitError):
-        return Refused(str(error))
-    return Down(_told(error), error.pause_s if isinstance(error, BusyError) else 0.0)
 
 
 def _told(error: Exception) -> str:

@@ -94,7 +94,10 @@ class TransformersEngine(Engine):
         )  # fmt: skip
         self._cache = output.past_key_values
         self._sample(output.logits[:, -1].float())
-        return self._retire()
+        done = [i for i, row in enumerate(self._rows) if self._has_stopped(row) or len(row.token_ids) == self._max_tokens]
+        finished = [self._completion(self._rows[i]) for i in done]
+        self._keep([i for i in range(len(self._rows)) if i not in set(done)])
+        return finished
 
     def _start_batch(self) -> Tensor:
         """Make the queued requests the batch, and return their prompts, padded on the left."""
@@ -127,12 +130,6 @@ class TransformersEngine(Engine):
             row.token_ids.append(token)
             row.logprobs.append(float(row_logprobs[token]))
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
-
-    def _retire(self) -> list[Completion]:
-        done = [i for i, row in enumerate(self._rows) if self._has_stopped(row) or len(row.token_ids) == self._max_tokens]
-        finished = [self._completion(self._rows[i]) for i in done]
-        self._keep([i for i in range(len(self._rows)) if i not in set(done)])
-        return finished
 
     def _has_stopped(self, row: _Row) -> bool:
         if row.token_ids[-1] in self._stop_ids or not self._stop:

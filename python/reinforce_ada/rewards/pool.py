@@ -12,7 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.loading import check_reward, load_reward
@@ -169,7 +168,7 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -240,7 +239,9 @@ class RewardPool:
         exit_code, hang = worker.process.end()
         self.counters.num_workers_replaced += 1
         if not worker.is_loaded:
-            self._start_failed(exit_code, hang)
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                self._give_up(f"{self._failed_starts} workers in a row died of {exit_text(exit_code)} before they had it", hang)
         jobs = list(worker.chunk)
         if jobs and progress < 0 and not (is_timeout or hang) and self._idle_deaths < _MAX_IDLE_DEATHS:
             self._idle_deaths += 1
@@ -259,12 +260,6 @@ class RewardPool:
             self._slow_starts += not worker.has_scored
         for job in jobs:
             self._attempt_failed(job, worker, reason, hang)
-
-    def _start_failed(self, exit_code: int, trace: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
-            died = f"{self._failed_starts} workers in a row died of {exit_text(exit_code)} before they had it"
-            self._give_up(died, trace)
 
     def _attempt_failed(self, job: _Job, worker: _Worker, reason: str, trace: str) -> None:
         counters = self.counters

@@ -45,7 +45,10 @@ class WorkerProcess:
             shared.truncate(mmap.PAGESIZE)
             self._progress = mmap.mmap(shared.fileno(), mmap.PAGESIZE)
             fds = [theirs.fileno(), hang_report, shared.fileno()]
-            self._keeper = _start_keeper(fds)
+            python, numbers = os.fsdecode(spawn.get_executable()), [str(fd) for fd in fds]
+            command = [python, "-c", _BOOT, *numbers, *(entry or os.getcwd() for entry in sys.path)]
+            keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
+            self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
         theirs.close()  # otherwise the worker's death would not be an end of file here
         os.close(hang_report)
         self.channel = Channel(ours, is_waiting=False)
@@ -81,14 +84,6 @@ class WorkerProcess:
         self.channel.close()
         self._progress.close()
         return self._keeper.returncode, report
-
-
-def _start_keeper(fds: list[int]) -> subprocess.Popen[bytes]:
-    python = os.fsdecode(spawn.get_executable())
-    numbers = [str(fd) for fd in fds]
-    command = [python, "-c", _BOOT, *numbers, *(entry or os.getcwd() for entry in sys.path)]
-    keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
-    return subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
 
 
 def _rest_of(fd: int) -> str:

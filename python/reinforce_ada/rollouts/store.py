@@ -15,7 +15,6 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from reinforce_ada.errors import InputError, differences
@@ -240,7 +239,7 @@ class RolloutStore:
     def __enter__(self) -> RolloutStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_connection(self) -> sqlite3.Connection:

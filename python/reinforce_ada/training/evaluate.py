@@ -60,12 +60,13 @@ def evaluate(
     refuse_only_voids(result, rewards, "the evaluation")
     counts = [(pool.count, pool.num_correct) for pool in result.pools]
     shares = tuple(c / n if n else math.nan for n, c in counts)
+    powers = sorted({1 << i for i in range(k.bit_length())} | {k})
     known = [s for s in shares if not math.isnan(s)]
     return Evaluation(
         k=k,
         avg_at_k=_mean(known),
         stderr=standard_error(known),
-        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in _powers(k)},
+        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in powers},
         per_prompt=shares,
         num_tokens=int(result.metrics["tokens_committed"]),
         num_voids=int(result.metrics["num_voids"]),
@@ -111,8 +112,3 @@ def standard_error(values: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _powers(k: int) -> list[int]:
-    """Return 1, 2, 4, .. up to k, and k."""
-    return sorted({1 << i for i in range(k.bit_length())} | {k})

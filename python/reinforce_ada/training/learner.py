@@ -93,7 +93,11 @@ class Learner:
     def _shares(self, minibatch: Minibatch) -> list[Minibatch]:
         if self.ranks.size == 1:
             return [minibatch]
-        return [replace(minibatch, samples=[_bare(s) for s in share]) for share in shares_of(minibatch.samples, self.ranks.size)]
+        # Only what the loss needs: a prompt's record may be large, or of a class that another process does not have.
+        bare = [
+            Sample(Prompt(s.prompt.prompt_id, s.prompt.token_ids), replace(s.completion, text=""), s.advantage) for s in minibatch.samples
+        ]
+        return [replace(minibatch, samples=share) for share in shares_of(bare, self.ranks.size)]
 
     # -------------------- on the others
 
@@ -154,8 +158,3 @@ class Learner:
             advance(batch.num_tokens)
         as_numbers = [({name: float(value) for name, value in metrics.items()}, count) for metrics, count in parts]
         return _Report(as_numbers, sum(map(float, losses), 0.0), self.optimizer.touched())
-
-
-def _bare(sample: Sample) -> Sample:
-    """Return only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
-    return Sample(Prompt(sample.prompt.prompt_id, sample.prompt.token_ids), replace(sample.completion, text=""), sample.advantage)

@@ -92,21 +92,18 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
     except Exception as e:  # a foreign library may raise anything on foreign files
-        raise _does_not_load(path, e) from e
+        if "trust_remote_code" in str(e):
+            given = f"{path} needs modelling code of its own (auto_map in its config.json)"
+            hint = "code that comes with a model is never run"
+            raise InputError("model", given, "a causal LM that transformers has", hint) from e
+        first = next(iter(str(e).splitlines()), type(e).__name__)
+        raise InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers") from e
     module, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
     return HuggingFaceModel(module.to(device).eval(), tokenizer)
-
-
-def _does_not_load(path: str, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):
-        needed, hint = "a causal LM that transformers has", "code that comes with a model is never run"
-        return InputError("model", f"{path} needs modelling code of its own (auto_map in its config.json)", needed, hint)
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers")
 
 
 _TINY_VOCABULARY = 384  # 3 special tokens, 256 bytes, and room for the words of one task's prompts
