@@ -195,12 +195,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield "\npackages"
     for name, version in found["packages"].items():
         yield f"  {name:<16} {version or 'not installed' + (f' ({_WHAT_FOR[name]})' if name in _WHAT_FOR else '')}"
-    yield "\ncuda"
-    yield from _pairs(found["cuda"])
-    yield "\nnative module"
-    yield from _pairs(found["native"])
-    yield "\ncuda module"
-    yield from _pairs(found["cuda_module"])
+    for title, part in (("cuda", "cuda"), ("native module", "native"), ("cuda module", "cuda_module")):
+        yield f"\n{title}"
+        yield from _pairs(found[part])
     yield "\noperators"
     if isinstance(found["ops"], str):
         yield f"  {found['ops']}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -225,7 +225,6 @@ class Fleet(Engine):
         return finished
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; ids that are not running are ignored."""
         unwanted = set(ids)
         self._waiting = deque(r for r in self._waiting if r.id not in unwanted)
         for request_id in unwanted:
@@ -262,7 +261,6 @@ class Fleet(Engine):
         }
 
     def close(self) -> None:
-        """Close every replica."""
         for member in self.members:
             self._close(member)
         self.members = []
@@ -335,32 +333,31 @@ class Fleet(Engine):
     def _give_out(self) -> None:
         """Give each request to the replica with the smallest share of its slots taken, among those that dropped it least."""
         while given := self._assign():  # again if a replica did not take its requests
-            for member, requests in given:
+            for member, requests in given.items():
                 self._call(member, partial(member.replica.submit, requests))
 
-    def _assign(self) -> list[tuple[Member, list[Request]]]:
-        given: dict[int, list[Request]] = {}
+    def _assign(self) -> Mapping[Member, list[Request]]:
+        given: defaultdict[Member, list[Request]] = defaultdict(list)
         stay: list[Request] = []
         while self._waiting and any(m.has_room for m in self.members):
             request = self._waiting.popleft()
-            free = self._takers(request)
-            if not free:
+            if free := self._takers(request):
+                member = min(free, key=lambda m: m.load)
+                member.running[request.id] = request
+                self.placements.append(Placement(request.id, member.replica.name, self._clock()))
+                given[member].append(request)
+            else:
                 stay.append(request)
-                continue
-            i = min(free, key=lambda i: self.members[i].load)
-            self.members[i].running[request.id] = request
-            self.placements.append(Placement(request.id, self.members[i].replica.name, self._clock()))
-            given.setdefault(i, []).append(request)
         self._waiting.extendleft(reversed(stay))
-        return [(self.members[i], requests) for i, requests in given.items()]
+        return given
 
-    def _takers(self, request: Request) -> list[int]:
+    def _takers(self, request: Request) -> list[Member]:
         """Return the replicas with room among those that dropped it least. It waits for them rather than be dropped again."""
-        ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
+        ready = [m for m in self.members if m.state is State.ready]
         if droppers := self._droppers.get(request.id):
-            least = min(droppers.count(self.members[i]) for i in ready)
-            ready = [i for i in ready if droppers.count(self.members[i]) == least]
-        return [i for i in ready if self.members[i].has_room]
+            least = min(map(droppers.count, ready))
+            ready = [m for m in ready if droppers.count(m) == least]
+        return [m for m in ready if m.has_room]
 
     def _dropped(self, member: Member, request: Request, reason: str) -> None:
         self._put_back([request])

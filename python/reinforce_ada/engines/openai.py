@@ -155,7 +155,6 @@ class HttpReplica:
                 task.cancel()
 
     def close(self) -> None:
-        """Close all connections."""
         self._stop_all()
         with suppress(Exception):
             self._background.begin(_close_all(self._clients)).result(timeout=_CONNECT_S)

@@ -66,7 +66,6 @@ class VllmActor:
         return os.getpid()
 
     def load(self, weights: dict[str, Any], policy_version: int) -> None:
-        """Load the weights of this version."""
         self._engine.sync_weights(weights.items(), policy_version)
 
     def turn(self, requests: Sequence[Request], aborted: Sequence[CompletionId]) -> list[Completion]:
@@ -129,7 +128,7 @@ class RayReplica:
 
     def _put(self, **order: Any) -> None:
         assert self._talk is not None
-        self._talk.put(**order)
+        self._talk.orders.put(order)
 
     def close(self) -> None:
         """Kill the actor and release its room."""
@@ -151,20 +150,16 @@ class _Talk:
 
     def __init__(self, room: Callable[[], Any], new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
         self._room, self._new_actor, self._tell, self._hung_after_s = room, new_actor, tell, hung_after_s
-        self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()  # which the actor follows one after another
         self._ended = threading.Event()
         self._actor: Any = None
         self._thread = threading.Thread(target=self._run, name="reinforce-ada-ray", daemon=True)
         self._thread.start()
 
-    def put(self, **order: Any) -> None:
-        """Queue an order for the actor, which follows orders one after another."""
-        self._orders.put(order)
-
     def end(self) -> None:
         """Kill the actor and tell the fleet nothing more."""
         self._ended.set()
-        self._orders.put({})
+        self.orders.put({})
         self._kill()  # otherwise the thread would wait for its answer
         self._thread.join(_END_S)  # it may wait longer for a cluster that is gone, but it tells nothing any more
 
@@ -236,7 +231,7 @@ class _Talk:
         """Merge all queued orders into one. A request that is aborted before it was sent is dropped."""
         load, requests, aborted = None, [], []
         with suppress(queue.Empty):
-            order = self._orders.get(timeout=_BEAT_S) if wait else self._orders.get_nowait()
+            order = self.orders.get(timeout=_BEAT_S) if wait else self.orders.get_nowait()
             while True:
                 load = order.get("load", load)
                 requests += order.get("requests", [])
@@ -244,7 +239,7 @@ class _Talk:
                     unsent = [r for r in requests if r.id == i]
                     requests = [r for r in requests if r.id != i]
                     aborted += [] if unsent else [i]
-                order = self._orders.get_nowait()
+                order = self.orders.get_nowait()
         return load, requests, aborted
 
 

@@ -36,11 +36,8 @@ class TransformersEngine(Engine):
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
-        max_tokens: longest completion.
-        max_model_len: longest prompt + completion.
         max_num_seqs: requests per batch.
-        temperature: the sampling temperature; 0 is greedy.
-        stop: a completion ends with the token that completes one of these strings; its text ends before it.
+        max_tokens, max_model_len, temperature, stop: see `VllmEngine`.
     """
 
     def __init__(
@@ -163,7 +160,6 @@ class TransformersEngine(Engine):
         return check_own("transformers", completion, self._max_tokens, self._vocab_size)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Drop these requests; ids that are not running are ignored."""
         gone = set(ids)
         self._queue = [r for r in self._queue if r.id not in gone]
         self._keep([i for i, row in enumerate(self._rows) if row.request.id not in gone])
@@ -180,7 +176,6 @@ class TransformersEngine(Engine):
         self._policy_version = policy_version
 
     def close(self) -> None:
-        """Drop all running requests."""
         self._queue, self._rows, self._cache = [], [], None
 
 

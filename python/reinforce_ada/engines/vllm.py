@@ -119,12 +119,10 @@ class VllmEngine(Engine):
 
     @property
     def free_slots(self) -> int:
-        """Return how many more requests can run at once."""
         return max(0, self._max_num_seqs - len(self._running))
 
     @property
     def num_running(self) -> int:
-        """Return the number of unfinished requests."""
         return len(self._running)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -181,7 +179,6 @@ class VllmEngine(Engine):
         return decode_after(self._tokenizer, request.prompt.token_ids, sampled.token_ids[:-1] if ended else sampled.token_ids)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; ids that are not running are ignored."""
         names = [self._name_of.pop(i) for i in ids if i in self._name_of]
         for name in names:
             del self._running[name]
@@ -213,7 +210,6 @@ class VllmEngine(Engine):
         }
 
     def forget_prefixes(self) -> None:
-        """Drop the cached prefixes."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
 
@@ -224,13 +220,11 @@ class VllmEngine(Engine):
             self._asleep = True
 
     def wake(self) -> None:
-        """Reclaim the memory."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def close(self) -> None:
-        """Stop the engine and free its resources."""
         self.abort(list(self._name_of))
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown is not None:

@@ -17,7 +17,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.loading import check_reward, load_reward
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
-from reinforce_ada.rewards.worker import START_TIMEOUT_S, Limits, Loaded, Score
+from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 _MAX_CHUNK = 16  # completions in one message: enough to keep a worker busy while a slow engine holds the driver
@@ -57,7 +57,7 @@ class _Job:
 @dataclass(eq=False)
 class _Worker:
     process: WorkerProcess
-    limits: Limits
+    limits: TimeLimits
     is_loaded: bool = False
     has_scored: bool = False  # its first call is over
     chunk: deque[_Job] = field(default_factory=deque)  # sent and not yet answered, in order
@@ -125,13 +125,12 @@ class RewardPool:
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
-        """Start scoring; prompts[i] is the prompt of completions[i]. Raises InputError when a prompt cannot be pickled."""
+        """Start scoring. Raises InputError when a prompt cannot be pickled."""
         self._check_open()
         self._queue += [_Job(c, self._pickled(p)) for p, c in zip(prompts, completions, strict=True)]
         self._dispatch()
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
-        """Return the events since the last call; wait up to `wait_s` seconds for the first one."""
         self._check_open()
         deadline = time.monotonic() + wait_s
         self._advance(0.0)
@@ -208,9 +207,9 @@ class RewardPool:
             worker.selected = wanted
             self._selector.modify(worker.process.channel, wanted, worker)
 
-    def _take(self, worker: _Worker, message: Loaded | list[Score]) -> None:
+    def _take(self, worker: _Worker, message: Started | list[Score]) -> None:
         worker.silent_since = time.monotonic()
-        if isinstance(message, Loaded):
+        if isinstance(message, Started):
             if message.failure:
                 self._give_up(message.failure, message.traceback, message.hint)
             worker.is_loaded = True
@@ -295,7 +294,7 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         is_patient = self._slow_starts < _MAX_SLOW_STARTS
-        limits = Limits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
+        limits = TimeLimits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
         worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
         self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
         self._select(worker)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reinforce_ada.rewards import worker
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.worker import Chunk, Limits, Order, get_progress, set_progress
+from reinforce_ada.rewards.worker import Chunk, Order, TimeLimits, get_progress, set_progress
 
 _KEEPER = str(Path(__file__).with_name("supervisor.py"))
 # The path is passed as arguments, and nothing is imported before it is set: the worker must find what this process finds, not a module of
@@ -36,7 +36,7 @@ class WorkerProcess:
     Raises: RuntimeError if this process must not start others yet.
     """
 
-    def __init__(self, reward: str | bytes, limits: Limits) -> None:
+    def __init__(self, reward: str | bytes, limits: TimeLimits) -> None:
         preparation = spawn.get_preparation_data("reward-worker")
         preparation.pop("authkey", None)  # it cannot be pickled, and nothing uses it
         ours, theirs = socket.socketpair()

@@ -89,7 +89,6 @@ class RolloutStore:
     # -------------------- writing
 
     def append(self, events: Sequence[Event], /) -> Sequence[Event]:
-        """Write these events in one transaction and return them."""
         rows = [row_of(event) for event in events]
         with self._transaction() as connection:
             connection.executemany(INSERT, rows)
@@ -149,7 +148,6 @@ class RolloutStore:
 
     @property
     def remembers(self) -> bool:
-        """Return whether `remember` has been called."""
         return self._meta("remembers") is not None
 
     def _meta(self, key: str) -> str | None:
@@ -250,11 +248,8 @@ class RolloutStore:
     def _open(self, run: Mapping[str, Any] | None, read_only: bool) -> None:
         """Create the tables of a new file, or check those of an existing one."""
         connection = self._open_connection()
-        is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if is_empty and not read_only:
+        if not read_only and connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
             self._create(run)
-            self._look_at_columns()
-            return
         try:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
         except sqlite3.OperationalError:  # no such table
@@ -269,10 +264,7 @@ class RolloutStore:
             self._upgrade(version)
             version = VERSION
         self._has_keys = version != "1"
-        self._look_at_columns()
-
-    def _look_at_columns(self) -> None:
-        there = {row[1] for row in self._open_connection().execute("PRAGMA table_info(events)")}
+        there = {row[1] for row in connection.execute("PRAGMA table_info(events)")}
         self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in TOKENS)
 
     def _difference(self, meta: Mapping[str, str], run: Mapping[str, Any]) -> str:

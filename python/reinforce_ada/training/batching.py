@@ -50,7 +50,6 @@ class Batch:
         return self.advantages.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """Return the same batch on `device`."""
         return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 

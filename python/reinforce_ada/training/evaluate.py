@@ -32,7 +32,6 @@ class Evaluation:
     num_voids: int
 
     def record(self) -> dict[str, Any]:
-        """Return the evaluation as a log record."""
         return {"kind": "eval", **asdict(self), "per_prompt": list(self.per_prompt)}
 
 

@@ -25,7 +25,6 @@ class EngineMeter:
         self.start()
 
     def start(self) -> None:
-        """Begin a step."""
         self._before = self._last = self._engine.metrics()
         self._began = self._looked = self._clock()
         self._areas = dict.fromkeys(LOADS, 0.0)  # integrals of the loads over time

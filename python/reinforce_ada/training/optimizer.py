@@ -40,7 +40,6 @@ class MasterAdamW:
             p.grad = None
 
     def touched(self) -> set[str]:
-        """Return the parameters that have a gradient."""
         return {name for name, master in self._masters.items() if master.grad is not None}
 
     def add_up(self, add_up: Callable[[Tensor], None], names: Collection[str]) -> None:

@@ -64,7 +64,6 @@ class Trackers:
             self._events.restart(step + 1)
 
     def close(self) -> None:
-        """Close all trackers."""
         if self._events is not None:
             self._events.close()
         for name, tracker in self._trackers.items():
