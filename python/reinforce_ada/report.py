@@ -48,10 +48,8 @@ class _Run:
 
 
 def report(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Redraw the figure and export the rollouts; may be called while the run goes on.
+    """Redraw the figure and export the rollouts of a folder with log.jsonl and rollouts.sqlite; may be called while the run goes on.
 
-    Args:
-        run_dir: a folder with log.jsonl and rollouts.sqlite.
     Returns: the paths of figure.png and rollouts.parquet.
     Raises: InputError when there is no run, or matplotlib or pyarrow is missing.
     """

@@ -25,11 +25,7 @@ _WHOLE = "engine"  # the process of an engine that has no replicas
 
 
 class Trace:
-    """Write events to a new file: `path`, or with a number if that exists (a run that is resumed keeps both).
-
-    Args:
-        clock: seconds, monotonic; the trace begins at 0.
-    """
+    """Write events to a new file: `path`, or with a number if that exists (a run that is resumed keeps both)."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         with_numbers = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))

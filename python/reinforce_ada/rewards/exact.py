@@ -20,10 +20,7 @@ def exact_match(prompt: Prompt, completion: str) -> float:
     Both are stripped. Two numbers are compared as numbers, exactly: "12.0" and "1,200" match 12 and "1200", but "1,2" and "1_200" are not
     numbers and match only themselves. `extract_answer` finds the completion's answer.
 
-    Args:
-        prompt: its data holds "answer", a string or a number, or a list of them.
-        completion: the sampled text.
-    Raises: InputError when there is no "answer".
+    An answer is a string or a number, or a list of them. Raises: InputError when there is no "answer".
     """
     if "answer" not in prompt.data:
         raise InputError("exact_match", f"prompt {prompt.prompt_id!r} has no answer", 'data["answer"] is needed')

@@ -95,7 +95,6 @@ class RewardPool:
         reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
             method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and no
             completion loses an attempt by it.
-        num_workers: the number of processes.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 

@@ -48,13 +48,8 @@ class ReasoningGymReward:
 
 
 def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict[str, Any]]:
-    """Return `size` entries of a dataset, each {"question", "answer", "metadata"}; the same seed gives the same entries.
+    """Return `size` entries of a dataset with these settings, each {"question", "answer", "metadata"}; the same for the same seed.
 
-    Args:
-        dataset: a registered name.
-        size: the number of entries.
-        seed: the dataset's seed.
-        **config: the dataset's settings.
     Raises: InputError as ReasoningGymReward does.
     """
     task = _create(dataset, {**config, "size": size, "seed": seed})

@@ -14,11 +14,7 @@ _LOOK_EVERY_S = 0.05
 
 
 class EngineMeter:
-    """Reads the `metrics` of an engine, around and during each step.
-
-    Args:
-        clock: seconds, monotonic.
-    """
+    """Reads the `metrics` of an engine, around and during each step."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock

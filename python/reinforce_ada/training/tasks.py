@@ -56,14 +56,9 @@ class Task:
 
 
 class PromptStream(Iterator[Prompt]):
-    """Training prompts in a seeded order, without end. `position` suffices to resume; `num_too_long` counts those left out.
+    """Training prompts in a seeded order from `position` on, without end, and without the excluded questions.
 
-    Args:
-        source: records by position.
-        excluded: questions that are never returned.
-        make: (name, record) -> the prompt.
-        position: where to begin.
-        longest: the most tokens of a prompt; longer ones are left out when they are reached. None: no limit.
+    Prompts of more than `longest` tokens are left out when they are reached, and counted in `num_too_long`; None: no limit.
     """
 
     def __init__(

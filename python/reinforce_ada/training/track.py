@@ -32,9 +32,7 @@ class Trackers:
 
     Args:
         names: trackers besides TensorBoard, separated by commas.
-        out: run folder.
         config: nested settings of the run, which trackers show.
-        say: takes a line.
     Raises: InputError for a name that is not known, not installed, or cannot be used.
     """
 
