@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text, server_url, without_credentials
+from reinforce_ada.outside import GarbageError, is_utf8, one_line, parse_json, read_text, server_url, without_credentials
 
 _MOST_BYTES = 1 << 20  # of a configuration file
 _DEEPEST = 16  # tables in tables of task_options
@@ -294,7 +294,8 @@ def _as(kind: Any, value: Any) -> Any:
     if origin is typing.Literal:
         return value if value in typing.get_args(kind) and isinstance(value, str) else None
     if origin is dict:
-        return _table(value)
+        found = parse_json(value) if isinstance(value, str) else value
+        return _checked_table(found, _DEEPEST) if isinstance(found, dict) else None
     if origin is list:
         if isinstance(value, str):
             value = parse_json(value) if value.startswith("[") else [value]
@@ -320,25 +321,18 @@ def _number(kind: type, value: Any) -> int | float | None:
         return None
 
 
-def _table(value: Any) -> dict[str, Any] | None:
+def _checked_table(value: Any, depth: int) -> Any:
     """Return a table of settings. Raises: ValueError for values that TOML, JSON or a fingerprint cannot hold."""
-    found = parse_json(value) if isinstance(value, str) else value
-    if not isinstance(found, dict):
-        return None
-    _check_table(found, _DEEPEST)
-    return found
-
-
-def _check_table(value: Any, depth: int) -> None:
     if depth == 0:
         raise ValueError(f"tables in tables are possible {_DEEPEST} deep at most")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            _check_table(item, depth - 1)
+            _checked_table(item, depth - 1)
     elif not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"no {type(value).__name__}, but values that TOML can hold: text, finite numbers, true, false, lists and tables")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("integers of 64 bits")
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -424,7 +418,7 @@ def _check(config: Config) -> None:
 
 def _check_text(key: str, text: str) -> None:
     """Refuse text that no file can hold, or that no system call accepts as a name."""
-    if any(0xD800 <= ord(char) < 0xE000 for char in text):
+    if not is_utf8(text):
         raise InputError("config", f"{key} = {_shown(text)}", "text that UTF-8 can hold")
     if "\0" in text:
         raise InputError("config", f"{key} = {_shown(text)}", "text without a NUL character")

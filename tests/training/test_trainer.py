@@ -21,7 +21,7 @@ from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards
-from reinforce_ada.rewards.worker import resolve
+from reinforce_ada.rewards.worker import load_reward
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks, configured
 from reinforce_ada.training import launch, models
@@ -62,7 +62,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def inline(config: Any, task: Any) -> Iterator[InlineRewards]:
-        yield InlineRewards(resolve(task.reward) if isinstance(task.reward, str) else task.reward)
+        yield InlineRewards(load_reward(task.reward) if isinstance(task.reward, str) else task.reward)
 
     monkeypatch.setattr(launch, "finish", lambda out, display: None)
     monkeypatch.setattr(launch, "make_rewards", inline)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_utf8
 from reinforce_ada.packing import pack, unpack
 from reinforce_ada.rollouts.schema import UNDAMAGED
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, Scored
@@ -74,12 +75,8 @@ def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
 
 
 def sql_text(text: str) -> str | bytes:
-    """Return a text as SQLite keeps it: as bytes if it has a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but no reason to stop a run
-        return text.encode("utf-8", "surrogatepass")
-    return text
+    """Return a text as SQLite keeps it: as bytes if it has a lone surrogate, which is no reason to stop a run."""
+    return text if is_utf8(text) else text.encode("utf-8", "surrogatepass")
 
 
 def str_of(stored: str | bytes) -> str:

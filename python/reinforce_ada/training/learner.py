@@ -93,7 +93,11 @@ class Learner:
     def _shares(self, minibatch: Minibatch) -> list[Minibatch]:
         if self.ranks.size == 1:
             return [minibatch]
-        return [replace(minibatch, samples=[_bare(s) for s in share]) for share in shares_of(minibatch.samples, self.ranks.size)]
+        # Only what the loss needs: a prompt's record may be large, or of a class that another process does not have.
+        bare = [
+            Sample(Prompt(s.prompt.prompt_id, s.prompt.token_ids), replace(s.completion, text=""), s.advantage) for s in minibatch.samples
+        ]
+        return [replace(minibatch, samples=share) for share in shares_of(bare, self.ranks.size)]
 
     # -------------------- on the others
 
@@ -132,13 +136,12 @@ class Learner:
         """Return the passes and their logprobs before the step's first update. The first minibatch needs none: its ratio is 1."""
         prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
         for m, minibatch in enumerate(minibatches):
-            passes = self._passes(minibatch.samples)
+            batches = micro_batches(
+                minibatch.samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id
+            )
+            passes = [b.to(self.device) for b in batches]
             prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.objective.temperature) for b in passes]))
         return prepared
-
-    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
-        batches = micro_batches(samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id)
-        return [b.to(self.device) for b in batches]
 
     def _gradient(
         self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]
@@ -155,8 +158,3 @@ class Learner:
             advance(batch.num_tokens)
         as_numbers = [({name: float(value) for name, value in metrics.items()}, count) for metrics, count in parts]
         return _Report(as_numbers, sum(map(float, losses), 0.0), self.optimizer.touched())
-
-
-def _bare(sample: Sample) -> Sample:
-    """Return only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
-    return Sample(Prompt(sample.prompt.prompt_id, sample.prompt.token_ids), replace(sample.completion, text=""), sample.advantage)

@@ -18,9 +18,9 @@ from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
 from reinforce_ada.ops.policy_loss.own import loss_of
 from reinforce_ada.ops.policy_loss.settings import OwnLoss
-from reinforce_ada.sampling import AdvantageSpec, ObjectiveWeight, Policy, configured
+from reinforce_ada.sampling import ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
-from reinforce_ada.training.language_model import LanguageModel
+from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.types import SamplingResult
 
 
@@ -32,13 +32,10 @@ def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list
     group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
     spec = policy.weight(result.groups, policy)
     rewards = torch.as_tensor(spec.rewards(raw), dtype=torch.float64)  # float32 would not tell 1e9 from 1e9 + 1
-    advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **_arguments(spec)).tolist())
+    given = {name: getattr(spec, name) for name in ("baseline", "scale", "ddof", "eps", "class_weights")}
+    settings: dict[str, Any] = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
+    advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **settings).tolist())
     return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
-
-
-def _arguments(spec: AdvantageSpec) -> dict[str, Any]:
-    given = {"baseline": spec.baseline, "scale": spec.scale, "ddof": spec.ddof, "eps": spec.eps, "class_weights": spec.class_weights}
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
 
 
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
@@ -163,9 +160,7 @@ class Objective:
         }
         mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
         if not model.use_head:
-            out = ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=self.temperature)
-            assert isinstance(out, Tensor)
-            return ops.policy_loss(out, batch.advantages, mask, **settings)
+            return ops.policy_loss(token_logprobs(model, batch, self.temperature), batch.advantages, mask, **settings)
         hidden, head = model.hidden(batch), model.head()
         settings["entropy_coef"] = self.entropy_coef
         form: dict[str, Any] = {"bias": head.bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}

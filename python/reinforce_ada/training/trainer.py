@@ -88,22 +88,17 @@ class Trainer:
         self.check_model()
         if warning := inexact(self.config, self.parts.policy):
             self.display.line(warning)
-        if self.step == 0 or self._wants_evaluation():
+        if self.step == 0 or self._is_due(self.config.task.eval_every):
             self.evaluate()
         while self.step < self.config.training.steps:
             self.train_step()
-            if self._wants_checkpoint():
+            if self._is_due(self.config.run.checkpoint_every):
                 self.save_checkpoint()
-            if self._wants_evaluation():
+            if self._is_due(self.config.task.eval_every):
                 self.evaluate()
         checkpoint.write_folder(self.out / "model", self.parts.model.save)
 
-    def _wants_checkpoint(self) -> bool:
-        every = self.config.run.checkpoint_every
-        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
-
-    def _wants_evaluation(self) -> bool:
-        every = self.config.task.eval_every
+    def _is_due(self, every: int) -> bool:
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def resume(self) -> None:
@@ -261,7 +256,7 @@ class Trainer:
     def _journaled(self, step: int) -> list[Event]:
         """Return the step's events. Completions that no model of this vocabulary can have produced are taken back and sampled again."""
         store, vocabulary = self.parts.store, self.parts.model.head().weight.shape[0]
-        wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and (impossible(e.completion, vocabulary))}
+        wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and impossible(e.completion, vocabulary)}
         if wrong:
             self.display.line(f"step {step}: {len(wrong)} completions of the journal cannot be the model's: they are sampled again")
             store.take_back(wrong)
@@ -305,19 +300,16 @@ class Trainer:
         """Evaluate Avg@k on the held-out prompts with the current weights, unless the log has it already."""
         if not self.parts.held_out or self.log.evaluation(self.step) is not None:
             return
-        with self._span(f"step {self.step} held-out"):
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        started = time.monotonic()
-        self._sync()
-        with self.display.sampling(f"step {self.step} held-out", self.meter.look) as on_progress:
-            e = evaluate(
-                self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
-                policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
-                request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
-            )  # fmt: skip
-        self.parts.engine.sleep()
+        what, started = f"step {self.step} held-out", time.monotonic()
+        with self._span(what):
+            self._sync()
+            with self.display.sampling(what, self.meter.look) as on_progress:
+                e = evaluate(
+                    self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
+                    policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
+                    request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
+                )  # fmt: skip
+            self.parts.engine.sleep()
         seconds = time.monotonic() - started
         self.log.write({**e.record(), "step": self.step, "eval_s": seconds})
         self.display.line(
