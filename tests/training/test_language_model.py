@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reinforce_ada import config as configuration
 from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches
-from reinforce_ada.training.language_model import Head, HuggingFaceModel, check_forms, token_logprobs
+from reinforce_ada.training.language_model import HuggingFaceModel, OutputHead, check_forms, token_logprobs
 from reinforce_ada.training.models import tiny_config, tiny_tokenizer
 from reinforce_ada.training.objectives import Objective
 from reinforce_ada.types import Completion, CompletionId, Prompt
@@ -116,7 +116,7 @@ def test_the_cap_and_the_scales_matter() -> None:
         head = model.head()
         assert getattr(head, field) == {"gemma2": 1.0, "cohere": 2.5, "granite": 4.0}[model_type]
         truth = own_logprobs(model, SAMPLES)
-        model.head = partial(Head, head.weight, None)  # type: ignore[method-assign]
+        model.head = partial(OutputHead, head.weight, None)  # type: ignore[method-assign]
         assert float((token_logprobs(model, SHARED, TEMPERATURE) - truth).detach().abs().max()) > 0.1, model_type
 
 

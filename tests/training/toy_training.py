@@ -20,7 +20,7 @@ from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import Ranks
-from reinforce_ada.training.language_model import Head
+from reinforce_ada.training.language_model import OutputHead
 from reinforce_ada.training.tasks import PromptStream, Source, content_key
 from reinforce_ada.training.trainer import Parts, Trainer, compared, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
@@ -44,9 +44,9 @@ class ToyModel:
     def hidden(self, batch: Batch) -> Tensor:
         return torch.tanh(self.module["embedding"](batch.input_ids[batch.row_of, batch.column_of]))
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         layer: Any = self.module["head"]
-        return Head(layer.weight, layer.bias)
+        return OutputHead(layer.weight, layer.bias)
 
     def logits(self, batch: Batch) -> Tensor:
         return self.module["head"](self.hidden(batch))

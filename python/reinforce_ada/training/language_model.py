@@ -16,7 +16,7 @@ from reinforce_ada.training.batching import Batch, attention_mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Head:
+class OutputHead:
     """The last projection: logits = soft_cap * tanh(logit_scale * (hidden @ weight.T + bias) / soft_cap)."""
 
     weight: Tensor  # [V, D]
@@ -36,7 +36,7 @@ class LanguageModel(Protocol):
     def hidden(self, batch: Batch) -> Tensor:
         """Return the states that predict the batch's completion tokens, [T, D]."""
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """Return the projection from states to logits."""
 
     def logits(self, batch: Batch) -> Tensor:
@@ -78,11 +78,11 @@ class HuggingFaceModel:
         states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """Return the projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
         layer = self.module.get_output_embeddings()
         scale = getattr(self._config, "logit_scale", None) or 1.0 / (getattr(self._config, "logits_scaling", None) or 1.0)
-        return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
+        return OutputHead(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
         logits: Tensor = self.module(**self._inputs(batch)).logits

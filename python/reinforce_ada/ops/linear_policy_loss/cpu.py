@@ -21,7 +21,7 @@ from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, grad
 from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, parameters, refuse_transforms, resolved
 from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
-from reinforce_ada.ops.linear_token_logprobs.contract import Gradients, Head, Scored, empty_gradients, take
+from reinforce_ada.ops.linear_token_logprobs.contract import Gradients, Head, ScoredTokens, empty_gradients, take
 from reinforce_ada.ops.policy_loss import contract as policy
 from reinforce_ada.ops.policy_loss import cpu as policy_cpu
 from reinforce_ada.ops.policy_loss.checks import check_offsets
@@ -166,7 +166,7 @@ def _forward(*given: Any, onto: Tensor | None = None) -> tuple[Tensor, Tensor, T
         if wanted:
             factor = factor if onto is not None else _factor(g, x.hidden.dtype)
             slopes = [(slope.flatten() * factor).float() if slope.numel() else None for slope in (g, h)]
-            linear.add_gradients(x.hidden, head, Scored(ids, (normalizers,), scores.entropy, *slopes), grads, x.extra_bytes, onto)
+            linear.add_gradients(x.hidden, head, ScoredTokens(ids, (normalizers,), scores.entropy, *slopes), grads, x.extra_bytes, onto)
         return value, metrics, *grads, factor
 
 
@@ -201,7 +201,7 @@ def _score_with_gradients(
         (logp, h, _), normalizers = linear.score_logits(dz, ids, head_at, x.with_entropy)
         _, _, *slopes = inputs.tokens(index).evaluate(logp, h if x.with_entropy else None, x.before_aggregation)
         incoming = [slope * take(shares, index) if slope.numel() else None for slope in slopes]
-        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, (normalizers,), h, *incoming), head_at, bias_sums)
+        linear.gradient_over_logits(dz, slice(0, head.vocab), ScoredTokens(ids, (normalizers,), h, *incoming), head_at, bias_sums)
         if len(grad_weight):
             rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and onto is None)
         if len(grad_hidden):

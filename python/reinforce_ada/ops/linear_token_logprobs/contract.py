@@ -97,7 +97,7 @@ class Head:
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
 
-class Scored(NamedTuple):
+class ScoredTokens(NamedTuple):
     """Tokens with what the gradient of their logits needs, each [T]; None for an incoming gradient that is 0."""
 
     ids: Tensor
@@ -106,11 +106,11 @@ class Scored(NamedTuple):
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
 
-    def at(self, rows: Tensor | slice) -> Scored:
+    def at(self, rows: Tensor | slice) -> ScoredTokens:
         """These of them."""
         entropy = take(self.entropy, rows) if len(self.entropy) else self.entropy
         g, h = (None if grad is None else take(grad, rows) for grad in (self.grad_logprobs, self.grad_entropy))
-        return Scored(take(self.ids, rows), tuple(take(x, rows) for x in self.normalizers), entropy, g, h)
+        return ScoredTokens(take(self.ids, rows), tuple(take(x, rows) for x in self.normalizers), entropy, g, h)
 
     def reached(self) -> Tensor:
         """[T], whether a gradient reaches the token."""

@@ -19,7 +19,7 @@ from reinforce_ada.ops.linear_token_logprobs.contract import (
     Head,
     Inputs,
     Plan,
-    Scored,
+    ScoredTokens,
     empty_gradients,
     take,
 )
@@ -141,13 +141,13 @@ def _add_piece(logits: Tensor, first_id: int, ids: Tensor, head: Head, sums: Ten
 def gradients(x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = None) -> Gradients:
     """See contract.Kernels."""
     grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
-    scored = Scored(x.token_ids, normalizers, x.entropy, x.grad_logprobs, x.grad_entropy)
+    scored = ScoredTokens(x.token_ids, normalizers, x.entropy, x.grad_logprobs, x.grad_entropy)
     with torch.autocast("cpu", enabled=False):
         add_gradients(x.hidden, head_of(x), scored, grads, _room(x), onto)
     return grads
 
 
-def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
+def add_gradients(hidden: Tensor, head: Head, scored: ScoredTokens, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
     """Writes the gradients of hidden, weight and bias; with `onto` that of the weight is added to it instead.
 
     The logits are computed again. A token whose incoming gradients are 0 takes part in no product.
@@ -176,7 +176,7 @@ def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, 
     grad_bias.copy_(bias_sums)
 
 
-def gradient_over_logits(logits: Tensor, piece: slice, scored: Scored, head: Head, bias_sums: Tensor) -> None:
+def gradient_over_logits(logits: Tensor, piece: slice, scored: ScoredTokens, head: Head, bias_sums: Tensor) -> None:
     """Turns the logits of a piece of the vocabulary into their gradient, in place, and adds that of the bias to `bias_sums`."""
     incoming = (scored.entropy, scored.grad_logprobs, scored.grad_entropy)
     x = logits_contract.GradientInputs(logits, scored.ids, *head.scoring, *incoming)

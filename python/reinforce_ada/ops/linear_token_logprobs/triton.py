@@ -16,7 +16,7 @@ from torch import Tensor
 from reinforce_ada.ops._gpu import guard, triton_devices
 from reinforce_ada.ops._torch import dense
 from reinforce_ada.ops.linear_token_logprobs import triton_kernels
-from reinforce_ada.ops.linear_token_logprobs.contract import GradientInputs, Gradients, Head, Inputs, Plan, Scored, empty_gradients
+from reinforce_ada.ops.linear_token_logprobs.contract import GradientInputs, Gradients, Head, Inputs, Plan, ScoredTokens, empty_gradients
 from reinforce_ada.ops.token_logprobs.contract import empty_scores
 from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
 
@@ -169,7 +169,7 @@ def gradients(x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = Non
     """See contract.Kernels."""
     grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
     g = torch.zeros_like(normalizers[0]) if x.grad_logprobs is None else x.grad_logprobs
-    scored = Scored(x.token_ids, normalizers, x.entropy, g, x.grad_entropy)
+    scored = ScoredTokens(x.token_ids, normalizers, x.entropy, g, x.grad_entropy)
     add_gradients(x.hidden, replace(x.head, bias=_bias(x)), scored, grads, _room(x), onto)
     return grads
 
@@ -187,7 +187,7 @@ def plan_of(num_tokens: int, weight: Tensor, tile: Tile, room: int) -> Plan:
     return Plan(tokens, vocab if piece >= vocab else piece // tile.columns * tile.columns)
 
 
-def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
+def add_gradients(hidden: Tensor, head: Head, scored: ScoredTokens, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
     """Writes the gradients of hidden, weight and bias (empty ones are not wanted); with `onto` adds that of the weight to it instead."""
     grad_hidden, grad_weight, grad_bias = grads if onto is None else (grads[0], onto, grads[2])
     num_tokens, vocab = len(hidden), len(head.weight)
@@ -227,7 +227,7 @@ def _padded(columns: int) -> int:
 class _Chunk:
     """Rows whose gradient is made together, a piece of the vocabulary at a time."""
 
-    def __init__(self, hidden: Tensor, head: Head, scored: Scored, reached: Tensor, dz: Tensor, tile: Tile) -> None:
+    def __init__(self, hidden: Tensor, head: Head, scored: ScoredTokens, reached: Tensor, dz: Tensor, tile: Tile) -> None:
         self.hidden, self.head, self.scored, self.reached, self.dz = hidden, head, scored, reached, dz
         self.tile, self.options = tile, _product_options(tile, hidden.device)
 
