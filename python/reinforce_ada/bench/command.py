@@ -24,15 +24,9 @@ def listing(ops: Sequence[str], pattern: str, quick: bool) -> None:
 
 
 def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path) -> int:
-    """Measure the chosen cases.
-
-    Args:
-        ops, pattern, quick: see `catalogue.choose`.
-        device: "cpu" or "cuda".
-        to: the JSON file; the figure is written beside it.
+    """Measure the cases that `choose` finds, and write JSON and, beside it, a figure.
 
     Returns: 0, or 1 if an operator's results were wrong; such a case is not timed.
-
     Raises: InputError for a choice without cases, or a device that does not exist.
     """
     cases = choose(ops, pattern, quick=quick)
@@ -60,7 +54,8 @@ def _measure(cases: Sequence[Case], device: str, quick: bool, to: Path) -> tuple
     records: list[Record] = []
     wrong: list[str] = []
     for i, case in enumerate(cases, 1):
-        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {_clock(start)} {case}", end=" ")
+        seconds = int(time.monotonic() - start)
+        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {seconds // 60}:{seconds % 60:02} {case}", end=" ")
         try:
             records.append(Session(case, device).run())
             _say(_brief(records[-1]))
@@ -77,12 +72,6 @@ def _warn(load: float, device: str) -> None:
         _say(f"peak memory is not measured: {reason}")
     if load > 0.5:
         _say(f"other programs are running here (load {load:.1f}): they take memory bandwidth from the measured ones")
-
-
-def _clock(start: float) -> str:
-    """Return the elapsed minutes and seconds."""
-    seconds = int(time.monotonic() - start)
-    return f"{seconds // 60}:{seconds % 60:02}"
 
 
 def _brief(r: Record) -> str:

@@ -134,14 +134,9 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
         held=[values, leaf, ids, g],
         moved_bytes=3 * values.nbytes,  # the logits twice, the gradient once
         elements=values.numel(),
-        reset=partial(_copy, leaf, values) if inplace else None,
+        reset=partial(leaf.data.copy_, values) if inplace else None,  # hidden from autograd: all earlier graphs are finished
         absent=absent,
     )
-
-
-@torch.no_grad()
-def _copy(to: Tensor, values: Tensor) -> None:
-    to.data.copy_(values)  # hidden from autograd: all earlier graphs are finished
 
 
 def _on_gpu(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:

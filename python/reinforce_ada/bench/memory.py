@@ -34,9 +34,8 @@ def peak_extra_bytes(run: Callable[[], Any], held: Iterable[Tensor], device: str
     memory would not be seen. It is exact to about .3 MB, because the kernel adds up pages in batches.
 
     Args:
-        run: the call; returns tensors.
+        run: the call, which returns tensors.
         held: tensors that exist before and after; a result that shares memory with one of them (a gradient in place) is not new.
-        device: "cpu" or "cuda".
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     let_malloc_keep(False)
@@ -62,10 +61,8 @@ def tensors(results: Any) -> Iterator[Tensor]:
     """Yield every tensor in nested results."""
     if isinstance(results, Tensor):
         yield results
-    elif isinstance(results, dict):
-        yield from tensors(list(results.values()))
-    elif isinstance(results, list | tuple):
-        for item in results:
+    elif isinstance(results, dict | list | tuple):
+        for item in results.values() if isinstance(results, dict) else results:
             yield from tensors(item)
 
 

@@ -131,8 +131,7 @@ def _record(found: dict[str, Any]) -> Record:
 
 def verdicts(record: Record) -> Iterator[GoalVerdict]:
     """Yield the verdict on every goal of a record. Medians decide; no number is rounded in favour of a goal."""
-    for goal in record.goals:
-        yield _verdict(record, goal)
+    yield from (_verdict(record, goal) for goal in record.goals)
 
 
 def _verdict(record: Record, goal: Goal) -> GoalVerdict:

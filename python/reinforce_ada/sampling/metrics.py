@@ -74,7 +74,8 @@ class Tally:
 def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:
     """Return the metrics of one step by name. A mean over nothing is nan."""
     num_prompts = len(pools)
-    missing = [_missing(pool, policy) for pool in pools if pool.exit == "exhausted"]
+    correct, wrong = policy.needs
+    missing = [(pool.num_correct < correct, pool.num_wrong < wrong) for pool in pools if pool.exit == "exhausted"]
     metrics = {
         # Only the first num_wanted prompts: a later prompt enters because others were dropped, which biases the mean.
         "first_round_reward": _mean(m for pool in pools[:num_wanted] if (m := _first_reward(pool, policy)) is not None),
@@ -113,11 +114,6 @@ def _first_reward(pool: Pool, policy: Policy) -> float | None:
     """Return the mean reward of the completions that are drawn whatever the outcomes; None without a scored one."""
     rewards = [o.reward for o in pool.outcomes[: min(policy.num_always_drawn, pool.cap)] if isinstance(o, Scored)]
     return math.fsum(rewards) / len(rewards) if rewards else None
-
-
-def _missing(pool: Pool, policy: Policy) -> tuple[bool, bool]:
-    num_correct, num_wrong = policy.needs
-    return pool.num_correct < num_correct, pool.num_wrong < num_wrong
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -119,10 +119,6 @@ class AdaptiveSampler:
             self._start_round()
 
     # -------------------- read-only
-
-    @property
-    def policy(self) -> Policy:
-        return self._policy
 
     @property
     def done(self) -> bool:
@@ -453,8 +449,8 @@ class AdaptiveSampler:
 
 def check_schedule(where: str, schedule: str, window: int | Window | None) -> None:
     """Raise InputError for an unknown schedule, a window below 1, and a window in rounds."""
-    if schedule not in ("stream", "rounds"):
-        raise unknown_name(where, "schedule", schedule, ("stream", "rounds"))
+    if schedule not in get_args(Schedule):
+        raise unknown_name(where, "schedule", schedule, get_args(Schedule))
     if window is not None and not callable(window):
         at_least(1, where, window=window)
     if window is not None and schedule == "rounds":

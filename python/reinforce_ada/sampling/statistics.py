@@ -130,7 +130,7 @@ def _draw_by_draw(policy: Policy, cap: int, voids: tuple[int, ...]) -> Iterator[
     for index in range(cap):
         reached: dict[Counts, Paths] = {}
         for counts, paths in live.items():
-            for after, extended in _void(counts, paths) if index in voids else _draws(counts, paths):
+            for after, extended in _draws(counts, paths, is_void=index in voids):
                 reached[after] = reached[after] + extended if after in reached else extended
         going_on, ended = {}, []
         for counts, paths in reached.items():
@@ -143,13 +143,12 @@ def _draw_by_draw(policy: Policy, cap: int, voids: tuple[int, ...]) -> Iterator[
         live = going_on
 
 
-def _void(counts: Counts, paths: Paths) -> Iterator[tuple[Counts, Paths]]:
-    yield Counts(counts.correct, counts.wrong, counts.void + 1), paths
-
-
-def _draws(counts: Counts, paths: Paths) -> Iterator[tuple[Counts, Paths]]:
-    """Yield both outcomes of the next draw, with the sequences it extends."""
+def _draws(counts: Counts, paths: Paths, is_void: bool) -> Iterator[tuple[Counts, Paths]]:
+    """Yield the void, or both outcomes of the next draw, with the sequences that it extends."""
     correct, wrong, void = counts
+    if is_void:
+        yield Counts(correct, wrong, void + 1), paths
+        return
     is_first, is_second_after_correct = correct + wrong == 0, (correct, wrong) == (1, 0)
     yield Counts(correct + 1, wrong, void), Paths(paths.all, paths.all, 0) if is_first else paths
     yield Counts(correct, wrong + 1, void), Paths(paths.all, paths.all, paths.all) if is_second_after_correct else paths

@@ -40,14 +40,12 @@ def run(
     """Compare settings on populations and print a table for each.
 
     Args:
-        policies: presets with overrides, see `setting`; an empty list means the published comparison.
-        schedules, windows: those with which each policy runs; windows apply to streams.
-        populations: "beta:a,b", a file of pass rates, or a store; an empty list means Beta(1, 2), or the population of `fit`.
+        policies, schedules, windows: see `settings`.
+        populations: see `population`; an empty list means Beta(1, 2), or the population of `fit`.
         num_prompts: None means 64, or the number in a file.
         num_seeds, num_earlier: see `run_study`.
         engine, lengths: fields of EngineModel and LengthModel that differ from the default, or from `fit`.
         fit: a run that supplies engine, lengths and pass rates.
-        json_to, figure_to: files to write.
     Raises: InputError for any argument that cannot be used.
     """
     compared = settings(policies, schedules, windows)

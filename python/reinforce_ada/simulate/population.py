@@ -28,8 +28,8 @@ class BetaRates:
     b: float = 2.0
 
     def __post_init__(self) -> None:
-        check_range("BetaRates", "a", self.a, 1e-6, 1e6)
-        check_range("BetaRates", "b", self.b, 1e-6, 1e6)
+        for name in ("a", "b"):
+            check_range("BetaRates", name, getattr(self, name), 1e-6, 1e6)
 
     def __str__(self) -> str:
         return f"Beta({self.a:.3g}, {self.b:.3g})"

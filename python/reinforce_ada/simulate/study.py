@@ -112,10 +112,6 @@ class Row:
     def mean(self, name: str) -> float:
         return statistics.fmean(self.values(name))
 
-    def spread(self, name: str) -> float:
-        """Return the standard deviation over the seeds; 0 for one seed."""
-        return _spread(self.values(name))
-
     def relative(self, base: Row) -> tuple[float, float]:
         """Return the mean wall-clock divided by that of `base`, and the standard deviation of the ratio over their common seeds."""
         ratios = [a / b for a, b in zip(self.values("wall_s"), base.values("wall_s"), strict=True)]
@@ -123,6 +119,7 @@ class Row:
 
 
 def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -144,7 +141,7 @@ class Study:
             yield (
                 row.setting.policy_text,
                 row.setting.schedule_label,
-                f"{row.mean('wall_s'):.1f} ± {row.spread('wall_s'):.1f}",
+                f"{row.mean('wall_s'):.1f} ± {_spread(row.values('wall_s')):.1f}",
                 f"{relative:.3f} ± {spread:.3f}",
                 f"{row.mean('tokens') / 1e6:.3g}",
                 f"{row.mean('waste'):.3f}",

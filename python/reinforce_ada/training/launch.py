@@ -51,19 +51,13 @@ def train(config: Config, resume: Path | None = None) -> None:
     with distributed.join() as ranks:
         if ranks.rank == 0:
             _lead(config, resume, ranks)
-        elif not _follow(config, ranks):
-            raise SystemExit(1)
-
-
-def _follow(config: Config, ranks: Ranks) -> bool:
-    """Train on what rank 0 sends. Return False when a rank fails, which rank 0 reports."""
-    try:
-        path, dtype = ranks.receive()
-        model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
-        Learner(model, config, ranks).follow()
-        return True
-    except RankError:
-        return False
+            return
+        try:
+            path, dtype = ranks.receive()
+            model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
+            Learner(model, config, ranks).follow()
+        except RankError:  # rank 0 reports it
+            raise SystemExit(1) from None
 
 
 def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:

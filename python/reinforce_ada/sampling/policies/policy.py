@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.policies.contracts import (
@@ -79,8 +80,8 @@ class Policy:
             raise InputError(where, f"an exit rule that needs {sum(self.needs)} completions", needed)
         if not math.isfinite(self.positive_threshold):
             raise InputError(where, f"positive_threshold {self.positive_threshold}", "a finite number is needed")
-        if self.degenerate not in ("keep", "drop"):
-            raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
+        if self.degenerate not in get_args(Degenerate):
+            raise unknown_name(where, "value of degenerate", self.degenerate, get_args(Degenerate))
         self._check_together(where)
         if isinstance(self.weight, Weighting):
             self.weight.check(self)
