@@ -181,7 +181,7 @@ def everything(counts, history, cap) -> int:
 
 
 def test_what_the_answers_settle_is_given_up() -> None:
-    """A window of one's own: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
+    """A custom window: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
     policy = preset(POS, group_size=2, round_size=8, max_rounds=1, decide_every=2, min_pool=0)
     sampler = AdaptiveSampler(prompts_of(["a"]), policy, window=everything)
     assert len(sampler.next_requests(9)) == 8

@@ -237,7 +237,7 @@ def test_a_head_that_does_not_fit_is_said_and_the_logits_are_used(
     assert steps_of(tmp_path / "wrong head")[0]["loss"] != 0
 
 
-# -------------------- rewards and losses of one's own
+# -------------------- rewards and custom losses
 
 
 def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

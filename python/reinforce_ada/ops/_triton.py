@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def launch(threads: int) -> dict[str, int | bool]:
+def launch_options(threads: int) -> dict[str, int | bool]:
     """The options of a kernel that is written for so many threads a program."""
     return {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
 

@@ -16,8 +16,8 @@ from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
-from reinforce_ada.ops.policy_loss.own import loss_of
-from reinforce_ada.ops.policy_loss.settings import OwnLoss
+from reinforce_ada.ops.policy_loss.custom import loss_of
+from reinforce_ada.ops.policy_loss.settings import CustomLoss
 from reinforce_ada.sampling import ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
@@ -84,7 +84,7 @@ def inexact(config: Config, policy: Policy) -> str:
 class Objective:
     """The loss of the configuration, exact under gradient accumulation: denominators are those of the whole minibatch."""
 
-    loss: str | OwnLoss
+    loss: str | CustomLoss
     loss_agg: str
     clip_low: float
     clip_high: float
@@ -117,7 +117,7 @@ class Objective:
     def _check(self, named: str) -> None:
         """Compute the loss and gradient of some tokens, so that a refused setting or a failing loss is known before sampling.
 
-        Raises: InputError, which names a loss of one's own as it was `named`.
+        Raises: InputError, which names a custom loss as it was `named`.
         """
         settings = {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high", "rollout_correction")}
         drift = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0])  # ratios of 1, and clipped ones, for advantages of both signs and of 0

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import launch
+from reinforce_ada.ops._triton import launch_options
 from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES
 from reinforce_ada.ops.group_advantages.contract import Inputs
 from reinforce_ada.ops.group_advantages.gpu import in_segments
@@ -51,10 +51,10 @@ def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor,
             num_parts = min(SURVEYS, int(triton.cdiv(max(num_rows, num_segments), SURVEY_BLOCK)))
             chosen: dict[str, Any] = {"ORDERED": order is not None, "BY_BATCH": by_batch}
             survey_kernel[(num_parts,)](
-                *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch(SURVEY_THREADS)
+                *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch_options(SURVEY_THREADS)
             )
             settle_kernel[(1,)](
-                *(parts, num_parts, num_rows, x.ddof, x.eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch(SURVEY_THREADS)
+                *(parts, num_parts, num_rows, x.ddof, x.eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch_options(SURVEY_THREADS)
             )
         rows_kernel[(num_segments,)](
             *(rewards, offsets if order is None else order, offsets),
@@ -68,7 +68,7 @@ def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor,
             SCALE=x.scale,
             KEEP_SINGLE=x.keep_single,
             BLOCK=LONG_BLOCK if long else BLOCK,
-            **launch(LONG_THREADS if long else THREADS),
+            **launch_options(LONG_THREADS if long else THREADS),
         )
 
 

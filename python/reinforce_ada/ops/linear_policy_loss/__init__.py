@@ -16,13 +16,13 @@ from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT, check_extra_bytes
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_tensors, checked_settings
-from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
-from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
+from reinforce_ada.ops.policy_loss.custom import IN_PYTORCH, loss_of, needs_of
+from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, CustomLoss
 from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature
 
 __all__ = ["linear_policy_loss"]
 
-declare_native(WHERE, "triton", "cpu", lacks=(OWN_LOSS,), make=lambda _, form: form.evaluate)
+declare_native(WHERE, "triton", "cpu", lacks=(IN_PYTORCH,), make=lambda _, form: form.evaluate)
 
 
 def linear_policy_loss(
@@ -42,7 +42,7 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str | OwnLoss = "ppo",
+    loss: str | CustomLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,

@@ -11,7 +11,7 @@ from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops.policy_loss import reference
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
 from reinforce_ada.ops.policy_loss.contract import arguments, torch_operator
-from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
+from reinforce_ada.ops.policy_loss.custom import IN_PYTORCH, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
     KL_ESTIMATORS,
@@ -20,13 +20,13 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     METRICS,
     WHERE,
-    OwnLoss,
+    CustomLoss,
     RolloutCorrection,
 )
 
-__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "OwnLoss", "RolloutCorrection", "policy_loss"]
+__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "CustomLoss", "RolloutCorrection", "policy_loss"]
 
-declare_native(WHERE, "cuda", "triton", "cpu", lacks=(OWN_LOSS,), make=torch_operator)
+declare_native(WHERE, "cuda", "triton", "cpu", lacks=(IN_PYTORCH,), make=torch_operator)
 
 
 def policy_loss(
@@ -40,7 +40,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str | OwnLoss = "ppo",
+    loss: str | CustomLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -103,7 +103,7 @@ def policy_loss(
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
         advantages_per: "sequence" or "token", what there is one advantage for; None: as their shape says. Packed advantages of as many
             tokens as sequences fit both, and have to say it unless every sequence is seen to have one token.
-        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or one's own, a function or its name, "module:function" or
+        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or a custom loss, a function or its name, "module:function" or
             "file.py:function". It is called with (logprobs, old_logprobs, advantages, mask) of one shape, packed or padded as they are, in
             the dtype that is computed in, 0 where the mask is False, old_logprobs those of now without gradient where there are none,
             and returns one loss a token in that shape and dtype, through which autograd goes. Only the reference takes it, which is then

@@ -13,13 +13,13 @@ from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.ops._checks import FLOATING, describe
 from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
 from reinforce_ada.ops.policy_loss.contract import Settings
-from reinforce_ada.ops.policy_loss.own import shown
+from reinforce_ada.ops.policy_loss.custom import shown
+from reinforce_ada.ops.policy_loss.reference import BUILT_IN
 from reinforce_ada.ops.policy_loss.settings import (
     ADVANTAGES_PER,
     KL_ESTIMATORS,
     KL_WEIGHTINGS,
     LOSS_AGGS,
-    LOSSES,
     RATIO_LEVELS,
     RolloutCorrection,
     check_integers,
@@ -106,7 +106,9 @@ def _check_settings(where: str, s: Settings) -> None:
     if s.ratio_level == "sequence" and s.loss == "gspo":
         raise InputError(where, 'ratio_level="sequence" with loss="gspo"', "one of them", 'loss="ppo" where the gradient is to be spread')
     if s.ratio_level == "sequence" and not isinstance(s.loss, str):
-        raise InputError(where, f'ratio_level="sequence" with loss={shown(s.loss)}', "a built-in loss", "one's own makes ratios itself")
+        raise InputError(
+            where, f'ratio_level="sequence" with loss={shown(s.loss)}', "a built-in loss", "a custom loss makes its ratios itself"
+        )
     for name in ("log_ratio_bound", "num_tokens_global", "num_seqs_global", "norm_length", "kl_bound"):
         value = getattr(s, name)
         if value is not None and not value > 0:
@@ -117,7 +119,7 @@ def _check_settings(where: str, s: Settings) -> None:
 
 def _check_names(where: str, s: Settings) -> None:
     for kind, value, known in (
-        ("loss", s.loss if isinstance(s.loss, str) else None, LOSSES),
+        ("loss", s.loss if isinstance(s.loss, str) else None, tuple(BUILT_IN)),
         ("ratio_level", s.ratio_level, RATIO_LEVELS),
         ("loss_agg", s.loss_agg, LOSS_AGGS),
         ("kl", s.kl, KL_ESTIMATORS),

@@ -25,7 +25,7 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     METRICS,
     WHERE,
-    OwnLoss,
+    CustomLoss,
     RolloutCorrection,
 )
 
@@ -58,7 +58,7 @@ class Settings:
     The metadata of a field are the numbers that it is to a kernel, by their names and in their order in csrc/ops/policy_loss/policy_loss.h.
     """
 
-    loss: str | OwnLoss = field(default="ppo", metadata={"loss": lambda loss: float(LOSSES.index(loss))})
+    loss: str | CustomLoss = field(default="ppo", metadata={"loss": lambda loss: float(LOSSES.index(loss))})
     ratio_level: str = field(default="token", metadata={"sequence_ratio": lambda level: float(level == "sequence")})
     clip_low: float = field(default=0.2, metadata={"clip_low": float})
     clip_high: float = field(default=0.28, metadata={"clip_high": float})

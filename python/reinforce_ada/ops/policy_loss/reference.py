@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops.policy_loss import own
+from reinforce_ada.ops.policy_loss import custom
 from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.settings import (
     KL_LOG_RATIO_BOUND,
@@ -136,8 +136,8 @@ def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
 
 def _terms(logp: Tensor, old: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
     if isinstance(settings.loss, str):
-        return _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
-    return Terms(own.evaluate(settings.loss, logp, old, adv, seqs.mask), _ratio(logp - old, seqs, settings))
+        return BUILT_IN[settings.loss](logp, logp - old, adv, seqs, settings)
+    return Terms(custom.evaluate(settings.loss, logp, old, adv, seqs.mask), _ratio(logp - old, seqs, settings))
 
 
 def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
@@ -178,7 +178,7 @@ def _sapo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Setti
     return Terms(-adv * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio)
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms]] = {
+BUILT_IN: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms]] = {
     "reinforce": _reinforce,
     "ppo": _ppo,
     "gspo": _gspo,

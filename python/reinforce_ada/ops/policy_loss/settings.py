@@ -14,7 +14,7 @@ from reinforce_ada.errors import InputError, unknown_name
 
 WHERE = "policy_loss"
 LOSSES = ("reinforce", "ppo", "cispo", "gspo", "sapo")
-OwnLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
+CustomLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")

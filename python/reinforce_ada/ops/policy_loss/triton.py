@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import launch
+from reinforce_ada.ops._triton import launch_options
 from reinforce_ada.ops.policy_loss import settings
 from reinforce_ada.ops.policy_loss.contract import Inputs, Results, by_name, empty_results
 from reinforce_ada.ops.policy_loss.triton_kernels import (
@@ -59,7 +59,7 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
     layout = Layout(workspace if cu_seqlens is None else cu_seqlens, num_tokens, num_sequences, logprobs.shape[-1])
     tokens, numbers, choices = _tokens(inputs), _numbers(s), _choices(inputs, s)
     short = num_tokens <= SHORT_LENGTH * num_sequences
-    one_sequence = {"BLOCK": SHORT_BLOCK if short else BLOCK, **launch(SHORT_THREADS if short else THREADS)}
+    one_sequence = {"BLOCK": SHORT_BLOCK if short else BLOCK, **launch_options(SHORT_THREADS if short else THREADS)}
     of_tokens = (tokens, layout, totals, sequences, numbers)
     with guard(logprobs):
         if num_sequences:
@@ -72,7 +72,7 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
             AGG=int(s.loss_agg),
             PACKED=cu_seqlens is not None,
             LANES=LANES,
-            **launch(LANES),
+            **launch_options(LANES),
         )
         if num_tokens and s.sequence_ratio:
             through_kernel[(num_sequences,)](*of_tokens, CHOICES=choices, **one_sequence)
@@ -82,9 +82,9 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
                 CHOICES=choices,
                 ENTROPY_GRAD=inputs.entropy_grad,
                 BLOCK=BLOCK,
-                **launch(THREADS),
+                **launch_options(THREADS),
             )
-        finish_kernel[(1,)](parts, num_parts, num_tokens, totals, value, metrics, LANES=LANES // 32, **launch(THREADS))
+        finish_kernel[(1,)](parts, num_parts, num_tokens, totals, value, metrics, LANES=LANES // 32, **launch_options(THREADS))
 
 
 def _tokens(inputs: Inputs) -> Tokens:

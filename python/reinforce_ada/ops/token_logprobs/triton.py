@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reinforce_ada.ops import _checks
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch, vanishing
+from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch_options, vanishing
 from reinforce_ada.ops.token_logprobs.contract import GradientInputs, Inputs, Scores
 from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
 
@@ -52,7 +52,7 @@ def forward(x: Inputs, out: Scores, row_max: Tensor, log2_sum: Tensor) -> None:
             WITH_SUM_P2=x.sum_p2,
             BLOCK=BLOCK,
             WIDTH=width(logits.dtype),
-            **launch(THREADS),
+            **launch_options(THREADS),
         )
 
 
@@ -72,7 +72,7 @@ def gradient(grad: Tensor, x: GradientInputs, row_max: Tensor, log2_sum: Tensor)
             HAS_GRAD_LOGPROBS=x.grad_logprobs is not None,
             HAS_GRAD_ENTROPY=x.grad_entropy is not None,
             BLOCK=BLOCK,
-            **launch(THREADS),
+            **launch_options(THREADS),
         )
 
 

@@ -1,4 +1,4 @@
-"""A loss of one's own: a function of each token's logprob in plain PyTorch, in the place of a built-in loss.
+"""A custom loss: a function of each token's logprob in plain PyTorch, in the place of a built-in loss.
 
 It is called as `loss(logprobs, old_logprobs, advantages, mask)` and returns one loss a token. Everything around it stays as it is:
 rollout correction, KL, entropy bonus, aggregation and metrics.
@@ -15,16 +15,16 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.loading import load
 from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._torch import is_eager, run_when_traced
-from reinforce_ada.ops.policy_loss.settings import WHERE, OwnLoss
+from reinforce_ada.ops.policy_loss.settings import LOSSES, WHERE, CustomLoss
 from reinforce_ada.outside import one_line
 
-OWN_LOSS = "a loss of one's own"  # as `Form.lacks` lists it
+IN_PYTORCH = "a loss written in PyTorch"  # as `Form.lacks` lists it: a custom loss, or one that only the reference has
 
 
-_loaded: dict[str, OwnLoss] = {}
+_loaded: dict[str, CustomLoss] = {}
 
 
-def loss_of(where: str, loss: str | OwnLoss) -> str | OwnLoss:
+def loss_of(where: str, loss: str | CustomLoss) -> str | CustomLoss:
     """The name of a built-in loss as it is; the function that "module:function" or "file.py:function" names; a function as it is."""
     if not isinstance(loss, str):
         _check(where, loss, loss)
@@ -48,17 +48,17 @@ def _check(where: str, named: object, loss: object) -> None:
         raise InputError(where, given, "a function of (logprobs, old_logprobs, advantages, mask)")
 
 
-def needs_of(loss: str | OwnLoss) -> tuple[str, ...]:
+def needs_of(loss: str | CustomLoss) -> tuple[str, ...]:
     """What a form has to support for it, as `resolve` takes it."""
-    return () if isinstance(loss, str) else (OWN_LOSS,)
+    return () if loss in LOSSES else (IN_PYTORCH,)
 
 
-def shown(loss: str | OwnLoss) -> str:
+def shown(loss: str | CustomLoss) -> str:
     """A loss, for messages."""
     return repr(loss) if isinstance(loss, str) else str(getattr(loss, "__qualname__", type(loss).__name__))
 
 
-def evaluate(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
+def evaluate(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
     """The loss of each token, checked; tensors of one value a token, 0 where the mask is False.
 
     Raises:
@@ -81,7 +81,7 @@ def evaluate(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor
     return out
 
 
-def _watch(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, out: Tensor) -> None:
+def _watch(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, out: Tensor) -> None:
     """Lets the backward raise where the loss makes a gradient that is not finite out of an incoming one that is."""
     incoming: list[Tensor] = []
 
