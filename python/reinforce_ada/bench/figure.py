@@ -55,7 +55,8 @@ def _panel(ax: Any, kind: Kind, rows: dict[Line, list[tuple[Goal, Any]]]) -> Non
             face = color if is_met(goal, value) else "white"
             ax.plot(value, y, "o", markeredgecolor=color, markerfacecolor=face, markersize=5, markeredgewidth=1.2)
             ax.plot(goal.bound, y, "|", color=_INK, markersize=11, markeredgewidth=1.6)
-    ax.set_yticks(range(len(rows)), [f"{op}: {name}, {dtype}, {_against(kind, to)}" for op, name, dtype, to in rows], fontsize=7.5)
+    sign = "×" if kind == "speedup" else "/"
+    ax.set_yticks(range(len(rows)), [f"{op}: {name}, {dtype}, {sign} {against}" for op, name, dtype, against in rows], fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     if kind == "speedup":
         ax.set_xscale("log")
@@ -78,7 +79,3 @@ def _panel(ax: Any, kind: Kind, rows: dict[Line, list[tuple[Goal, Any]]]) -> Non
 def _few(x: float, _: int) -> str:
     """Return the label of a minor tick: only 2 and 5 times powers of ten have one."""
     return f"{x:g}" if f"{x:e}"[0] in "25" else ""
-
-
-def _against(kind: Kind, against: str) -> str:
-    return f"× {against}" if kind == "speedup" else f"/ {against}"

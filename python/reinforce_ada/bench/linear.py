@@ -68,9 +68,6 @@ class _Inputs:
             return "seconds a call in fp32; see bf16"
         return missing(package, device)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.hidden, self.weight, self.ids]
-
 
 def _inputs(shape: Mapping[str, int], dtype: str, device: str) -> _Inputs:
     """Return inputs whose logits have the spread of a language model's, a standard deviation of 3."""
@@ -124,7 +121,7 @@ def _products(x: _Inputs, count: int) -> Candidate:
 
 
 def _held(x: _Inputs, products: Candidate) -> list[Tensor]:
-    return [*x.tensors(), products.run()]
+    return [x.hidden, x.weight, x.ids, products.run()]
 
 
 # -------------------- log-probabilities

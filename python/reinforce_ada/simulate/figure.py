@@ -66,7 +66,7 @@ def _frontier(ax: Any, study: Study) -> None:
     ax.set_xlabel(f"wall-clock, relative to the first row ({study.rows[0].setting.schedule_label})", fontsize=8)
     ax.set_ylabel("wasted tokens", fontsize=8)
     ax.set_ylim(bottom=-0.01)
-    ax.yaxis.set_major_formatter(_percent)
+    ax.yaxis.set_major_formatter("{x:.0%}")
     _finish(ax, f"{study.population}, {study.num_prompts} prompts, {study.engine.slots} slots")
 
 
@@ -98,10 +98,6 @@ def _busy(ax: Any, study: Study) -> None:
     if len(ax.get_lines()) <= len(_COLORS):
         ax.legend(fontsize=7, loc="upper right", edgecolor="none", framealpha=0.8)
     _finish(ax, f"Busy slots, {study.population}, first seed")
-
-
-def _percent(value: float, _: int) -> str:
-    return f"{value:.0%}"
 
 
 def _finish(ax: Any, title: str) -> None:
