@@ -140,8 +140,8 @@ class TrainingConfig:
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
         None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )
-    clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
-    clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
+    clip_low: float = option(0.2, "ppo, gspo, cispo: ratio clipped below 1 - clip_low")
+    clip_high: float = option(0.28, "ppo, gspo, cispo: ratio clipped above 1 + clip_high")
     entropy_coef: float = option(0.0, "entropy bonus")
     rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
         "none", "importance weights for the engine's own logprobs"
