@@ -46,7 +46,7 @@ POS, BALANCE, EXACT = "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-a
 
 
 def advantages(result: SamplingResult, policy: Policy) -> list[list[tuple[float, float]]]:
-    """(reward, advantage) of each kept completion, as the trainer computes them."""
+    """Return (reward, advantage) of each kept completion, as the trainer computes them."""
     rewards = [[s.reward for s in g.kept] for g in result.groups if g.kept]
     computed = [[s.advantage for s in group] for group in samples_with_advantages(result, policy)]
     return [list(zip(r, a, strict=True)) for r, a in zip(rewards, computed, strict=True)]
@@ -60,7 +60,7 @@ def one(policy: Policy, chars: str) -> SamplingResult:
 
 
 def test_advantages_of_a_pool_by_hand() -> None:
-    """12 correct and 4 wrong after two rounds, kept 2 and 2: A+ = theta (a + b) / a, A- = -theta (a + b) / b."""
+    """With 12 correct and 4 wrong after two rounds, 2 and 2 kept, A+ = theta (a + b) / a, A- = -theta (a + b) / b."""
     policy = preset(BALANCE, objective="mean")
     result = one(policy, "++++++++----++++" + "v" * 16)
     theta = stopping_table(policy).at(Counts(12, 4)).reward_variance
@@ -103,7 +103,7 @@ def test_one_class_gives_exactly_nothing(chars: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best completions alone."""
+    """Keep only the best completions."""
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
         return sorted(np.argsort(-rewards, kind="stable")[:group_size].tolist())
@@ -111,7 +111,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Floored(Rounds):
-    """Budgets of 1; says so where `floor` is one."""
+    """Budgets of 1, which are announced if `floor` is 1."""
 
     floor: int = 1
 
@@ -186,7 +186,7 @@ def test_the_preset() -> None:
 
 
 def factor(result: SamplingResult, policy: Policy, p: float) -> Iterator[tuple[str, float]]:
-    """For each kept group its prompt and the factor of grad p in its expected gradient, with the fixed denominator."""
+    """Return for each kept group its prompt and the factor of grad p in its expected gradient, with the fixed denominator."""
     for group, kept in zip([g for g in result.groups if g.kept], advantages(result, policy), strict=True):
         total = sum(a / p if r > policy.positive_threshold else -a / (1 - p) for r, a in kept)
         yield group.pool.prompt.prompt_id, total / policy.group_size
@@ -210,7 +210,7 @@ SMALL = [
 @pytest.mark.parametrize("void", [None, 0, 1, 4])
 @pytest.mark.parametrize("policy", SMALL, ids=lambda p: f"{p.decide}-{p.cap}-{p.decide_every}-{p.min_pool}-{p.group_size}")
 def test_every_outcome_string_sums_to_one(policy: Policy, void: int | None) -> None:
-    """The real sampler and the real operator over all strings: the factors, weighted by their probability, add up to 1."""
+    """Run the real sampler and operator over all strings: the factors, weighted by their probability, add up to 1."""
     if void is not None and policy.min_pool < 2:
         policy = dataclasses.replace(policy, min_pool=2)  # a void can leave one draw at the first decision otherwise
     bits = policy.cap - (void is not None)
@@ -258,7 +258,7 @@ NUM_PROMPTS = 200  # of each rate
 
 
 def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> dict[float, NDArray[np.float64]]:
-    """The gradient of each prompt [NUM_PROMPTS, 6]: kept scores times advantages over group_size, 0 where nothing was kept."""
+    """Return the gradient of each prompt [NUM_PROMPTS, 6]: kept scores times advantages over group_size, 0 where nothing was kept."""
     models = {p: Softmax(p) for p in RATES}
     model_of = {f"{p} {i}": models[p] for i in range(NUM_PROMPTS) for p in RATES}
     sampler = AdaptiveSampler(prompts_of(list(model_of)), policy, schedule=schedule, seed=seed, **sampling)
@@ -284,7 +284,7 @@ def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> d
 
 
 def standard_errors(policy: Policy, p: float) -> NDArray[np.float64]:
-    """Of the mean over NUM_PROMPTS of each component of theta * (mean score of a correct - mean score of b wrong), [6], exactly.
+    """Return the exact standard errors [6] of means over NUM_PROMPTS of theta * (mean score of a correct - mean score of b wrong).
 
     Given the pool a component is theta times a mean of a draws that hit it with its probability c within the class, so its second
     moment is theta^2 (c (1 - c) / a + c^2). Sample errors would not do: at p = .02 some components are never drawn.
@@ -302,7 +302,7 @@ def standard_errors(policy: Policy, p: float) -> NDArray[np.float64]:
 
 
 def deviations(found: dict[float, NDArray[np.float64]], policy: Policy) -> list[float]:
-    """For each rate the largest distance of a mean gradient's component from grad p, in standard errors."""
+    """Return for each rate the largest distance of a mean gradient's component from grad p, in standard errors."""
     return [float(np.max(np.abs(g.mean(0) - Softmax(p).gradient) / standard_errors(policy, p))) for p, g in found.items()]
 
 
@@ -339,7 +339,7 @@ def test_monte_carlo_gradient_is_that_of_the_pass_rate(name: str, overrides: dic
     ids=["grpo-4", "grpo-8-std", "pos", "balance", "balance-std"],
 )
 def test_monte_carlo_weights_of_the_published_rules(policy: Policy, printed: str) -> None:
-    """w(p), measured along grad p, within 4.5 standard errors; the measure above says that it is not grad p."""
+    """w(p), measured along grad p, is within 4.5 standard errors; the measure above shows that it is not grad p."""
     found = gradients(policy, "stream", seed=11)
     assert max(deviations(found, preset(EXACT))) > (3 if policy.name == "grpo" else 10)
     for (p, g), w in zip(found.items(), map(float, printed.split()), strict=True):
@@ -348,7 +348,7 @@ def test_monte_carlo_weights_of_the_published_rules(policy: Policy, printed: str
 
 
 def test_plugging_in_the_pool_mean_is_not_enough() -> None:
-    """k w / (N (N - 1)), unbiased for a fixed number of draws, is 20 % too large where the rule stops at the first success."""
+    """k w / (N (N - 1)), unbiased for a fixed number of draws, is 20 % too large if the rule stops at the first success."""
     policy = preset(POS, objective="mean")
     table = stopping_table(policy)
     for p in (0.05, 0.1):
@@ -362,7 +362,7 @@ POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
 
 
 def second_moment(policy: Policy, a: float, b: float) -> float:
-    """E[|gradient of a prompt|^2] over prompts that are drawn from Beta(a, b) pass rates: what a step's variance is, per prompt.
+    """Return E[|gradient of a prompt|^2] over prompts that are drawn from Beta(a, b) pass rates: what a step's variance is, per prompt.
 
     The gradient is theta * (mean of the kept correct - mean of the kept wrong). Its factor of grad p is theta / (p q), and for scores of
     variance 1 within a class the means have variances 1 / kept; where |grad p| = p q that is theta^2 (1 + 1 / correct + 1 / wrong).
@@ -378,12 +378,12 @@ def second_moment(policy: Policy, a: float, b: float) -> float:
 
 
 def cost(policy: Policy, a: float, b: float) -> float:
-    """The second moment times completions per prompt."""
+    """Return the second moment times completions per prompt."""
     return second_moment(policy, a, b) * stopping_table(policy).expect_beta(samples, a, b)
 
 
 def without_the_prompts(policy: Policy, a: float, b: float) -> float:
-    """The cost of a prompt's own variance, as if the prompts were given: E[(w |grad p|)^2] = E[(p q)^2] comes off."""
+    """Return the cost of a prompt's own variance with the prompts given: E[(w |grad p|)^2] = E[(p q)^2] is subtracted."""
     between = a * (a + 1) * b * (b + 1) / math.prod(a + b + i for i in range(4))
     return (second_moment(policy, a, b) - between) * stopping_table(policy).expect_beta(samples, a, b)
 
@@ -408,14 +408,14 @@ def without_the_prompts(policy: Policy, a: float, b: float) -> float:
     ],
 )
 def test_the_variance_of_the_gradient_per_completion(policy: Policy, printed: str) -> None:
-    """The table of docs/statistics.md."""
+    """Check the table of docs/statistics.md."""
     assert [f"{cost(policy, *rates):.3f}".removeprefix("0") for rates in POPULATIONS] == printed.split()
     page = (Path(__file__).parents[2] / "docs/statistics.md").read_text()
     assert f"| {' | '.join(printed.split())} |" in page
 
 
 def test_small_groups_win_where_the_prompts_are_drawn() -> None:
-    """And large ones where they are taken as given, which is the other half of what the page says."""
+    """The savings are large with the prompts given, which is the other half of the page's claim."""
     for rates in POPULATIONS:
         fixed = {n: cost(preset("grpo", objective="mean", group_size=n), *rates) for n in (2, 3, 4, 8, 16, 32)}
         assert min(fixed, key=fixed.__getitem__) in (3, 4)
@@ -456,7 +456,7 @@ class Timed:
 
 
 def mean_gradient(theta: NDArray[np.float64], kept: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """Mean over prompts of theta * (mean score of the kept correct - mean score of the kept wrong)."""
+    """Return the mean over prompts of theta * (mean score of the kept correct - mean score of the kept wrong)."""
     total = np.zeros(4)
     for t, responses in zip(theta, kept, strict=True):
         right, wrong = ([r for r in responses if (r < 2) == is_right] for is_right in (True, False))
@@ -470,7 +470,7 @@ def cosine(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def lengths_by_class(pools: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Mean committed length of the correct and of the wrong completions, in units of their true means."""
+    """Return the mean committed lengths of correct and of wrong completions, in units of their true means."""
     responses = np.concatenate([np.array(pool, dtype=int) for pool in pools])
     lengths = Timed.lengths[responses]
     return float(lengths[responses < 2].mean() / 200), float(lengths[responses >= 2].mean() / (200 * math.e))
@@ -504,7 +504,7 @@ def test_request_order_has_no_bias_when_wrong_answers_take_longer() -> None:
 
 
 def test_completion_order_would_be_biased() -> None:
-    """The same law of timing, consumed as it finishes: each slot starts the next draw at once, and the rule sees what came first."""
+    """Consume the same law of timing in completion order: a slot starts the next draw at once, and the rule sees answers as they finish."""
     rng, policy = random.Random(5), TIMED
     pools, theta, kept = [], [], []
     for _ in range(NUM_TIMED // 4):
@@ -547,7 +547,7 @@ def test_rewards_are_centred_before_they_are_rounded(base: float) -> None:
 
 
 def loss_gradient(policy: Policy, script: dict[str, str], num_minibatches: int = 1) -> NDArray[np.float64]:
-    """d loss / d (total logprob of each prompt's completions of each class), [P, 2], through the real loss."""
+    """Return d loss / d (total logprob of each prompt's completions of each class), [P, 2], through the real loss."""
     result = finish(AdaptiveSampler(prompts_of(list(script)), policy), answer(script))
     names = list(script)
     total = np.zeros((len(names), 2))

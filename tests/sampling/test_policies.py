@@ -182,7 +182,7 @@ def test_propose() -> None:
 
 
 def seen(correct: float, wrong: float) -> History:
-    """A prompt of which so many completions are remembered."""
+    """Return the history of a prompt with these completions remembered."""
     return History(1 + correct, 1 + wrong)
 
 
@@ -234,7 +234,7 @@ def value(num: int, p: float) -> float:
 
 
 def best_value(rate_of: list[float], total: int, floor: int, cap: int) -> float:
-    """The largest value of any division of `total`, by trying all."""
+    """Return the largest value of any division of `total`, by trying all."""
     best = {0: 0.0}
     for p in rate_of:
         reached: dict[int, float] = {}
@@ -246,7 +246,7 @@ def best_value(rate_of: list[float], total: int, floor: int, cap: int) -> float:
 
 
 def divided(counts: list[tuple[int, int]], floor: int, more: int, room: int) -> tuple[Knapsack, list[int]]:
-    """A knapsack and its budgets for prompts with these counts, which sum up and stay in bounds."""
+    """Return a knapsack and its budgets for prompts with these counts, and check that they sum up and stay in bounds."""
     allocate = bag(floor + more, floor, floor + more + room)
     budgets = allocate.budgets([seen(*c) for c in counts])
     assert sum(budgets) == allocate.mean * len(counts)
@@ -274,7 +274,7 @@ def test_knapsack_budgets_have_the_largest_value(counts: list[tuple[int, int]], 
         ([], []),
         ([History()] * 3, [8, 8, 8]),
         ([seen(8, 0), seen(8, 0)], [8, 8]),  # nothing to gain anywhere: equal parts
-        ([seen(0, 8), seen(8, 0)], [14, 2]),  # what nobody needs goes to the unsolved
+        ([seen(0, 8), seen(8, 0)], [14, 2]),  # what the others do not need goes to the unsolved
         ([seen(0, 8), seen(0, 8), seen(8, 0)], [11, 11, 2]),
         ([seen(0, 8), History(), seen(8, 0)], [14, 8, 2]),
         ([seen(4, 4), seen(8, 0)], [14, 2]),
@@ -329,7 +329,7 @@ def test_nearest_rate_picks_what_is_known_to_be_near_the_target() -> None:
 
 
 def test_nearest_rate_looks_at_the_unknown_in_the_measure_of_what_it_may_be() -> None:
-    """theta of an unknown prompt is uniform: it is nearer to 1/2 than a known .3 with probability .4 (4 standard errors: .04)."""
+    """The theta of an unknown prompt is uniform: it is nearer to 1/2 than a known .3 with probability .4 (4 standard errors: .04)."""
     histories = [seen(300_000, 700_000), History()]
     picks = [NearestRate().choose(histories, 1, np.random.default_rng(seed))[0] for seed in range(2500)]
     assert np.mean(picks) == pytest.approx(0.4, abs=0.04)

@@ -20,7 +20,7 @@ PACKAGE_ROOT = Path(sys.modules["reinforce_ada.sampling"].__file__).parents[2]
 
 
 def sample(policy: Policy, **scripts: str) -> SamplingResult:
-    """Drive with one script per prompt; a script is padded with wrong answers, which a stop must come before."""
+    """Drive the sampler with one script per prompt; scripts are padded with wrong answers, which no pool may reach."""
     padded = {name: chars.ljust(policy.cap, "-") for name, chars in scripts.items()}
     return finish(AdaptiveSampler(prompts_of(list(padded)), policy), answer(padded))
 
@@ -72,7 +72,7 @@ def test_stops_at_the_first_multiple_of_decide_every() -> None:
 
 
 def test_pool_statistics_are_of_raw_rewards() -> None:
-    """Graded rewards: the threshold (0.7, strict) decides classes, the mean is of what was given."""
+    """With graded rewards the threshold (0.7, strict) decides classes, and the mean is that of the raw rewards."""
     rewards = [0.8, 0.7, 0.2, 0.9, 0.0, 0.0, 0.0, 0.0]
     sampler = AdaptiveSampler(prompts_of(["a"]), preset(BALANCE))
     for request in sampler.next_requests(8):
@@ -181,7 +181,7 @@ def everything(counts, history, cap) -> int:
 
 
 def test_what_the_answers_settle_is_given_up() -> None:
-    """A custom window: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
+    """With a custom window: once index 1 is correct the rule ends the prompt at 2, whatever index 0 brings."""
     policy = preset(POS, group_size=2, round_size=8, max_rounds=1, decide_every=2, min_pool=0)
     sampler = AdaptiveSampler(prompts_of(["a"]), policy, window=everything)
     assert len(sampler.next_requests(9)) == 8
@@ -290,7 +290,7 @@ def test_foreign_events_are_rejected_and_counted() -> None:
         scored(cid("a", 0, step=2), 1.0, policy_version=2),  # a replay of another epoch
         scored(cid("a", 0, step=3), 1.0, policy_version=1),  # sampled by older weights
         Failed(cid("a", 0, step=3), 1, "?"),
-        scored(cid("z", 0, step=3), 1.0, policy_version=2),  # nobody's
+        scored(cid("z", 0, step=3), 1.0, policy_version=2),  # of no prompt
         scored(cid("a", 2, step=3), 1.0, policy_version=2),  # never issued
         Lost(cid("a", -1, step=3), 2, "?"),
         Aborted(cid("a", 4, step=3), 2),  # past the cap
@@ -471,7 +471,7 @@ def test_misuse() -> None:
 
 
 def test_a_policy_of_ones_own() -> None:
-    """Hooks are plain callables: the longest-shot correct completion first, three of them."""
+    """Hooks are plain callables, such as this selection of three completions."""
 
     @dataclasses.dataclass(frozen=True)
     class LastCorrect:

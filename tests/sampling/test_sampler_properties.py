@@ -64,7 +64,7 @@ def world(policy: Policy, script: dict[str, str], timing, **more) -> Chaos:
 
 
 def any_step(data: st.DataObject) -> tuple[Policy, dict[str, str]]:
-    """A policy, and the outcomes of one to four prompts."""
+    """Draw a policy, and the outcomes of one to four prompts."""
     policy = data.draw(policies())
     return policy, data.draw(scripts(policy, data.draw(st.integers(1, 4))))
 
@@ -170,7 +170,7 @@ class Replicas:
         return Failed(request_id, 0, "void") if reward is VOID else scored(request_id, reward)
 
     def drive(self, sampler: AdaptiveSampler, num_polls: int | None = None) -> AdaptiveSampler:
-        """To the end, or for so many polls."""
+        """Run to the end, or for a number of polls."""
         while not sampler.done and num_polls != 0:
             for request in sampler.next_requests(self.slots - sum(map(len, self.queues))):
                 min(self.queues, key=len).append(request.id)
@@ -195,7 +195,7 @@ class Replicas:
 
 
 def record(result: SamplingResult) -> list[tuple]:
-    """Everything of the pools and groups that training could see."""
+    """Return all of the pools and groups that training can see."""
     pools = [
         (
             (p.prompt.prompt_id, p.exit, p.cap, p.num_correct, p.num_wrong, p.num_void, p.mean, p.m2, p.min, p.max),
@@ -209,7 +209,7 @@ def record(result: SamplingResult) -> list[tuple]:
 @COMMON
 @given(data=st.data())
 def test_pools_depend_on_nothing_but_the_answers(data: st.DataObject) -> None:
-    """Any rewards, caps, windows, slots, replicas and order, and one crash: the pools of the one that asks one at a time."""
+    """With any rewards, caps, windows, slots, replicas, order and one crash, the pools are those of one request at a time."""
     policy = data.draw(any_policy())
     rows = data.draw(tables(policy, 5))
     memory = Remembered(data.draw(histories(len(rows))))

@@ -18,14 +18,14 @@ from reinforce_ada.types import CompletionId, Prompt, Request, Scored
 
 @contextmanager
 def refused(message: str) -> Iterator[None]:
-    """What is inside raises InputError with this in its message."""
+    """Check that the block raises InputError with this text in its message."""
     with pytest.raises(InputError) as e:
         yield
     assert message in str(e.value)
 
 
 class ScriptedWorld(World):
-    """Outcomes and lengths as given: a text of + and -, and the tokens of each completion, for every prompt."""
+    """A world with given outcomes and lengths: a text of + and -, and the tokens of each completion, for every prompt."""
 
     def __init__(self, outcomes: list[str], tokens: list[list[int]]) -> None:
         super().__init__(np.zeros(len(outcomes)), LengthModel(), 0)
@@ -37,7 +37,7 @@ class ScriptedWorld(World):
 
 
 class CompletionOrder:
-    """The ablation: answers enter the pool as they finish, and short ones finish first. `window` requests of a prompt are out."""
+    """The ablation in which answers enter the pool as they finish, short ones first, with `window` requests of each prompt out."""
 
     def __init__(self, num_prompts: int, policy: Policy, window: int) -> None:
         self._policy, self._window = policy, window

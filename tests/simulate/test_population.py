@@ -39,7 +39,7 @@ def test_prompts_and_indices_are_independent() -> None:
 
 
 def test_outcomes_and_lengths_have_their_distributions() -> None:
-    """20 000 completions; tolerances are 4 standard errors, those of what the prompts share over 400 prompts."""
+    """Draw 20 000 completions; tolerances are 4 standard errors, for a prompt's common factor over 400 prompts."""
     lengths = LengthModel(median_correct=100, median_wrong=300, sigma=0.4, sigma_prompt=0.3, max_tokens=100_000)
     correct, tokens = World(np.full(NUM_PROMPTS, 0.3), lengths, 1).draw(PROMPT_OF, INDEX)
     assert correct.mean() == pytest.approx(0.3, abs=4 * (0.21 / len(INDEX)) ** 0.5)
