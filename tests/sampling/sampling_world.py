@@ -9,11 +9,39 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Counts, History, Never, Policy, Positive, Refill, Rounds, Verdict
+from reinforce_ada.sampling import (
+    AdaptiveSampler,
+    Balance,
+    Centered,
+    Counts,
+    History,
+    InverseSqrtRate,
+    Knapsack,
+    Never,
+    Policy,
+    Positive,
+    Refill,
+    Rounds,
+    Verdict,
+)
 from reinforce_ada.sampling.policies.contracts import Allocation, promises_of
 from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.sampling.policies.select import All, Balanced, First
-from reinforce_ada.types import Aborted, Completion, CompletionId, Event, ExitReason, Failed, Lost, Pool, Prompt, Request, Scored
+from reinforce_ada.types import (
+    Aborted,
+    Completion,
+    CompletionId,
+    Event,
+    ExitReason,
+    Failed,
+    Group,
+    Lost,
+    Pool,
+    Prompt,
+    Request,
+    SamplingResult,
+    Scored,
+)
 
 REWARD_OF = {"+": 1.0, "-": 0.0}  # any other character is a void
 
@@ -257,3 +285,25 @@ class Remembered:
 
     def history(self, prompt: Prompt) -> History:
         return self.histories[int(prompt.prompt_id)]
+
+
+def est(mean: int = 8, floor: int = 4, cap: int = 32) -> InverseSqrtRate:
+    return InverseSqrtRate(mean=mean, floor=floor, cap=cap, round_size=cap)
+
+
+def bag(mean: int = 8, floor: int = 2, cap: int = 128, **others) -> Knapsack:
+    return Knapsack(mean=mean, floor=floor, cap=cap, round_size=cap, **others)
+
+
+def sample(policy: Policy, **scripts: str) -> SamplingResult:
+    """Drive the sampler with one script per prompt; scripts are padded with wrong answers, which no pool may reach."""
+    padded = {name: chars.ljust(policy.cap, "-") for name, chars in scripts.items()}
+    return finish(AdaptiveSampler(prompts_of(list(padded)), policy), answer(padded))
+
+
+def kept(group: Group) -> list[int]:
+    return [s.id.index for s in group.kept]
+
+
+def cid(prompt_id: str, index: int, step: int = 0) -> CompletionId:
+    return CompletionId(step, prompt_id, index)

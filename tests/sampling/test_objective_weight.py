@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +35,7 @@ from reinforce_ada.sampling import (
     preset,
     stopping_table,
 )
-from reinforce_ada.sampling.statistics import Terminal, samples, terminals_of
+from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.training.batching import Batch, collate
 from reinforce_ada.training.objectives import Objective, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
 from reinforce_ada.types import CompletionId, SamplingResult
@@ -354,178 +352,6 @@ def test_plugging_in_the_pool_mean_is_not_enough() -> None:
     for p in (0.05, 0.1):
         plain = table.expect(lambda t: t.correct * t.wrong / (t.count * (t.count - 1)), p) / (p * (1 - p))
         assert plain > 1.15
-
-
-# -------------------- what it costs
-
-POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
-
-
-def second_moment(policy: Policy, a: float, b: float) -> float:
-    """Return E[|gradient of a prompt|^2] over prompts that are drawn from Beta(a, b) pass rates: what a step's variance is, per prompt.
-
-    The gradient is theta * (mean of the kept correct - mean of the kept wrong). Its factor of grad p is theta / (p q), and for scores of
-    variance 1 within a class the means have variances 1 / kept; where |grad p| = p q that is theta^2 (1 + 1 / correct + 1 / wrong).
-    """
-    table, n = stopping_table(policy), policy.group_size
-
-    def squared(t: Terminal) -> float:
-        correct = min(t.correct, max(n // 2, n - t.wrong))
-        wrong = min(t.wrong, n - correct)
-        return t.reward_variance**2 * (1 + 1 / correct + 1 / wrong) if correct and wrong else 0.0
-
-    return table.expect_beta(squared, a, b)
-
-
-def cost(policy: Policy, a: float, b: float) -> float:
-    """Return the second moment times completions per prompt."""
-    return second_moment(policy, a, b) * stopping_table(policy).expect_beta(samples, a, b)
-
-
-def without_the_prompts(policy: Policy, a: float, b: float) -> float:
-    """Return the cost of a prompt's own variance with the prompts given: E[(w |grad p|)^2] = E[(p q)^2] is subtracted."""
-    between = a * (a + 1) * b * (b + 1) / math.prod(a + b + i for i in range(4))
-    return (second_moment(policy, a, b) - between) * stopping_table(policy).expect_beta(samples, a, b)
-
-
-@pytest.mark.parametrize(
-    ("policy", "printed"),
-    [
-        (preset(BALANCE, objective="mean"), ".906 1.106 .974"),
-        (preset(BALANCE, objective="mean", min_pool=16), ".951 1.363 1.050"),
-        (preset(EXACT, min_pool=4), ".872 .950 .918"),
-        (preset(EXACT, min_pool=6), ".859 .963 .908"),
-        (preset(EXACT), ".856 1.006 .912"),
-        (preset(EXACT, min_pool=12), ".881 1.149 .954"),
-        (preset(POS, objective="mean"), ".790 .872 .430"),
-        (preset(POS, objective="mean", decide_every=1), ".910 .782 .296"),
-        (preset(POS, objective="mean", decide_every=1, min_pool=8), ".751 .826 .429"),
-        (preset("grpo", objective="mean", group_size=2), ".312 .500 .354"),
-        (preset("grpo", objective="mean", group_size=4), ".255 .411 .290"),
-        (preset("grpo", objective="mean", group_size=8), ".301 .500 .344"),
-        (preset("grpo", objective="mean", group_size=16), ".436 .749 .502"),
-        (preset("grpo", objective="mean", group_size=32), ".723 1.274 .836"),
-    ],
-)
-def test_the_variance_of_the_gradient_per_completion(policy: Policy, printed: str) -> None:
-    """Check the table of docs/statistics.md."""
-    assert [f"{cost(policy, *rates):.3f}".removeprefix("0") for rates in POPULATIONS] == printed.split()
-    page = (Path(__file__).parents[2] / "docs/statistics.md").read_text()
-    assert f"| {' | '.join(printed.split())} |" in page
-
-
-def test_small_groups_win_where_the_prompts_are_drawn() -> None:
-    """The savings are large with the prompts given, which is the other half of the page's claim."""
-    for rates in POPULATIONS:
-        fixed = {n: cost(preset("grpo", objective="mean", group_size=n), *rates) for n in (2, 3, 4, 8, 16, 32)}
-        assert min(fixed, key=fixed.__getitem__) in (3, 4)
-        assert 0.8 < fixed[4] / fixed[8] < 0.86
-        assert 2.6 < cost(preset(BALANCE, objective="mean"), *rates) / fixed[4] < 3.6
-        given = {n: without_the_prompts(preset("grpo", objective="mean", group_size=n), *rates) for n in fixed}
-        assert min(given, key=given.__getitem__) == 32
-        both = (
-            second_moment(preset("grpo", objective="mean", group_size=4), *rates),
-            second_moment(preset(BALANCE, objective="mean"), *rates),
-        )
-        assert 1.36 < both[0] / both[1] < 1.5
-
-
-def test_the_presets_timing_is_within_two_percent_of_the_smallest_variance() -> None:
-    total = {
-        (every, min_pool): sum(cost(preset(EXACT, decide_every=every, min_pool=min_pool), *rates) for rates in POPULATIONS)
-        for every in (1, 2, 4, 8, 16)
-        for min_pool in (2, 4, 6, 8, 10, 12, 16)
-    }
-    assert min(total, key=total.__getitem__) == (1, 6)
-    assert (preset(EXACT).decide_every, preset(EXACT).min_pool) == (1, 8)
-    assert total[1, 8] < 1.02 * total[1, 6]
-
-
-# -------------------- request order
-
-
-class Timed:
-    """p = 1/2, four responses: correct ones of 100 and 300 tokens, wrong ones e times longer; a token takes one unit of time."""
-
-    pi = np.full(4, 0.25)
-    lengths = np.array([100.0, 300.0, 100 * math.e, 300 * math.e])
-    gradient = np.array([0.125, 0.125, -0.125, -0.125])
-
-    def draw(self, seed: int) -> int:
-        return random.Random(seed).randrange(4)
-
-
-def mean_gradient(theta: NDArray[np.float64], kept: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """Return the mean over prompts of theta * (mean score of the kept correct - mean score of the kept wrong)."""
-    total = np.zeros(4)
-    for t, responses in zip(theta, kept, strict=True):
-        right, wrong = ([r for r in responses if (r < 2) == is_right] for is_right in (True, False))
-        if right and wrong:
-            total += t * (np.eye(4)[right].mean(0) - np.eye(4)[wrong].mean(0))
-    return total / len(kept)
-
-
-def cosine(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    return float(x @ y / math.sqrt((x @ x) * (y @ y)))
-
-
-def lengths_by_class(pools: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Return the mean committed lengths of correct and of wrong completions, in units of their true means."""
-    responses = np.concatenate([np.array(pool, dtype=int) for pool in pools])
-    lengths = Timed.lengths[responses]
-    return float(lengths[responses < 2].mean() / 200), float(lengths[responses >= 2].mean() / (200 * math.e))
-
-
-NUM_TIMED, WINDOW = 12_000, 8
-TIMED = preset(EXACT, min_pool=4)
-
-
-def test_request_order_has_no_bias_when_wrong_answers_take_longer() -> None:
-    model, policy = Timed(), TIMED
-    sampler = AdaptiveSampler(prompts_of([f"{i}" for i in range(NUM_TIMED)]), policy, window=WINDOW, seed=5)
-    drawn: dict[CompletionId, int] = {}
-    finishing: list[tuple[float, CompletionId]] = []
-    aborted: set[CompletionId] = set()
-    now = 0.0
-    while not sampler.done:
-        for request in sampler.next_requests(4096 - len(finishing)):
-            drawn[request.id] = response = model.draw(request.seed)
-            heapq.heappush(finishing, (now + model.lengths[response], request.id))
-        now, request_id = heapq.heappop(finishing)
-        if request_id not in aborted:
-            aborted.update(sampler.receive(scored(request_id, float(drawn[request_id] < 2))))
-    result = sampler.result()
-    pools = [[drawn[o.id] for o in pool.outcomes] for pool in result.pools]
-    theta = np.array([t.reward_variance for t in terminals_of(result.pools, policy)])
-    kept = [[drawn[s.id] for s in group.kept] for group in result.groups]
-    assert lengths_by_class(pools) == (pytest.approx(1, abs=0.01), pytest.approx(1, abs=0.01))
-    assert cosine(mean_gradient(theta, kept), model.gradient) >= 0.9999
-    assert result.metrics["pass_rate"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_completion_order_would_be_biased() -> None:
-    """Consume the same law of timing in completion order: a slot starts the next draw at once, and the rule sees answers as they finish."""
-    rng, policy = random.Random(5), TIMED
-    pools, theta, kept = [], [], []
-    for _ in range(NUM_TIMED // 4):
-        slots: list[tuple[float, int, int]] = []
-        pool: list[int] = []
-        counts, now, started = Counts(0, 0), 0.0, 0
-        while counts.committed < policy.cap and policy.verdict(counts).name == "CONTINUE":
-            while len(slots) < WINDOW and started < policy.cap:
-                response = rng.randrange(4)
-                heapq.heappush(slots, (now + Timed.lengths[response], started, response))
-                started += 1
-            now, _, response = heapq.heappop(slots)
-            pool.append(response)
-            counts = Counts(counts.correct + (response < 2), counts.wrong + (response >= 2))
-        correct = np.array([r < 2 for r in pool])
-        kept.append([pool[i] for i in policy.select(correct.astype(float), correct, policy.group_size)])
-        theta.append(stopping_table(policy).at(counts).reward_variance)
-        pools.append(pool)
-    assert lengths_by_class(pools)[1] < 0.85  # wrong ones: the short ones come first
-    assert np.mean([np.mean(np.array(pool) < 2) for pool in pools]) > 0.55
-    assert cosine(mean_gradient(np.array(theta), kept), Timed.gradient) < 0.99
 
 
 # -------------------- rewards of any size
