@@ -88,7 +88,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         for note in task.notes:
             display.line(note)
         weights = out / "weights"
-        if engine_name == "openai" and config.engine.weights_dir:
+        if config.engine.weights_dir:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
@@ -143,7 +143,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
         for note in filter(None, (*task.notes, left_out)):
             display.line(note)
-        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir if engine_name == "openai" else "")))
+        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
