@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from reinforce_ada import ops
+    from reinforce_ada.advantages import advantages_of
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
     from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
@@ -22,11 +23,12 @@ _HOME = {
     "FunctionEngine": "reinforce_ada.engines.function",
     "Policy": "reinforce_ada.sampling",
     "Prompt": "reinforce_ada.types",
+    "advantages_of": "reinforce_ada.advantages",
     "preset": "reinforce_ada.sampling",
     "run": "reinforce_ada.driver",
 }
 
-__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "__version__", "ops", "preset", "run"]
+__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "__version__", "advantages_of", "ops", "preset", "run"]
 
 
 def __getattr__(name: str) -> Any:

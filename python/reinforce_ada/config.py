@@ -105,7 +105,7 @@ class EngineConfig:
         "auto", "auto: vllm if installed, else transformers; openai: the servers of --servers; ray: vLLM in --replicas actors"
     )
     servers: str = option("", "openai: comma-separated URLs of the servers, which `reinforce-ada serve` starts")
-    weights_dir: str = option("", "openai: folder for new weights that every server reads (default: weights in the run folder)")
+    weights_dir: str = option("", "folder for new weights, which every server or actor reads (default: weights in the run folder)")
     replicas: int = option(1, "ray: number of actors; an actor without a node that has room waits for one")
     ray_address: str = option("", 'ray: address of a cluster; "auto": the cluster of this node (default: starts Ray on this machine)')
     cpus_per_replica: int = option(1, "ray: CPU cores of each actor")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reinforce_ada import ops
+from reinforce_ada.advantages import advantages_of
 from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
@@ -25,17 +25,9 @@ from reinforce_ada.types import SamplingResult
 
 
 def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
-    """Return the groups with an advantage on each completion, computed over whole pools as the policy's weight hook specifies."""
-    if not any(g.kept for g in result.groups):
-        return []
-    raw = np.array([s.reward for g in result.groups for s in g.kept])
-    group_of = torch.tensor([i for i, g in enumerate(result.groups) for _ in g.kept])
-    spec = policy.weight(result.groups, policy)
-    rewards = torch.as_tensor(spec.rewards(raw), dtype=torch.float64)  # float32 would not tell 1e9 from 1e9 + 1
-    given = {name: getattr(spec, name) for name in ("baseline", "scale", "ddof", "eps", "class_weights")}
-    settings: dict[str, Any] = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
-    advantages = iter(ops.group_advantages(rewards, group_of, pool=result.pool_stats(), **settings).tolist())
-    return [[Sample(g.pool.prompt, s.completion, next(advantages)) for s in g.kept] for g in result.groups if g.kept]
+    """Return the groups that kept something, with an advantage on each completion; see `advantages_of`."""
+    rows = zip(result.groups, advantages_of(result, policy), strict=True)
+    return [[Sample(g.pool.prompt, s.completion, a) for s, a in zip(g.kept, advantages, strict=True)] for g, advantages in rows if g.kept]
 
 
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
