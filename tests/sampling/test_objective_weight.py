@@ -37,7 +37,7 @@ from reinforce_ada.sampling import (
 )
 from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.training.batching import Batch, collate
-from reinforce_ada.training.objectives import Objective, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
+from reinforce_ada.training.loss import RunLoss, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
 from reinforce_ada.types import CompletionId, SamplingResult
 
 POS, BALANCE, EXACT = "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"
@@ -458,4 +458,4 @@ def test_the_trainer_says_what_is_not_exact(overrides: dict, said: list[str]) ->
 )
 def test_an_objective_brings_the_aggregation_that_it_needs(overrides: dict, expected: str) -> None:
     config = configuration.load(None, overrides)
-    assert loss_agg_of(config) == Objective.from_config(config).loss_agg == expected
+    assert loss_agg_of(config) == RunLoss.from_config(config).loss_agg == expected

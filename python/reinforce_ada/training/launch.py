@@ -32,7 +32,7 @@ from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
-from reinforce_ada.training.objectives import Objective
+from reinforce_ada.training.loss import RunLoss
 from reinforce_ada.training.run_folder import RunFolder
 from reinforce_ada.training.task_files import answer_of
 from reinforce_ada.training.tasks import Records, Task, load_records, render
@@ -71,7 +71,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = _with_whole_paths(config, records)
     if resume is None:
         lineage.check_held_out(records, config.model.model)
-    Objective.from_config(config)  # raises for settings that the loss refuses, before anything is made
+    RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
         out = folder.path

@@ -13,7 +13,7 @@ from reinforce_ada.config import Config
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
-from reinforce_ada.training.objectives import Objective, combine_metrics
+from reinforce_ada.training.loss import RunLoss, combine_metrics
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.types import Prompt
 
@@ -54,11 +54,11 @@ class _Report:
 
 
 class Learner:
-    """Model, objective and optimizer on this rank."""
+    """Model, loss and optimizer on this rank."""
 
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
-        self.objective = Objective.from_config(config)
+        self.loss = RunLoss.from_config(config)
         self.optimizer = MasterAdamW(
             model.module.named_parameters(),
             weight_decay=config.training.weight_decay,
@@ -83,7 +83,7 @@ class Learner:
 
         Args:
             advance: called with the number of further completion tokens that this rank has trained on.
-        Returns: the metrics of the objective over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
+        Returns: the metrics of the loss over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
         """
         per_rank = zip(*(self._shares(m) for m in minibatches), strict=True) if minibatches else [()] * self.ranks.size
         work = [Work(m, learning_rate, self.model.share_prompts, self.model.use_head) for m in per_rank]
@@ -140,7 +140,7 @@ class Learner:
                 minibatch.samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id
             )
             passes = [b.to(self.device) for b in batches]
-            prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.objective.temperature) for b in passes]))
+            prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.loss.temperature) for b in passes]))
         return prepared
 
     def _gradient(
@@ -150,7 +150,7 @@ class Learner:
         parts: list[tuple[Mapping[str, Tensor], int]] = []
         losses: list[Tensor] = []
         for batch, old_logprobs in zip(passes, old, strict=True):
-            loss, metrics = self.objective(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
+            loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
             losses.append(loss.detach())

@@ -38,8 +38,8 @@ from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
 from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
+from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
-from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.optimizer import warmed_up
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
@@ -184,10 +184,10 @@ class Trainer:
         pad = self.parts.model.pad_id
         plain = collate(rows_of(samples, 0), pad).to(self.device)
         shared = collate(rows_of(samples, sum(len(s.prompt.token_ids) + _CHECK_TOKENS for s in samples)), pad).to(self.device)
-        head, sharing = check_forms(self.parts.model, plain, shared, self.learner.objective.temperature)
+        head, sharing = check_forms(self.parts.model, plain, shared, self.learner.loss.temperature)
         self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
         self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
-        if not head.ok and self.learner.objective.entropy_coef:
+        if not head.ok and self.learner.loss.entropy_coef:
             raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
 
     def _say_form(self, what: str, ok: bool, max_diff: float, otherwise: str) -> None:

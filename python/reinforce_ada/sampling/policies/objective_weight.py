@@ -39,7 +39,7 @@ class ObjectiveWeight(Weighting):
 
     The denominator is fixed: the advantages contain n where a group's mean would have a + b (the same for a full group), so the sum
     over all kept tokens must be divided by n * (prompts that entered). A group made smaller by voids then needs no special case, and
-    it makes no difference whether groups without signal are kept or dropped. The trainer divides so; see `training.objectives`.
+    it makes no difference whether groups without signal are kept or dropped. The trainer divides so; see `training.loss`.
 
     Args:
         objective: "mean" | "log" | "power".

@@ -73,7 +73,7 @@ def inexact(config: Config, policy: Policy) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class RunLoss:
     """The loss of the configuration, exact under gradient accumulation: denominators are those of the whole minibatch."""
 
     loss: str | CustomLoss
@@ -86,14 +86,14 @@ class Objective:
     norm_length: int
 
     @classmethod
-    def from_config(cls, config: Config) -> Objective:
-        """Return the objective that a configuration describes. Raises: InputError for settings that the loss refuses."""
+    def from_config(cls, config: Config) -> RunLoss:
+        """Return the loss that a configuration describes. Raises: InputError for settings that the loss refuses."""
         t = config.training
         correction = None
         if t.rollout_correction != "none":
             level, mode = t.rollout_correction.split("-")
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
-        objective = cls(
+        loss = cls(
             loss=loss_of("train", t.loss),
             loss_agg=loss_agg_of(config),
             clip_low=t.clip_low,
@@ -103,8 +103,8 @@ class Objective:
             temperature=config.sampling.temperature,
             norm_length=config.sampling.max_tokens,
         )
-        objective._check(t.loss)
-        return objective
+        loss._check(t.loss)
+        return loss
 
     def _check(self, named: str) -> None:
         """Compute the loss and gradient of some tokens, so that a refused setting or a failing loss is known before sampling.
