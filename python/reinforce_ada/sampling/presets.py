@@ -1,4 +1,4 @@
-"""The published algorithms by name. Any keyword can be overridden: `preset("reinforce-ada-balance", round_size=4)`."""
+"""The presets by name: published algorithms, and `reinforce-ada-exact`. Any keyword can be overridden: `preset("reinforce-ada-balance", round_size=4)`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"
 
 @dataclass(frozen=True)
 class Preset:
-    """A published algorithm: its keywords with their defaults, and how they make a policy. Calling it returns the policy.
+    """A preset: its keywords with their defaults, and how they make a policy. Calling it returns the policy.
 
     Every part is a function of the keywords. If `decide_every` is None, the exit rule is asked at the end of every round.
     """
@@ -158,7 +158,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def preset(name: str, *, objective: ObjectiveName | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
-    """Return the policy of a published algorithm.
+    """Return the policy of a preset.
 
     Args:
         name: a key of `PRESETS`.
