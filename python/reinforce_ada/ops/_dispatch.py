@@ -96,8 +96,11 @@ _operators: dict[tuple[str, str], Any] = {}
 
 def operator(op: str, backend: str) -> Any:
     """What `make` of `declare_native` has made for a backend."""
-    _make(op, backend)
-    return _operators[op, backend]
+    found = _operators.get((op, backend))
+    if found is None:
+        _make(op, backend)
+        found = _operators[op, backend]
+    return found
 
 
 @run_when_traced  # tracing could not follow how an operator is made

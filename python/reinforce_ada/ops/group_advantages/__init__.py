@@ -85,8 +85,8 @@ def group_advantages(
 
     Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
     """
-    if pool is None and cu_seqlens is None and class_weights is None and (backend == "auto" or backend == "cpu"):
-        common = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton)
+    if class_weights is None and (backend == "auto" or backend == "cpu"):
+        common = cpu.common_case(rewards, group_of, cu_seqlens, pool, baseline, scale, ddof, eps, singleton)
         if common is not None:
             return common
     check_rows(rewards, group_of, cu_seqlens)
