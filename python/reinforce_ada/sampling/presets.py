@@ -1,4 +1,7 @@
-"""The presets by name: published algorithms, and `reinforce-ada-exact`. Any keyword can be overridden: `preset("reinforce-ada-balance", round_size=4)`."""
+"""The presets by name: published algorithms, and `reinforce-ada-exact`.
+
+Any keyword can be overridden: `preset("reinforce-ada-balance", round_size=4)`.
+"""
 
 from __future__ import annotations
 

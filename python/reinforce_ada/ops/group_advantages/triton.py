@@ -34,7 +34,7 @@ _WORKSPACE = 3 * SURVEYS + 2
 
 
 def advantages(x: Inputs) -> Tensor:
-    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    """Return the advantages, [N] in the dtype of the rewards; NaN for rows out of range."""
     return in_segments(x, _launch, _WORKSPACE)
 
 
@@ -74,7 +74,7 @@ def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor,
 
 @triton.jit
 def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.constexpr, BY_BATCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Every SURVEYS-th block of rewards and of offsets."""
+    """Write one part, of every SURVEYS-th block of rewards and of offsets."""
     part = tl.program_id(0)
     stride = tl.num_programs(0) * BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -105,7 +105,7 @@ def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.c
 
 @triton.jit
 def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.constexpr, BY_BATCH: tl.constexpr):
-    """What the parts make together."""
+    """Write what the parts make together."""
     lanes = tl.arange(0, SURVEYS)
     part = parts + 3 * lanes
     inside = lanes < num_parts
@@ -120,7 +120,7 @@ def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.co
 
 @triton.jit
 def _divisor(m2, count, ddof, eps, spread):
-    """std + eps; 1 where there is no spread to divide by."""
+    """Return std + eps; 1 where there is no spread to divide by."""
     degrees = count - ddof
     std = tl.sqrt(tl.where(m2 < 0.0, 0.0, m2) / tl.maximum(degrees, 1.0))
     return tl.where((degrees > 0.0) & spread, std + eps, 1.0)
@@ -128,7 +128,7 @@ def _divisor(m2, count, ddof, eps, spread):
 
 @triton.jit
 def _rows(rewards, order, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
-    """(where the rows of a block lie, whether they are in the segment, their rewards)."""
+    """Return (where the rows of a block lie, whether they are in the segment, their rewards)."""
     at = start + tl.arange(0, BLOCK)
     inside = at < end
     row = tl.load(order + at, mask=inside, other=0) if ORDERED else at
@@ -160,7 +160,10 @@ def rows_kernel(
     KEEP_SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One segment: rewards and out [N], order and offsets int64, pool_*, baseline_values [S] and class_weights [S, 2] float64."""
+    """Write the advantages of a segment.
+
+    rewards and out are [N], order and offsets int64, pool_*, baseline_values [S] and class_weights [S, 2] float64.
+    """
     g = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + g)
     end = tl.load(offsets + g + 1)
