@@ -27,7 +27,7 @@ _FRESH = {"float32": 2.5, "bfloat16": 3.5}
 
 
 def cases() -> Iterator[Case]:
-    """Yield the forward at every shape; with entropy and with gradients at the first two."""
+    """Yield the forward at every shape, and at the first two also with entropy and with gradients."""
     for i, (tokens, vocab) in enumerate(_SHAPES):
         for dtype in _DTYPES:
             shape = {"T": tokens, "V": vocab}
@@ -54,7 +54,7 @@ def _with_gradients(shape: Mapping[str, int], dtype: str, quick: Mapping[str, in
 
 
 def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits with the spread of a language model's, ids, and two rows of gradients."""
+    """Return logits with the spread of a language model's, token ids, and two rows of incoming gradients."""
     tokens, vocab = case.shape["T"], case.shape["V"]
     logits = (torch.randn(tokens, vocab, device=device) * 3).to(getattr(torch, case.dtype))
     return logits, torch.randint(vocab, (tokens,), device=device), torch.randn(2, tokens, device=device)
@@ -100,7 +100,7 @@ def _with_entropy() -> dict[str, Implementation]:
 
 
 def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
-    """Set up the gradient of the logprobs, and of the entropy if requested, for given gradients of the results."""
+    """Set up the gradient of the logprobs, and of the entropy if requested, for given incoming gradients."""
     values, ids, g = _inputs(case, device)
     leaf = values.clone().requires_grad_()
     weights = (g[0], g[1]) if entropy else (g[0],)

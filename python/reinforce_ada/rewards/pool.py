@@ -34,7 +34,7 @@ _log = logging.getLogger("reinforce_ada")
 
 @dataclass
 class RewardCounters:
-    """Counts since the pool was made; of attempts and workers, not completions, where it says so."""
+    """Counts since the pool was made: of completions, unless a field says that it counts attempts or workers."""
 
     num_scored: int = 0
     num_voids: int = 0
@@ -72,7 +72,7 @@ class _Worker:
 
     @property
     def limit_s(self) -> float:
-        """Return the time limit of its current activity."""
+        """Return the time limit of the worker's current activity."""
         if not self.is_loaded:
             return START_TIMEOUT_S
         return self.limits.call_s if self.has_scored else self.limits.first_call_s
@@ -84,7 +84,7 @@ class _Worker:
 
 
 class RewardPool:
-    """Scores completions in `num_workers` processes of its own; a RewardRunner.
+    """A RewardRunner that scores completions in `num_workers` processes of its own.
 
     Every submitted completion yields exactly one event: Scored with a finite reward, or, after `1 + retries` failed attempts, Failed with
     the reason. An attempt fails when the reward raises, returns anything but a finite number, exceeds its time limit, or ends its worker.
@@ -93,8 +93,8 @@ class RewardPool:
 
     Args:
         reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
-            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and no
-            completion loses an attempt by it.
+            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the
+            failed chunk counts as an attempt of none of them.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 

@@ -24,7 +24,10 @@ INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?,
 
 
 def row_of(event: Event) -> tuple[Any, ...]:
-    """Return the values of `INSERT`. Raises: InputError for a reward that is not finite, or logprobs that do not match the token ids."""
+    """Return the event as the values of the `INSERT` statement.
+
+    Raises: InputError for a reward that is not finite, or logprobs that do not match the token ids.
+    """
     head = (event.id.step, sql_text(event.id.prompt_id), event.id.index)
     if isinstance(event, Scored):
         if not math.isfinite(event.reward):
@@ -67,7 +70,7 @@ def arrays_of(
 
 
 def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
-    """Return the values of `INSERT_POOL`."""
+    """Return the pool as the values of the `INSERT_POOL` statement."""
     counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
     data = json.dumps(dict(pool.prompt.data), default=repr)
     key = pool.prompt.key or pool.prompt.prompt_id

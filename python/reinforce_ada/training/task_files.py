@@ -244,7 +244,7 @@ def _check_answer(where: str, answer: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    """Return the levels of nesting, counted without recursion, up to one more than is allowed."""
+    """Return the depth of nesting, without recursion; counting stops one level past the limit."""
     level, depth = [value], 0
     while level and depth <= _DEEPEST:
         depth += 1

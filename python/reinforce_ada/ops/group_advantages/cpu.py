@@ -94,7 +94,7 @@ def _addresses(pool: PoolStats, num_groups: int) -> tuple[int, _Addresses]:
 
 
 def advantages(x: Inputs) -> Tensor:
-    """[N] in the dtype of the rewards. Raises: InputError for group numbers and offsets out of range."""
+    """Return the advantages, [N] in the dtype of the rewards. Raises: InputError for group numbers and offsets out of range."""
     out = torch.empty_like(x.rewards)
     rows = x.rewards.shape[0]
     wrong = cpu.group_advantages(

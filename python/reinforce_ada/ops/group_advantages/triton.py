@@ -66,7 +66,7 @@ class Choices(NamedTuple):
 
 
 def advantages(x: Inputs) -> Tensor:
-    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    """Return the advantages, [N] in the dtype of the rewards; NaN for rows out of range."""
     return in_segments(x, _launch, _WORKSPACE)
 
 
@@ -108,7 +108,7 @@ def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor,
 
 @triton.jit
 def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.constexpr, BY_BATCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Every SURVEYS-th block of rewards and of offsets."""
+    """Write one part, of every SURVEYS-th block of rewards and of offsets."""
     part = tl.program_id(0)
     stride = tl.num_programs(0) * BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -139,7 +139,7 @@ def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.c
 
 @triton.jit
 def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.constexpr, BY_BATCH: tl.constexpr):
-    """What the parts make together."""
+    """Write what the parts make together."""
     lanes = tl.arange(0, SURVEYS)
     part = parts + 3 * lanes
     inside = lanes < num_parts
@@ -154,7 +154,7 @@ def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.co
 
 @triton.jit
 def _divisor(m2, count, ddof, eps, spread):
-    """std + eps; 1 where there is no spread to divide by."""
+    """Return std + eps; 1 where there is no spread to divide by."""
     degrees = count - ddof
     std = tl.sqrt(tl.where(m2 < 0.0, 0.0, m2) / tl.maximum(degrees, 1.0))
     return tl.where((degrees > 0.0) & spread, std + eps, 1.0)
@@ -162,7 +162,7 @@ def _divisor(m2, count, ddof, eps, spread):
 
 @triton.jit
 def _rows(rows, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
-    """(where the rows of a block lie, whether they are in the segment, their rewards)."""
+    """Return (where the rows of a block lie, whether they are in the segment, their rewards)."""
     at = start + tl.arange(0, BLOCK)
     inside = at < end
     row = tl.load(rows.order + at, mask=inside, other=0) if ORDERED else at
@@ -171,7 +171,7 @@ def _rows(rows, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
 
 @triton.jit
 def _own_mean(rows, begin, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
-    """(count, mean, whether they differ) of the rewards of a segment."""
+    """Return (count, mean, whether they differ) of the rewards of a segment."""
     total = tl.zeros([BLOCK], tl.float64)
     smallest = tl.full([BLOCK], float("inf"), tl.float64)
     largest = tl.full([BLOCK], float("-inf"), tl.float64)
@@ -219,7 +219,7 @@ def _advantage(r, g, count, mean, spread, divisor, given, CHOICES: tl.constexpr)
 
 @triton.jit
 def rows_kernel(rows, given, ddof, eps, settled, out, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """One segment: `Rows` and `Given`, out [N]."""
+    """Write the advantages of one segment of `Rows`, by what is `Given`, to out [N]."""
     g = tl.program_id(0).to(tl.int64)
     begin = tl.load(rows.offsets + g)
     end = tl.load(rows.offsets + g + 1)

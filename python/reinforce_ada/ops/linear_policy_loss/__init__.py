@@ -61,7 +61,7 @@ def linear_policy_loss(
     weight_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
+    """Return the policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
 
         logprobs, H = linear_token_logprobs(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature)
         loss = policy_loss(logprobs, advantages, mask, ...) - entropy_coef * aggregate(H)
@@ -73,7 +73,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [T, D] with `cu_seqlens`, or [N, L, D] without; float32, bfloat16 or float16 (float64 for checks). hidden[t] scores
-            token_ids[t]: the shift by one is the caller's. Hidden states and ids where the mask is 0 never matter.
+            token_ids[t]: the caller shifts by one. Hidden states and ids where the mask is 0 never matter.
         weight: [V, D], of the same dtype.
         token_ids: [T] or [N, L], int64 or int32, in [0, V) where the mask is 1.
         advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens, advantages_per: as in `policy_loss`, for tokens of
@@ -83,8 +83,8 @@ def linear_policy_loss(
         entropy_coef: factor of the entropy bonus.
         loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
             rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
-        max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. Where it is None the cpu form
-            takes 62 MB, the triton form 256 MB; the reference keeps all logits whatever it says.
+        max_extra_bytes: bound of the memory beyond the inputs, the results and the gradients; at least 40 V. None means 62 MB in the cpu
+            form and 256 MB in the triton form; the reference keeps all logits, whatever the bound.
         weight_grad: [V, D] of the weight's dtype, for micro-batches: the weight's gradient is added to it and autograd gets none for the
             weight, so that no second [V, D] exists. The cpu form adds it in the forward; `loss.backward()` must then follow on the loss
             as it is, not scaled. The triton form adds it in the backward, of whatever the loss was multiplied by.

@@ -14,7 +14,7 @@ from reinforce_ada.ops.token_logprobs.checks import check_values
 
 
 def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
+    """Return (loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
     keep, weight = x.mask != 0, x.weight
     check_offsets(WHERE, x.cu_seqlens, x.mask.shape[0])
     if not torch.compiler.is_compiling():  # a traced tensor has no values to check

@@ -58,7 +58,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a policy-gradient step over the counted tokens, with what there is to log about it.
+    """Return the loss of a policy-gradient step over the counted tokens, and its metrics.
 
         loss = aggregate(w * L(A, r) + kl_coef * KL(l, l_ref) - entropy_coef * H)       d = l - l_old, r = exp(clamp(d, -20, 20))
 
@@ -70,8 +70,8 @@ def policy_loss(
     | "gspo" | "ppo" with r = exp(min(mean of d over the sequence, 10)) | -A r for the token itself, 0 where clipped |
     | "sapo" | -A sigmoid(tau (r - 1)) 4 / tau, tau = 1 for A > 0, else 1.05 | its derivative |
 
-    `ratio_level="sequence"` puts the mean of d over the sequence in place of d, for every token of it, and the gradient through r goes
-    in equal parts to all of them.
+    `ratio_level="sequence"` replaces d by its mean over the sequence, so that all tokens of a sequence have one ratio and share its
+    gradient equally.
 
     | `loss_agg` | value |
     |---|---|
@@ -81,8 +81,8 @@ def policy_loss(
     | "seq-mean-token-sum-norm" | sum over tokens / (num_seqs * norm_length) |
 
     num_tokens counts mask 1, num_seqs the sequences with any such token, unless the `_global` argument replaces them: micro-batches
-    that share global denominators add up to the loss and gradient of one big batch. Where a data-parallel wrapper averages
-    gradients over D ranks, give the global count divided by D.
+    that share global denominators add up to the loss and gradient of one big batch. If a data-parallel wrapper averages
+    gradients over D ranks, pass the global count divided by D.
 
     KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, kl_bound); "k1+" and so on have that value and the
     gradient of k2.
@@ -167,5 +167,5 @@ def policy_loss(
 
 
 def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Without gradient, in the dtype that is computed in."""
+    """Return the tensors without gradient, in the dtype of the computation."""
     return [None if x is None else x.detach().to(dtype) for x in tensors]

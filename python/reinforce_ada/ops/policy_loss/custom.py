@@ -25,7 +25,7 @@ _loaded: dict[str, CustomLoss] = {}
 
 
 def loss_of(where: str, loss: str | CustomLoss) -> str | CustomLoss:
-    """The name of a built-in loss as it is; the function that "module:function" or "file.py:function" names; a function as it is."""
+    """Return the function that "module:function" or "file.py:function" names; the name of a built-in loss, or a function, as it is."""
     if not isinstance(loss, str):
         _check(where, loss, loss)
         return loss
@@ -49,21 +49,21 @@ def _check(where: str, named: object, loss: object) -> None:
 
 
 def needs_of(loss: str | CustomLoss) -> tuple[str, ...]:
-    """What a form has to support for it, as `resolve` takes it."""
+    """Return what a form has to support for this loss, as `resolve` takes it."""
     return () if loss in LOSSES else (IN_PYTORCH,)
 
 
 def shown(loss: str | CustomLoss) -> str:
-    """A loss, for messages."""
+    """Return a loss as messages show it."""
     return repr(loss) if isinstance(loss, str) else str(getattr(loss, "__qualname__", type(loss).__name__))
 
 
 def evaluate(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
-    """The loss of each token, checked; tensors of one value a token, 0 where the mask is False.
+    """Return the checked loss of each token; all tensors have one value per token, 0 where the mask is False.
 
     Raises:
-        InputError: for anything but one loss a token in the dtype of `logp`, and for one that `logp` has no part in. The backward raises
-            it too, on the CPU, for a gradient that is not finite at a token whose inputs are.
+        InputError: for anything but one loss per token in the dtype of `logp`, and for a loss that does not depend on `logp`. On the CPU
+            the backward raises it too, for a gradient that is not finite at a token whose inputs are.
     """
     differentiable = torch.is_grad_enabled() and logp.requires_grad
     # Elsewhere the values are not looked at: a GPU would have to be waited for, a traced tensor has none.
@@ -82,7 +82,7 @@ def evaluate(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Ten
 
 
 def _watch(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Lets the backward raise where the loss makes a gradient that is not finite out of an incoming one that is."""
+    """Make the backward raise if the loss turns a finite incoming gradient into one that is not finite."""
     incoming: list[Tensor] = []
 
     def check(grad: Tensor) -> None:

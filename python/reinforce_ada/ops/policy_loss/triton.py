@@ -1,4 +1,4 @@
-"""policy_loss in Triton: stages that follow each other on the stream, sums in float64 in an order that depends on shapes only."""
+"""policy_loss in Triton: stages that follow each other on the stream, with float64 sums in an order that depends only on shapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LANES = 1024  # sequences, or numbers of parts, that one program looks at at onc
 
 
 def workspace_size(num_tokens: int, num_sequences: int) -> int:
-    """Float64 numbers of sequences, totals and parts."""
+    """Return how many float64 numbers sequences, totals and parts take."""
     return int(4 * num_sequences + 1 + PARTS.value * triton.cdiv(num_tokens, BLOCK))
 
 
@@ -88,13 +88,13 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
 
 
 def _tokens(inputs: Inputs) -> Tokens:
-    """The tensors; in the place of one that is not there, logprobs."""
+    """Return the tensors, with logprobs in the place of one that is not given."""
     given = (inputs.old_logprobs, inputs.rollout_logprobs, inputs.ref_logprobs, inputs.entropy)
     return Tokens(inputs.logprobs, inputs.advantages, inputs.mask, *(inputs.logprobs if x is None else x for x in given))
 
 
 def _numbers(s: Any) -> Numbers:
-    """The numbers of a call as the kernels compute with them."""
+    """Return the numbers of a call as the kernels compute with them."""
     return Numbers(
         ratio_low=1 - s.clip_low,
         ratio_high=1 + s.clip_high,
@@ -109,7 +109,7 @@ def _numbers(s: Any) -> Numbers:
 
 
 def _choices(inputs: Inputs, s: Any) -> Choices:
-    """What the kernels are compiled for."""
+    """Return the choices for which the kernels are compiled."""
     has_old, has_rollout = inputs.old_logprobs is not None, inputs.rollout_logprobs is not None
     return Choices(
         SUMMING=Summing(

@@ -113,12 +113,12 @@ class Knapsack(BatchBudget):
 
         max sum_i V(N_i, p_i)  under  sum_i N_i = mean * prompts,  floor <= N_i <= cap
         V(N, p) = (1 - p^N - (1-p)^N) * p (1-p)^2:  P(both classes) times the gain in pass rate that a gradient step is worth
-        p_i = correct / (correct + wrong), from the memory
+        p_i = correct_i / (correct_i + wrong_i), from the memory, without the prior
 
     The (N+1)-th completion adds (p^N (1-p) + (1-p)^N p) * p (1-p)^2, which falls with N from 1 on, so it is exact to give one completion
     after another to the prompt where it adds most. Where V says nothing, the fallbacks are the paper's: a prompt never seen (less than one
-    completion is remembered) gets `mean`; one never solved or always solved gets `floor`. If some prompts are unsolved, those between get
-    at most sum_i log(1 - confidence) / log(max(p_i, 1-p_i)) in total, and the rest goes to the unsolved ones in equal parts.
+    completion is remembered) gets `mean`; one never solved or always solved gets `floor`. While some prompts are unsolved, those that are
+    sometimes solved together get at most sum_i log(1 - confidence) / log(max(p_i, 1-p_i)); the unsolved share the rest in equal parts.
     Source: Li et al. 2025, arXiv 2509.25849 (floor 2, cap 128, confidence .9).
     """
 

@@ -1,6 +1,6 @@
 """The protocols of a policy's five hooks, and the records they receive.
 
-Hooks receive counts, rewards and the histories of earlier steps; no engine, no clock, no torch.
+Hooks receive counts, rewards and the histories of earlier steps, but no engine, no clock and no torch.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Remembers(Protocol):
 class Propose(Protocol):
     """The hook that chooses which prompts of the source enter the step.
 
-    Calling it with (num_prompts, num_dropped), the groups wanted and the prompts dropped, returns how many prompts may have entered.
+    A call with (num_prompts, num_dropped), the groups wanted and the prompts dropped, returns how many prompts may have entered.
     `choose` returns the increasing positions of exactly min(num, candidates) of up to num * candidates_per_prompt candidates.
     """
 
@@ -168,8 +168,8 @@ class Allocation:
 class Window(Protocol):
     """A function from the counts of all of a prompt's answers to the number of unanswered requests it may have; at least 1.
 
-    `cap` is the prompt's budget. Answers count as soon as they arrive, even if they wait for an earlier one to be committed: what is
-    issued changes no outcome, so the pools keep their law.
+    `cap` is the prompt's budget. Answers count as soon as they arrive, even if they wait for an earlier one to be committed: issuing a
+    request changes no outcome, so the pools keep their law.
     """
 
     def __call__(self, counts: Counts, history: History, cap: int, /) -> int: ...
@@ -188,7 +188,7 @@ class ExitRule:
 
     @property
     def needs(self) -> tuple[int, int]:
-        """Return the (correct, wrong) completions without which the rule never stops."""
+        """Return the least (correct, wrong) counts at which the rule can stop."""
         return 0, 0
 
 

@@ -67,7 +67,8 @@ class DropOneClass(ExitRule):
 class Band(ExitRule):
     """Drop a prompt whose rate of correct completions after a pilot of `pilot` is not strictly between `low` and `high` (SPEED-RL).
 
-    Before and after the pilot `then` decides. A pilot of voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
+    Before and after the pilot `then` decides. If all completions of the pilot are voids, the prompt is dropped.
+    Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
     """
 
     low: float = 0.0

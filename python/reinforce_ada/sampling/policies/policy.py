@@ -37,13 +37,12 @@ class Policy:
         name: shown in logs and tables.
         group_size: completions kept per prompt for the loss.
         allocate: sets the request budget of each prompt; its cap is at least `group_size`.
-        decide: the exit rule, asked when the committed count is a multiple of `decide_every` (or reaches the cap) and at least
-            `min_pool` of the committed completions are scored.
+        decide: the exit rule; `decide_every` and `min_pool` say when it is asked.
         select: chooses which completions of the pool are kept.
         weight: specifies the advantages of the kept completions.
         propose: chooses which prompts enter the step.
-        decide_every: committed completions between two decisions.
-        min_pool: scored completions before the first decision.
+        decide_every: committed completions between two decisions; a decision is also due at the cap.
+        min_pool: scored completions needed before the exit rule is asked.
         positive_threshold: a completion is correct when its reward is strictly greater.
         degenerate: "drop" leaves pools with max == min out of the groups; "keep" leaves them in, with zero advantage.
     Raises: InputError when the parts or numbers cannot go together, and for a part that is not hashable.
@@ -138,7 +137,7 @@ class Policy:
 
     @property
     def needs(self) -> tuple[int, int]:
-        """Return the (correct, wrong) completions without which the exit rule never stops; (0, 0) if it promises nothing."""
+        """Return the least (correct, wrong) counts at which the exit rule can stop; (0, 0) if it promises nothing."""
         return promises_of(self.decide).needs
 
     @property

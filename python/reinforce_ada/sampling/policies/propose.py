@@ -53,7 +53,7 @@ class Refill(AllPrompts):
 class NearestRate(Refill):
     """Admit the prompts whose pass rate is probably nearest to `target`, from `candidates_per_prompt` candidates for each place (MoPPS).
 
-        theta_i ~ Beta(a_i, b_i), one draw a candidate; the num smallest |theta_i - target| enter
+        one draw theta_i ~ Beta(a_i, b_i) per candidate; the num candidates with the smallest |theta_i - target| enter
 
     A draw from the posterior, instead of its mean, also explores unknown prompts (Thompson sampling). Prompts that are passed over
     return in the next epoch. Source: Qu et al. 2025, arXiv 2507.04632.
