@@ -97,7 +97,7 @@ def smollm2() -> Setting:
     """SmolLM2-135M asked for sums of two digits without being told to be brief: right where the sum is in the answer."""
     from transformers import AutoTokenizer
 
-    path = models.resolve("smollm2")
+    path = models.path_of("smollm2")
     config = TaskConfig(system_prompt="", num_examples=0, eval_prompts=0)
     task = render(load_records(config, 0, 0), config, AutoTokenizer.from_pretrained(path))
 

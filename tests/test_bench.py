@@ -1,30 +1,24 @@
-"""The benchmarks: what they time is right, what they say of it is true, and the documentation is what the results give."""
+"""The benchmarks: what they time is right, and what they say of it is true."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import importlib.util
-import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from reinforce_ada import cli
-from reinforce_ada.bench import baselines, command, figure, linear, logits, machine, measure, memory, page, policy, tables
-from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
-from reinforce_ada.bench.catalogue import OPS, all_cases, choose
+from reinforce_ada.bench import baselines, linear, logits, measure, memory, page, policy, tables
+from reinforce_ada.bench.case import Candidate, Goal
+from reinforce_ada.bench.catalogue import OPS, all_cases
 from reinforce_ada.bench.checks import close, close_in_norm
 from reinforce_ada.bench.measure import Session, WrongResultError, settings
-from reinforce_ada.bench.record import Record, Results, Timing, goal_text, number, slower, verdicts
-from reinforce_ada.errors import InputError
+from reinforce_ada.bench.record import Results, goal_text, number, slower, verdicts
 from reinforce_ada.ops import _dispatch, _gpu
-
-ROOT = Path(__file__).parent.parent
-MB = 1_000_000
+from toy_bench import MB, a_case, a_record, timing
 
 metered = pytest.mark.skipif(memory.missing("cpu") is not None, reason=f"peak memory: {memory.missing('cpu')}")
 
@@ -128,26 +122,6 @@ def test_close_is_not_fooled_by_nan_or_shape():
 def test_numbers_are_cut_off_never_rounded_in_favour(value, down, up):
     assert number(value) == down
     assert number(value, up=True) == up
-
-
-def timing(ratio: float, *, ms: float = 2.0, floor: bool = False, extra_mb: float | None = 3.0) -> Timing:
-    return Timing(ms, 0.9 * ms, 1.1 * ms, ratio, 0.95 * ratio, 1.05 * ratio, extra_mb, floor)
-
-
-def a_record(*goals: Goal, **changes: object) -> Record:
-    others = {
-        "eager": timing(10.0, ms=20),
-        "inductor a": timing(4.0, ms=8),
-        "inductor b": timing(3.4999, ms=6.9998),
-        "numpy": timing(0.8, ms=1.6),
-        "reading its bytes": timing(0.9, ms=1.8, floor=True),
-    }
-    given = {
-        "op": "policy_loss", "name": "ppo", "dtype": "float32", "shape": {"N": 4, "L": 8}, "backend": "cpu", "rounds": 5, "calls": 1,
-        "ours": timing(1.0), "others": others, "absent": {"liger": "needs a GPU"}, "moved_bytes": 2_000_000, "elements": 8_000_000,
-        "flops": 0, "naive": "eager", "goals": goals,
-    }  # fmt: skip
-    return Record(**{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -265,17 +239,6 @@ def test_a_system_without_the_meter_says_so(monkeypatch, tmp_path):
 
 
 # -------------------- sessions
-
-
-def a_case(subject=None, others=(), check=None, reset=None) -> Case:
-    """Ours is a square; the check wants one."""
-    x = torch.arange(4.0)
-
-    def wants_square(results: torch.Tensor, loose: bool) -> None:
-        close("square", results, x * x, 0.5 if loose else 0.0)
-
-    setup = Setup(subject or (lambda: x * x), others, check or wants_square, [x], moved_bytes=32, absent={"gone": "why"}, reset=reset)
-    return Case("policy_loss", "square", {"N": 4}, "float32", lambda case, device: setup, (Goal("extra_mb", 1),))
 
 
 def test_candidates_take_turns_and_each_turn_starts_with_another(monkeypatch):
@@ -481,168 +444,3 @@ def test_an_absent_package_is_a_reason(monkeypatch):
     setup = case.build(dataclasses.replace(case, shape={"T": 24, "D": 16, "V": 131}), "cpu")
     reason = " is not installed (extra `bench`)"
     assert setup.absent == {"cut-cross-entropy": f"cut_cross_entropy{reason}", "liger": f"liger_kernel{reason}"}
-
-
-# -------------------- the command
-
-
-def test_list_names_the_cases(capsys):
-    assert cli.main(["bench", "--list"]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(case) for case in all_cases()]
-    assert cli.main(["bench", "policy_loss", "--list", "--quick"]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(case) for case in choose(["policy_loss"], quick=True)]
-
-
-def test_one_case_from_the_command_to_the_figure(tmp_path, capsys):
-    to = tmp_path / "mine.json"
-    assert cli.main(["bench", "group_advantages", "--quick", "--case", "mean, s", "--json", str(to)]) == 0
-    out, progress = capsys.readouterr()
-    progress = re.sub("other programs.*\n", "", progress)
-    names = [str(case) for case in choose(["group_advantages"], "mean, s", quick=True)]
-    assert [line.split(maxsplit=2)[2][: len(name)] for line, name in zip(progress.splitlines(), names, strict=True)] == names
-    assert "[1/2] 0:0" in progress
-    assert "≥ 4 × best" in out
-    assert "of 4 goals hit" in out
-    assert "--quick: the goals are meant for the full shapes" in out
-    results = Results.load(to)
-    assert [r.label for r in results.records] == names
-    assert all(r.rounds >= measure.MIN_ROUNDS and r.backend in _dispatch.BACKENDS for r in results.records)
-    shown = {"bincount", "index_add fp32", "index_add float64", "verl's loop", "streaming its bytes"}
-    assert results.records[0].others.keys() == shown
-    assert {
-        "device",
-        "threads",
-        "cpu",
-        "isa",
-        "cores",
-        "python",
-        "versions",
-        "commit",
-        "started",
-        "seconds",
-        "quick",
-    } <= results.about.keys()
-    assert results.about["threads"] == 1
-    assert results.about["versions"]["torch"] == torch.__version__
-    assert to.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_wrong_results_end_with_1(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(lambda: torch.zeros(4))])
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.7, 0.0, 0.0))
-    assert command.run([], "", device="cpu", quick=False, to=tmp_path / "b.json") == 1
-    out, progress = capsys.readouterr()
-    assert "WRONG RESULTS, not timed: policy_loss/square/fp32/N=4" in out
-    assert "other programs are running here (load 1.7)" in progress
-    assert "[1/1] 0:0" in progress
-    assert "WRONG: policy_loss" in progress
-    assert Results.load(tmp_path / "b.json").records == []
-
-
-def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    def interrupted() -> torch.Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "choose", lambda *_, **__: [a_case(), a_case(interrupted)])
-    assert cli.main(["bench", "--json", str(tmp_path / "b.json")]) == 130
-    assert [r.name for r in Results.load(tmp_path / "b.json").records] == ["square"]
-
-
-def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["bench", "--device", "cuda", "--json", str(tmp_path / "b.json")]) == 2
-    expected = "reinforce-ada: bench: --device cuda; a CUDA device that torch can use; see reinforce-ada doctor\n"
-    assert capsys.readouterr().err == expected
-
-
-# -------------------- results, page, figure
-
-ABOUT = {
-    "started": "2026-01-02", "quick": False, "seconds": 600, "device": "cpu", "cpu": "Some CPU", "isa": "avx2", "cores": 4, "memory_gb": 16,
-    "huge_pages": "always", "system": "Linux x86_64", "python": "3.11.0", "versions": {"torch": "2.13.0"}, "commit": "abc123",
-}  # fmt: skip
-
-
-@pytest.fixture
-def results() -> Results:
-    return Results(ABOUT, [a_record(Goal("speedup", 3.5, "inductor"), Goal("time", 1.2, "reading its bytes"))])
-
-
-def test_results_survive_the_disk(results, tmp_path):
-    results.save(tmp_path / "r.json")
-    loaded = Results.load(tmp_path / "r.json")
-    assert loaded.records == results.records
-    assert loaded.about == {"format": 1, **ABOUT}
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"about": {"format": 1}, "records": [{}]}', '{"about": {"format": 0}, "records": []}'])
-def test_what_is_no_result_is_said(text, tmp_path):
-    (tmp_path / "r.json").write_text(text)
-    with pytest.raises(InputError, match=r"bench: .*r.json (holds no results|has format 0)"):
-        Results.load(tmp_path / "r.json")
-    with pytest.raises(InputError, match="holds no results"):
-        Results.load(tmp_path / "absent.json")
-
-
-TEMPLATE = "{{tally}}|{{machine}}|{{goals}}|{{slower}}|{{measured}}|{{absent}}|{{others}}"
-
-
-def test_the_page_has_every_part(results):
-    gpu = dataclasses.replace(results, about={**ABOUT, "device": "Some GPU"})
-    found = page.render(TEMPLATE, results, [gpu])
-    assert found.startswith("1 of 2 goals hit|- device: cpu, one thread\n- processor: Some CPU, 4 cores, 16 GB, kernels for avx2")
-    for part in (
-        "huge pages: always",
-        "| **miss** |",
-        "| numpy | 0.80",
-        "### policy_loss",
-        "- liger: needs a GPU",
-        "### Some GPU, Some CPU",
-        "#### policy_loss",
-    ):
-        assert part in found
-    assert "--quick" not in found
-    assert "not the numbers to quote" in page.render(TEMPLATE, dataclasses.replace(results, about={**ABOUT, "quick": True}))
-    for template in (TEMPLATE.replace("{{goals}}", ""), TEMPLATE + "{{speed}}"):
-        with pytest.raises(InputError, match="the template has"):
-            page.render(template, results)
-
-
-def test_the_summary_goes_between_its_markers(results):
-    readme = f"above\n{page._START}\nold\n{page._END}\nbelow\n"
-    once = page.with_summary(readme, results)
-    assert once.startswith(f"above\n{page._START}\n| operator |")
-    assert once.endswith(f"1 of 2 goals hit.\n{page._END}\nbelow\n")
-    assert "old" not in once
-    assert page.with_summary(once, results) == once
-    with pytest.raises(InputError, match="without its markers"):
-        page.with_summary("nothing", results)
-
-
-def test_the_figure_is_drawn(results, tmp_path):
-    figure.draw(results, tmp_path / "f.png")
-    assert (tmp_path / "f.png").stat().st_size > 10_000
-    figure.draw(dataclasses.replace(results, records=[]), tmp_path / "empty.png")
-
-
-def test_the_machine_is_described():
-    found = machine.about("cpu")
-    assert json.loads(json.dumps(found)) == found
-    assert found["cpu"] != "unknown"
-
-
-def test_the_documentation_is_what_the_results_give():
-    """`make bench-docs` writes it."""
-    spec = importlib.util.spec_from_file_location("write_docs", ROOT / "benchmarks/write_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for path, text in module.texts().items():
-        assert path.read_text() == text, f"{path.name} is not what make bench-docs writes"
-    assert (ROOT / "docs/benchmarks.png").is_file()
-
-
-def test_every_operator_has_its_pytest_benchmark():
-    found = {path.stem.removeprefix("bench_"): path.read_text() for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    del found["sampler"], found["rewards"]  # no operators, and no torch
-    assert set(found) == set(OPS)
-    assert all(f'OP = "{op}"\n' in text for op, text in found.items())

@@ -276,7 +276,7 @@ def test_thresholds_that_binary_rewards_do_not_straddle() -> None:
         (preset("dapo"), "refill: w is per prompt that enters"),
         (preset(EXACT), "loss_agg seq-mean-token-sum"),
         (preset(BALANCE, scale="pool"), "the std is the pool's"),
-        (dataclasses.replace(preset(POS), select=First()), "simulated: what is kept depends on the order"),
+        (dataclasses.replace(preset(POS), select=First()), "simulated: the selection depends on the order"),
     ],
 )
 def test_notes(policy: Policy, note: str) -> None:

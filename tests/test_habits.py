@@ -76,4 +76,4 @@ def test_the_exit_rule_of_contributing_runs():
     names = {**vars(policies.contracts), **vars(policies.decide), **vars(presets)}
     exec(compile(rule, "decide.py", "exec", dont_inherit=True), names)
     policy = eval(row.strip().rstrip(","), names)(num_scored=4)
-    assert [policy.decide(policies.Counts(c, w)).name for c, w in ((0, 5), (1, 2), (1, 3))] == ["CONTINUE", "CONTINUE", "STOP"]
+    assert [policy.decide(policies.contracts.Counts(c, w)).name for c, w in ((0, 5), (1, 2), (1, 3))] == ["CONTINUE", "CONTINUE", "STOP"]

@@ -5,32 +5,14 @@
 // which calls `thread` once for every thread of every block, with threadIdx, blockIdx, blockDim and gridDim set.
 #pragma once
 
-#include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 #include "common/device.cuh"
+#include "common/launch_words.h"
 
 namespace reinforce_ada {
-
-// A number of a call, for messages.
-struct Size {
-    const char* name;
-    std::int64_t value;
-};
-
-struct Grid {
-    std::int64_t x, y = 1;
-};
-
-// Where a call runs: torch's index of a device, and the address of one of its streams (0 is the default one).
-struct Queue {
-    int device;
-    std::uintptr_t stream;
-};
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 inline std::string describe(const char* kernel, std::initializer_list<Size> shape, const Grid& grid, unsigned threads) {
     std::string text = std::string(kernel) + ":";
@@ -64,11 +46,6 @@ class OnDevice {
 };
 
 #endif
-
-template <class T>
-struct Exactly {
-    using type = T;
-};
 
 // Puts kernel(args...) on the queue; `name` and `shape` are for the message where that fails. An empty grid is no launch.
 template <class... Params>

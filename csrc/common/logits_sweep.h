@@ -21,7 +21,6 @@
 namespace reinforce_ada::RA_ISA {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLargest = std::numeric_limits<float>::max();
 
 // A block of fp32 logits is 8 KiB: when it has to be swept twice, the second sweep reads the L1 cache.

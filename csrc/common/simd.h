@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "common/dtype.h"
@@ -19,15 +20,24 @@
 #define RA_INLINE static inline __attribute__((always_inline))
 #define RA_METHOD inline __attribute__((always_inline))
 
+// The one of the expressions that is for the build's instruction set.
+#if defined(__AVX512F__)
+#define RA_BY_ISA(avx512, avx2, otherwise) avx512
+#elif defined(__AVX2__)
+#define RA_BY_ISA(avx512, avx2, otherwise) avx2
+#else
+#define RA_BY_ISA(avx512, avx2, otherwise) otherwise
+#endif
+#if defined(__SSE2__)
+#define RA_BY_SSE2(sse2, otherwise) sse2
+#else
+#define RA_BY_SSE2(sse2, otherwise) otherwise
+#endif
+
 namespace reinforce_ada::RA_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+constexpr int kLanes = RA_BY_ISA(16, 8, 4);
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t I32 __attribute__((vector_size(4 * kLanes)));
@@ -37,48 +47,16 @@ typedef std::uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 RA_INLINE F32 broadcast(float x) { return F32{} + x; }
 
 // a * b + c; rounded once where the instruction set has it.
-RA_INLINE F32 fma(F32 a, F32 b, F32 c) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
+RA_INLINE F32 fma(F32 a, F32 b, F32 c) { return RA_BY_ISA(_mm512_fmadd_ps(a, b, c), _mm256_fmadd_ps(a, b, c), a * b + c); }
 
 // a > b ? a : b in every lane, so that a NaN in `a` is passed over and a NaN in `b` stays.
-RA_INLINE F32 max(F32 a, F32 b) {
-#if defined(__AVX512F__)
-    return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-    return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
-    return _mm_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
+RA_INLINE F32 max(F32 a, F32 b) { return RA_BY_ISA(_mm512_max_ps(a, b), _mm256_max_ps(a, b), RA_BY_SSE2(_mm_max_ps(a, b), a > b ? a : b)); }
 
 // a < b ? a : b in every lane, so that a NaN in `b` stays.
-RA_INLINE F32 min(F32 a, F32 b) {
-#if defined(__AVX512F__)
-    return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
-    return _mm256_min_ps(a, b);
-#elif defined(__SSE2__)
-    return _mm_min_ps(a, b);
-#else
-    return a < b ? a : b;
-#endif
-}
+RA_INLINE F32 min(F32 a, F32 b) { return RA_BY_ISA(_mm512_min_ps(a, b), _mm256_min_ps(a, b), RA_BY_SSE2(_mm_min_ps(a, b), a < b ? a : b)); }
 
 // Whether exp2 is infinite above 128; otherwise its result means nothing there.
-#if defined(__AVX512F__)
-constexpr bool kExp2Overflows = true;
-#else
-constexpr bool kExp2Overflows = false;
-#endif
+constexpr bool kExp2Overflows = RA_BY_ISA(true, false, false);
 
 // 2^x as a product, which a sum of powers or a scaled power takes in with one fma.
 struct Factors {
@@ -87,13 +65,8 @@ struct Factors {
 
 #if defined(__AVX2__)
 // The powers of two of the fractions k / kParts, times the value at 0 of the polynomial in exp2_factors.
-#if defined(__AVX512F__)
-constexpr int kParts = 32;
-constexpr double kRootOfTwo = 1.0218971486541166, kAtZero = 1 + 5.293e-8;
-#else
-constexpr int kParts = 8;
-constexpr double kRootOfTwo = 1.0905077326652577, kAtZero = 1 - 1.834e-8;
-#endif
+constexpr int kParts = RA_BY_ISA(32, 8, 0);
+constexpr double kRootOfTwo = RA_BY_ISA(1.0218971486541166, 1.0905077326652577, 0), kAtZero = RA_BY_ISA(1 + 5.293e-8, 1 - 1.834e-8, 0);
 struct PowersOfParts {
     alignas(64) float value[kParts] = {};
     constexpr PowersOfParts() {
@@ -253,13 +226,7 @@ RA_INLINE Pair scaled_tanh(Pair t) {
 }
 
 RA_INLINE U32 widen(U16 v) {
-#if defined(__AVX512F__)
-    return (U32)_mm512_cvtepu16_epi32((__m256i)v);
-#elif defined(__AVX2__)
-    return (U32)_mm256_cvtepu16_epi32((__m128i)v);
-#else
-    return __builtin_convertvector(v, U32);
-#endif
+    return RA_BY_ISA((U32)_mm512_cvtepu16_epi32((__m256i)v), (U32)_mm256_cvtepu16_epi32((__m128i)v), __builtin_convertvector(v, U32));
 }
 
 // Every lane fits into 16 bits.
@@ -356,6 +323,14 @@ RA_INLINE void store_first(T* p, F32 v, int n) {
     std::memcpy(p, buffer, sizeof(T) * n);
 }
 
+// to[i] = from[i] for n elements, of which one side is fp32.
+template <class From, class To>
+RA_INLINE void convert(const From* from, To* to, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store_first(to + i, load_first(from + i, static_cast<int>(n - i), 0), static_cast<int>(n - i));
+}
+
 template <class T>
 RA_INLINE float load_one(const T* p) {
     return load_first(p, 1, 0.0f)[0];
@@ -450,11 +425,7 @@ RA_INLINE void stream_pair(T* p, Pair v) {
 #endif
 }
 
-RA_INLINE void stream_fence() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
+RA_INLINE void stream_fence() { RA_BY_SSE2(_mm_sfence(), ); }
 
 // sums[lane] += v[lane], in double.
 RA_INLINE void add_lanes(double* sums, F32 v) {

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _missing_package(e: BaseException | None) -> str | None:
-    """The package of an extra that this error, or what caused it, lacks: transformers imports lazily and wraps such errors."""
+    """Return the package of an extra that this error, or what caused it, lacks: transformers imports lazily and wraps such errors."""
     while e is not None:
         package = (getattr(e, "name", None) or "").partition(".")[0]
         if isinstance(e, ModuleNotFoundError) and package in EXTRA_OF:
@@ -66,7 +66,7 @@ def _missing_package(e: BaseException | None) -> str | None:
 
 
 def _readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments; one that no file name and no text can be ends the program with one line."""
+    """Return the arguments; one that no file name and no text can be ends the program with one line."""
     for argument in arguments:
         try:
             os.fsencode(argument)
@@ -80,7 +80,7 @@ def _readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Sequ
 
 
 def _of_the_system(e: OSError) -> InputError:
-    """What the operating system refused, where it says of which file. Raises: the error itself otherwise, which is ours."""
+    """Return what the operating system refused, where it says of which file. Raises: the error itself otherwise, which is ours."""
     if e.errno in _DISK_ERRORS:
         return InputError("files", f"cannot write {e.filename or 'to the disk'}: {e.strerror}", "a writable folder with space")
     if e.filename is None:
@@ -132,7 +132,7 @@ class _Version(argparse.Action):
 
 
 def _fail(text: str, *, first: str = "") -> int:
-    """Say it on one line, where torchrun has started several of us once; messages quote what was typed, files and servers.
+    """Print it on one line, once where torchrun has started several of us, and return 2; messages quote what was typed, files and servers.
 
     A RANK without the rest of torchrun's variables silences nobody.
     """

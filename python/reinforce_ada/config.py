@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text, server_url, without_credentials
+from reinforce_ada.outside import GarbageError, is_utf8, one_line, parse_json, read_text, server_url, without_credentials
 
 _MOST_BYTES = 1 << 20  # of a configuration file
 _DEEPEST = 16  # tables in tables of task_options
@@ -105,7 +105,7 @@ class EngineConfig:
         "auto", "auto: vllm if installed, else transformers; openai: the servers of --servers; ray: vLLM in --replicas actors"
     )
     servers: str = option("", "openai: comma-separated URLs of the servers, which `reinforce-ada serve` starts")
-    weights_dir: str = option("", "openai: folder for new weights that every server reads (default: weights in the run folder)")
+    weights_dir: str = option("", "folder for new weights, which every server or actor reads (default: weights in the run folder)")
     replicas: int = option(1, "ray: number of actors; an actor without a node that has room waits for one")
     ray_address: str = option("", 'ray: address of a cluster; "auto": the cluster of this node (default: starts Ray on this machine)')
     cpus_per_replica: int = option(1, "ray: CPU cores of each actor")
@@ -140,8 +140,8 @@ class TrainingConfig:
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
         None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
     )
-    clip_low: float = option(0.2, "ppo, gspo: ratio clipped below 1 - clip_low")
-    clip_high: float = option(0.28, "ppo, gspo: ratio clipped above 1 + clip_high")
+    clip_low: float = option(0.2, "ppo, gspo, cispo: ratio clipped below 1 - clip_low")
+    clip_high: float = option(0.28, "ppo, gspo, cispo: ratio clipped above 1 + clip_high")
     entropy_coef: float = option(0.0, "entropy bonus")
     rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
         "none", "importance weights for the engine's own logprobs"
@@ -294,7 +294,8 @@ def _as(kind: Any, value: Any) -> Any:
     if origin is typing.Literal:
         return value if value in typing.get_args(kind) and isinstance(value, str) else None
     if origin is dict:
-        return _table(value)
+        found = parse_json(value) if isinstance(value, str) else value
+        return _checked_table(found, _DEEPEST) if isinstance(found, dict) else None
     if origin is list:
         if isinstance(value, str):
             value = parse_json(value) if value.startswith("[") else [value]
@@ -320,25 +321,18 @@ def _number(kind: type, value: Any) -> int | float | None:
         return None
 
 
-def _table(value: Any) -> dict[str, Any] | None:
+def _checked_table(value: Any, depth: int) -> Any:
     """Return a table of settings. Raises: ValueError for values that TOML, JSON or a fingerprint cannot hold."""
-    found = parse_json(value) if isinstance(value, str) else value
-    if not isinstance(found, dict):
-        return None
-    _check_table(found, _DEEPEST)
-    return found
-
-
-def _check_table(value: Any, depth: int) -> None:
     if depth == 0:
         raise ValueError(f"tables in tables are possible {_DEEPEST} deep at most")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            _check_table(item, depth - 1)
+            _checked_table(item, depth - 1)
     elif not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"no {type(value).__name__}, but values that TOML can hold: text, finite numbers, true, false, lists and tables")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("integers of 64 bits")
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -424,7 +418,7 @@ def _check(config: Config) -> None:
 
 def _check_text(key: str, text: str) -> None:
     """Refuse text that no file can hold, or that no system call accepts as a name."""
-    if any(0xD800 <= ord(char) < 0xE000 for char in text):
+    if not is_utf8(text):
         raise InputError("config", f"{key} = {_shown(text)}", "text that UTF-8 can hold")
     if "\0" in text:
         raise InputError("config", f"{key} = {_shown(text)}", "text without a NUL character")

@@ -23,7 +23,7 @@ _WHAT_FOR = {
     "transformers": "train, eval",
     "httpx": "--engine openai",
     "ray": "--engine ray",
-    "trl": "integrations.trl",
+    "trl": "adaptive sampling in its GRPOTrainer",
     "matplotlib": "figures",
     "pyarrow": "Parquet export",
 }
@@ -53,7 +53,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "native": _guarded(_native),
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
-        "engines": {name: _engine(module) for name, module in _ENGINES.items()},
+        "engines": {name: "ok" if is_installed(module) else f"{module} is not installed" for name, module in _ENGINES.items()},
         "integrations": {"trl": _guarded(_trl)},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
@@ -121,10 +121,6 @@ def _ops() -> dict[str, dict[str, str]]:
 
     assert reinforce_ada.ops
     return _dispatch.table()
-
-
-def _engine(name: str) -> str:
-    return "ok" if is_installed(name) else f"{name} is not installed"
 
 
 def _trl() -> str:
@@ -207,12 +203,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield "\npackages"
     for name, version in found["packages"].items():
         yield f"  {name:<16} {version or 'not installed' + (f' ({_WHAT_FOR[name]})' if name in _WHAT_FOR else '')}"
-    yield "\ncuda"
-    yield from _pairs(found["cuda"])
-    yield "\nnative module"
-    yield from _pairs(found["native"])
-    yield "\ncuda module"
-    yield from _pairs(found["cuda_module"])
+    for title, part in (("cuda", "cuda"), ("native module", "native"), ("cuda module", "cuda_module")):
+        yield f"\n{title}"
+        yield from _pairs(found[part])
     yield "\noperators"
     if isinstance(found["ops"], str):
         yield f"  {found['ops']}"

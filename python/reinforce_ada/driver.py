@@ -23,7 +23,6 @@ class Journal(Protocol):
 
     def append(self, events: Sequence[Event], /) -> Sequence[Event]:
         """Write these events in one transaction and return them."""
-        ...
 
 
 def run(

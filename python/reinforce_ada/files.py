@@ -55,16 +55,20 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], None], *, w
             _sync(target.parent)
 
 
-def replace_folder(final: Path, write: Callable[[Path], None], *, durable: bool = True, where: str = "write", hint: str = "") -> None:
+def replace_folder(
+    final: Path, write: Callable[[Path], None], *, durable: bool = True, where: str = "write", hint: str = "",
+    failures: tuple[type[Exception], ...] = (),
+) -> None:  # fmt: skip
     """Let `write` fill a folder beside `final`, and put it in its place; the old folder is removed.
 
     Args:
         write: takes an empty folder that exists.
         durable: everything is on the disk before the swap, so that a power loss cannot undo or halve it.
         where, hint: parts of the error.
+        failures: exceptions of `write` that mean the same as an OSError, for example a full disk.
     Raises: InputError when it cannot be written, or when `final` is not a folder; the old folder then stays untouched.
     """
-    with _one_line(final, where, hint):
+    with _one_line(final, where, hint, failures):
         final.parent.mkdir(parents=True, exist_ok=True)
         with _aside(final, _make_folder) as aside:
             write(aside)
@@ -201,11 +205,12 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(path: Path, where: str, hint: str) -> Iterator[None]:
+def _one_line(path: Path, where: str, hint: str, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    failures = (OSError, UnicodeEncodeError, *failures)
     try:
         if "\0" in str(path):
             raise OSError(errno.EINVAL, "a name cannot hold a zero byte")
         yield
-    except (OSError, UnicodeEncodeError) as e:
+    except failures as e:
         said = getattr(e, "strerror", None) or str(e)
         raise InputError(where, f"cannot write {one_line(str(path))}: {said}", "a writable folder with space", hint) from e

@@ -122,6 +122,15 @@ def literal_names() -> Iterator[None]:
         yield
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether the text has no halves of surrogate pairs, which files and databases do not accept."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _USER_INFO = re.compile(r"(?<=//)[^/?#\s]*@")
 
 

@@ -48,10 +48,8 @@ class _Run:
 
 
 def report(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Redraw the figure and export the rollouts; may be called while the run goes on.
+    """Redraw the figure and export the rollouts of a folder with log.jsonl and rollouts.sqlite; may be called while the run goes on.
 
-    Args:
-        run_dir: a folder with log.jsonl and rollouts.sqlite.
     Returns: the paths of figure.png and rollouts.parquet.
     Raises: InputError when there is no run, or matplotlib or pyarrow is missing.
     """
@@ -129,19 +127,14 @@ def _evaluation_rows(evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
     if shares[0] and len(shares[0]) == len(shares[1]):
         difference, stderr = paired_difference(*shares)
         rows.append(("difference, paired by prompt", f"{difference:+.3f} ± {stderr:.3f}"))
-    rows += [(f"pass@{k}", f"{_float(first['pass_at_k'][k]):.3f} → {_float(p):.3f}") for k, p in _common_pass_at_k(first, last)]
+    before, after = first.get("pass_at_k") or {}, last.get("pass_at_k") or {}
+    if (k := max((int(k) for k in before if k in after), default=1)) > 1:  # pass@1 is Avg@k
+        rows.append((f"pass@{k}", f"{_float(before[str(k)]):.3f} → {_float(after[str(k)]):.3f}"))
     return rows
 
 
 def _avg(evaluation: Mapping[str, Any]) -> str:
     return f"{_float(evaluation.get('avg_at_k')):.3f} ± {_float(evaluation.get('stderr')):.3f}"
-
-
-def _common_pass_at_k(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the largest k that both have, if above 1 (pass@1 is Avg@k)."""
-    before, after = first.get("pass_at_k") or {}, last.get("pass_at_k") or {}
-    largest = max((int(k) for k in before if k in after), default=1)
-    return [(str(largest), after[str(largest)])] if largest > 1 else []
 
 
 def _cost_rows(run: _Run) -> list[tuple[str, str]]:

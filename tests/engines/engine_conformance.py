@@ -5,55 +5,45 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from engine_scenes import (
-    abort_and_reissue,
-    bad_requests,
-    largest_logprob_difference,
-    make_prompts,
-    make_requests,
-    perturb,
-    refusal,
-    sample,
-    spread,
-    tokens,
-    weights,
-)
+import engine_scenes as scenes
 
 from reinforce_ada.types import CompletionId, Prompt, Request
 
 
 def play(engine: Any, module: Any, *, num_syncs: int = 3) -> dict[str, Any]:
     """Facts about an engine that has not seen weights yet; the model is float32, and changed on the way."""
-    spread(module)
-    engine.sync_weights(weights(module), 0)
-    requests = make_requests(make_prompts())
-    facts: dict[str, Any] = {"refusals": {name: refusal(lambda r=r: engine.submit([r])) for name, r in bad_requests().items()}}
-    first = sample(engine, requests)
-    facts["tokens"], facts["reversed"] = tokens(first), tokens(sample(engine, requests[::-1]))
-    facts["diff"] = largest_logprob_difference(module, requests, first, 1.0)
+    scenes.spread(module)
+    engine.sync_weights(scenes.weights(module), 0)
+    requests = scenes.make_requests(scenes.make_prompts())
+    facts: dict[str, Any] = {
+        "refusals": {name: scenes.refusal(lambda r=r: engine.submit([r])) for name, r in scenes.bad_requests().items()}
+    }
+    first = scenes.sample(engine, requests)
+    facts["tokens"], facts["reversed"] = scenes.tokens(first), scenes.tokens(scenes.sample(engine, requests[::-1]))
+    facts["diff"] = scenes.largest_logprob_difference(module, requests, first, 1.0)
 
     slots = [engine.free_slots]
     engine.submit(requests[:3])
     slots.append(engine.free_slots)
-    facts["sync_in_flight"] = refusal(lambda: engine.sync_weights(weights(module), 9))
+    facts["sync_in_flight"] = scenes.refusal(lambda: engine.sync_weights(scenes.weights(module), 9))
     engine.abort([r.id for r in requests])  # most of them not running
     facts["slots"] = [*slots, engine.free_slots]
-    kept, again = abort_and_reissue(engine, requests)
-    facts["kept"], facts["again"] = tokens(kept), tokens(again)
+    kept, again = scenes.abort_and_reissue(engine, requests)
+    facts["kept"], facts["again"] = scenes.tokens(kept), scenes.tokens(again)
 
     facts["num_computed"] = computed_prompt_tokens(engine)
     facts["syncs"] = []
     for version in range(1, num_syncs + 1):
-        perturb(module, seed=version)
-        engine.sync_weights(weights(module), version)
-        done = sample(engine, requests[::4])
+        scenes.perturb(module, seed=version)
+        engine.sync_weights(scenes.weights(module), version)
+        done = scenes.sample(engine, requests[::4])
         frozen = copy.deepcopy(module)
-        perturb(module, seed=100 + version)  # the trainer goes on; the engine must not see it before the next sync
+        scenes.perturb(module, seed=100 + version)  # the trainer goes on; the engine must not see it before the next sync
         facts["syncs"].append(
             {
-                "diff": largest_logprob_difference(frozen, requests[::4], done, 1.0),
-                "tokens": tokens(done),
-                "unchanged": tokens(sample(engine, requests[::4])) == tokens(done),
+                "diff": scenes.largest_logprob_difference(frozen, requests[::4], done, 1.0),
+                "tokens": scenes.tokens(done),
+                "unchanged": scenes.tokens(scenes.sample(engine, requests[::4])) == scenes.tokens(done),
                 "versions": sorted({c.policy_version for c in done.values()}),
             }
         )
@@ -66,7 +56,7 @@ PROMPT_TOKENS, BLOCK, TOGETHER = 40, 32, 8  # only whole blocks of a prompt are 
 def computed_prompt_tokens(engine: Any) -> int:
     """Over the completions of one prompt, asked for at once."""
     prompt = Prompt("new", tuple(range(5, 5 + PROMPT_TOKENS)))
-    done = sample(engine, [Request(CompletionId(1, "new", k), prompt, seed=k, policy_version=0) for k in range(TOGETHER)])
+    done = scenes.sample(engine, [Request(CompletionId(1, "new", k), prompt, seed=k, policy_version=0) for k in range(TOGETHER)])
     return sum(PROMPT_TOKENS - c.num_cached_tokens for c in done.values())
 
 

@@ -13,7 +13,6 @@ from scripted_replicas import DISASTERS, ScriptedReplica, WatchedFleet, World
 from reinforce_ada import cli
 from reinforce_ada.commands import train
 from reinforce_ada.driver import run
-from reinforce_ada.engines.base import metrics_of
 from reinforce_ada.engines.fleet import Down
 from reinforce_ada.errors import EngineLost
 from reinforce_ada.sampling import AdaptiveSampler, preset
@@ -141,4 +140,4 @@ def test_nothing_that_happens_changes_a_pool(
         result = run(sampler(version, schedule), fleet, plus)
         assert pools(result) == expected[version, schedule]
         assert sum(pool.num_void for pool in result.pools) == 0
-    assert metrics_of(fleet)["engine_busy_slots"] == metrics_of(fleet)["engine_queue"] == 0
+    assert fleet.metrics()["engine_busy_slots"] == fleet.metrics()["engine_queue"] == 0

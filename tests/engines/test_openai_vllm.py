@@ -9,24 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import engine_conformance
+import engine_scenes as scenes
 import pytest
 import torch
-from engine_scenes import (
-    MAX_MODEL_LEN,
-    MAX_TOKENS,
-    common_texts,
-    cut_at,
-    largest_logprob_difference,
-    make_prompts,
-    make_requests,
-    not_greedy,
-    perturb,
-    refusal,
-    sample,
-    spread,
-    tokens,
-    weights,
-)
 from real_servers import Serving, engine_of, killed_step, serving, step, wait_until_ready
 
 from reinforce_ada.engines import answers
@@ -48,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(tiny_model: Path) -> Any:
     """Not what the servers start with: a weight sync that does nothing would show everywhere."""
     module = models.load(str(tiny_model), "float32", torch.device("cpu")).module
-    spread(module)
+    scenes.spread(module)
     return module
 
 
@@ -58,37 +43,38 @@ def two(folder: Path, tiny_model: Path) -> Iterator[Serving]:
         yield two
 
 
-def scenes(two: Serving, folder: Path, **options: Any) -> Any:
-    return engine_of(two, folder / "weights", **{"max_tokens": MAX_TOKENS, **options})
+def engine_for_scenes(two: Serving, folder: Path, **options: Any) -> Any:
+    return engine_of(two, folder / "weights", **{"max_tokens": scenes.MAX_TOKENS, **options})
 
 
 def test_two_servers_conform(two: Serving, folder: Path, tiny_model: Path, in_process: dict[str, Any]) -> None:
     module = models.load(str(tiny_model), "float32", torch.device("cpu")).module
-    with scenes(two, folder, max_model_len=MAX_MODEL_LEN) as engine:
-        engine.sync_weights(weights(module), 0)
+    with engine_for_scenes(two, folder, max_model_len=scenes.MAX_MODEL_LEN) as engine:
+        engine.sync_weights(scenes.weights(module), 0)
         wait_until_ready(engine)
         engine_conformance.check(engine_conformance.play(engine, module), in_process, num_replicas=2)
 
 
 def test_logprobs_at_another_temperature(two: Serving, folder: Path, module: Any) -> None:
-    requests = make_requests(make_prompts())
-    with scenes(two, folder, max_num_seqs=3, temperature=0.7) as engine:
-        engine.sync_weights(weights(module), 0)
-        assert largest_logprob_difference(module, requests, sample(engine, requests), 0.7) < 1e-4
+    requests = scenes.make_requests(scenes.make_prompts())
+    with engine_for_scenes(two, folder, max_num_seqs=3, temperature=0.7) as engine:
+        engine.sync_weights(scenes.weights(module), 0)
+        assert scenes.largest_logprob_difference(module, requests, scenes.sample(engine, requests), 0.7) < 1e-4
 
 
 def test_greedy_output_is_the_trained_models_after_every_sync(two: Serving, folder: Path, module: Any) -> None:
-    requests, outputs = make_requests(make_prompts())[::4], set()
-    with scenes(two, folder, temperature=0.0) as engine:
+    requests, outputs = scenes.make_requests(scenes.make_prompts())[::4], set()
+    with engine_for_scenes(two, folder, temperature=0.0) as engine:
         for version in range(1, 4):
-            perturb(module, seed=version)
-            engine.sync_weights(weights(module), version)
+            scenes.perturb(module, seed=version)
+            engine.sync_weights(scenes.weights(module), version)
             wait_until_ready(engine)
-            done = sample(engine, [replaced(r, version) for r in requests])
-            assert not_greedy(module, requests, done) == 0
-            assert largest_logprob_difference(module, requests, done, 1.0) < 1e-4  # a prefix cached under old weights would show here
+            done = scenes.sample(engine, [replaced(r, version) for r in requests])
+            assert scenes.not_greedy(module, requests, done) == 0
+            worst = scenes.largest_logprob_difference(module, requests, done, 1.0)
+            assert worst < 1e-4  # a prefix cached under old weights would show here
             assert {c.policy_version for c in done.values()} == {version}
-            outputs.add(str(tokens(done)))
+            outputs.add(str(scenes.tokens(done)))
     assert len(outputs) == 3
 
 
@@ -97,14 +83,14 @@ def replaced(request: Any, version: int) -> Any:
 
 
 def test_stop_strings(two: Serving, folder: Path, module: Any) -> None:
-    requests = make_requests(make_prompts())
-    with scenes(two, folder) as engine:
-        engine.sync_weights(weights(module), 0)
-        done = sample(engine, requests)
-    stop = common_texts(done, 4)
-    with scenes(two, folder, stop=stop) as engine:
-        engine.sync_weights(weights(module), 0)
-        assert cut_at(stop, done, sample(engine, requests)) > 2
+    requests = scenes.make_requests(scenes.make_prompts())
+    with engine_for_scenes(two, folder) as engine:
+        engine.sync_weights(scenes.weights(module), 0)
+        done = scenes.sample(engine, requests)
+    stop = scenes.common_texts(done, 4)
+    with engine_for_scenes(two, folder, stop=stop) as engine:
+        engine.sync_weights(scenes.weights(module), 0)
+        assert scenes.cut_at(stop, done, scenes.sample(engine, requests)) > 2
 
 
 def test_tokens_come_in_few_messages(two: Serving, folder: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,21 +104,23 @@ def test_tokens_come_in_few_messages(two: Serving, folder: Path, module: Any, mo
         return add(answer, line)
 
     monkeypatch.setattr(answers.Answer, "add", counted)
-    requests = make_requests(make_prompts())
-    with scenes(two, folder) as engine:
-        engine.sync_weights(weights(module), 0)
-        sample(engine, requests)
+    requests = scenes.make_requests(scenes.make_prompts())
+    with engine_for_scenes(two, folder) as engine:
+        engine.sync_weights(scenes.weights(module), 0)
+        scenes.sample(engine, requests)
     assert len(messages) <= 3 * len(requests)
 
 
 def test_a_short_context_is_refused(two: Serving, folder: Path) -> None:
-    assert "a context of 128 tokens; 4096 are needed" in refusal(lambda: scenes(two, folder, max_model_len=4096).__enter__())
+    assert "a context of 128 tokens; 4096 are needed" in scenes.refusal(
+        lambda: engine_for_scenes(two, folder, max_model_len=4096).__enter__()
+    )
 
 
 def test_two_kills_lose_nothing(two: Serving, folder: Path, module: Any) -> None:
     """The second comes while the first server starts again: for a while there is none, or only the one that has just come back."""
     with engine_of(two, folder / "weights") as engine:
-        engine.sync_weights(weights(module), 5)
+        engine.sync_weights(scenes.weights(module), 5)
         wait_until_ready(engine)
         step(engine, 5, folder)  # the first is slow
         began = time.monotonic()

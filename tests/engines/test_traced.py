@@ -17,7 +17,6 @@ import pytest
 
 import reinforce_ada
 from reinforce_ada.driver import run
-from reinforce_ada.engines.base import metrics_of
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Up
 from reinforce_ada.engines.scripted import ScriptedEngine
 from reinforce_ada.engines.traced import Trace, TracedEngine
@@ -169,9 +168,9 @@ def test_no_two_requests_share_a_slot_and_the_engine_behaves_as_itself(tmp_path:
 def test_what_the_engine_says_of_itself_passes(tmp_path: Path) -> None:
     engine = ScriptedEngine({"a": "+"})
     trace = Trace(tmp_path / "t.json")
-    assert metrics_of(TracedEngine(engine, trace)) == {}
-    engine.metrics = lambda: {"engine_tokens": 3.0}  # type: ignore[attr-defined]
-    assert metrics_of(TracedEngine(engine, trace)) == {"engine_tokens": 3.0}
+    assert TracedEngine(engine, trace).metrics() == {}
+    engine.metrics = lambda: {"engine_tokens": 3.0}  # type: ignore[method-assign]
+    assert TracedEngine(engine, trace).metrics() == {"engine_tokens": 3.0}
     trace.close()
 
 

@@ -11,24 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import engine_scenes as scenes
 import torch
 from engine_conformance import play
-from engine_scenes import (
-    MAX_MODEL_LEN,
-    MAX_TOKENS,
-    common_texts,
-    cut_at,
-    largest_logprob_difference,
-    make_prompts,
-    make_requests,
-    not_greedy,
-    perturb,
-    refusal,
-    sample,
-    spread,
-    tokens,
-    weights,
-)
 from transformers import AutoModelForCausalLM
 
 from reinforce_ada import config as configuration
@@ -48,19 +33,19 @@ def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None, 
     return other
 
 
-def scenes(engine: VllmEngine, module: Any) -> dict[str, Any]:
+def played(engine: VllmEngine, module: Any) -> dict[str, Any]:
     """What the conformance suite leaves out."""
-    spread(module)
-    engine.sync_weights(weights(module), 0)
-    requests = make_requests(make_prompts())
-    first = sample(engine, requests)
-    stop = ["never said", *common_texts(first)]
+    scenes.spread(module)
+    engine.sync_weights(scenes.weights(module), 0)
+    requests = scenes.make_requests(scenes.make_prompts())
+    first = scenes.sample(engine, requests)
+    stop = ["never said", *scenes.common_texts(first)]
     return {
-        "tokens": tokens(first),
-        "few_slots": tokens(sample(at(engine, 1.0, 5), requests)),
-        "finish_reasons": {k: c.finish_reason for k, c in zip(tokens(first), (first[i] for i in sorted(first)), strict=True)},
-        "diff_07": largest_logprob_difference(module, requests, sample(at(engine, 0.7), requests), 0.7),
-        "num_stopped": cut_at(stop, first, sample(at(engine, 1.0, stop=stop), requests)),
+        "tokens": scenes.tokens(first),
+        "few_slots": scenes.tokens(scenes.sample(at(engine, 1.0, 5), requests)),
+        "finish_reasons": {k: c.finish_reason for k, c in zip(scenes.tokens(first), (first[i] for i in sorted(first)), strict=True)},
+        "diff_07": scenes.largest_logprob_difference(module, requests, scenes.sample(at(engine, 0.7), requests), 0.7),
+        "num_stopped": scenes.cut_at(stop, first, scenes.sample(at(engine, 1.0, stop=stop), requests)),
         "free_slots": engine.free_slots,
         "syncs": list(greedy_syncs(at(engine, 0.0), module, requests)),
     }
@@ -71,13 +56,13 @@ def greedy_syncs(engine: Any, module: Any, requests: list[Any]) -> Any:
         engine.submit(requests[:2])  # aborted in flight just before the sync: what they cached must go too
         engine.poll()
         engine.abort([r.id for r in requests[:2]])
-        perturb(module, seed=version)
-        engine.sync_weights(weights(module), version)
-        done = sample(engine, requests[::4])
+        scenes.perturb(module, seed=version)
+        engine.sync_weights(scenes.weights(module), version)
+        done = scenes.sample(engine, requests[::4])
         yield {
-            "wrong": not_greedy(module, requests[::4], done),
-            "diff": largest_logprob_difference(module, requests[::4], done, 1.0),
-            "tokens": tokens(done),
+            "wrong": scenes.not_greedy(module, requests[::4], done),
+            "diff": scenes.largest_logprob_difference(module, requests[::4], done, 1.0),
+            "tokens": scenes.tokens(done),
         }
 
 
@@ -89,11 +74,16 @@ def main(model: Path, task: Path, out: Path) -> None:
         "out": str(out / "run"),
     }  # fmt: skip
     launch.train(configuration.load(None, settings))
-    too_long = refusal(lambda: VllmEngine(str(model), dtype="float32", max_tokens=4, max_model_len=1 << 20))
+    too_long = scenes.refusal(lambda: VllmEngine(str(model), dtype="float32", max_tokens=4, max_model_len=1 << 20))
     engine = VllmEngine(
-        str(model), dtype="float32", max_tokens=MAX_TOKENS, max_model_len=MAX_MODEL_LEN, max_num_seqs=32, kv_cache_bytes=64 << 20
+        str(model),
+        dtype="float32",
+        max_tokens=scenes.MAX_TOKENS,
+        max_model_len=scenes.MAX_MODEL_LEN,
+        max_num_seqs=32,
+        kv_cache_bytes=64 << 20,
     )
-    facts = {"conformance": play(engine, load(model)), **scenes(engine, load(model)), "too_long_for_the_model": too_long}
+    facts = {"conformance": play(engine, load(model)), **played(engine, load(model)), "too_long_for_the_model": too_long}
     engine.close()
     (out / "facts.json").write_text(json.dumps(facts))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import assert_repeatable, each, inside, interpreted
-from conformance import assert_same_bits
+from conformance import assert_same_bits, padded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -59,20 +59,6 @@ def draw(lengths: tuple[int, ...] = LENGTHS, *, per_token: bool = False, missing
     if per_token:
         batch["advantages"][~mask] = NAN
     return {**batch, "mask": mask, "cu_seqlens": offsets}
-
-
-def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same sequences as rows [N, L], with poison in the padding."""
-    lengths = batch["cu_seqlens"].diff().tolist()
-    rows = {}
-    for name, x in batch.items():
-        if name == "cu_seqlens" or x.shape == (len(lengths),):
-            continue
-        out = torch.full((len(lengths), max(lengths)), False if x.dtype == torch.bool else NAN, dtype=x.dtype)
-        for i, part in enumerate(x.split(lengths)):
-            out[i, : len(part)] = part
-        rows[name] = out
-    return {**rows, "advantages": rows.get("advantages", batch["advantages"])}
 
 
 def evaluate(batch: dict[str, Tensor], device: str, dtype: torch.dtype | None, options: dict[str, Any]) -> tuple[Tensor, ...]:

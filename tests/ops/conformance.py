@@ -6,6 +6,7 @@ fixture selects one and hands over the name that the operator takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -156,3 +157,34 @@ def assert_repeatable(run: Callable[[], Sequence[Tensor | None]]) -> None:
             assert_same_bits(first, run(), "poisoned memory")
     with threads(1):
         assert_same_bits(first, run(), "one thread")
+
+
+def assert_one_derivative(results: Callable[[], Tensor], leaf: Tensor, other: Tensor) -> None:
+    """A second backward gives the same gradient again, since nothing is kept that the first could spoil; a second derivative raises."""
+    loss = results().square().sum()
+    loss.backward(retain_graph=True)
+    assert leaf.grad is not None
+    first = leaf.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, 2 * first)
+    (grad,) = torch.autograd.grad(loss, other, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+    with torch.no_grad():
+        assert not results().requires_grad
+
+
+def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same sequences as rows [N, L], with poison in the padding."""
+    lengths = batch["cu_seqlens"].diff().tolist()
+    rows = {}
+    for name, x in batch.items():
+        if name == "cu_seqlens" or x.shape == (len(lengths),):
+            continue
+        out = torch.zeros(len(lengths), max(lengths), dtype=x.dtype)
+        if x.dtype != torch.bool:
+            out.fill_(math.nan)
+        for i, part in enumerate(x.split(lengths)):
+            out[i, : len(part)] = part
+        rows[name] = out
+    return {**rows, "advantages": rows.get("advantages", batch["advantages"])}

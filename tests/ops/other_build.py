@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  brings its libgomp first, as in ops._native
 
+ROOT = Path(__file__).parents[2]
 BUILD = os.environ["NATIVE_BUILD"]
 SAYS = {"sanitize": "sanitized", "avx512": "emulated_avx512"}[BUILD]
 
 
-def _load() -> Path:
-    path = next((Path(__file__).parents[2] / "build" / BUILD).glob("_cpu.*.so"))
-    spec = spec_from_file_location("reinforce_ada._cpu", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["reinforce_ada._cpu"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return path
+sys.path.append(str(ROOT / "tools"))  # a plugin is imported before pytest sets its pythonpath
+from gpu_proof.native_module import load_as  # noqa: E402
 
-
-PATH = _load()
+PATH = next((ROOT / "build" / BUILD).glob("_cpu.*.so"))
+load_as("reinforce_ada._cpu", PATH)
 
 
 def pytest_sessionstart() -> None:

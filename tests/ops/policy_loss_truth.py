@@ -68,22 +68,6 @@ def draw(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, spread: float = 0.3)
     return {**batch, "mask": mask}
 
 
-def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same sequences as rows [N, L], with poison in the padding."""
-    lengths = batch["cu_seqlens"].diff().tolist()
-    rows = {}
-    for name, x in batch.items():
-        if name == "cu_seqlens" or x.shape == (len(lengths),):
-            continue
-        out = torch.zeros(len(lengths), max(lengths), dtype=x.dtype)
-        if x.dtype != torch.bool:
-            out.fill_(math.nan)
-        for i, part in enumerate(x.split(lengths)):
-            out[i, : len(part)] = part
-        rows[name] = out
-    return {**rows, "advantages": batch["advantages"]}
-
-
 def run(batch: dict[str, Tensor], dtype: torch.dtype = torch.float64, scale: float = 1.0, **options: Any) -> Run:
     """Loss, metrics and the gradient of scale * loss; inputs that no option reads are left out."""
     reads = {"rollout_logprobs": options.pop("rollout", "rollout_correction" in options), "ref_logprobs": "kl" in options}

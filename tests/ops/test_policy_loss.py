@@ -9,22 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance import assert_no_worse
+from conformance import assert_no_worse, padded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from policy_loss_truth import (
-    CORRECTIONS,
-    LENGTHS,
-    VARIANTS,
-    assert_agrees,
-    draw,
-    every_build,
-    every_form,
-    native_form,
-    padded,
-    run,
-    truth,
-)
+from policy_loss_truth import CORRECTIONS, LENGTHS, VARIANTS, assert_agrees, draw, every_build, every_form, native_form, run, truth
 from torch import Tensor
 
 from reinforce_ada.ops import policy_loss

@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from policy_loss_truth import (
-    draw,
-    every_form,
-    padded,
-    run,
-)
+from conformance import padded
+from policy_loss_truth import draw, every_form, run
 from torch import Tensor
 
 from reinforce_ada.ops.policy_loss import RolloutCorrection

@@ -14,7 +14,7 @@ from test_reward_pool import score
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
 from reinforce_ada.rewards import RewardPool
-from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward, resolve
+from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward, load_reward
 
 FILES = {
     "rwd.py": "import helper_of_rwd\n\ndef ok(prompt, text):\n    return helper_of_rwd.VALUE\n\nclass Keeper:\n    @staticmethod\n"
@@ -63,7 +63,7 @@ GOOD = {
 
 @pytest.mark.parametrize("spec", GOOD)
 def test_what_may_be_named(here: Path, spec: str) -> None:
-    assert resolve(spec.replace("{}", str(here)))(None, "") == GOOD[spec]
+    assert load_reward(spec.replace("{}", str(here)))(None, "") == GOOD[spec]
 
 
 def test_a_worker_finds_it_too(here: Path) -> None:

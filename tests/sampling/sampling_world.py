@@ -9,9 +9,39 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Counts, History, Never, Policy, Positive, Refill, Rounds, Verdict
-from reinforce_ada.sampling.policies import All, Allocation, Balanced, DropOneClass, First, promises_of
-from reinforce_ada.types import Aborted, Completion, CompletionId, Event, ExitReason, Failed, Lost, Pool, Prompt, Request, Scored
+from reinforce_ada.sampling import (
+    AdaptiveSampler,
+    Balance,
+    Centered,
+    Counts,
+    History,
+    InverseSqrtRate,
+    Knapsack,
+    Never,
+    Policy,
+    Positive,
+    Refill,
+    Rounds,
+    Verdict,
+)
+from reinforce_ada.sampling.policies.contracts import Allocation, promises_of
+from reinforce_ada.sampling.policies.decide import DropOneClass
+from reinforce_ada.sampling.policies.select import All, Balanced, First
+from reinforce_ada.types import (
+    Aborted,
+    Completion,
+    CompletionId,
+    Event,
+    ExitReason,
+    Failed,
+    Group,
+    Lost,
+    Pool,
+    Prompt,
+    Request,
+    SamplingResult,
+    Scored,
+)
 
 REWARD_OF = {"+": 1.0, "-": 0.0}  # any other character is a void
 
@@ -26,7 +56,7 @@ def scored(request_id: CompletionId, reward: float, num_tokens: int = 1, policy_
 
 
 def outcome(request_id: CompletionId, char: str, policy_version: int = 0) -> Scored | Failed:
-    """The event of one scripted character."""
+    """Return the event of one scripted character."""
     if char in REWARD_OF:
         return scored(request_id, REWARD_OF[char], policy_version=policy_version)
     return Failed(request_id, policy_version, "void")
@@ -37,7 +67,7 @@ def answer(script: Mapping[str, str]) -> Callable[[CompletionId], Scored | Faile
 
 
 def sequential(chars: str, policy: Policy) -> tuple[str, ExitReason]:
-    """The law the sampler must follow: draw one after another, ask the exit rule where it is due."""
+    """Return the pool of the sequential law that the sampler must follow: draw one after another, ask the exit rule where it is due."""
     correct = wrong = void = 0
     for drawn, char in enumerate(chars[: policy.cap], start=1):
         correct, wrong, void = correct + (char == "+"), wrong + (char == "-"), void + (char not in "+-")
@@ -51,7 +81,7 @@ def sequential(chars: str, policy: Policy) -> tuple[str, ExitReason]:
 
 
 def drawn(pool: Pool) -> tuple[str, ExitReason]:
-    """A pool in the words of `sequential`, after checking that position, prompt and index agree."""
+    """Return a pool in the form of `sequential`, after checking that position, prompt and index agree."""
     assert [o.id.index for o in pool.outcomes] == list(range(len(pool.outcomes)))
     assert {o.id.prompt_id for o in pool.outcomes} == {pool.prompt.prompt_id}
     chars = "".join(("+" if o.reward else "-") if isinstance(o, Scored) else "v" for o in pool.outcomes)
@@ -59,7 +89,7 @@ def drawn(pool: Pool) -> tuple[str, ExitReason]:
 
 
 def finish(sampler: AdaptiveSampler, answer_of: Callable[[CompletionId], Event], *, slots: int = 64, rng: random.Random | None = None):
-    """Drive to the end, answering one request at a time: in request order, or at random."""
+    """Drive the sampler to the end, answering one request at a time: in request order, or at random."""
     running: list[CompletionId] = []
     while not sampler.done:
         running += [r.id for r in sampler.next_requests(slots - len(running))]
@@ -70,7 +100,7 @@ def finish(sampler: AdaptiveSampler, answer_of: Callable[[CompletionId], Event],
 
 
 class Chaos:
-    """Delivers answers in any order, twice, late, after losses and aborts, among events that belong to nobody.
+    """Deliver answers in any order, twice, late, after losses and aborts, among events that belong to no request.
 
     It checks at each step what must always hold, and keeps the journal of everything it delivered.
     """
@@ -115,7 +145,7 @@ class Chaos:
         assert self.sampler.num_outstanding == len(self.running)
 
     def foreign(self) -> Event:
-        """An event that must be rejected."""
+        """Return an event that must be rejected."""
         prompt_id = self.rng.choice(list(self.script))
         kind = self.rng.randrange(4)
         if kind == 0:
@@ -163,7 +193,7 @@ class Chaos:
 
 @dataclasses.dataclass(frozen=True)
 class OwnBudgets(Allocation):
-    """Every prompt its own cap, multiples of nothing."""
+    """Give every prompt its own cap, which need not be a multiple of any size."""
 
     round_size: int
     cap: int
@@ -177,7 +207,7 @@ class OwnBudgets(Allocation):
 
 @dataclasses.dataclass(frozen=True)
 class DropHopeless:
-    """A rule that stops, continues or drops, and looks at voids."""
+    """Stop, continue or drop, depending on voids too."""
 
     def __call__(self, counts: Counts) -> Verdict:
         if counts.wrong >= 5 and not counts.correct:
@@ -187,7 +217,7 @@ class DropHopeless:
 
 @dataclasses.dataclass(frozen=True)
 class Extremes:
-    """The highest and the lowest reward; a user's own selection."""
+    """Keep the highest and the lowest reward, as a user's own selection."""
 
     def __call__(self, rewards, correct, group_size):
         return sorted({int(rewards.argmax()), int(rewards.argmin())})
@@ -195,7 +225,7 @@ class Extremes:
 
 @dataclasses.dataclass(frozen=True)
 class Widening:
-    """A window that follows counts, history and cap."""
+    """Return a window that depends on counts, history and cap."""
 
     slope: int
 
@@ -232,7 +262,7 @@ REWARDS = st.sampled_from([1.0, 0.0, 1.0, 0.0, 0.1, 0.7, -2.5, 0.8, VOID]) | st.
 
 @st.composite
 def tables(draw: st.DrawFn, policy: Policy, most_prompts: int) -> list[list[float | None]]:
-    """The rewards of every completion there could be, a row for each prompt; VOID where there is none."""
+    """Draw the rewards of all possible completions, a row for each prompt; VOID means that there is none."""
     common = draw(st.sampled_from([REWARDS, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0, VOID]), st.just(0.0), st.just(VOID)]))
     return draw(st.lists(st.lists(common, min_size=policy.cap, max_size=policy.cap), min_size=1, max_size=most_prompts))
 
@@ -242,16 +272,38 @@ def histories(num_prompts: int) -> st.SearchStrategy[list[History]]:
 
 
 def windows(policy: Policy, *, own: bool) -> st.SearchStrategy[int | Widening | None]:
-    """None, a number, and functions where `own`."""
+    """Draw None, a number, or with `own` a function."""
     numbers = st.none() | st.integers(1, policy.cap + 2)
     return numbers | st.builds(Widening, st.integers(0, 3)) if own else numbers
 
 
 class Remembered:
-    """A memory that knows the history of prompt "0", "1", .."""
+    """A memory with the histories of the prompts "0", "1", .."""
 
     def __init__(self, histories: Sequence[History]) -> None:
         self.histories = histories
 
     def history(self, prompt: Prompt) -> History:
         return self.histories[int(prompt.prompt_id)]
+
+
+def est(mean: int = 8, floor: int = 4, cap: int = 32) -> InverseSqrtRate:
+    return InverseSqrtRate(mean=mean, floor=floor, cap=cap, round_size=cap)
+
+
+def bag(mean: int = 8, floor: int = 2, cap: int = 128, **others) -> Knapsack:
+    return Knapsack(mean=mean, floor=floor, cap=cap, round_size=cap, **others)
+
+
+def sample(policy: Policy, **scripts: str) -> SamplingResult:
+    """Drive the sampler with one script per prompt; scripts are padded with wrong answers, which no pool may reach."""
+    padded = {name: chars.ljust(policy.cap, "-") for name, chars in scripts.items()}
+    return finish(AdaptiveSampler(prompts_of(list(padded)), policy), answer(padded))
+
+
+def kept(group: Group) -> list[int]:
+    return [s.id.index for s in group.kept]
+
+
+def cid(prompt_id: str, index: int, step: int = 0) -> CompletionId:
+    return CompletionId(step, prompt_id, index)

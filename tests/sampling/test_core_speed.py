@@ -23,7 +23,7 @@ BATCH = 256
 
 
 def shortest_us(poll: Callable[[], float]) -> float:
-    """Microseconds a completion of the shortest of 20 polls, each of which returns its seconds; 1 000 prompts last for 31."""
+    """Return the microseconds per completion in the shortest of 20 polls, each of which returns its seconds; 1 000 prompts last for 31."""
     return 1e6 * min(poll() for _ in range(20)) / BATCH
 
 
@@ -53,7 +53,7 @@ def test_a_completion_costs_the_same_among_few_and_many_prompts() -> None:
 
 @pytest.mark.parametrize("num_prompts", [1_000, 6_000])
 def test_bytes_of_a_prompt(num_prompts: int) -> None:
-    """Before anything is issued, and with windows out; without the completions and the lists that hold them."""
+    """Measure before anything is issued and with windows out, without the completions and the lists that hold them."""
     prompts = prompts_of([f"p{i}" for i in range(num_prompts)])
     answers = [scored(CompletionId(0, prompt.prompt_id, index), 0.0) for index in (0, 2) for prompt in prompts]
     AdaptiveSampler(prompts[:1], POLICY)  # numpy.random is imported on its first use

@@ -1,4 +1,4 @@
-"""The memory across steps: its formula, its size, and what propose and allocate make of it over many steps."""
+"""The memory across steps: its formula, its size, and its effect on propose and allocate over many steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from reinforce_ada.sampling import (
     SkipStreaks,
     preset,
 )
-from reinforce_ada.sampling.policies import Decide, DropOneClass
+from reinforce_ada.sampling.policies.contracts import Decide
+from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.types import CompletionId, Pool, Prompt, SamplingResult
 
 
@@ -133,7 +134,7 @@ def test_a_prompt_takes_under_200_bytes() -> None:
 
 
 class World:
-    """Prompts of known pass rates that come again every epoch; the outcome of a completion follows from its id alone."""
+    """Prompts with known pass rates that return every epoch; the outcome of a completion depends only on its id."""
 
     def __init__(self, rate_of: Mapping[str, float], policy: Policy, *, per_step: int, seed: int = 0, schedule: str = "stream") -> None:
         self.rate_of, self.policy, self.per_step, self.seed, self.schedule = rate_of, policy, per_step, seed, schedule
@@ -198,7 +199,7 @@ def test_knapsack_learns_the_rates_and_moves_budgets_to_where_both_classes_are_t
 
 
 def test_knapsack_finds_more_signal_at_the_same_cost() -> None:
-    """Two solved prompts leave 12 of their 16: P(both classes) at .05 is .34 with 8 and .64 with 20, so .33 -> .41 over the four."""
+    """Two solved prompts leave 12 of 16: P(both classes) at .05 is .34 with 8 and .64 with 20, so .33 -> .41 over the four."""
     rate_of = {"solved": 1.0, "solved too": 1.0, "hard": 0.05, "fair": 0.5}
     results = {name: World(rate_of, preset(name), per_step=4).run(150) for name in ("knapsack", "grpo")}
     cost = {name: sum(r.metrics["num_completions_issued"] for r in results[name]) for name in results}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,16 +35,16 @@ from reinforce_ada.sampling import (
     preset,
     stopping_table,
 )
-from reinforce_ada.sampling.statistics import Terminal, samples, terminals_of
+from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.training.batching import Batch, collate
-from reinforce_ada.training.objectives import Objective, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
+from reinforce_ada.training.loss import RunLoss, inexact, loss_agg_of, num_seqs_of, samples_with_advantages
 from reinforce_ada.types import CompletionId, SamplingResult
 
 POS, BALANCE, EXACT = "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact"
 
 
 def advantages(result: SamplingResult, policy: Policy) -> list[list[tuple[float, float]]]:
-    """(reward, advantage) of each kept completion, as the trainer computes them."""
+    """Return (reward, advantage) of each kept completion, as the trainer computes them."""
     rewards = [[s.reward for s in g.kept] for g in result.groups if g.kept]
     computed = [[s.advantage for s in group] for group in samples_with_advantages(result, policy)]
     return [list(zip(r, a, strict=True)) for r, a in zip(rewards, computed, strict=True)]
@@ -60,7 +58,7 @@ def one(policy: Policy, chars: str) -> SamplingResult:
 
 
 def test_advantages_of_a_pool_by_hand() -> None:
-    """12 correct and 4 wrong after two rounds, kept 2 and 2: A+ = theta (a + b) / a, A- = -theta (a + b) / b."""
+    """With 12 correct and 4 wrong after two rounds, 2 and 2 kept, A+ = theta (a + b) / a, A- = -theta (a + b) / b."""
     policy = preset(BALANCE, objective="mean")
     result = one(policy, "++++++++----++++" + "v" * 16)
     theta = stopping_table(policy).at(Counts(12, 4)).reward_variance
@@ -103,7 +101,7 @@ def test_one_class_gives_exactly_nothing(chars: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best completions alone."""
+    """Keep only the best completions."""
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
         return sorted(np.argsort(-rewards, kind="stable")[:group_size].tolist())
@@ -111,7 +109,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Floored(Rounds):
-    """Budgets of 1; says so where `floor` is one."""
+    """Budgets of 1, which are announced if `floor` is 1."""
 
     floor: int = 1
 
@@ -125,8 +123,8 @@ class Floored(Rounds):
         (lambda: preset(POS, objective="mean", decide_every=1, min_pool=0), r"'mean': a pool that can end after 1 draw \(1 correct, 0"),
         (lambda: preset(POS, objective="mean", decide_every=1, min_pool=1), "two draws are needed .*; min_pool 2 or decide_every 2"),
         (lambda: preset(BALANCE, objective="mean", group_size=1), "group_size 1; at least 2 is needed, to keep both classes"),
-        (lambda: preset("dapo", objective="mean"), "Refill, which lets prompts in because others were dropped"),
-        (lambda: policy_with(decide=DropOneClass()), "DropOneClass, which drops prompts for their outcomes"),
+        (lambda: preset("dapo", objective="mean"), "Refill, which admits prompts because others were dropped"),
+        (lambda: policy_with(decide=DropOneClass()), "DropOneClass, which drops prompts because of their outcomes"),
         (lambda: policy_with(allocate=Floored(8, 4), select=All()), "a pool that can end after 1 draw"),
         (lambda: policy_with(select=First()), r"First, which keeps one class of .*; a selection that keeps both.*; Balanced\(\)"),
         (lambda: policy_with(select=Best()), "Best, which keeps one class of"),
@@ -186,7 +184,7 @@ def test_the_preset() -> None:
 
 
 def factor(result: SamplingResult, policy: Policy, p: float) -> Iterator[tuple[str, float]]:
-    """For each kept group its prompt and the factor of grad p in its expected gradient, with the fixed denominator."""
+    """Return for each kept group its prompt and the factor of grad p in its expected gradient, with the fixed denominator."""
     for group, kept in zip([g for g in result.groups if g.kept], advantages(result, policy), strict=True):
         total = sum(a / p if r > policy.positive_threshold else -a / (1 - p) for r, a in kept)
         yield group.pool.prompt.prompt_id, total / policy.group_size
@@ -210,7 +208,7 @@ SMALL = [
 @pytest.mark.parametrize("void", [None, 0, 1, 4])
 @pytest.mark.parametrize("policy", SMALL, ids=lambda p: f"{p.decide}-{p.cap}-{p.decide_every}-{p.min_pool}-{p.group_size}")
 def test_every_outcome_string_sums_to_one(policy: Policy, void: int | None) -> None:
-    """The real sampler and the real operator over all strings: the factors, weighted by their probability, add up to 1."""
+    """Run the real sampler and operator over all strings: the factors, weighted by their probability, add up to 1."""
     if void is not None and policy.min_pool < 2:
         policy = dataclasses.replace(policy, min_pool=2)  # a void can leave one draw at the first decision otherwise
     bits = policy.cap - (void is not None)
@@ -258,7 +256,7 @@ NUM_PROMPTS = 200  # of each rate
 
 
 def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> dict[float, NDArray[np.float64]]:
-    """The gradient of each prompt [NUM_PROMPTS, 6]: kept scores times advantages over group_size, 0 where nothing was kept."""
+    """Return the gradient of each prompt [NUM_PROMPTS, 6]: kept scores times advantages over group_size, 0 where nothing was kept."""
     models = {p: Softmax(p) for p in RATES}
     model_of = {f"{p} {i}": models[p] for i in range(NUM_PROMPTS) for p in RATES}
     sampler = AdaptiveSampler(prompts_of(list(model_of)), policy, schedule=schedule, seed=seed, **sampling)
@@ -284,7 +282,7 @@ def gradients(policy: Policy, schedule: str, seed: int, **sampling: object) -> d
 
 
 def standard_errors(policy: Policy, p: float) -> NDArray[np.float64]:
-    """Of the mean over NUM_PROMPTS of each component of theta * (mean score of a correct - mean score of b wrong), [6], exactly.
+    """Return the exact standard errors [6] of means over NUM_PROMPTS of theta * (mean score of a correct - mean score of b wrong).
 
     Given the pool a component is theta times a mean of a draws that hit it with its probability c within the class, so its second
     moment is theta^2 (c (1 - c) / a + c^2). Sample errors would not do: at p = .02 some components are never drawn.
@@ -302,7 +300,7 @@ def standard_errors(policy: Policy, p: float) -> NDArray[np.float64]:
 
 
 def deviations(found: dict[float, NDArray[np.float64]], policy: Policy) -> list[float]:
-    """For each rate the largest distance of a mean gradient's component from grad p, in standard errors."""
+    """Return for each rate the largest distance of a mean gradient's component from grad p, in standard errors."""
     return [float(np.max(np.abs(g.mean(0) - Softmax(p).gradient) / standard_errors(policy, p))) for p, g in found.items()]
 
 
@@ -339,7 +337,7 @@ def test_monte_carlo_gradient_is_that_of_the_pass_rate(name: str, overrides: dic
     ids=["grpo-4", "grpo-8-std", "pos", "balance", "balance-std"],
 )
 def test_monte_carlo_weights_of_the_published_rules(policy: Policy, printed: str) -> None:
-    """w(p), measured along grad p, within 4.5 standard errors; the measure above says that it is not grad p."""
+    """w(p), measured along grad p, is within 4.5 standard errors; the measure above shows that it is not grad p."""
     found = gradients(policy, "stream", seed=11)
     assert max(deviations(found, preset(EXACT))) > (3 if policy.name == "grpo" else 10)
     for (p, g), w in zip(found.items(), map(float, printed.split()), strict=True):
@@ -348,184 +346,12 @@ def test_monte_carlo_weights_of_the_published_rules(policy: Policy, printed: str
 
 
 def test_plugging_in_the_pool_mean_is_not_enough() -> None:
-    """k w / (N (N - 1)), unbiased for a fixed number of draws, is 20 % too large where the rule stops at the first success."""
+    """k w / (N (N - 1)), unbiased for a fixed number of draws, is 20 % too large if the rule stops at the first success."""
     policy = preset(POS, objective="mean")
     table = stopping_table(policy)
     for p in (0.05, 0.1):
         plain = table.expect(lambda t: t.correct * t.wrong / (t.count * (t.count - 1)), p) / (p * (1 - p))
         assert plain > 1.15
-
-
-# -------------------- what it costs
-
-POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
-
-
-def second_moment(policy: Policy, a: float, b: float) -> float:
-    """E[|gradient of a prompt|^2] over prompts that are drawn from Beta(a, b) pass rates: what a step's variance is, per prompt.
-
-    The gradient is theta * (mean of the kept correct - mean of the kept wrong). Its factor of grad p is theta / (p q), and for scores of
-    variance 1 within a class the means have variances 1 / kept; where |grad p| = p q that is theta^2 (1 + 1 / correct + 1 / wrong).
-    """
-    table, n = stopping_table(policy), policy.group_size
-
-    def squared(t: Terminal) -> float:
-        correct = min(t.correct, max(n // 2, n - t.wrong))
-        wrong = min(t.wrong, n - correct)
-        return t.reward_variance**2 * (1 + 1 / correct + 1 / wrong) if correct and wrong else 0.0
-
-    return table.expect_beta(squared, a, b)
-
-
-def cost(policy: Policy, a: float, b: float) -> float:
-    """The second moment times completions per prompt."""
-    return second_moment(policy, a, b) * stopping_table(policy).expect_beta(samples, a, b)
-
-
-def without_the_prompts(policy: Policy, a: float, b: float) -> float:
-    """The cost of a prompt's own variance, as if the prompts were given: E[(w |grad p|)^2] = E[(p q)^2] comes off."""
-    between = a * (a + 1) * b * (b + 1) / math.prod(a + b + i for i in range(4))
-    return (second_moment(policy, a, b) - between) * stopping_table(policy).expect_beta(samples, a, b)
-
-
-@pytest.mark.parametrize(
-    ("policy", "printed"),
-    [
-        (preset(BALANCE, objective="mean"), ".906 1.106 .974"),
-        (preset(BALANCE, objective="mean", min_pool=16), ".951 1.363 1.050"),
-        (preset(EXACT, min_pool=4), ".872 .950 .918"),
-        (preset(EXACT, min_pool=6), ".859 .963 .908"),
-        (preset(EXACT), ".856 1.006 .912"),
-        (preset(EXACT, min_pool=12), ".881 1.149 .954"),
-        (preset(POS, objective="mean"), ".790 .872 .430"),
-        (preset(POS, objective="mean", decide_every=1), ".910 .782 .296"),
-        (preset(POS, objective="mean", decide_every=1, min_pool=8), ".751 .826 .429"),
-        (preset("grpo", objective="mean", group_size=2), ".312 .500 .354"),
-        (preset("grpo", objective="mean", group_size=4), ".255 .411 .290"),
-        (preset("grpo", objective="mean", group_size=8), ".301 .500 .344"),
-        (preset("grpo", objective="mean", group_size=16), ".436 .749 .502"),
-        (preset("grpo", objective="mean", group_size=32), ".723 1.274 .836"),
-    ],
-)
-def test_the_variance_of_the_gradient_per_completion(policy: Policy, printed: str) -> None:
-    """The table of docs/statistics.md."""
-    assert [f"{cost(policy, *rates):.3f}".removeprefix("0") for rates in POPULATIONS] == printed.split()
-    page = (Path(__file__).parents[2] / "docs/statistics.md").read_text()
-    assert f"| {' | '.join(printed.split())} |" in page
-
-
-def test_small_groups_win_where_the_prompts_are_drawn() -> None:
-    """And large ones where they are taken as given, which is the other half of what the page says."""
-    for rates in POPULATIONS:
-        fixed = {n: cost(preset("grpo", objective="mean", group_size=n), *rates) for n in (2, 3, 4, 8, 16, 32)}
-        assert min(fixed, key=fixed.__getitem__) in (3, 4)
-        assert 0.8 < fixed[4] / fixed[8] < 0.86
-        assert 2.6 < cost(preset(BALANCE, objective="mean"), *rates) / fixed[4] < 3.6
-        given = {n: without_the_prompts(preset("grpo", objective="mean", group_size=n), *rates) for n in fixed}
-        assert min(given, key=given.__getitem__) == 32
-        both = (
-            second_moment(preset("grpo", objective="mean", group_size=4), *rates),
-            second_moment(preset(BALANCE, objective="mean"), *rates),
-        )
-        assert 1.36 < both[0] / both[1] < 1.5
-
-
-def test_the_presets_timing_is_within_two_percent_of_the_smallest_variance() -> None:
-    total = {
-        (every, min_pool): sum(cost(preset(EXACT, decide_every=every, min_pool=min_pool), *rates) for rates in POPULATIONS)
-        for every in (1, 2, 4, 8, 16)
-        for min_pool in (2, 4, 6, 8, 10, 12, 16)
-    }
-    assert min(total, key=total.__getitem__) == (1, 6)
-    assert (preset(EXACT).decide_every, preset(EXACT).min_pool) == (1, 8)
-    assert total[1, 8] < 1.02 * total[1, 6]
-
-
-# -------------------- request order
-
-
-class Timed:
-    """p = 1/2, four responses: correct ones of 100 and 300 tokens, wrong ones e times longer; a token takes one unit of time."""
-
-    pi = np.full(4, 0.25)
-    lengths = np.array([100.0, 300.0, 100 * math.e, 300 * math.e])
-    gradient = np.array([0.125, 0.125, -0.125, -0.125])
-
-    def draw(self, seed: int) -> int:
-        return random.Random(seed).randrange(4)
-
-
-def mean_gradient(theta: NDArray[np.float64], kept: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """Mean over prompts of theta * (mean score of the kept correct - mean score of the kept wrong)."""
-    total = np.zeros(4)
-    for t, responses in zip(theta, kept, strict=True):
-        right, wrong = ([r for r in responses if (r < 2) == is_right] for is_right in (True, False))
-        if right and wrong:
-            total += t * (np.eye(4)[right].mean(0) - np.eye(4)[wrong].mean(0))
-    return total / len(kept)
-
-
-def cosine(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    return float(x @ y / math.sqrt((x @ x) * (y @ y)))
-
-
-def lengths_by_class(pools: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Mean committed length of the correct and of the wrong completions, in units of their true means."""
-    responses = np.concatenate([np.array(pool, dtype=int) for pool in pools])
-    lengths = Timed.lengths[responses]
-    return float(lengths[responses < 2].mean() / 200), float(lengths[responses >= 2].mean() / (200 * math.e))
-
-
-NUM_TIMED, WINDOW = 12_000, 8
-TIMED = preset(EXACT, min_pool=4)
-
-
-def test_request_order_has_no_bias_when_wrong_answers_take_longer() -> None:
-    model, policy = Timed(), TIMED
-    sampler = AdaptiveSampler(prompts_of([f"{i}" for i in range(NUM_TIMED)]), policy, window=WINDOW, seed=5)
-    drawn: dict[CompletionId, int] = {}
-    finishing: list[tuple[float, CompletionId]] = []
-    aborted: set[CompletionId] = set()
-    now = 0.0
-    while not sampler.done:
-        for request in sampler.next_requests(4096 - len(finishing)):
-            drawn[request.id] = response = model.draw(request.seed)
-            heapq.heappush(finishing, (now + model.lengths[response], request.id))
-        now, request_id = heapq.heappop(finishing)
-        if request_id not in aborted:
-            aborted.update(sampler.receive(scored(request_id, float(drawn[request_id] < 2))))
-    result = sampler.result()
-    pools = [[drawn[o.id] for o in pool.outcomes] for pool in result.pools]
-    theta = np.array([t.reward_variance for t in terminals_of(result.pools, policy)])
-    kept = [[drawn[s.id] for s in group.kept] for group in result.groups]
-    assert lengths_by_class(pools) == (pytest.approx(1, abs=0.01), pytest.approx(1, abs=0.01))
-    assert cosine(mean_gradient(theta, kept), model.gradient) >= 0.9999
-    assert result.metrics["pass_rate"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_completion_order_would_be_biased() -> None:
-    """The same law of timing, consumed as it finishes: each slot starts the next draw at once, and the rule sees what came first."""
-    rng, policy = random.Random(5), TIMED
-    pools, theta, kept = [], [], []
-    for _ in range(NUM_TIMED // 4):
-        slots: list[tuple[float, int, int]] = []
-        pool: list[int] = []
-        counts, now, started = Counts(0, 0), 0.0, 0
-        while counts.committed < policy.cap and policy.verdict(counts).name == "CONTINUE":
-            while len(slots) < WINDOW and started < policy.cap:
-                response = rng.randrange(4)
-                heapq.heappush(slots, (now + Timed.lengths[response], started, response))
-                started += 1
-            now, _, response = heapq.heappop(slots)
-            pool.append(response)
-            counts = Counts(counts.correct + (response < 2), counts.wrong + (response >= 2))
-        correct = np.array([r < 2 for r in pool])
-        kept.append([pool[i] for i in policy.select(correct.astype(float), correct, policy.group_size)])
-        theta.append(stopping_table(policy).at(counts).reward_variance)
-        pools.append(pool)
-    assert lengths_by_class(pools)[1] < 0.85  # wrong ones: the short ones come first
-    assert np.mean([np.mean(np.array(pool) < 2) for pool in pools]) > 0.55
-    assert cosine(mean_gradient(np.array(theta), kept), Timed.gradient) < 0.99
 
 
 # -------------------- rewards of any size
@@ -547,7 +373,7 @@ def test_rewards_are_centred_before_they_are_rounded(base: float) -> None:
 
 
 def loss_gradient(policy: Policy, script: dict[str, str], num_minibatches: int = 1) -> NDArray[np.float64]:
-    """d loss / d (total logprob of each prompt's completions of each class), [P, 2], through the real loss."""
+    """Return d loss / d (total logprob of each prompt's completions of each class), [P, 2], through the real loss."""
     result = finish(AdaptiveSampler(prompts_of(list(script)), policy), answer(script))
     names = list(script)
     total = np.zeros((len(names), 2))
@@ -632,4 +458,4 @@ def test_the_trainer_says_what_is_not_exact(overrides: dict, said: list[str]) ->
 )
 def test_an_objective_brings_the_aggregation_that_it_needs(overrides: dict, expected: str) -> None:
     config = configuration.load(None, overrides)
-    assert loss_agg_of(config) == Objective.from_config(config).loss_agg == expected
+    assert loss_agg_of(config) == RunLoss.from_config(config).loss_agg == expected

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_world import scored
 
-from reinforce_ada.sampling.policies import Counts, History
+from reinforce_ada.sampling.policies.contracts import Counts, History
 from reinforce_ada.sampling.pool import GrowingPool, reward_statistics, rewards_of
 from reinforce_ada.sampling.prompt_state import PromptState, indices_of
 from reinforce_ada.types import CompletionId, Failed, Prompt
@@ -42,7 +42,7 @@ def test_an_empty_pool() -> None:
 
 
 def test_raw_rewards_and_strict_threshold() -> None:
-    """The mean is of the raw rewards, never of the binarised ones; exactly the threshold is wrong."""
+    """The mean is that of the raw rewards, never of the binarised ones; a reward of exactly the threshold is wrong."""
     pool = GrowingPool(0.7)
     for index, reward in enumerate((0.8, 0.7, 0.2, 0.9)):
         pool.put(index, scored(CompletionId(0, "a", index), reward))
@@ -66,7 +66,7 @@ def test_answers_count_before_their_commit_and_no_more_once_cut() -> None:
 
 
 def test_the_books_of_a_prompt() -> None:
-    """Of 6 requests 0 is committed, 2 waits for 1, 3 is lost, and 5 came too late to count; 1 and 4 are out."""
+    """Among 6 requests, 0 is committed, 2 waits for 1, 3 is lost, 5 came too late to count, and 1 and 4 are out."""
     state = PromptState(0, Prompt("a"), History(), 8, 0.7)
     state.num_issued, state.outstanding, state.lost, state.discarded = 6, 0b010010, 0b001000, 0b100000
     for index in (0, 2):

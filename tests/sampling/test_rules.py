@@ -1,4 +1,4 @@
-"""The rules as tables, and the settled end against every way one by one."""
+"""The rules as tables, and the settled end against an enumeration of all outcomes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sampling_world import scored
 
 from reinforce_ada.sampling import Balance, Balanced, Band, Centered, Counts, Never, Policy, Positive, Rounds, Verdict
-from reinforce_ada.sampling.policies import Decide, DropOneClass
+from reinforce_ada.sampling.policies.contracts import Decide
+from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.sampling.rules import (
     CORRECT,
     VOID,
@@ -159,7 +160,7 @@ def test_settled_end(decide: Decide, every: int, committed: str, later: str, exp
     later=st.lists(st.sampled_from([CORRECT, WRONG, VOID, None, None]), max_size=5),
 )
 def test_a_settled_end_is_one_for_all_ways_the_open_ones_can_turn_out(seed: int, every: int, committed: int, later: list) -> None:
-    """Against every way, one by one, for rules that are drawn at random."""
+    """Compare with an enumeration of all outcomes, for rules that are drawn at random."""
     cap = 12
 
     def decide(counts: Counts) -> Verdict:

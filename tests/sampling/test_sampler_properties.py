@@ -21,7 +21,8 @@ from sampling_world import (
 from sampling_world import policies as any_policy
 
 from reinforce_ada.sampling import AdaptiveSampler, Balance, Centered, Never, Policy, Positive, Refill, Rounds, preset
-from reinforce_ada.sampling.policies import Balanced, DropOneClass
+from reinforce_ada.sampling.policies.decide import DropOneClass
+from reinforce_ada.sampling.policies.select import Balanced
 from reinforce_ada.types import Aborted, CompletionId, Event, Failed, Lost, SamplingResult, Scored
 
 COMMON = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -62,6 +63,12 @@ def world(policy: Policy, script: dict[str, str], timing, **more) -> Chaos:
     return Chaos(sampler, script, rng, slots=slots, mess=mess)
 
 
+def any_step(data: st.DataObject) -> tuple[Policy, dict[str, str]]:
+    """Draw a policy, and the outcomes of one to four prompts."""
+    policy = data.draw(policies())
+    return policy, data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+
+
 def kept(result: SamplingResult) -> list[list[tuple]]:
     return [[s.id for s in group.kept] for group in result.groups]
 
@@ -69,8 +76,7 @@ def kept(result: SamplingResult) -> list[list[tuple]]:
 @COMMON
 @given(data=st.data())
 def test_any_event_order_gives_the_sequential_pools(data: st.DataObject) -> None:
-    policy = data.draw(policies())
-    script = data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+    policy, script = any_step(data)
     chaos = world(policy, script, data.draw(timings(policy)))
     chaos.run()
     result = chaos.sampler.result()
@@ -86,8 +92,7 @@ def test_any_event_order_gives_the_sequential_pools(data: st.DataObject) -> None
 @COMMON
 @given(data=st.data())
 def test_a_step_cut_anywhere_and_restored_gives_the_same_pools(data: st.DataObject) -> None:
-    policy = data.draw(policies())
-    script = data.draw(scripts(policy, data.draw(st.integers(1, 4))))
+    policy, script = any_step(data)
     first = world(policy, script, data.draw(timings(policy)))
     first.run(data.draw(st.integers(0, 60)))
     second = world(policy, script, data.draw(timings(policy)))
@@ -165,7 +170,7 @@ class Replicas:
         return Failed(request_id, 0, "void") if reward is VOID else scored(request_id, reward)
 
     def drive(self, sampler: AdaptiveSampler, num_polls: int | None = None) -> AdaptiveSampler:
-        """To the end, or for so many polls."""
+        """Run to the end, or for a number of polls."""
         while not sampler.done and num_polls != 0:
             for request in sampler.next_requests(self.slots - sum(map(len, self.queues))):
                 min(self.queues, key=len).append(request.id)
@@ -190,7 +195,7 @@ class Replicas:
 
 
 def record(result: SamplingResult) -> list[tuple]:
-    """Everything of the pools and groups that training could see."""
+    """Return all of the pools and groups that training can see."""
     pools = [
         (
             (p.prompt.prompt_id, p.exit, p.cap, p.num_correct, p.num_wrong, p.num_void, p.mean, p.m2, p.min, p.max),
@@ -204,7 +209,7 @@ def record(result: SamplingResult) -> list[tuple]:
 @COMMON
 @given(data=st.data())
 def test_pools_depend_on_nothing_but_the_answers(data: st.DataObject) -> None:
-    """Any rewards, caps, windows, slots, replicas and order, and one crash: the pools of the one that asks one at a time."""
+    """With any rewards, caps, windows, slots, replicas, order and one crash, the pools are those of one request at a time."""
     policy = data.draw(any_policy())
     rows = data.draw(tables(policy, 5))
     memory = Remembered(data.draw(histories(len(rows))))

@@ -23,7 +23,7 @@ POS, BALANCE = "reinforce-ada-pos", "reinforce-ada-balance"
 
 
 def close(value: float, printed: str) -> bool:
-    """Whether `value` rounds to the printed digits (a half may round either way)."""
+    """Return whether `value` rounds to the printed digits (a half may round either way)."""
     digits = len(printed.partition(".")[2])
     return abs(value - float(printed)) <= 0.5 * 10**-digits + 1e-12
 
@@ -113,7 +113,7 @@ SMALL = [
 
 @pytest.mark.parametrize("policy", SMALL, ids=lambda p: f"{p.name}-{p.decide_every}-{p.min_pool}")
 def test_every_outcome_string_through_the_real_sampler(policy: Policy) -> None:
-    """All 2^8 strings, in one step: the terminal states and the unbiased reward agree with the path counts, exactly."""
+    """Draw all 2^8 strings in one step: the terminal states and the unbiased reward agree with the path counts, exactly."""
     strings = {"".join(chars): "".join(chars) for chars in itertools.product("+-", repeat=policy.cap)}
     source = iter(prompts_of(list(strings)))
     sampler = AdaptiveSampler(source, policy, num_prompts=len(strings))
@@ -137,7 +137,7 @@ NUM_PROMPTS = 600
 
 
 def measure(policy: Policy, schedule: str, rates: Sequence[float]) -> Mapping[str, float]:
-    """Metrics of a step with one prompt for each pass rate; wrong answers are the slow ones, which completion order would take for rare."""
+    """Return the metrics of a step with one prompt for each pass rate; wrong answers are slow, which completion order underrates."""
     rng = random.Random(f"{policy.name} {policy.decide_every} {rates[0]}")
     rate_of = {f"p{i}": p for i, p in enumerate(rates)}
     sampler = AdaptiveSampler(prompts_of(list(rate_of)), policy, schedule=schedule)
@@ -159,7 +159,7 @@ def measure(policy: Policy, schedule: str, rates: Sequence[float]) -> Mapping[st
 @pytest.mark.parametrize(("p", "schedule"), [*zip(SIX, ("stream", "rounds") * 3, strict=True)])
 @pytest.mark.parametrize(("name", "overrides"), [(POS, {}), (BALANCE, {}), (POS, PER_COMPLETION), (BALANCE, PER_COMPLETION)])
 def test_monte_carlo_through_the_real_sampler(name: str, overrides: dict, p: float, schedule: str) -> None:
-    """The tables above again, each mean within 4 exact standard errors."""
+    """Check the tables above by sampling, each mean within 4 exact standard errors."""
     policy = preset(name, **overrides)
     table, metrics = stopping_table(policy), measure(policy, schedule, [p] * NUM_PROMPTS)
     for value, measured in (
@@ -196,7 +196,7 @@ def adaptive(rule: Positive | Balance, cap: int, decide_every: int, min_pool: in
 
 
 def expectations(policy: Policy, cap: int, voids: Sequence[int], p: Fraction) -> tuple[Fraction, Fraction]:
-    """E[pass_rate] and E[reward_variance] as a sum over all strings: drawn one after another, the rule asked where it is due."""
+    """Return E[pass_rate] and E[reward_variance] as a sum over all strings, with the rule asked where it is due."""
     free = [i for i in range(cap) if i not in voids]
     first, second = Fraction(0), Fraction(0)
     for bits in itertools.product("+-", repeat=len(free)):
@@ -251,7 +251,7 @@ def test_fixed_sizes_have_the_textbook_estimates() -> None:
 
 
 def test_stopping_at_the_kth_success_has_haldanes_estimate() -> None:
-    """(K - 1) / (N - 1) where the rule stopped; at the cap, where it did not, the estimate is another one."""
+    """The estimate is (K - 1) / (N - 1) where the rule stopped, and another one at the cap, where it did not."""
     for t in stopping_table(adaptive(Positive(3), 12, 1, 0)).terminals:
         if t.verdict is Verdict.STOP:
             assert math.isclose(t.pass_rate, 2 / (t.count - 1), rel_tol=1e-15)
@@ -277,7 +277,7 @@ class Budgeted(Rounds):
 
 @pytest.mark.parametrize("rule", [Positive(1), Balance(2, 1)], ids=str)
 def test_each_cap_and_pattern_of_voids_has_its_table(rule: Positive | Balance) -> None:
-    """Through the real sampler: all strings of a void at 2 and nothing else, each with three caps; sums are 1, p and p (1 - p)."""
+    """Run the real sampler over all strings with a void at 2 and nothing else, each with three caps; sums are 1, p and p (1 - p)."""
     policy = dataclasses.replace(adaptive(rule, 8, 2, 2), allocate=Budgeted(8, 1))
     strings = ["".join((*x[:2], "v", *x[2:])) for x in itertools.product("+-", repeat=7)]
     script = {f"{s} {i}": s for s in strings for i in range(3)}

@@ -1,4 +1,4 @@
-"""The posterior window: its probabilities against enumeration, what it asks for, and that it changes no pool."""
+"""The posterior window: its probabilities against enumeration, its requests, and that it changes no pool."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EACH = preset(BALANCE, decide_every=1)
 
 
 def brute_survival(policy: Policy, history: History, start: Counts, num: int) -> float:
-    """P(open after `num` more completions): every sequence, one after another."""
+    """Return P(open after `num` more completions), by enumerating all sequences."""
     total = 0.0
     for sequence in product((True, False), repeat=num):
         correct, wrong, void = start
@@ -42,7 +42,7 @@ def brute_survival(policy: Policy, history: History, start: Counts, num: int) ->
 
 
 def survival_table(policy: Policy, history: History, *, void: int = 0) -> np.ndarray:
-    """All of `survivals` at once: [cap + 1, cap + 1, cap + 1] by (correct, wrong, j)."""
+    """Return all of `survivals` at once: [cap + 1, cap + 1, cap + 1] by (correct, wrong, j)."""
     table = np.zeros((policy.cap + 1,) * 3)
     for count, survival in survivals(policy, history, void=void):
         for correct, row in enumerate(survival):
@@ -51,7 +51,7 @@ def survival_table(policy: Policy, history: History, *, void: int = 0) -> np.nda
 
 
 def survival_cube(policy: Policy, history: History, *, void: int = 0) -> np.ndarray:
-    """The recursion as it is written, over a cube that holds everything."""
+    """Compute the recursion as it is written, over a cube of all states."""
     cap = policy.cap
     survival = np.zeros((cap + 1, cap + 1, cap + 1))
     for count in range(cap - void - 1, -1, -1):
@@ -124,7 +124,7 @@ def test_survival_is_that_of_every_sequence_enumerated(name: str, decide_every: 
 
 
 def test_survival_of_a_uniform_prior_by_hand() -> None:
-    """All numbers of correct ones among j are equally likely, and 2 to j - 2 of them end it: S_j = 4 / (j + 1)."""
+    """All numbers of correct ones among j are equally likely, and 2 to j - 2 of them end the prompt: S_j = 4 / (j + 1)."""
     table = survival_table(EACH, History())
     assert table[0, 0, :12].tolist() == pytest.approx([1, 1, 1, 1, *(4 / (j + 1) for j in range(4, 12))])
     window = {s: PosteriorWindow(EACH, s)(Counts(0, 0), History(), 32) for s in (0.5, 0.4, 1.0)}
@@ -141,7 +141,7 @@ def test_a_prompt_that_keeps_failing_gets_its_whole_budget_and_an_easy_one_what_
 
 
 def test_a_window_of_rounds_reaches_to_decision_points() -> None:
-    """Between two decisions survival is flat: 8 of a round are needed or none, so the window is whole rounds."""
+    """Survival is constant between two decisions: all 8 of a round are needed or none, so the window is whole rounds."""
     window = PosteriorWindow(preset(BALANCE))
     assert window(Counts(0, 0), History(), 32) == 16  # S_8 = 4/9
     assert window(Counts(0, 5), History(), 32) == 27
@@ -177,7 +177,7 @@ def issued(sampler: AdaptiveSampler, slots: int = 99) -> list[int]:
 
 
 def give(sampler: AdaptiveSampler, answers: dict[int, str]) -> list[int]:
-    """Answer these; the indices to abort."""
+    """Answer these requests and return the indices to abort."""
     return [i.index for index, char in answers.items() for i in sampler.receive(answer({"a": char * 99})(CompletionId(0, "a", index)))]
 
 
@@ -230,7 +230,7 @@ def test_fixed_windows_look_at_the_committed_prefix_alone() -> None:
 
 
 class SettlingChaos(Chaos):
-    """Chaos in which a prompt may give up a part of its requests before it exits."""
+    """A Chaos in which a prompt may give up a part of its requests before it exits."""
 
     def deliver(self, event: Event) -> None:
         if self.is_foreign(event):
@@ -267,7 +267,7 @@ def pools_of(sampler: AdaptiveSampler) -> Sequence[tuple[str, str]]:
 @given(cases(), st.sampled_from([0.05, 0.4, 1.0]), st.integers(1, 40), st.sampled_from([0.0, 0.3]), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_the_pools_are_those_of_the_sequential_sampler(case, min_survival: float, slots: int, mess: float, seed: int) -> None:
-    """Whatever comes when, is lost, late or twice; and again from the journal of any moment."""
+    """The pools hold for any order, loss, delay and repetition, and again from the journal at any moment."""
     policy, script = case
     rng = random.Random(seed)
     chaos = SettlingChaos(new(policy, script, min_survival), script, rng, slots=slots, mess=mess)

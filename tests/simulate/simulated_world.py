@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import Counts, Policy, Verdict
 from reinforce_ada.simulate.engine_model import LengthModel
 from reinforce_ada.simulate.population import World
 from reinforce_ada.types import CompletionId, Prompt, Request, Scored
 
 
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Check that the block raises InputError with this text in its message."""
+    with pytest.raises(InputError) as e:
+        yield
+    assert message in str(e.value)
+
+
 class ScriptedWorld(World):
-    """Outcomes and lengths as given: a text of + and -, and the tokens of each completion, for every prompt."""
+    """A world with given outcomes and lengths: a text of + and -, and the tokens of each completion, for every prompt."""
 
     def __init__(self, outcomes: list[str], tokens: list[list[int]]) -> None:
         super().__init__(np.zeros(len(outcomes)), LengthModel(), 0)
@@ -24,7 +37,7 @@ class ScriptedWorld(World):
 
 
 class CompletionOrder:
-    """The ablation: answers enter the pool as they finish, and short ones finish first. `window` requests of a prompt are out."""
+    """The ablation in which answers enter the pool as they finish, short ones first, with `window` requests of each prompt out."""
 
     def __init__(self, num_prompts: int, policy: Policy, window: int) -> None:
         self._policy, self._window = policy, window

@@ -1,4 +1,4 @@
-"""`reinforce-ada simulate`: its table, its files, and what it says of what it cannot use."""
+"""`reinforce-ada simulate`: its table, its files, and its messages about arguments that it cannot use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run was made of comes back from its store and its log."""
+"""The fit returns the models of a run from its store and its log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICY = preset("reinforce-ada-balance")
 
 
 def write_run(folder: Path, *, schedule: str, window: int | None, num_steps: int) -> None:
-    """A run as the trainer would have left it, were its engine the model: `sampling_s` is the virtual clock's."""
+    """Write a run as the trainer would have left it with the model as its engine: `sampling_s` is that of the virtual clock."""
     sampling = {"preset": POLICY.name, "schedule": schedule, "window": window, "max_tokens": TRUTH.max_tokens}
     header = {"kind": "run", "device": "cpu", "config": {"sampling": sampling, "engine": {"max_num_seqs": ENGINE.slots}}}
     records = [header]
@@ -43,7 +43,7 @@ def write_run(folder: Path, *, schedule: str, window: int | None, num_steps: int
 
 
 def _sample(store: RolloutStore, world: World, step: int):
-    """The same pools, written event by event."""
+    """Write the same pools event by event."""
     sampler = AdaptiveSampler([Prompt(f"{step}-{i}") for i in range(world.num_prompts)], POLICY, step=step, window=8)
     while not sampler.done:
         for request in sampler.next_requests(10_000):
@@ -91,7 +91,7 @@ def test_a_simulated_run_gives_back_its_models(tmp_path: Path, schedule: str, wi
     ],
 )
 def test_a_run_is_sampled_again_by_the_policy_it_had(sampling: dict) -> None:
-    """Whatever key of a policy the run was given; a log of an earlier version lacks some."""
+    """The fit reads any key of a policy; a log of an earlier version lacks some."""
     config = {"sampling": {"schedule": "stream", "window": 4, "max_tokens": 9, **sampling}, "engine": {"max_num_seqs": 7}}
     run = _Run.of(Path("run"), {"device": "cpu", "config": config})
     whole = replace(load().sampling, **sampling)
@@ -101,12 +101,12 @@ def test_a_run_is_sampled_again_by_the_policy_it_had(sampling: dict) -> None:
 
 @pytest.mark.parametrize("header", [{}, {"config": 3}, {"config": {"sampling": {}, "engine": {}}, "device": "cpu"}])
 def test_a_header_that_says_nothing_is_one_line(header: dict) -> None:
-    with pytest.raises(InputError, match=r"^simulate --fit: the first record of .*log.jsonl says nothing of how it sampled"):
+    with pytest.raises(InputError, match=r"^simulate --fit: the first record of .*log.jsonl does not say how the run sampled"):
         _Run.of(Path("run"), header)
 
 
 def test_pass_rates_are_found_through_the_stopping_rule() -> None:
-    """20 000 stopped pools: the pool means are biased, the likelihood is not."""
+    """For 20 000 stopped pools the pool means are biased, but the likelihood is not."""
     rng = np.random.default_rng(0)
     counts = []
     for p in rng.beta(0.5, 2.5, 20_000):
@@ -121,7 +121,7 @@ def test_pass_rates_are_found_through_the_stopping_rule() -> None:
 
 
 def test_fit_beta_of_two_pools_by_hand() -> None:
-    """One success and one failure, each alone: every mean 1/2 with a + b -> 0 is likelier; the search ends at its bound of 0.01."""
+    """A pool of successes and one of failures: a mean of 1/2 is likelier the smaller a + b is, so the search ends at its bound of 0.01."""
     fitted = fit_beta([(8, 0), (0, 8)])
     assert fitted.a == pytest.approx(fitted.b, rel=0.01)
     assert fitted.a < 0.02

@@ -1,4 +1,4 @@
-"""docs/simulator.md says what was measured, and its claims hold for it."""
+"""docs/simulator.md has the measured numbers, and its claims hold for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_tables_are_those_of_the_results(script: ModuleType) -> None:
 
 
 def test_the_goal_is_met_on_the_three_populations(script: ModuleType) -> None:
-    """At most .65 of the rounds' wall-clock and 15 % waste, over 32 seeds."""
+    """The goal is at most .65 of the rounds' wall-clock and 15 % waste, over 32 seeds."""
     studies = json.loads(script.RESULTS.read_text())["goal"]
     assert [study["population"] for study in studies] == ["Beta(1, 2)", "Beta(0.5, 2.5)", "Beta(2.5, 0.6)"]
     for study in studies:

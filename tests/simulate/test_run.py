@@ -7,7 +7,7 @@ import pytest
 from simulated_world import ScriptedWorld
 
 from reinforce_ada.sampling import preset, stopping_table
-from reinforce_ada.sampling.policies import Counts, Verdict
+from reinforce_ada.sampling.policies.contracts import Counts, Verdict
 from reinforce_ada.sampling.statistics import samples, signal
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
@@ -20,7 +20,7 @@ TWO_SLOTS = EngineModel(slots=2, step_ms=10, busy_ms=1)
 
 
 def test_a_free_slot_is_filled_at_once_by_hand() -> None:
-    """Lengths 2, 5, 3 in two slots: the third starts at step 2, and both end at step 5 with no slot ever idle."""
+    """With lengths 2, 5, 3 in two slots, the third starts at step 2, and both end at step 5 with no slot idle."""
     done = simulate(ScriptedWorld(["+", "-", "+"], [[2], [5], [3]]), ONE, TWO_SLOTS)
     assert (done.num_steps, done.tokens, done.tokens_committed) == (5, 10, 10)
     assert done.wall_s == pytest.approx(5 * 0.010 + 10 * 0.001)
@@ -35,7 +35,7 @@ def test_prompts_and_weights_cost_time_of_their_own() -> None:
 
 
 def test_what_an_exit_aborts_has_cost_its_tokens_so_far() -> None:
-    """0 to 2 end at step 1 and let 8 to 10 in; 3 ends it at step 10, when 4 to 7 have 10 tokens each and 8 to 10 have 9."""
+    """Requests 0 to 2 end at step 1 and admit 8 to 10; 3 ends it at step 10, when 4 to 7 have 10 tokens each and 8 to 10 have 9."""
     world = ScriptedWorld(["++--" + 28 * "-"], [[1, 1, 1, 10] + 28 * [20]])
     done = simulate(world, EACH, EngineModel(slots=8), window=8)
     assert (done.num_steps, done.tokens, done.tokens_committed) == (10, 13 + 4 * 10 + 3 * 9, 13)
@@ -44,7 +44,7 @@ def test_what_an_exit_aborts_has_cost_its_tokens_so_far() -> None:
 
 
 def test_what_the_answers_settle_is_aborted_at_once() -> None:
-    """1 to 4 end at step 1 with two of each: 5 to 9 are given up with one token each, and 0 goes on to step 10."""
+    """Requests 1 to 4 end at step 1 with two of each class: 5 to 9 are given up with one token each, and 0 goes on to step 10."""
     world = ScriptedWorld(["+" + "++--" + 27 * "-"], [[10, 1, 1, 1, 1] + 27 * [20]])
     done = simulate(world, EACH, EngineModel(slots=10), window=PosteriorWindow(EACH))
     assert (done.num_steps, done.tokens, done.tokens_committed) == (10, 10 + 4 + 5, 14)

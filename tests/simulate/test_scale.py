@@ -1,4 +1,4 @@
-"""A million prompts: `make simulate-scale`."""
+"""A million simulated prompts: `make simulate-scale`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = ["reinforce-ada-balance:decide_every=1", "--schedule", "stream", "--w
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_million_prompts_on_ten_thousand_slots_within_five_minutes_and_4_gb(tmp_path: Path, capsys) -> None:
-    """Cap 32, some 12 million completions. Peak memory is that of the process."""
+    """The cap is 32, for some 12 million completions. Peak memory is that of the process."""
     to = tmp_path / "study.json"
     size = ["--prompts", "1000000", "--slots", "10000", "--json", str(to)]
     started = time.monotonic()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from reinforce_ada import config as configuration
 from reinforce_ada.training.batching import Batch, Sample, collate, micro_batches
-from reinforce_ada.training.language_model import Head, HuggingFaceModel, check_forms, token_logprobs
+from reinforce_ada.training.language_model import HuggingFaceModel, OutputHead, check_forms, token_logprobs
+from reinforce_ada.training.loss import RunLoss
 from reinforce_ada.training.models import tiny_config, tiny_tokenizer
-from reinforce_ada.training.objectives import Objective
 from reinforce_ada.types import Completion, CompletionId, Prompt
 
 TEMPERATURE = 0.7
@@ -116,7 +116,7 @@ def test_the_cap_and_the_scales_matter() -> None:
         head = model.head()
         assert getattr(head, field) == {"gemma2": 1.0, "cohere": 2.5, "granite": 4.0}[model_type]
         truth = own_logprobs(model, SAMPLES)
-        model.head = partial(Head, head.weight, None)  # type: ignore[method-assign]
+        model.head = partial(OutputHead, head.weight, None)  # type: ignore[method-assign]
         assert float((token_logprobs(model, SHARED, TEMPERATURE) - truth).detach().abs().max()) > 0.1, model_type
 
 
@@ -175,16 +175,16 @@ def reinforce_loss(model: HuggingFaceModel) -> Tensor:
     return -(advantages * own_logprobs(model, SAMPLES)).sum() / SHARED.num_tokens
 
 
-def objective_value(model: HuggingFaceModel, batches: list[Batch]) -> Tensor:
+def loss_value(model: HuggingFaceModel, batches: list[Batch]) -> Tensor:
     config = configuration.load(None, {"temperature": TEMPERATURE, "loss": "reinforce"})
-    objective = Objective.from_config(config)
-    values = [objective(model, b, None, SHARED.num_tokens, SHARED.num_seqs)[0] for b in batches]
+    loss = RunLoss.from_config(config)
+    values = [loss(model, b, None, SHARED.num_tokens, SHARED.num_seqs)[0] for b in batches]
     return torch.stack(values).sum()
 
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 40, 10_000])
 @pytest.mark.parametrize("spoil", [None, with_strange_head, with_deaf_attention])
-def test_the_objective_has_the_gradient_of_the_plain_loss(spoil: Callable[[HuggingFaceModel], None] | None, tokens_per_pass: int) -> None:
+def test_the_loss_has_the_gradient_of_the_plain_loss(spoil: Callable[[HuggingFaceModel], None] | None, tokens_per_pass: int) -> None:
     model = make_model("llama")
     if spoil is not None:
         spoil(model)
@@ -192,6 +192,6 @@ def test_the_objective_has_the_gradient_of_the_plain_loss(spoil: Callable[[Huggi
     truth = reinforce_loss(model)
     expected = gradients(model, truth)
     batches = list(micro_batches(SAMPLES, tokens_per_pass, share_prompts=model.share_prompts, pad_id=0))
-    value = objective_value(model, batches)
+    value = loss_value(model, batches)
     assert float(value.detach()) == pytest.approx(float(truth.detach()), abs=1e-4)
     assert_same_gradients(gradients(model, value), expected, 2e-5)

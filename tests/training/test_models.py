@@ -41,10 +41,10 @@ def test_a_tokenizer_without_pad_and_end_token_is_said_in_one_line(folder):
 
 def test_a_name_that_is_no_model(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json"):
-        models.resolve(str(tmp_path))
+        models.path_of(str(tmp_path))
     with pytest.raises(InputError, match="is no folder"):
-        models.resolve("smolm2")
-    assert models.resolve("org/name") == "org/name"
+        models.path_of("smolm2")
+    assert models.path_of("org/name") == "org/name"
 
 
 CODE = "raise SystemExit('the code of the folder has run')"

@@ -21,14 +21,14 @@ from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.inline import InlineRewards
-from reinforce_ada.rewards.worker import resolve
+from reinforce_ada.rewards.worker import load_reward
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import NearestRate, Refill, SkipStreaks, configured
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.batching import Sample, collate
 from reinforce_ada.training.language_model import HuggingFaceModel, token_logprobs
 from reinforce_ada.training.log import read_log
-from reinforce_ada.training.objectives import Objective, inexact
+from reinforce_ada.training.loss import RunLoss, inexact
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.training.tasks import load_records
 from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
@@ -62,7 +62,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def inline(config: Any, task: Any) -> Iterator[InlineRewards]:
-        yield InlineRewards(resolve(task.reward) if isinstance(task.reward, str) else task.reward)
+        yield InlineRewards(load_reward(task.reward) if isinstance(task.reward, str) else task.reward)
 
     monkeypatch.setattr(launch, "finish", lambda out, display: None)
     monkeypatch.setattr(launch, "make_rewards", inline)
@@ -237,7 +237,7 @@ def test_a_head_that_does_not_fit_is_said_and_the_logits_are_used(
     assert steps_of(tmp_path / "wrong head")[0]["loss"] != 0
 
 
-# -------------------- rewards and losses of one's own
+# -------------------- rewards and custom losses
 
 
 def test_a_reward_beside_the_user(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,10 +338,10 @@ def test_with_objective_mean_groups_without_signal_change_nothing(tmp_path: Path
 
 def test_a_denominator_below_one_divides(tmp_path: Path) -> None:
     """As of 8 minibatches of one prompt with two completions kept: 2 * 1 / 8."""
-    objective = Objective.from_config(toy_config(tmp_path, loss_agg="seq-mean-token-sum"))
+    loss = RunLoss.from_config(toy_config(tmp_path, loss_agg="seq-mean-token-sum"))
     completion = Completion(CompletionId(0, "a", 0), np.array([4, 5], np.int32), np.zeros(2, np.float32), "", "stop", 0)
     batch = collate([[Sample(Prompt("a", (3,)), completion, 1.0)]], 0)
-    whole, eighth = (objective(ToyModel(torch.float32), batch, None, 2, n)[0].detach().item() for n in (2.0, 0.25))
+    whole, eighth = (loss(ToyModel(torch.float32), batch, None, 2, n)[0].detach().item() for n in (2.0, 0.25))
     assert eighth == pytest.approx(8 * whole)
 
 
@@ -369,14 +369,14 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
     config = toy_config(tmp_path / "run", steps=1, minibatches=3, dtype="float32")
     trainer = toy_trainer(config, tmp_path / "run", resume=False)
     start = [p.detach().clone() for p in trainer.parts.model.module.parameters()]
-    objective, seen = trainer.learner.objective, []
+    loss, seen = trainer.learner.loss, []
 
     def spy(model: Any, batch: Any, old: Any, num_tokens: int, num_seqs: int) -> Any:
         seen.append((batch, old, num_tokens, num_seqs))
-        return objective(model, batch, old, num_tokens, num_seqs)
+        return loss(model, batch, old, num_tokens, num_seqs)
 
-    trainer.learner.objective = spy  # type: ignore[assignment]
-    spy.temperature, spy.entropy_coef = objective.temperature, 0.0  # type: ignore[attr-defined]
+    trainer.learner.loss = spy  # type: ignore[assignment]
+    spy.temperature, spy.entropy_coef = loss.temperature, 0.0  # type: ignore[attr-defined]
     trainer.run()
     with torch.no_grad():
         for p, value in zip(trainer.parts.model.module.parameters(), start, strict=True):

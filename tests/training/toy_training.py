@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
+from reinforce_ada.engines.base import Engine
 from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import Ranks
-from reinforce_ada.training.language_model import Head
+from reinforce_ada.training.language_model import OutputHead
 from reinforce_ada.training.tasks import PromptStream, Source, content_key
 from reinforce_ada.training.trainer import Parts, Trainer, compared, fingerprint
 from reinforce_ada.types import Completion, CompletionId, Prompt, Request
@@ -43,9 +44,9 @@ class ToyModel:
     def hidden(self, batch: Batch) -> Tensor:
         return torch.tanh(self.module["embedding"](batch.input_ids[batch.row_of, batch.column_of]))
 
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         layer: Any = self.module["head"]
-        return Head(layer.weight, layer.bias)
+        return OutputHead(layer.weight, layer.bias)
 
     def logits(self, batch: Batch) -> Tensor:
         return self.module["head"](self.hidden(batch))
@@ -62,7 +63,7 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-class ToyEngine:
+class ToyEngine(Engine):
     """Samples from its copy of the weights, two completions per poll, and writes every id it is given to a file."""
 
     def __init__(self, submitted: Path) -> None:
@@ -103,10 +104,6 @@ class ToyEngine:
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         self._weights = {name: tensor.float().clone() for name, tensor in named_tensors}
         self._version = policy_version
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
 
     def close(self) -> None: ...
 

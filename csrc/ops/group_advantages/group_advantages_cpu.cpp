@@ -29,14 +29,10 @@ Moments batch_moments(const float* rewards, int64_t rows, int num_threads) {
     return total;
 }
 
-// to[i] = from[i] for fp32 and narrower types.
 template <class From, class To>
-void convert(const From* from, To* to, int64_t rows, int num_threads) {
+void convert_rows(const From* from, To* to, int64_t rows, int num_threads) {
     parallel_for((rows + kBlock - 1) / kBlock, rows, num_threads, [&](int64_t begin, int64_t end) {
-        int64_t i = begin * kBlock;
-        const int64_t stop = std::min(end * kBlock, rows);
-        for (; i + kLanes <= stop; i += kLanes) store(to + i, load(from + i));
-        if (i < stop) store_first(to + i, load_first(from + i, static_cast<int>(stop - i), 0), static_cast<int>(stop - i));
+        convert(from + begin * kBlock, to + begin * kBlock, std::min(end * kBlock, rows) - begin * kBlock);
     });
 }
 
@@ -72,9 +68,9 @@ int64_t group_advantages(const void* rewards, int dtype, const int64_t* group_of
             wrong = compute(static_cast<const float*>(rewards), static_cast<float*>(out));
         } else {
             Scratch<float> wide(2 * num_rows);
-            convert(static_cast<const T*>(rewards), wide.data(), num_rows, num_threads);
+            convert_rows(static_cast<const T*>(rewards), wide.data(), num_rows, num_threads);
             wrong = compute(wide.data(), wide.data() + num_rows);
-            if (wrong < 0) convert(wide.data() + num_rows, static_cast<T*>(out), num_rows, num_threads);
+            if (wrong < 0) convert_rows(wide.data() + num_rows, static_cast<T*>(out), num_rows, num_threads);
         }
     });
     return wrong;

@@ -20,25 +20,8 @@ typedef std::int64_t I64 __attribute__((vector_size(8 * kWide)));
 typedef float Half __attribute__((vector_size(4 * kWide)));
 
 // Said in intrinsics because compilers take vectors apart to convert them.
-RA_INLINE F64 widen(Half v) {
-#if defined(__AVX512F__)
-    return _mm512_cvtps_pd(v);
-#elif defined(__AVX2__)
-    return _mm256_cvtps_pd(v);
-#else
-    return __builtin_convertvector(v, F64);
-#endif
-}
-
-RA_INLINE Half narrow(F64 v) {
-#if defined(__AVX512F__)
-    return _mm512_cvtpd_ps(v);
-#elif defined(__AVX2__)
-    return _mm256_cvtpd_ps(v);
-#else
-    return __builtin_convertvector(v, Half);
-#endif
-}
+RA_INLINE F64 widen(Half v) { return RA_BY_ISA(_mm512_cvtps_pd(v), _mm256_cvtps_pd(v), __builtin_convertvector(v, F64)); }
+RA_INLINE Half narrow(F64 v) { return RA_BY_ISA(_mm512_cvtpd_ps(v), _mm256_cvtpd_ps(v), __builtin_convertvector(v, Half)); }
 
 RA_INLINE F64 load_wide(const float* r) {
     Half v;

@@ -21,14 +21,15 @@ struct Kernels {
 
 #define RA_KERNELS(name) \
     {group_advantages_survey_##name, "group_advantages_survey_" #name, group_advantages_rows_##name, "group_advantages_rows_" #name}
-const Kernels<float> kFloat32 = RA_KERNELS(float32);
-const Kernels<BFloat16> kBFloat16 = RA_KERNELS(bfloat16);
-const Kernels<Float16> kFloat16 = RA_KERNELS(float16);
+template <class T>
+const Kernels<T> kKernels;
+template <>
+const Kernels<float> kKernels<float> = RA_KERNELS(float32);
+template <>
+const Kernels<BFloat16> kKernels<BFloat16> = RA_KERNELS(bfloat16);
+template <>
+const Kernels<Float16> kKernels<Float16> = RA_KERNELS(float16);
 #undef RA_KERNELS
-
-const Kernels<float>& kernels(const float*) { return kFloat32; }
-const Kernels<BFloat16>& kernels(const BFloat16*) { return kBFloat16; }
-const Kernels<Float16>& kernels(const Float16*) { return kFloat16; }
 
 }  // namespace
 
@@ -46,7 +47,7 @@ void group_advantages(int device, std::uintptr_t stream, const void* rewards, in
     const auto shape = {Size{"num_rows", num_rows}, Size{"num_segments", num_segments}};
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Kernels<T>& of_type = kernels(element);
+        const Kernels<T>& of_type = kKernels<T>;
         const T* const from = static_cast<const T*>(rewards);
         if (surveyed) {
             const std::int64_t wanted = ceil_div(std::max(by_batch ? num_rows : 1, order ? 1 : num_segments), kSurveyed);

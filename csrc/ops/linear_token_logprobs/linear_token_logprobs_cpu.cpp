@@ -13,13 +13,7 @@ using std::int64_t;
 
 // The accumulators of a tile and the vectors of one step fill the registers: 8 x 3 + 3 of 32, or 4 x 3 + 3 of 16, leaving one for a
 // weight. 24 fused multiply-adds then wait for 3 + 8 loads.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8, kTileVectors = 3;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileVectors = 3;
-#else
-constexpr int kTileRows = 4, kTileVectors = 2;
-#endif
+constexpr int kTileRows = RA_BY_ISA(8, 4, 4), kTileVectors = RA_BY_ISA(3, 3, 2);
 constexpr int kPanel = kTileVectors * kLanes;
 
 // Rows of the weight that stay in the L2 cache while every panel passes over them.
@@ -142,16 +136,6 @@ void multiply_strip(const Rows& rows, const Panel& panel, float* logits, int64_t
 
 using Multiply = void (*)(const Rows&, const Panel&, float*, int64_t);
 constexpr Multiply kMultiply[] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>};
-
-template <class T>
-void widen_rows(const T* weight, int64_t rows, int64_t width, int64_t stride, float* out) {
-    for (int64_t r = 0; r < rows; ++r) {
-        const T* in = weight + r * stride;
-        int64_t d = 0;
-        for (; d + kLanes <= width; d += kLanes) store(out + r * width + d, load(in + d));
-        for (; d < width; ++d) out[r * width + d] = load_one(in + d);
-    }
-}
 
 // Where the factors of a tile of the gradients lie: factor (k, r), of row r at step k, at data[k * step + r * row_step].
 struct TileFactors {
@@ -276,7 +260,7 @@ void linear_logits(const float* packed, const void* weight, int dtype, const flo
                 Rows rows{nullptr, bias ? bias + first : nullptr, width, std::min(strip, num_rows - first), width};
                 const T* own = static_cast<const T*>(weight) + first * weight_stride;
                 if constexpr (kWiden) {
-                    widen_rows(own, rows.count, width, weight_stride, wide.data());
+                    for (int64_t r = 0; r < rows.count; ++r) convert(own + r * weight_stride, wide.data() + r * width, width);
                     rows.weight = wide.data();
                 } else {
                     rows.weight = own, rows.stride = weight_stride;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "common/simd.h"
 
@@ -11,8 +10,6 @@ namespace reinforce_ada::RA_ISA {
 namespace {
 
 using std::int64_t;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef double F64 __attribute__((vector_size(8 * kLanes)));
 

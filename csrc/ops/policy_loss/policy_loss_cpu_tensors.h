@@ -60,19 +60,11 @@ struct Output {
     }
     void keep(int64_t at, const float* values, int64_t count) const {
         if (dtype == DType::bfloat16)
-            copy(static_cast<BFloat16*>(data) + at, values, count);
+            convert(values, static_cast<BFloat16*>(data) + at, count);
         else if (dtype == DType::float16)
-            copy(static_cast<Float16*>(data) + at, values, count);
+            convert(values, static_cast<Float16*>(data) + at, count);
         else if (!is_whole(count))
-            copy(static_cast<float*>(data) + at, values, count);
-    }
-
-  private:
-    template <class T>
-    static void copy(T* p, const float* values, int64_t count) {
-        int64_t at = 0;
-        for (; at + kLanes <= count; at += kLanes) store(p + at, load(values + at));
-        if (at < count) store_first(p + at, load(values + at), static_cast<int>(count - at));
+            convert(values, static_cast<float*>(data) + at, count);
     }
 };
 

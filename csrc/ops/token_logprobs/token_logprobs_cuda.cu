@@ -26,14 +26,15 @@ struct Kernels {
      {"token_logprobs_forward_" #name, "token_logprobs_forward_" #name "_moments"}, \
      {token_logprobs_gradient_##name, token_logprobs_gradient_##name##_entropy},    \
      {"token_logprobs_gradient_" #name, "token_logprobs_gradient_" #name "_entropy"}}
-const Kernels<float> kFloat32 = RA_KERNELS(float32);
-const Kernels<BFloat16> kBFloat16 = RA_KERNELS(bfloat16);
-const Kernels<Float16> kFloat16 = RA_KERNELS(float16);
+template <class T>
+const Kernels<T> kKernels;
+template <>
+const Kernels<float> kKernels<float> = RA_KERNELS(float32);
+template <>
+const Kernels<BFloat16> kKernels<BFloat16> = RA_KERNELS(bfloat16);
+template <>
+const Kernels<Float16> kKernels<Float16> = RA_KERNELS(float16);
 #undef RA_KERNELS
-
-const Kernels<float>& kernels(const float*) { return kFloat32; }
-const Kernels<BFloat16>& kernels(const BFloat16*) { return kBFloat16; }
-const Kernels<Float16>& kernels(const Float16*) { return kFloat16; }
 
 std::int32_t checked(std::int64_t vocab) {
     if (vocab > kMostLogits)
@@ -56,7 +57,7 @@ void token_logprobs_forward(int device, std::uintptr_t stream, const void* logit
                             float* sum_p2) {
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Kernels<T>& of_type = kernels(element);
+        const Kernels<T>& of_type = kKernels<T>;
         const int moments = entropy || sum_p2;
         launch(of_type.forward[moments], {num_tokens}, kForwardThreads, {device, stream}, of_type.forward_names[moments],
                {{"num_tokens", num_tokens}, {"vocab", vocab}, {"row_stride", row_stride}}, static_cast<const T*>(logits), checked(vocab),
@@ -71,7 +72,7 @@ void token_logprobs_gradient(int device, std::uintptr_t stream, void* grad, std:
                              const float* log2_sum, const float* entropy, const float* grad_logprobs, const float* grad_entropy) {
     with_element_type(dtype, [&](auto* element) {
         using T = std::remove_pointer_t<decltype(element)>;
-        const Kernels<T>& of_type = kernels(element);
+        const Kernels<T>& of_type = kKernels<T>;
         const int with_entropy = grad_entropy != nullptr;
         const std::int64_t pieces = std::max(ceil_div(vocab, kPiece * kPackSize<T>), std::int64_t{1});
         launch(of_type.gradient[with_entropy], {num_tokens, pieces}, kGradientThreads, {device, stream},

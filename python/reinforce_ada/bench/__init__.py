@@ -1,1 +1,1 @@
-"""Benchmarks of the operators: one catalogue of cases, run by `reinforce-ada bench` and by pytest-benchmark alike."""
+"""Benchmarks of the operators: one catalogue of cases, which `reinforce-ada bench` and pytest-benchmark both run."""

@@ -1,11 +1,12 @@
-"""What the operators are measured against: the forms that trainers and libraries have, each computing what ours computes."""
+"""The baselines of the operators: the implementations of trainers and libraries, each computing the same as ours."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,21 +15,35 @@ from torch import Tensor
 
 from reinforce_ada.bench.case import Candidate
 
+Implementation = Callable[[Tensor, Tensor], Any]  # of a pass over (logits, ids) or (hidden, weight)
+R = TypeVar("R")
+
 
 def compiled(form: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with inductor, for these shapes alone: the strongest that plain PyTorch has to offer."""
+    """Compile with inductor for fixed shapes, which is the fastest that plain PyTorch offers."""
     return torch.compile(form, dynamic=False)
 
 
+def runnable(found: Mapping[str, tuple[str | None, R]]) -> tuple[dict[str, R], dict[str, str]]:
+    """Split baselines (name: (why it cannot run or None, the baseline)) into those that can run and the reasons of the others."""
+    absent = {name: reason for name, (reason, _) in found.items() if reason}
+    return {name: run for name, (_, run) in found.items() if name not in absent}, absent
+
+
+def candidates(found: Mapping[str, R], call: Callable[[R], Any]) -> list[Candidate]:
+    """Return a candidate for each baseline, which runs `call(baseline)`."""
+    return [Candidate(name, partial(call, run)) for name, run in found.items()]
+
+
 def missing(package: str, device: str, needs_gpu: bool = False) -> str | None:
-    """Why a baseline of another package cannot run here, None when it can be tried."""
+    """Return why a baseline of another package cannot run here, or None if it can be tried."""
     if needs_gpu and device != "cuda":
         return "needs a GPU"
     return None if importlib.util.find_spec(package) else f"{package} is not installed (extra `bench`)"
 
 
 def reading(num_bytes: int, device: str) -> Candidate:
-    """The read ceiling: as many bytes, summed."""
+    """Return the read ceiling: a sum over as many bytes."""
     x = torch.ones(num_bytes // 4, device=device)
     return Candidate("reading its bytes", x.sum, floor=True)
 
@@ -37,17 +52,17 @@ def reading(num_bytes: int, device: str) -> Candidate:
 
 
 def log_softmax(logits: Tensor, ids: Tensor) -> Tensor:
-    """Naive eager PyTorch."""
+    """Compute logprobs in naive eager PyTorch."""
     return logits.float().log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
 
 
 def logsumexp(logits: Tensor, ids: Tensor) -> Tensor:
-    """The best eager form, and the best to compile."""
+    """Compute logprobs in the fastest way in eager PyTorch, which is also the fastest when compiled."""
     return logits.gather(1, ids[:, None]).squeeze(1).float() - logits.float().logsumexp(-1)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """PyTorch's own fused operator."""
+    """Compute logprobs by PyTorch's own fused operator."""
     return -F.cross_entropy(logits.float(), ids, reduction="none")
 
 
@@ -60,13 +75,13 @@ def trl(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def entropy_by_log_softmax(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Naive eager PyTorch."""
+    """Compute logprobs and entropy in naive eager PyTorch."""
     log_p = logits.float().log_softmax(-1)
     return log_p.gather(1, ids[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
 def entropy_by_logsumexp(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp - Σ p z, as verl computes it."""
+    """Compute logprobs, and the entropy as logsumexp - Σ p z, as verl does."""
     z = logits.float()
     lse = z.logsumexp(-1)
     return z.gather(1, ids[:, None]).squeeze(1) - lse, lse - ((z - lse[:, None]).exp() * z).sum(-1)
@@ -76,7 +91,7 @@ def entropy_by_logsumexp(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def index_add(rewards: Tensor, group_of: Tensor, groups: int, with_std: bool, dtype: torch.dtype) -> Tensor:
-    """Sums of groups by index_add, in `dtype` (our sums are float64)."""
+    """Compute advantages from sums by index_add in `dtype` (our sums are float64)."""
     r = rewards.to(dtype)
     count = r.new_zeros(groups).index_add_(0, group_of, torch.ones_like(r))
     mean = r.new_zeros(groups).index_add_(0, group_of, r) / count.clamp(min=1)
@@ -88,7 +103,7 @@ def index_add(rewards: Tensor, group_of: Tensor, groups: int, with_std: bool, dt
 
 
 def bincount(rewards: Tensor, group_of: Tensor, groups: int, with_std: bool) -> Tensor:
-    """The same by numpy's bincount, whose sums are float64; on the CPU."""
+    """Compute advantages from sums by numpy's bincount, which are float64, on the CPU."""
     r, g = rewards.numpy(), group_of.numpy()
     count = np.bincount(g, minlength=groups)
     mean = np.bincount(g, weights=r, minlength=groups) / np.maximum(count, 1)
@@ -115,21 +130,21 @@ def verl_loop(rewards: Tensor, group_of: Tensor, with_std: bool) -> Tensor:
 
 # -------------------- policy losses, with the metrics that ours returns
 
-Batch = dict[str, Tensor]
+LossInputs = dict[str, Tensor]
 PPO = ["num_tokens", "num_masked", "clip_fraction_low", "clip_fraction_high", "approx_kl_k1", "approx_kl_k3"]
 PPO += ["ratio_mean", "ratio_min", "ratio_max"]
 FULL = [*PPO, "rollout_weight_mean", "rollout_weight_max", "effective_sample_size", "kl", "rollout_kl_k1", "rollout_kl_k3"]
 
 
-def per_token(b: Batch) -> Tensor:
-    """Advantages in the layout of the tokens."""
+def per_token(b: LossInputs) -> Tensor:
+    """Return the advantages in the layout of the tokens."""
     if "cu_seqlens" not in b:
         return b["advantages"][:, None]
     return torch.repeat_interleave(b["advantages"], b["cu_seqlens"].diff(), output_size=len(b["mask"]))
 
 
-def ppo(b: Batch) -> tuple[Tensor, ...]:
-    """Token-mean PPO loss and the metrics of PPO."""
+def ppo(b: LossInputs) -> tuple[Tensor, ...]:
+    """Compute the token-mean PPO loss and the metrics of PPO."""
     mask, tokens, adv = b["mask"], b["mask"].sum(), per_token(b)
     d = (b["logprobs"] - b["old"]).clamp(-20, 20)
     ratio = d.exp()
@@ -137,8 +152,8 @@ def ppo(b: Batch) -> tuple[Tensor, ...]:
     return loss, *_ppo_metrics(mask, tokens, adv, d.detach(), ratio.detach())
 
 
-def ppo_with_correction_and_kl(b: Batch) -> tuple[Tensor, ...]:
-    """The same with a truncated rollout correction and k3 to a reference; the metrics of FULL."""
+def ppo_with_correction_and_kl(b: LossInputs) -> tuple[Tensor, ...]:
+    """Compute the loss of `ppo` with a truncated rollout correction and k3 to a reference, and the metrics of FULL."""
     mask, tokens, adv = b["mask"], b["mask"].sum(), per_token(b)
     d = (b["logprobs"] - b["old"]).clamp(-20, 20)
     ratio = d.exp()

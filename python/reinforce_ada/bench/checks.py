@@ -1,4 +1,4 @@
-"""How results are compared before anything is timed."""
+"""The comparison of results, which precedes all timing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def close(what: str, actual: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
-    """AssertionError unless |actual - expected| <= atol + rtol |expected| everywhere; NaN is never close."""
+    """Raise AssertionError unless |actual - expected| <= atol + rtol |expected| everywhere; NaN is never close."""
     a, e = actual.detach().double(), expected.detach().double()
     assert a.shape == e.shape, f"{what} has shape {list(a.shape)}, not {list(e.shape)}"
     excess = ((a - e).abs() - rtol * e.abs()).max().item() if a.numel() else 0.0
@@ -14,5 +14,5 @@ def close(what: str, actual: Tensor, expected: Tensor, atol: float, rtol: float 
 
 
 def close_in_norm(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """The same for max |actual - expected| <= tolerance max |expected|."""
+    """Raise AssertionError unless max |actual - expected| <= tolerance max |expected|."""
     close(what, actual, expected, tolerance * float(expected.abs().max()))

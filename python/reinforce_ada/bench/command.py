@@ -1,4 +1,4 @@
-"""`reinforce-ada bench`: runs the cases, says how far it is, writes JSON and figure, prints the table of goals."""
+"""`reinforce-ada bench`: runs the cases, shows its progress, writes JSON and figure, prints the table of goals."""
 
 from __future__ import annotations
 
@@ -18,27 +18,21 @@ from reinforce_ada.outside import is_installed, literal_names, show
 
 
 def listing(ops: Sequence[str], pattern: str, quick: bool) -> None:
-    """Prints the names of the cases."""
+    """Print the names of the cases."""
     for case in choose(ops, pattern, quick=quick):
         show(str(case))
 
 
 def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path) -> int:
-    """Measures the chosen cases.
+    """Measure the cases that `choose` finds, and write JSON and, beside it, a figure.
 
-    Args:
-        ops, pattern, quick: as `catalogue.choose` takes them.
-        device: "cpu" or "cuda".
-        to: the JSON file; the figure comes beside it.
-
-    Returns: 0, or 1 when results of ours were wrong: such a case is not timed.
-
-    Raises: InputError for a choice without cases, or a device that is not there.
+    Returns: 0, or 1 if an operator's results were wrong; such a case is not timed.
+    Raises: InputError for a choice without cases, or a device that does not exist.
     """
     cases = choose(ops, pattern, quick=quick)
     if to.is_dir() or not to.absolute().parent.is_dir():
         raise InputError("bench", f"--json {to}", "a file in a folder that exists")
-    to.touch()  # what cannot be written is better known before half an hour of measuring
+    to.touch()  # so that a file that cannot be written fails now and not after half an hour of measuring
     with settings(device):
         results, wrong = _measure(cases, device, quick, to)
     show("\n".join(_report(results, wrong)))
@@ -53,14 +47,15 @@ def run(ops: Sequence[str], pattern: str, *, device: str, quick: bool, to: Path)
 
 
 def _measure(cases: Sequence[Case], device: str, quick: bool, to: Path) -> tuple[Results, list[str]]:
-    """(results, what is wrong with cases of ours); the file is written after every case: an interrupted run keeps what it has."""
+    """Return the results and the errors in results of ours. The file is written after every case, so an interrupted run keeps it."""
     start = time.monotonic()
     about = {"started": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "quick": quick, **machine.about(device)}
     _warn(about["load"], device)
     records: list[Record] = []
     wrong: list[str] = []
     for i, case in enumerate(cases, 1):
-        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {_clock(start)} {case}", end=" ")
+        seconds = int(time.monotonic() - start)
+        _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {seconds // 60}:{seconds % 60:02} {case}", end=" ")
         try:
             records.append(Session(case, device).run())
             _say(_brief(records[-1]))
@@ -76,13 +71,7 @@ def _warn(load: float, device: str) -> None:
     if reason := memory.missing(device):
         _say(f"peak memory is not measured: {reason}")
     if load > 0.5:
-        _say(f"other programs are running here (load {load:.1f}): they take memory bandwidth from what is measured")
-
-
-def _clock(start: float) -> str:
-    """Elapsed minutes and seconds."""
-    seconds = int(time.monotonic() - start)
-    return f"{seconds // 60}:{seconds % 60:02}"
+        _say(f"other programs are running here (load {load:.1f}): they take memory bandwidth from the measured ones")
 
 
 def _brief(r: Record) -> str:
@@ -95,7 +84,7 @@ def _report(results: Results, wrong: Sequence[str]) -> list[str]:
     records = results.records
     lines = ["", tables.as_text(tables.GOALS, tables.goal_rows(records)), tables.tally(records)] if tables.goal_rows(records) else []
     if rows := tables.slower_rows(records):
-        lines += ["\nwhere another is faster", tables.as_text(tables.SLOWER, rows)]
+        lines += ["\nbaselines that are faster", tables.as_text(tables.SLOWER, rows)]
     if reasons := tables.absent_reasons(records):
         lines += ["\nnot measured", *reasons]
     if results.about["quick"]:

@@ -1,4 +1,4 @@
-"""The figure: for every goal that is a ratio, what was reached and where the goal lies. Needs matplotlib."""
+"""The figure of the benchmarks: every goal that is a ratio, and the ratio reached. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.bench.case import SHORT, Kind
-from reinforce_ada.bench.record import Record, Results
+from reinforce_ada.bench.case import SHORT, Goal, Kind
+from reinforce_ada.bench.record import Record, Results, is_met, quantity
 from reinforce_ada.files import replace_file
 
 _COLORS = {"inductor": "#1f6cb0", "best": "#1f6cb0", "eager": "#9a5fb4", "TRL": "#9a5fb4"}
 _OTHER, _INK, _GRID = "#d1661e", "#2b2f36", "#e6e8eb"
 _ROW_IN, _WIDTH_IN, _DPI = 0.26, 10.5, 130
 
-Row = tuple[str, str, str, str]  # operator, case, dtype, against
+Line = tuple[str, str, str, str]  # operator, case, dtype, against
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes the figure; each dot is one shape (full where the goal is met), the line its quartiles, the mark the goal.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Write the figure; each dot is one shape (full if the goal is met), the line its quartiles, the mark the goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kinds: tuple[Kind, ...] = ("speedup", "time")
-    panels = [(kind, rows) for kind in kinds if (rows := _rows(results.records, kind))]
+    panels = [(kind, rows) for kind in kinds if (rows := _lines(results.records, kind))]
     heights = [len(rows) + 2.5 for _, rows in panels]
     figure = Figure(figsize=(_WIDTH_IN, _ROW_IN * sum(heights) + 1.0), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -39,30 +36,27 @@ def draw(results: Results, path: Path) -> None:
     replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
-def _rows(records: Sequence[Record], kind: Kind) -> dict[Row, list[tuple[Record, float, str]]]:
-    """Return, for each row, its records with the goal's bound and the candidate that it is measured against."""
-    rows: dict[Row, list[tuple[Record, float, str]]] = {}
+def _lines(records: Sequence[Record], kind: Kind) -> dict[Line, list[tuple[Goal, Any]]]:
+    """Return, for each line of the figure, the goals of its records with median and quartiles of the quantity that they bound."""
+    lines: dict[Line, list[tuple[Goal, Any]]] = {}
     for r in records:
         for goal in r.goals:
             name = r.fastest(goal.against) if goal.kind == kind else None
             if name is not None:
-                rows.setdefault((r.op, r.name, SHORT[r.dtype], goal.against), []).append((r, goal.bound, name))
-    return rows
+                lines.setdefault((r.op, r.name, SHORT[r.dtype], goal.against), []).append((goal, quantity(r, goal, name)))
+    return lines
 
 
-def _panel(ax: Any, kind: Kind, rows: dict[Row, list[tuple[Record, float, str]]]) -> None:
+def _panel(ax: Any, kind: Kind, rows: dict[Line, list[tuple[Goal, Any]]]) -> None:
     for y, ((_, _, _, against), found) in enumerate(rows.items()):
         color = _COLORS.get(against, _OTHER)
-        for r, bound, name in found:
-            t = r.others[name]
-            value, low, high = (
-                (t.ratio, t.ratio_low, t.ratio_high) if kind == "speedup" else (1 / t.ratio, 1 / t.ratio_high, 1 / t.ratio_low)
-            )
+        for goal, (value, low, high) in found:
             ax.plot([low, high], [y, y], color=color, linewidth=1.4, alpha=0.6)
-            hit = value >= bound if kind == "speedup" else value <= bound
-            ax.plot(value, y, "o", markeredgecolor=color, markerfacecolor=color if hit else "white", markersize=5, markeredgewidth=1.2)
-            ax.plot(bound, y, "|", color=_INK, markersize=11, markeredgewidth=1.6)
-    ax.set_yticks(range(len(rows)), [f"{op}: {name}, {dtype}, {_against(kind, to)}" for op, name, dtype, to in rows], fontsize=7.5)
+            face = color if is_met(goal, value) else "white"
+            ax.plot(value, y, "o", markeredgecolor=color, markerfacecolor=face, markersize=5, markeredgewidth=1.2)
+            ax.plot(goal.bound, y, "|", color=_INK, markersize=11, markeredgewidth=1.6)
+    sign = "×" if kind == "speedup" else "/"
+    ax.set_yticks(range(len(rows)), [f"{op}: {name}, {dtype}, {sign} {against}" for op, name, dtype, against in rows], fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     if kind == "speedup":
         ax.set_xscale("log")
@@ -83,9 +77,5 @@ def _panel(ax: Any, kind: Kind, rows: dict[Row, list[tuple[Record, float, str]]]
 
 
 def _few(x: float, _: int) -> str:
-    """Labels of minor ticks: 2 and 5, and their multiples of ten."""
+    """Return the label of a minor tick: only 2 and 5 times powers of ten have one."""
     return f"{x:g}" if f"{x:e}"[0] in "25" else ""
-
-
-def _against(kind: Kind, against: str) -> str:
-    return f"× {against}" if kind == "speedup" else f"/ {against}"

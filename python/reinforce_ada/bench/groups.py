@@ -1,14 +1,14 @@
-"""Cases of group_advantages."""
+"""The cases of group_advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from reinforce_ada.bench.baselines import bincount, index_add, verl_loop
+from reinforce_ada.bench.baselines import bincount, candidates, index_add, runnable, verl_loop
 from reinforce_ada.bench.case import Candidate, Case, Goal, Run, Setup
 from reinforce_ada.bench.checks import close
 from reinforce_ada.ops import group_advantages
@@ -18,13 +18,14 @@ from reinforce_ada.types import PoolStats
 _OP = "group_advantages"
 _ROWS = [512, 65536, 1 << 22]
 _GROUP_SIZE = 8
-_LOOPED = 65536  # rows that a Python loop gets through in a second
+_LOOPED = 65536  # rows that a Python loop handles in a second
 
 
 def cases() -> Iterator[Case]:
-    """Mean, mean and std, and given pools; groups lying together or not."""
+    """Yield cases with mean, with mean and std, and with given pools; of groups that lie together or do not."""
     for rows in _ROWS:
-        shape, quick = {"N": rows, "G": rows // _GROUP_SIZE}, {"N": rows, "G": rows // _GROUP_SIZE} if rows == 512 else None
+        shape = {"N": rows, "G": rows // _GROUP_SIZE}
+        quick = shape if rows == 512 else None
         limits = {512: (Goal("us", 4),), 1 << 22: (Goal("time", 2, "streaming its bytes"),)}.get(rows, ())
         for order, bound in (("sorted", 4), ("shuffled", 2.5)):
             for scale, what in (("none", "mean"), ("group", "mean and std")):
@@ -49,24 +50,23 @@ def _build(case: Case, device: str, shuffled: bool, scale: str) -> Setup:
         close("advantages", results, expected, 1e-4 if loose else 1e-6, 1e-3 if loose else 1e-6)
 
     args = rewards, group_of, groups, with_std
-    forms: dict[str, Run] = {
-        "index_add fp32": partial(index_add, *args, torch.float32),
-        "index_add float64": partial(index_add, *args, torch.float64),
-    }
-    absent = {}
-    if device == "cpu":
-        forms["bincount"] = partial(bincount, *args)
-    else:
-        absent["bincount"] = "runs on a CPU"
-    if len(rewards) <= _LOOPED and not (with_std and len(rewards) > 512):
-        forms["verl's loop"] = partial(verl_loop, rewards, group_of, with_std)
-    else:
-        absent["verl's loop"] = "takes too long at this size; see the smaller ones"
-    return _setup(partial(group_advantages, rewards, group_of, scale=scale), forms, check, rewards, [group_of], 16, absent)
+    takes_too_long = len(rewards) > (512 if with_std else _LOOPED)
+    found, absent = runnable(
+        {
+            "index_add fp32": (None, partial(index_add, *args, torch.float32)),
+            "index_add float64": (None, partial(index_add, *args, torch.float64)),
+            "bincount": (None if device == "cpu" else "runs on a CPU", partial(bincount, *args)),
+            "verl's loop": (
+                "takes too long at this size; see the smaller ones" if takes_too_long else None,
+                partial(verl_loop, rewards, group_of, with_std),
+            ),
+        }
+    )
+    return _setup(partial(group_advantages, rewards, group_of, scale=scale), found, check, rewards, [group_of], 16, absent)
 
 
 def _with_pool(case: Case, device: str) -> Setup:
-    """Statistics given; eager has one gather and a subtraction to do."""
+    """Set up the case with given statistics, for which eager needs one gather and a subtraction."""
     rewards, group_of = _inputs(case, device, shuffled=False)
     pool = PoolStats(*reference.moments(rewards.double(), group_of, case.shape["G"]))
     mean, cu_seqlens = pool.mean, torch.arange(0, len(rewards) + 1, _GROUP_SIZE, device=device)
@@ -75,16 +75,16 @@ def _with_pool(case: Case, device: str) -> Setup:
     def check(results: Tensor, loose: bool) -> None:
         close("advantages", results, expected, 1e-5 if loose else 1e-6)
 
-    forms: dict[str, Run] = {"eager": lambda: rewards - mean.float()[group_of]}
+    eager: dict[str, Run] = {"eager": lambda: rewards - mean.float()[group_of]}
     held = [group_of, cu_seqlens, *pool]
     # rewards and advantages; offsets and five statistics for each group of eight
     bytes_per_row = 8 + (8 + 5 * 8) // _GROUP_SIZE
-    return _setup(partial(group_advantages, rewards, cu_seqlens=cu_seqlens, pool=pool), forms, check, rewards, held, bytes_per_row, {})
+    return _setup(partial(group_advantages, rewards, cu_seqlens=cu_seqlens, pool=pool), eager, check, rewards, held, bytes_per_row, {})
 
 
 def _setup(
     subject: Run,
-    forms: dict[str, Run],
+    found: Mapping[str, Run],
     check: Callable[[Tensor, bool], None],
     rewards: Tensor,
     held: list[Tensor],
@@ -100,7 +100,7 @@ def _setup(
 
     return Setup(
         subject=subject,
-        others=[*(Candidate(name, form) for name, form in forms.items()), Candidate("streaming its bytes", stream, floor=True)],
+        others=[*candidates(found, lambda run: run()), Candidate("streaming its bytes", stream, floor=True)],
         check=check,
         held=[rewards, *held, read, written],
         moved_bytes=bytes_per_row * len(rewards),

@@ -1,4 +1,4 @@
-"""Cases of linear_token_logprobs and linear_policy_loss, at the head of Qwen2.5-0.5B."""
+"""The cases of linear_token_logprobs and linear_policy_loss, at the head of Qwen2.5-0.5B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reinforce_ada.bench.baselines import Batch, compiled, cross_entropy, log_softmax, logsumexp, missing, ppo
+from reinforce_ada.bench.baselines import (
+    Implementation,
+    LossInputs,
+    candidates,
+    compiled,
+    cross_entropy,
+    log_softmax,
+    logsumexp,
+    missing,
+    ppo,
+    runnable,
+)  # fmt: skip
 from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
 from reinforce_ada.bench.checks import close_in_norm
 from reinforce_ada.bench.policy import batch
@@ -21,15 +32,13 @@ _SHAPE = {"T": 512, "D": 896, "V": 151936}
 _QUICK = {"T": 128, "D": 256, "V": 16384}
 _SEQUENCES = 4
 _MAX_EXTRA_BYTES = 10_000_000
-_CHECKED = 16  # rows of the hidden states' gradient, and of the weight's
-_LONG = 1 << 26  # logits; in fp32 a call then takes seconds
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04}  # of the largest value; a bf16 logit is off by 2^-9 of itself
-
-Form = Callable[[Tensor, Tensor], Any]
+_CHECKED = 16  # rows of the gradients of hidden states and weight that are compared
+_LONG = 1 << 26  # number of logits from which a call in fp32 takes seconds
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04}  # relative to the largest value; a bf16 logit has a relative error of 2^-9
 
 
 def cases() -> Iterator[Case]:
-    """Forward; forward and backward in bounded memory; the policy loss with its gradient."""
+    """Yield the forward, forward and backward in bounded memory, and the policy loss with its gradient."""
     for dtype, quick in (("float32", _QUICK), ("bfloat16", None)):
         forward = (Goal("time", 1.03, "one mm"), Goal("extra_mb", 10))
         recompute = (Goal("time", 1.36, "three mm"), Goal("extra_mb", 10))
@@ -37,8 +46,9 @@ def cases() -> Iterator[Case]:
         both = "forward and backward, max_extra_bytes=10 MB"
         yield Case("linear_token_logprobs", "forward, max_extra_bytes=10 MB", _SHAPE, dtype, _forward, forward, "eager", quick)
         yield Case("linear_token_logprobs", both, _SHAPE, dtype, _backward, recompute, "eager")
-        yield Case("linear_policy_loss", "ppo, forward and backward", _SHAPE, dtype, _policy, loss, "eager", quick)
-        yield Case("linear_policy_loss", "ppo, forward and backward, onto weight_grad", _SHAPE, dtype, _policy_onto, loss, "eager")
+        yield Case("linear_policy_loss", "ppo, forward and backward", _SHAPE, dtype, partial(_policy, onto=False), loss, "eager", quick)
+        onto = "ppo, forward and backward, onto weight_grad"
+        yield Case("linear_policy_loss", onto, _SHAPE, dtype, partial(_policy, onto=True), loss, "eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +63,14 @@ class _Inputs:
         return 2 * self.hidden.numel() * self.weight.shape[0]
 
     def why_not(self, package: str, device: str) -> str | None:
-        """Why another library is left out."""
+        """Return why another library is left out."""
         if device == "cpu" and self.weight.dtype == torch.float32 and len(self.ids) * len(self.weight) > _LONG:
             return "seconds a call in fp32; see bf16"
         return missing(package, device)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.hidden, self.weight, self.ids]
-
 
 def _inputs(shape: Mapping[str, int], dtype: str, device: str) -> _Inputs:
-    """Logits have the spread of a language model's, a standard deviation of 3."""
+    """Return inputs whose logits have the spread of a language model's, a standard deviation of 3."""
     tokens, width, vocab = shape["T"], shape["D"], shape["V"]
     hidden = torch.randn(tokens, width, device=device).to(getattr(torch, dtype))
     weight = torch.randn(vocab, width, device=device).mul_(3 / width**0.5).to(hidden.dtype)
@@ -71,7 +78,7 @@ def _inputs(shape: Mapping[str, int], dtype: str, device: str) -> _Inputs:
 
 
 class _Truth:
-    """Logprobs and gradients of `sum(coefficients * logprobs)`, from logits in float32 and sums in float64."""
+    """The true logprobs and gradients of `sum(coefficients * logprobs)`, from logits in float32 and sums in float64."""
 
     @torch.no_grad()
     def __init__(self, x: _Inputs, dtype: str) -> None:
@@ -82,7 +89,7 @@ class _Truth:
         self.logprobs = z.gather(1, x.ids[:, None]).squeeze(1).double() - lse
         p_rows = (z[:_CHECKED].double() - lse[:_CHECKED, None]).exp().float()
         self._hidden_rows = w[x.ids[:_CHECKED]] - p_rows @ w  # d logprobs / d hidden
-        chosen = x.ids[:_CHECKED]  # rows of the weight that some token names
+        chosen = x.ids[:_CHECKED]  # rows of the weight of tokens that occur
         p_columns = (z[:, chosen].double() - lse[:, None]).exp()
         self._weight_factors = (x.ids[:, None] == chosen).double() - p_columns  # d logprobs / d logits of the chosen
 
@@ -98,7 +105,7 @@ class _Truth:
 
 
 def _products(x: _Inputs, count: int) -> Candidate:
-    """The matrix products alone, into memory that is there already: of the forward, or also those of both gradients."""
+    """Return the matrix products alone, into existing memory: that of the forward, or also those of both gradients."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     logits = hidden.new_empty(len(hidden), len(weight))
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight) if count == 3 else None
@@ -114,35 +121,31 @@ def _products(x: _Inputs, count: int) -> Candidate:
 
 
 def _held(x: _Inputs, products: Candidate) -> list[Tensor]:
-    return [*x.tensors(), products.run()]
+    return [x.hidden, x.weight, x.ids, products.run()]
 
 
 # -------------------- log-probabilities
 
 
-def _heads(x: _Inputs, device: str) -> tuple[dict[str, Form], dict[str, str]]:
-    """Forms of the logprobs from hidden states and weight, and why others are absent."""
-    forms: dict[str, Form] = {
-        "eager": lambda h, w: log_softmax(F.linear(h, w), x.ids),
-        "inductor logsumexp": compiled(lambda h, w: logsumexp(F.linear(h, w), x.ids)),
-        "inductor cross_entropy": compiled(lambda h, w: cross_entropy(F.linear(h, w), x.ids)),
-    }
-    absent: dict[str, str] = {}
-    if reason := x.why_not("cut_cross_entropy", device):
-        absent["cut-cross-entropy"] = reason
-    else:
-        forms["cut-cross-entropy"] = partial(_cce, ids=x.ids, device=device)
-    if reason := x.why_not("torch", device):
-        absent["F.linear_cross_entropy"] = reason
-    elif hasattr(F, "linear_cross_entropy"):
-        forms["F.linear_cross_entropy"] = lambda h, w: -F.linear_cross_entropy(h, w, x.ids, reduction="none")
-    else:
-        absent["F.linear_cross_entropy"] = f"torch {torch.__version__} has none"
-    return forms, absent
+def _heads(x: _Inputs, device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return the baselines for logprobs from hidden states and weight, and why others are absent."""
+    no_fused = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
+    return runnable(
+        {
+            "eager": (None, lambda h, w: log_softmax(F.linear(h, w), x.ids)),
+            "inductor logsumexp": (None, compiled(lambda h, w: logsumexp(F.linear(h, w), x.ids))),
+            "inductor cross_entropy": (None, compiled(lambda h, w: cross_entropy(F.linear(h, w), x.ids))),
+            "cut-cross-entropy": (x.why_not("cut_cross_entropy", device), partial(_cce, ids=x.ids, device=device)),
+            "F.linear_cross_entropy": (
+                x.why_not("torch", device) or no_fused,
+                lambda h, w: -F.linear_cross_entropy(h, w, x.ids, reduction="none"),
+            ),
+        }
+    )
 
 
 def _cce(hidden: Tensor, weight: Tensor, ids: Tensor, device: str) -> Tensor:
-    """Its Triton kernels on a GPU; on a CPU its torch.compile form, the one that runs there."""
+    """Run cut-cross-entropy: its Triton kernels on a GPU, and on a CPU its torch.compile form, which is the one that runs there."""
     from cut_cross_entropy import linear_cross_entropy
 
     loss: Tensor = linear_cross_entropy(hidden, weight, ids, reduction="none", impl="cce" if device == "cuda" else "torch_compile")
@@ -152,15 +155,15 @@ def _cce(hidden: Tensor, weight: Tensor, ids: Tensor, device: str) -> Tensor:
 def _forward(case: Case, device: str) -> Setup:
     x = _inputs(case.shape, case.dtype, device)
     truth, product = _Truth(x, case.dtype), _products(x, 1)
-    forms, absent = _heads(x, device)
+    found, absent = _heads(x, device)
 
-    def without_gradient(form: Form) -> Any:
+    def without_gradient(implementation: Implementation) -> Any:
         with torch.no_grad():
-            return form(x.hidden, x.weight)
+            return implementation(x.hidden, x.weight)
 
     return Setup(
         subject=partial(without_gradient, lambda h, w: linear_token_logprobs(h, w, x.ids, max_extra_bytes=_MAX_EXTRA_BYTES)),
-        others=[*(Candidate(name, partial(without_gradient, form)) for name, form in forms.items()), product],
+        others=[*candidates(found, without_gradient), product],
         check=truth.check,
         held=_held(x, product),
         moved_bytes=x.hidden.nbytes + x.weight.nbytes,
@@ -170,28 +173,26 @@ def _forward(case: Case, device: str) -> Setup:
 
 
 def _backward(case: Case, device: str) -> Setup:
-    """The gradient of the sum of the logprobs, which every form can give."""
+    """Set up the gradient of the sum of the logprobs, which every baseline can compute."""
     x = _inputs(case.shape, case.dtype, device)
     truth, products = _Truth(x, case.dtype), _products(x, 3)
-    forms, absent = _heads(x, device)
-    del forms["inductor logsumexp"]  # as fast as the other one, and seconds a call
-    if device == "cuda" and not missing("liger_kernel", device):
-        forms["liger"] = partial(_liger_ce, ids=x.ids)
-    else:
-        absent["liger"] = missing("liger_kernel", device, needs_gpu=True) or ""
+    found, absent = _heads(x, device)
+    del found["inductor logsumexp"]  # as fast as the other one, and seconds a call
+    liger: Implementation = partial(_liger_ce, ids=x.ids)
+    if_gpu, no_liger = runnable({"liger": (missing("liger_kernel", device, needs_gpu=True), liger)})
 
-    def gradients(form: Form) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(form(x.hidden, x.weight).sum(), (x.hidden, x.weight))
+    def gradients(implementation: Implementation) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(implementation(x.hidden, x.weight).sum(), (x.hidden, x.weight))
 
     ones = torch.ones(len(x.hidden), device=device)
     return Setup(
         subject=partial(gradients, lambda h, w: linear_token_logprobs(h, w, x.ids, max_extra_bytes=_MAX_EXTRA_BYTES)),
-        others=[*(Candidate(name, partial(gradients, form)) for name, form in forms.items()), products],
+        others=[*candidates({**found, **if_gpu}, gradients), products],
         check=lambda results, loose: truth.check_gradients(results, ones, loose),
         held=_held(x, products),
         moved_bytes=2 * (x.hidden.nbytes + x.weight.nbytes),
         flops=3 * x.flops,
-        absent=absent,
+        absent={**absent, **no_liger},
     )
 
 
@@ -205,23 +206,14 @@ def _liger_ce(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 # -------------------- the policy loss
 
 
-def _policy(case: Case, device: str) -> Setup:
-    """Every gradient fresh memory."""
-    return _policy_setup(case, device, onto=False)
-
-
-def _policy_onto(case: Case, device: str) -> Setup:
-    """The weight's gradient added to memory that is there, as in the second micro-batch of a step."""
-    return _policy_setup(case, device, onto=True)
-
-
-def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
+def _policy(case: Case, device: str, onto: bool) -> Setup:
+    """Set up the loss; with `onto` the weight's gradient is added to existing memory, as in the second micro-batch of a step."""
     x = _inputs(case.shape, case.dtype, device)
     truth, products = _Truth(x, case.dtype), _products(x, 3)
     tokens = case.shape["T"]
     offsets = torch.arange(0, tokens + 1, tokens // _SEQUENCES, device=device)
     b = batch((tokens,), offsets, _SEQUENCES, device)
-    b["mask"].fill_(True)  # a masked token would cost us nothing, and the products as much as any
+    b["mask"].fill_(True)  # a masked token would cost us nothing, but the products as much as any other
     b["old"] = (truth.logprobs + 0.2 * torch.randn(tokens, device=device)).float()
     coefficients = _loss_gradient(b, truth.logprobs)
     weight_grad = torch.zeros_like(x.weight) if onto else None
@@ -239,10 +231,10 @@ def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
     def gradients(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(), (x.hidden, x.weight))
 
-    forms, absent = _losses(x, b, device)
+    found, absent = _losses(x, b, device)
     return Setup(
         subject=ours,
-        others=[*(Candidate(name, partial(gradients, form)) for name, form in forms.items()), products],
+        others=[*candidates(found, gradients), products],
         check=check,
         held=[*_held(x, products), *b.values(), *([] if weight_grad is None else [weight_grad])],
         moved_bytes=2 * (x.hidden.nbytes + x.weight.nbytes),
@@ -252,43 +244,40 @@ def _policy_setup(case: Case, device: str, onto: bool) -> Setup:
     )
 
 
-def _loss_gradient(b: Batch, logprobs: Tensor) -> Tensor:
-    """[T] d loss / d logprobs in float64."""
+def _loss_gradient(b: LossInputs, logprobs: Tensor) -> Tensor:
+    """Return d loss / d logprobs [T] in float64."""
     lp = logprobs.detach().requires_grad_()
     adv, old = b["advantages"].double(), b["old"].double()
     loss, _ = policy_loss(lp, adv, b["mask"], old_logprobs=old, cu_seqlens=b["cu_seqlens"], backend="reference")
     return torch.autograd.grad(loss, lp)[0]
 
 
-def _losses(x: _Inputs, b: Batch, device: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Forms of the loss, metrics included, and why others are absent."""
+def _losses(x: _Inputs, b: LossInputs, device: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Return the baselines for the loss, metrics included, and why others are absent."""
 
     def materialised(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return ppo({**b, "logprobs": logsumexp(F.linear(h, w), x.ids)})
 
     inductor = compiled(materialised)
-    forms: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: ppo({**b, "logprobs": log_softmax(F.linear(x.hidden, x.weight), x.ids)})[0],
-        "inductor": lambda: inductor(x.hidden, x.weight)[0],
-    }
-    absent: dict[str, str] = {}
-    if reason := x.why_not("cut_cross_entropy", device):
-        absent["cut-cross-entropy"] = reason
-    else:
-        forms["cut-cross-entropy"] = lambda: ppo({**b, "logprobs": _cce(x.hidden, x.weight, x.ids, device)})[0]
-    if reason := x.why_not("liger_kernel", device):
-        absent["liger"] = reason
-    else:
-        forms["liger"] = _liger_grpo(x, b)
-    return forms, absent
+    return runnable(
+        {
+            "eager": (None, lambda: ppo({**b, "logprobs": log_softmax(F.linear(x.hidden, x.weight), x.ids)})[0]),
+            "inductor": (None, lambda: inductor(x.hidden, x.weight)[0]),
+            "cut-cross-entropy": (
+                x.why_not("cut_cross_entropy", device),
+                lambda: ppo({**b, "logprobs": _cce(x.hidden, x.weight, x.ids, device)})[0],
+            ),
+            "liger": (x.why_not("liger_kernel", device), _liger_grpo(x, b)),
+        }
+    )
 
 
-def _liger_grpo(x: _Inputs, b: Batch) -> Callable[[], Tensor]:
-    """Its chunked GRPO loss, sequence by sequence; of the metrics it has the clip fraction."""
+def _liger_grpo(x: _Inputs, b: LossInputs) -> Callable[[], Tensor]:
+    """Return Liger's chunked GRPO loss, which works sequence by sequence and has only the clip fraction as a metric."""
 
     @cache
     def loss() -> Callable[..., Any]:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # where it fails, the baseline is left out and not the case
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # if this fails, only the baseline is left out, not the case
 
         made: Callable[..., Any] = LigerFusedLinearGRPOLoss(
             beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo"

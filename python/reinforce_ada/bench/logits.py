@@ -1,8 +1,8 @@
-"""Cases of token_logprobs."""
+"""The cases of token_logprobs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.bench import baselines
-from reinforce_ada.bench.baselines import compiled, missing, reading
-from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
+from reinforce_ada.bench.baselines import Implementation, candidates, compiled, missing, reading, runnable
+from reinforce_ada.bench.case import Case, Goal, Setup
 from reinforce_ada.bench.checks import close
 from reinforce_ada.ops import token_logprobs
 
@@ -27,7 +27,7 @@ _FRESH = {"float32": 2.5, "bfloat16": 3.5}
 
 
 def cases() -> Iterator[Case]:
-    """Forward at every shape; with entropy and with gradients at the first two."""
+    """Yield the forward at every shape, and at the first two also with entropy and with gradients."""
     for i, (tokens, vocab) in enumerate(_SHAPES):
         for dtype in _DTYPES:
             shape = {"T": tokens, "V": vocab}
@@ -54,7 +54,7 @@ def _with_gradients(shape: Mapping[str, int], dtype: str, quick: Mapping[str, in
 
 
 def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits with the spread of a language model's, ids, and two rows of gradients."""
+    """Return logits with the spread of a language model's, token ids, and two rows of incoming gradients."""
     tokens, vocab = case.shape["T"], case.shape["V"]
     logits = (torch.randn(tokens, vocab, device=device) * 3).to(getattr(torch, case.dtype))
     return logits, torch.randint(vocab, (tokens,), device=device), torch.randn(2, tokens, device=device)
@@ -65,15 +65,15 @@ def _forward(case: Case, device: str, entropy: bool) -> Setup:
     truth = token_logprobs(logits[_CHECKED].double(), ids[_CHECKED], entropy=True, backend="reference")
 
     def check(results: Any, loose: bool) -> None:
-        found = results[:2] if entropy else (results,)
-        for name, a, e in zip(("logprobs", "entropy"), found, (truth.logprobs, truth.entropy), strict=False):
+        parts = results[:2] if entropy else (results,)
+        for name, a, e in zip(("logprobs", "entropy"), parts, (truth.logprobs, truth.entropy), strict=False):
             assert e is not None
             close(name, a[_CHECKED], e, 0.15 if loose else 1e-5)
 
-    forms = _entropy_forms() if entropy else _forms()
+    found = _with_entropy() if entropy else _logprobs_only()
     return Setup(
         subject=lambda: token_logprobs(logits, ids, entropy=entropy),
-        others=[*(Candidate(name, partial(form, logits, ids)) for name, form in forms.items()), reading(logits.nbytes, device)],
+        others=[*candidates(found, lambda implementation: implementation(logits, ids)), reading(logits.nbytes, device)],
         check=check,
         held=[logits, ids],
         moved_bytes=logits.nbytes,
@@ -81,10 +81,7 @@ def _forward(case: Case, device: str, entropy: bool) -> Setup:
     )
 
 
-Form = Callable[[Tensor, Tensor], Any]
-
-
-def _forms() -> dict[str, Form]:
+def _logprobs_only() -> dict[str, Implementation]:
     return {
         "log_softmax": baselines.log_softmax,
         "TRL": baselines.trl,
@@ -94,7 +91,7 @@ def _forms() -> dict[str, Form]:
     }
 
 
-def _entropy_forms() -> dict[str, Form]:
+def _with_entropy() -> dict[str, Implementation]:
     return {
         "log_softmax": baselines.entropy_by_log_softmax,
         "inductor log_softmax": compiled(baselines.entropy_by_log_softmax),
@@ -103,18 +100,18 @@ def _entropy_forms() -> dict[str, Form]:
 
 
 def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
-    """The gradient of the logprobs, and of the entropy where asked for, for given gradients of the results."""
+    """Set up the gradient of the logprobs, and of the entropy if requested, for given incoming gradients."""
     values, ids, g = _inputs(case, device)
     leaf = values.clone().requires_grad_()
     weights = (g[0], g[1]) if entropy else (g[0],)
 
-    def gradient(form: Form, logits: Tensor) -> Tensor:
-        results = form(logits, ids)
+    def gradient(implementation: Implementation, logits: Tensor) -> Tensor:
+        results = implementation(logits, ids)
         outputs = results[:2] if isinstance(results, tuple) else (results,)
         return torch.autograd.grad(outputs, logits, weights)[0]
 
     def ours() -> Tensor:
-        logits = leaf.view_as(leaf) if inplace else leaf  # only what is not a leaf may be overwritten
+        logits = leaf.view_as(leaf) if inplace else leaf  # only a tensor that is no leaf may be overwritten
         return gradient(partial(token_logprobs, entropy=entropy, inplace_backward=inplace), logits)
 
     rows = values[_CHECKED].double().requires_grad_()
@@ -127,36 +124,29 @@ def _backward(case: Case, device: str, inplace: bool, entropy: bool) -> Setup:
         eps = torch.finfo(values.dtype).eps
         close("gradient", results[_CHECKED], expected, 0.02 if loose else 1e-5, 0.1 if loose else 2 * eps)
 
-    forms = _entropy_forms() if entropy else _forms()
-    gpu, absent = _gpu_forms(device) if inplace and not entropy else ({}, {})
-    candidates = [Candidate(name, partial(gradient, form, leaf)) for name, form in {**forms, **gpu}.items()]
+    found = _with_entropy() if entropy else _logprobs_only()
+    gpu, absent = _on_gpu(device) if inplace and not entropy else ({}, {})
+    others = candidates({**found, **gpu}, lambda implementation: gradient(implementation, leaf))
     return Setup(
         subject=ours,
-        others=[*candidates, reading(3 * values.nbytes, device)],
+        others=[*others, reading(3 * values.nbytes, device)],
         check=check,
         held=[values, leaf, ids, g],
         moved_bytes=3 * values.nbytes,  # the logits twice, the gradient once
         elements=values.numel(),
-        reset=partial(_copy, leaf, values) if inplace else None,
+        reset=partial(leaf.data.copy_, values) if inplace else None,  # hidden from autograd: all earlier graphs are finished
         absent=absent,
     )
 
 
-@torch.no_grad()
-def _copy(to: Tensor, values: Tensor) -> None:
-    to.data.copy_(values)  # not a change that autograd has to know of: what has been computed before is done with
-
-
-def _gpu_forms(device: str) -> tuple[dict[str, Form], dict[str, str]]:
-    """Forms that need a GPU and write the gradient over the logits; and the reasons why others are absent."""
-    forms: dict[str, Form] = {}
-    absent: dict[str, str] = {}
-    for name, package, form in (("liger", "liger_kernel", _liger), ("flash-attn", "flash_attn", _flash_attn)):
-        if reason := missing(package, device, needs_gpu=True):
-            absent[name] = reason
-        else:
-            forms[name] = form
-    return forms, absent
+def _on_gpu(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return the baselines that need a GPU and write the gradient over the logits, and why others are absent."""
+    return runnable(
+        {
+            "liger": (missing("liger_kernel", device, needs_gpu=True), _liger),
+            "flash-attn": (missing("flash_attn", device, needs_gpu=True), _flash_attn),
+        }
+    )
 
 
 def _liger(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""On what, and of what, the numbers were taken."""
+"""The description of the machine and of the software that are measured."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PACKAGES = ("reinforce-ada", "torch", "numpy", "triton", "liger-kernel", "cut-c
 
 
 def about(device: str) -> dict[str, Any]:
-    """Device, threads, processor, instruction set in use, cores, load, memory, huge pages, versions and commit."""
+    """Return device, threads, processor, instruction set in use, cores, load, memory, huge pages, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "cpu": machine.cpu_name(),
         "isa": _native.missing() or str(_native.cpu.build_info()["selected_isa"]),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # of the last minute, before anything is measured
+        "load": round(os.getloadavg()[0], 1),  # that of the last minute, before anything is measured
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "huge_pages": _huge_pages(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -36,7 +36,7 @@ def about(device: str) -> dict[str, Any]:
 
 
 def _huge_pages() -> str:
-    """When the system gives 2 MiB pages: "always", "madvise" or "never"; fresh gradients are mostly page faults."""
+    """Return when the system provides 2 MiB pages: "always", "madvise" or "never". Fresh gradients cost mostly page faults."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return setting.read_text().partition("[")[2].partition("]")[0] if setting.is_file() else "unknown"
 

@@ -1,4 +1,4 @@
-"""Timing that can be trusted: candidates take turns in one process, on one thread and by CPU time, and only after they agree."""
+"""The timing of cases: candidates take turns in one process, on one thread and by CPU time, after their results have been compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,28 +18,21 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.ops import _dispatch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 15
-_CASE_S = 4.0  # spent on the rounds of a case that could have more of them
-_TIMING_S = 5e-3  # at least, so that the clock's own microsecond does not show
+_CASE_S = 4.0  # time for the rounds of a case with more than MIN_ROUNDS
+_TIMING_S = 5e-3  # shortest timing, so that the clock's own microsecond does not show
 _MAX_CALLS = 2000
 _L2_BYTES = 256 << 20  # more than any GPU caches
 
 
 class WrongResultError(Exception):
-    """Our own results are not right: there is nothing to time."""
-
-
-class Clock(Protocol):
-    """How long calls take on a device."""
-
-    def seconds(self, run: Run, calls: int) -> float:
-        """A call's share of `calls` of them."""
+    """The error of an operator with wrong results, which is not timed."""
 
 
 class CpuClock:
-    """Process CPU time: on a shared machine wall time would measure the neighbours. Freeing the results is part of a call."""
+    """Process CPU time, since wall time on a shared machine includes other programs. Freeing the results is part of a call."""
 
     def seconds(self, run: Run, calls: int) -> float:
-        """A call's share of `calls` of them."""
+        """Return the mean time of a call over `calls` of them."""
         start = time.process_time()
         for _ in range(calls):
             run()
@@ -53,7 +46,7 @@ class CudaClock:
         self._flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda")
 
     def seconds(self, run: Run, calls: int) -> float:
-        """A call's share of `calls` of them."""
+        """Return the mean time of a call over `calls` of them."""
         total_ms = 0.0
         for _ in range(calls):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -68,10 +61,10 @@ class CudaClock:
 
 @contextmanager
 def settings(device: str) -> Iterator[None]:
-    """One thread, fixed random numbers, no compiler processes beside this one; the libraries warmed up."""
+    """Use one thread, fixed random numbers, no compiler processes, and libraries that are warmed up."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench", "--device cuda", "a CUDA device that torch can use", "see reinforce-ada doctor")
-    import torch._inductor.config as inductor  # its compile workers would stay behind
+    import torch._inductor.config as inductor  # its compile workers would outlive the measurement
 
     before = torch.get_num_threads(), inductor.compile_threads
     torch.set_num_threads(1)
@@ -79,7 +72,7 @@ def settings(device: str) -> Iterator[None]:
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of baselines
+            warnings.simplefilter("ignore")  # baselines have some
             _warm_up(device)
             yield
     finally:
@@ -88,7 +81,7 @@ def settings(device: str) -> Iterator[None]:
 
 
 def _warm_up(device: str) -> None:
-    """What libraries set up on first use is not the memory of the first case."""
+    """Run the libraries once, so that their set-up is not counted in the memory of the first case."""
     memory.let_malloc_keep(True)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
@@ -98,19 +91,19 @@ def _warm_up(device: str) -> None:
 class Session:
     """One case, ready to be timed: inputs in memory, every candidate checked, its memory measured and its calls counted.
 
-    A baseline that fails or computes something else is left out, with the reason in `absent`.
+    A baseline that fails or gives other results is left out, with the reason in `absent`.
     """
 
     def __init__(self, case: Case, device: str) -> None:
         torch.compiler.reset()
         self.case, self.device = case, device
-        self.clock: Clock = CudaClock() if device == "cuda" else CpuClock()
+        self.clock = CudaClock() if device == "cuda" else CpuClock()
         self.setup = case.build(case, device)
         self.absent = dict(self.setup.absent)
         self._metered = memory.missing(device) is None
         self._extra: dict[str, int | None] = {}
         self._calls: dict[str, int] = {}
-        self._seconds: dict[str, list[float]] = {}  # of each turn
+        self._seconds: dict[str, list[float]] = {}  # one number per turn
         self._turns = 0
         cycle_s = self._prepare_subject()
         self.others = [c for c in self.setup.others if c.name not in self.absent]
@@ -122,7 +115,7 @@ class Session:
     # -------------------- before the timing
 
     def _prepare_subject(self) -> float:
-        """The first call shows what native code keeps for later calls: that counts as extra, too."""
+        """Check and measure the operator. Memory that native code keeps after the first call counts as extra, too."""
         before = memory.resident_bytes(self.device) if self._metered else 0
         self._fresh(self.setup.subject)
         kept = max(0, memory.resident_bytes(self.device) - before) if self._metered else 0
@@ -143,7 +136,7 @@ class Session:
         except AssertionError as e:
             self.absent[other.name] = f"computes something else: {_first_line(e)}"
             return 0.0
-        except Exception as e:  # a package of others may fail in any way on this device
+        except Exception as e:  # another package may fail in any way on this device
             self.absent[other.name] = f"{type(e).__name__}: {_first_line(e)}"
             return 0.0
         self._extra[other.name], _, seconds = self._metered_call(other.run)
@@ -156,7 +149,7 @@ class Session:
         return run()
 
     def _metered_call(self, run: Run) -> tuple[int | None, Any, float]:
-        """(extra bytes, results, seconds) of one call."""
+        """Return (extra bytes, results, seconds) of one call."""
         if self.setup.reset is not None:
             self.setup.reset()
         taken: list[Any] = []
@@ -170,7 +163,7 @@ class Session:
         return extra, results, spent[0]
 
     def _count_calls(self, name: str, run: Run, seconds: float) -> float:
-        """Calls in one timing, enough for the clock; one where inputs must be restored. Returns the seconds of a timing."""
+        """Set the calls of one timing: enough for the clock, or one if inputs must be restored. Return the seconds of a timing."""
         calls = 1
         while seconds * calls < _TIMING_S and calls < _MAX_CALLS and self.setup.reset is None:
             calls = min(_MAX_CALLS, int(_TIMING_S / max(seconds, 1e-9)) + 1, 4 * calls)
@@ -181,24 +174,24 @@ class Session:
     # -------------------- the timing
 
     def turn(self) -> None:
-        """Times every other candidate once, each time from another one on."""
+        """Time every other candidate once, starting with another one at each turn."""
         first = self._turns % max(1, len(self.others))
         for other in self.others[first:] + self.others[:first]:
             self._seconds[other.name].append(self._time(other.name, other.run))
         self._turns += 1
 
     def subject(self) -> float:
-        """Seconds a call of ours."""
+        """Return the seconds per call of the operator."""
         return self._time("", self.setup.subject)
 
     def _time(self, name: str, run: Run) -> float:
         if self.setup.reset is not None:
             self.setup.reset()
-        with memory.holes_filled((33 << 20,), self.device):  # above 32 MiB malloc maps what finds no hole
+        with memory.holes_filled((33 << 20,), self.device):  # malloc maps a block above 32 MiB for which there is no hole
             return self.clock.seconds(run, self._calls[name])
 
     def run(self) -> Record:
-        """All rounds."""
+        """Run all rounds and return the record."""
         own = []
         for _ in range(self.rounds):
             self.turn()
@@ -206,7 +199,7 @@ class Session:
         return self.record(own)
 
     def record(self, own: Sequence[float]) -> Record:
-        """From our seconds of each turn."""
+        """Return the record, given the operator's seconds in each turn."""
         case, setup = self.case, self.setup
         others = {c.name: self._timing(c.name, self._seconds[c.name], own, c.floor) for c in self.others}
         return Record(
@@ -235,7 +228,7 @@ class Session:
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """(median, lower, upper)"""
+    """Return (median, lower quartile, upper quartile)."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return median, low, high
 

@@ -1,4 +1,4 @@
-"""The peak memory of one call: of the process on Linux, native scratch included, and of the allocator on a GPU."""
+"""The peak memory of one call: that of the process on Linux, native scratch included, and that of the allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def missing(device: str) -> str | None:
-    """Why the peak cannot be measured here, None when it can."""
+    """Return why the peak cannot be measured here, or None if it can."""
     if device == "cuda":
         return None
     try:
@@ -27,20 +27,15 @@ def missing(device: str) -> str | None:
 
 
 def peak_extra_bytes(run: Callable[[], Any], held: Iterable[Tensor], device: str) -> tuple[int, Any]:
-    """What `run` held at its worst moment beyond `held` and its results, and these results.
+    """Return the peak memory of `run` in bytes beyond `held` and its results, at least 0, and these results.
 
-    On a CPU this is the peak of the resident set above what is resident before the call, less the results: every allocator counts,
-    also the scratch of native code, and pages count when they are touched. What malloc keeps for later use is given back first, or
-    reused memory would go unseen. Exact to about .3 MB: the kernel adds up
-    pages in batches.
+    On a CPU this is the peak of the resident set above that before the call, less the results: every allocator counts, including the
+    scratch of native code, and pages count once they are touched. Memory that malloc keeps for later is given back first, since reused
+    memory would not be seen. It is exact to about .3 MB, because the kernel adds up pages in batches.
 
     Args:
-        run: the call; returns tensors.
+        run: the call, which returns tensors.
         held: tensors that exist before and after; a result that shares memory with one of them (a gradient in place) is not new.
-        device: "cpu" or "cuda".
-
-    Returns:
-        Bytes, at least 0, and the results of the call.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     let_malloc_keep(False)
@@ -55,7 +50,7 @@ def peak_extra_bytes(run: Callable[[], Any], held: Iterable[Tensor], device: str
 
 
 def resident_bytes(device: str) -> int:
-    """Anonymous memory of the process once everything unused is given back; on a GPU what tensors hold."""
+    """Return the anonymous memory of the process once all unused memory is given back; on a GPU the memory of tensors."""
     if device == "cuda":
         return int(torch.cuda.memory_allocated())
     _give_back()
@@ -63,13 +58,11 @@ def resident_bytes(device: str) -> int:
 
 
 def tensors(results: Any) -> Iterator[Tensor]:
-    """Every tensor in nested results."""
+    """Yield every tensor in nested results."""
     if isinstance(results, Tensor):
         yield results
-    elif isinstance(results, dict):
-        yield from tensors(list(results.values()))
-    elif isinstance(results, list | tuple):
-        for item in results:
+    elif isinstance(results, dict | list | tuple):
+        for item in results.values() if isinstance(results, dict) else results:
             yield from tensors(item)
 
 
@@ -90,11 +83,11 @@ def _peak(device: str) -> int:
 
 
 def let_malloc_keep(blocks: bool) -> None:
-    """Whether freed blocks of up to 32 MiB stay with the process, as in one that has run for a while, or go back at once.
+    """Set whether the process keeps freed blocks of up to 32 MiB, as one that has run for a while does, or returns them at once.
 
-    glibc learns to keep blocks from the largest that was freed. Until then each one above 128 KiB is mapped and zeroed anew: TRL's loop
-    over rows took 52 ms in one run and 25 in the next, by what happened to be freed before. So timing keeps them. Measuring memory
-    does not: kept blocks would be counted beside those that take their place.
+    glibc adapts to the largest block that was freed. Until then it maps and zeroes each block above 128 KiB anew: TRL's loop over rows
+    took 52 ms in one run and 25 in the next, depending on what was freed before. So blocks are kept for timing, but not for measuring
+    memory, where kept blocks would be counted beside those that replace them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None:
@@ -104,17 +97,17 @@ def let_malloc_keep(blocks: bool) -> None:
 
 
 class _MallocInfo(ctypes.Structure):
-    """glibc's struct mallinfo2; hblks counts the blocks that are mapped on their own, the last four are not read."""
+    """glibc's struct mallinfo2. `hblks` counts the blocks that are mapped separately; the last four fields are not read."""
 
     _fields_ = tuple((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", *"abcd"))
 
 
 @contextmanager
 def holes_filled(sizes: Sequence[int], device: str) -> Iterator[None]:
-    """Blocks of the least of `sizes` and more, in bytes, are inside mapped on their own if malloc's threshold says so.
+    """Fill the holes in the heap, so that malloc maps blocks of min(sizes) bytes or more separately if its threshold says so.
 
-    Holes that earlier calls left in the heap would serve them otherwise. They are filled with blocks that nobody touches. Without, a
-    gradient of 78 MB in such a hole took 32 ms instead of 66, and 36 MB were counted for a loop that holds .4.
+    Holes that earlier calls left in the heap would serve them otherwise. They are filled with blocks that are never touched. Without
+    this, a gradient of 78 MB in such a hole took 32 ms instead of 66, and 36 MB were counted for a loop that holds .4.
     """
     libc = ctypes.CDLL(None)
     blocks: list[int] = []

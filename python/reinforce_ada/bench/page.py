@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the table of README.md, from committed results and a template with the words. Imports no torch."""
+"""The generation of docs/benchmarks.md and the table of README.md from committed results and a template. It imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _QUICK = "**`--quick`: small shapes, not the numbers to quote**"
 
 
 def render(template: str, main: Results, others: Sequence[Results] = ()) -> str:
-    """The template with every {{name}} filled in: the main machine, and the others below it.
+    """Return the template with every {{name}} filled in: the main machine, and the others below it.
 
-    Raises: InputError for a template that lacks a part, or names one there is not.
+    Raises: InputError for a template that lacks a part, or names an unknown one.
     """
     parts = {
         "machine": machine(main.about),
@@ -35,7 +35,7 @@ def render(template: str, main: Results, others: Sequence[Results] = ()) -> str:
 
 
 def machine(about: Mapping[str, Any]) -> str:
-    """A list of what was measured on what."""
+    """Return a list of the machine, system and versions of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"device: {about['device']}" + (", one thread" if about["device"] == "cpu" else ""),
@@ -50,10 +50,7 @@ def machine(about: Mapping[str, Any]) -> str:
 
 
 def with_summary(readme: str, results: Results) -> str:
-    """README.md with the summary between its markers.
-
-    Raises: InputError when the markers are not there.
-    """
+    """Return README.md with the summary between its markers. Raises: InputError without the markers."""
     before, start, rest = readme.partition(_START)
     _, end, after = rest.partition(_END)
     if not start or not end:

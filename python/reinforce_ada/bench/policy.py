@@ -1,4 +1,4 @@
-"""Cases of policy_loss: forward, backward and metrics."""
+"""The cases of policy_loss: forward, backward and metrics."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reinforce_ada.bench.baselines import FULL, PPO, Batch, compiled, ppo, ppo_with_correction_and_kl, reading
+from reinforce_ada.bench.baselines import FULL, PPO, LossInputs, compiled, ppo, ppo_with_correction_and_kl, reading
 from reinforce_ada.bench.case import Candidate, Case, Goal, Setup
 from reinforce_ada.bench.checks import close, close_in_norm
 from reinforce_ada.ops import RolloutCorrection, policy_loss
 
 _OP = "policy_loss"
-# sequences x tokens; the gradient is the only allocation, and the pages of a few scalars
+# extra_mb: the gradient is a result, so only the pages of a few scalars are extra
 _GOALS = (Goal("speedup", 4.5, "inductor"), Goal("speedup", 40, "eager"), Goal("extra_mb", 1))
 _FULL_ARGUMENTS: dict[str, Any] = {"kl": "k3", "kl_coef": 0.01, "rollout_correction": RolloutCorrection("token", "truncate", high=2.0)}
 
 
 def cases() -> Iterator[Case]:
-    """Packed long and short sequences, and padded ones; plain PPO, and with a correction and KL."""
+    """Yield cases with packed long and short sequences and with padded ones; plain PPO, and with a correction and KL."""
     for layout, (seqs, length) in (("packed", (1024, 1024)), ("packed", (65536, 16)), ("padded", (2048, 512))):
         for full in (False, True):
             shape = {"N": seqs, "L": length}
@@ -31,8 +31,8 @@ def cases() -> Iterator[Case]:
             yield Case(_OP, name, shape, "float32", build, _GOALS, "eager", quick)
 
 
-def batch(shape: tuple[int, ...], cu_seqlens: Tensor | None, num_seqs: int, device: str) -> Batch:
-    """Logprobs and their relatives a training step apart; a tenth of the tokens masked."""
+def batch(shape: tuple[int, ...], cu_seqlens: Tensor | None, num_seqs: int, device: str) -> LossInputs:
+    """Return logprobs, those of the old, rollout and reference policies, advantages, and a mask without a tenth of the tokens."""
     logprobs = -torch.rand(shape, device=device)
     old = logprobs + 0.2 * torch.randn(shape, device=device)
     found = {
@@ -53,14 +53,14 @@ def _build(case: Case, device: str, packed: bool, full: bool) -> Setup:
     b["logprobs"].requires_grad_()
     form, names = (ppo_with_correction_and_kl, FULL) if full else (ppo, PPO)
 
-    def ours(b: Batch = b, backend: str = "auto") -> tuple[Tensor, dict[str, Tensor]]:
+    def ours(b: LossInputs = b, backend: str = "auto") -> tuple[Tensor, dict[str, Tensor]]:
         more = {**_FULL_ARGUMENTS, "rollout_logprobs": b["rollout"], "ref_logprobs": b["ref"]} if full else {}
         return policy_loss(
             b["logprobs"], b["advantages"], b["mask"], old_logprobs=b["old"], cu_seqlens=b.get("cu_seqlens"), backend=backend, **more
         )
 
-    def step(form: Callable[[Batch], Any], b: Batch = b) -> tuple[Tensor, Any]:
-        """(gradient, loss and metrics)"""
+    def step(form: Callable[[LossInputs], Any], b: LossInputs = b) -> tuple[Tensor, Any]:
+        """Return the gradient, and the loss with its metrics."""
         results = form(b)
         return torch.autograd.grad(results[0], b["logprobs"])[0], results
 

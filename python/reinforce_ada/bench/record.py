@@ -1,4 +1,4 @@
-"""What was measured: records, how they are kept as JSON, and what they say about the goals. Imports no torch."""
+"""The records of measurements, their JSON, and the verdicts on the goals. It imports no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.bench.case import SHORT, Goal, shape_label
+from reinforce_ada.bench.case import Goal, label_of
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_file
 
 FORMAT = 1
+_MORE_IS_BETTER = ("speedup", "gelem_per_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One candidate: milliseconds a call, and its time over ours round by round; medians with quartiles."""
+    """The timing of one candidate: milliseconds per call, and its time over ours round by round; medians with quartiles."""
 
     ms: float
     ms_low: float
@@ -33,7 +34,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One case, measured."""
+    """The measurement of one case."""
 
     op: str
     name: str
@@ -41,7 +42,7 @@ class Record:
     shape: Mapping[str, int]
     backend: str
     rounds: int
-    calls: int  # of ours in one timing
+    calls: int  # calls of ours in one timing
     ours: Timing
     others: Mapping[str, Timing]
     absent: Mapping[str, str]
@@ -53,32 +54,32 @@ class Record:
 
     @property
     def label(self) -> str:
-        """Operator, case, dtype and shape in one line."""
-        return f"{self.op}/{self.name}/{SHORT[self.dtype]}/{shape_label(self.shape)}"
+        """Return operator, case, dtype and shape in one line."""
+        return "/".join(label_of(self))
 
     @property
     def gb_per_s(self) -> float:
-        """Bytes that must move at least, over the median."""
+        """Return the rate of the bytes that must at least move, by the median time."""
         return self.moved_bytes / self.ours.ms / 1e6
 
     @property
     def gflop_per_s(self) -> float:
-        """Of the matrix products."""
+        """Return the rate of the matrix products, by the median time."""
         return self.flops / self.ours.ms / 1e6
 
     def baselines(self) -> dict[str, Timing]:
-        """What computes the same."""
+        """Return the candidates that compute the same."""
         return {name: t for name, t in self.others.items() if not t.floor}
 
     def fastest(self, family: str) -> str | None:
-        """The fastest candidate of a family (see `Goal`), None where none was measured."""
+        """Return the fastest candidate of a family (see `Goal`), or None if none was measured."""
         names = self.baselines() if family == "best" else [n for n in self.others if n == family or n.startswith(f"{family} ")]
         return min(names, key=lambda name: self.others[name].ms, default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A goal beside what was reached; met is None where it could not be measured, `reached` then says why."""
+class GoalVerdict:
+    """A goal with the value reached. If it could not be measured, `met` is None and `reached` says why."""
 
     goal: str
     reached: str
@@ -87,7 +88,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """hit, miss or not measured."""
+        """Return "hit", "miss" or "not measured"."""
         return "not measured" if self.met is None else "hit" if self.met else "miss"
 
 
@@ -99,17 +100,14 @@ class Results:
     records: Sequence[Record]
 
     def save(self, path: Path) -> None:
-        """As JSON, one record a line."""
+        """Write JSON with one record per line."""
         lines = ",\n".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in self.records)
         about = json.dumps({"format": FORMAT, **self.about}, indent=1, ensure_ascii=False)
         replace_file(path, f'{{"about": {about},\n"records": [\n{lines}\n]}}\n', where="bench")
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What `save` wrote.
-
-        Raises: InputError when it is not that.
-        """
+        """Read a file that `save` wrote. Raises: InputError for any other file."""
         try:
             found = json.loads(path.read_text())
             about = found["about"]
@@ -131,31 +129,34 @@ def _record(found: dict[str, Any]) -> Record:
 # -------------------- goals
 
 
-def verdicts(record: Record) -> Iterator[Verdict]:
-    """Every goal of a record with what was reached. Medians decide; no number is rounded in favour of a goal."""
-    for goal in record.goals:
-        yield _verdict(record, goal)
+def verdicts(record: Record) -> Iterator[GoalVerdict]:
+    """Yield the verdict on every goal of a record. Medians decide; no number is rounded in favour of a goal."""
+    yield from (_verdict(record, goal) for goal in record.goals)
 
 
-def _verdict(record: Record, goal: Goal) -> Verdict:
+def _verdict(record: Record, goal: Goal) -> GoalVerdict:
     name = record.fastest(goal.against) if goal.against else ""
     if name is None:
         reason = "; ".join(f"{n}: {why}" for n, why in record.absent.items()) or "nothing to compare with was measured"
-        return Verdict(goal_text(goal, None), reason, "", None)
+        return GoalVerdict(goal_text(goal, None), reason, "", None)
     text = goal_text(goal, None if not name else record.others[name])
-    found = _quantity(record, goal, name)
+    found = quantity(record, goal, name)
     if found is None:
-        return Verdict(text, "cannot be measured on this system", "", None)
+        return GoalVerdict(text, "cannot be measured on this system", "", None)
     value, low, high = found
-    at_least = goal.kind in ("speedup", "gelem_per_s")
-    met = value >= goal.bound if at_least else value <= goal.bound
-    exact = name not in ("", goal.against)  # which of the family it was
-    reached = number(value, up=not at_least) + (f" ({name})" if exact else "")
-    return Verdict(text, reached, "" if low is None or high is None else f"{number(low, not at_least)}–{number(high, not at_least)}", met)
+    less_is_better = goal.kind not in _MORE_IS_BETTER
+    reached = number(value, less_is_better) + ("" if name in ("", goal.against) else f" ({name})")
+    spread = "" if low is None or high is None else f"{number(low, less_is_better)}–{number(high, less_is_better)}"
+    return GoalVerdict(text, reached, spread, is_met(goal, value))
 
 
-def _quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
-    """Median and quartiles of what the goal bounds; None where it was not measured."""
+def is_met(goal: Goal, value: float) -> bool:
+    """Return whether a goal is met by the quantity that it bounds."""
+    return value >= goal.bound if goal.kind in _MORE_IS_BETTER else value <= goal.bound
+
+
+def quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | None, float | None] | None:
+    """Return median and quartiles of the quantity that the goal bounds; None if it was not measured."""
     ours = record.ours
     if goal.kind == "extra_mb":
         return None if ours.extra_mb is None else (ours.extra_mb, None, None)
@@ -168,7 +169,7 @@ def _quantity(record: Record, goal: Goal, name: str) -> tuple[float, float | Non
 
 
 def goal_text(goal: Goal, against: Timing | None) -> str:
-    """Such as "≥ 3.5 × inductor" or "≤ 10 MB extra"."""
+    """Return a goal as a text such as "≥ 3.5 × inductor" or "≤ 10 MB extra"."""
     bound = f"{goal.bound:g}"
     if goal.kind == "speedup":
         return f"≥ {bound} of {goal.against}" if against is not None and against.floor else f"≥ {bound} × {goal.against}"
@@ -178,18 +179,18 @@ def goal_text(goal: Goal, against: Timing | None) -> str:
 
 
 def number(value: float, up: bool = False) -> str:
-    """Three digits, at most two after the point, cut off downwards, or upwards where less is better: never in favour of a goal."""
+    """Return three digits, at most two after the point, rounded down, or up if less is better: never in favour of a goal."""
     if value <= 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = min(max(0, 2 - math.floor(math.log10(value))), 2)
     step = 10**digits
-    # The product may land next to the number that was meant: 1.1 * 100 = 110.00000000000001.
+    # The product may be off in the last bit: 1.1 * 100 = 110.00000000000001.
     cut = math.ceil(value * step - 1e-9) if up else math.floor(value * step + 1e-9)
     return f"{cut / step:.{digits}f}"
 
 
 def slower(records: Iterable[Record]) -> Iterator[tuple[Record, str, Timing]]:
-    """Every baseline that took less time than ours, as (record, baseline, timing)."""
+    """Yield every baseline that took less time than ours, as (record, baseline, timing)."""
     for record in records:
         for name, timing in record.baselines().items():
             if timing.ratio < 1:

@@ -1,10 +1,10 @@
-"""Results as tables: goals with what was reached, everything measured, and a summary. Imports no torch."""
+"""The tables of results: goals with the values reached, all measurements, and a summary. It imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from reinforce_ada.bench.case import SHORT, shape_label
+from reinforce_ada.bench.case import label_of
 from reinforce_ada.bench.record import Record, Timing, number, slower, verdicts
 
 Row = Sequence[str]
@@ -15,12 +15,12 @@ SUMMARY = ("operator", "case", "× naive eager", "× torch.compile", "× fastest
 
 
 def goal_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each goal."""
-    return [(r.op, r.name, SHORT[r.dtype], shape_label(r.shape), v.goal, v.reached, v.spread, v.word) for r in records for v in verdicts(r)]
+    """Return one row for each goal."""
+    return [(*label_of(r), v.goal, v.reached, v.spread, v.word) for r in records for v in verdicts(r)]
 
 
 def tally(records: Iterable[Record]) -> str:
-    """Such as "31 of 40 goals hit"."""
+    """Return a text such as "31 of 40 goals hit"."""
     words = [v.word for r in records for v in verdicts(r)]
     unmeasured = words.count("not measured")
     text = f"{words.count('hit')} of {len(words)} goals hit"
@@ -28,7 +28,7 @@ def tally(records: Iterable[Record]) -> str:
 
 
 def measured_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each record, with every baseline."""
+    """Return one row for each record, with every baseline."""
     return [_measured(r) for r in records]
 
 
@@ -36,7 +36,7 @@ def _measured(r: Record) -> Row:
     baselines = ", ".join(f"{name} {_ratio(t)}" for name, t in r.baselines().items())
     extra = "" if r.ours.extra_mb is None else number(r.ours.extra_mb, up=True)
     rate = f"{r.gflop_per_s:.0f} GFLOP/s" if r.flops else f"{r.gb_per_s:.1f} GB/s"
-    return (r.name, SHORT[r.dtype], shape_label(r.shape), r.backend, duration(r.ours.ms), rate, _share(r), extra, baselines)
+    return (*label_of(r)[1:], r.backend, duration(r.ours.ms), rate, _share(r), extra, baselines)
 
 
 def _ratio(t: Timing) -> str:
@@ -44,23 +44,23 @@ def _ratio(t: Timing) -> str:
 
 
 def _share(r: Record) -> str:
-    """The time of the floor over ours: what the machine could do at best."""
+    """Return the time of the floor, which is the machine's best, divided by ours."""
     return ", ".join(f"{number(t.ratio)} of {name}" for name, t in r.others.items() if t.floor)
 
 
 def slower_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each baseline that is faster than ours."""
-    return [(r.op, r.name, SHORT[r.dtype], shape_label(r.shape), name, _ratio(t)) for r, name, t in slower(records)]
+    """Return one row for each baseline that is faster than ours."""
+    return [(*label_of(r), name, _ratio(t)) for r, name, t in slower(records)]
 
 
 def absent_reasons(records: Iterable[Record]) -> list[str]:
-    """Baselines that were not measured, each with its reasons."""
+    """Return the baselines that were not measured, each with its reasons."""
     found = {f"{name}: {reason}": None for r in records for name, reason in r.absent.items()}
     return sorted(found)
 
 
 def summary_rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each operator and case, over its shapes and dtypes."""
+    """Return one row for each operator and case, over its shapes and dtypes."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         groups.setdefault((r.op, r.name), []).append(r)
@@ -84,7 +84,7 @@ def _summary(records: Sequence[Record]) -> Row:
 
 
 def span(values: Sequence[float]) -> str:
-    """Least and most, "–" of none."""
+    """Return the least and the largest value, or "–" without values."""
     if not values:
         return "–"
     low, high = number(min(values)), number(max(values))
@@ -95,18 +95,18 @@ def span(values: Sequence[float]) -> str:
 
 
 def duration(ms: float) -> str:
-    """In ms, or in µs below one."""
+    """Return a time in ms, or in µs below one ms."""
     return f"{number(ms, up=True)} ms" if ms >= 1 else f"{number(1e3 * ms, up=True)} µs"
 
 
 def as_markdown(header: Row, rows: Iterable[Row]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
 def as_text(header: Row, rows: Sequence[Row]) -> str:
-    """Columns for a terminal."""
+    """Return a table with aligned columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

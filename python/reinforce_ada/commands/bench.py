@@ -1,4 +1,4 @@
-"""`reinforce-ada bench`: the operators beside PyTorch and other libraries."""
+"""`reinforce-ada bench`: times the operators against PyTorch and other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ examples:
   reinforce-ada bench token_logprobs --case forward/bf16
   reinforce-ada bench --device cuda --json gpu.json        the same on a GPU
 
-Every case is checked before it is timed. Leave the machine alone meanwhile: neighbours cost memory bandwidth.
+Every case is checked before it is timed. Run nothing else meanwhile: other programs take memory bandwidth.
 """
 
 
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Check and time the chosen cases; the exit status."""
+    """Check and time the chosen cases, and return the exit status."""
     from reinforce_ada.bench import command
 
     if given.list:

@@ -1,4 +1,4 @@
-"""`reinforce-ada doctor`: what works on this machine and what does not."""
+"""`reinforce-ada doctor`: shows what works on this machine and what does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reinforce_ada.commands.flags import add_command
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    about = "Which operators, engines and packages work here, and why not where they do not."
+    about = "Show which operators, engines and packages work here, and why the others do not."
     parser = add_command(commands, "doctor", about)
     parser.add_argument("--check", action="store_true", help="run every usable form of every operator against the reference")
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print the findings; the exit status."""
+    """Print the findings and return the exit status."""
     from reinforce_ada import doctor
 
     return doctor.main(check=given.check, as_json=given.json)

@@ -1,4 +1,4 @@
-"""`reinforce-ada eval`: score a model on held-out prompts."""
+"""`reinforce-ada eval`: scores a model on held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reinforce_ada import config as configuration
 from reinforce_ada.commands.flags import add_command, add_config_flags, import_from_here, overrides
 from reinforce_ada.outside import finite, show
 
-# What an evaluation does not read of the tables about model, task and engine, and what it reads of others.
+# The keys about model, task and engine that an evaluation does not read, and the keys of other tables that it reads.
 _NOT_OF_EVAL = {"model", "eval_every"}
 _OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed", "data_seed"}
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "eval", "Avg@k with its standard error and unbiased pass@k of a model on held-out prompts.")
+    parser = add_command(commands, "eval", "Measure a model on held-out prompts: Avg@k with its standard error, and unbiased pass@k.")
     parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder (such as RUN/model) or a hub id")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     homes = configuration.section_of()
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Evaluate the model and print Avg@k and pass@k; 0."""
+    """Evaluate the model, print Avg@k and pass@k, and return 0."""
     beside = Path(given.model).parent / "config.toml"
     if given.config is None and Path(given.model).is_dir() and beside.is_file():
         show(f"task and engine as in {beside}", file=sys.stderr)
@@ -56,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
 
 @contextmanager
 def _prints_aside() -> Iterator[None]:
-    """Whatever libraries, rewards and their processes print meanwhile goes to standard error: the output is the result alone."""
+    """Send all that libraries, rewards and their processes print to standard error, so that the output is only the result."""
     sys.stdout.flush()
     output = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""`reinforce-ada explain`: the exact properties of a sampling policy."""
+"""`reinforce-ada explain`: prints the exact properties of a sampling policy."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ examples:
   reinforce-ada explain reinforce-ada-balance --objective mean --population 1,2 2.5,0.6
   reinforce-ada explain runs/mine --figure curves.png
 
-The numbers are exact, for rewards of 0 and 1: a sum over all states the stopping rule can end in. Their use:
-w(p) says which prompts a policy learns from. Mean baseline and fixed size: the same for all. Adaptive rules: hard ones (and with balance
-easy ones) count several times as much, so the pass rate is not what they climb. --objective mean makes w(p) = 1.
+The numbers are exact for rewards of 0 and 1: each is a sum over all states in which the stopping rule can end.
+w(p) says which prompts a policy learns from. With a mean baseline and a fixed size it is the same for all. With adaptive rules hard
+prompts (and with balance easy ones) count several times as much, so the policy does not ascend the pass rate. --objective mean makes
+w(p) = 1.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    about = "What a sampling policy does: its parts in words, what it costs, and the objective it climbs, in exact numbers."
+    about = "Explain a sampling policy: its parts in words, and its cost and implied objective in exact numbers."
     parser = add_command(commands, "explain", about, _EXAMPLES)
     parser.add_argument(
         "what", nargs="?", metavar="PRESET|CONFIG.toml|RUN", help="a preset, a configuration file or a run folder (default: every preset)"
     )
     parser.add_argument("--population", nargs="+", default=[], metavar="A,B", help="prompts with Beta(A, B) pass rates (default: three)")
     parser.add_argument("--class-weights", metavar="W,C", help="factors of the advantages of wrong and of correct completions")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, one object a policy, unrounded")
+    parser.add_argument("--json", action="store_true", help="print the unrounded numbers as JSON, one object per policy")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw w(p), f(p), E[N] and P(signal) into this PNG")
     add_key_flags(parser, configuration.POLICY_KEYS)
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print what the policy costs and which objective it climbs; the exit status."""
+    """Print the policy's cost and implied objective, and return the exit status."""
     from reinforce_ada.explain import command
 
     return command.run(

@@ -1,4 +1,4 @@
-"""What the commands have in common: how one is added, and one flag for each key of the configuration."""
+"""The code that commands share: adding a command to the parser, and one flag for each key of the configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reinforce_ada import config as configuration
 
 
 def add_command(commands: Any, name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
-    """The parser of a new command; `about` is its line in the overview, `epilog` follows its flags."""
+    """Add a command and return its parser; `about` is its line in the overview, and `epilog` follows its flags."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -61,11 +61,11 @@ def _escape(text: str) -> str:
 
 
 def overrides(given: argparse.Namespace) -> dict[str, str]:
-    """The configuration keys that were given as flags, with their texts."""
+    """Return the configuration keys that were given as flags, with their texts."""
     return {k.removeprefix("key_"): v for k, v in vars(given).items() if k.startswith("key_") and v is not None}
 
 
 def import_from_here() -> None:
-    """Let rewards be imported from the current folder, which the path of an installed command lacks."""
+    """Add the current folder to the import path, which an installed command lacks, so that rewards can be imported from it."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

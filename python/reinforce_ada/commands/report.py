@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Write the figure and the export and print the summary; 0."""
+    """Write the figure and the export, print the summary, and return 0."""
     from reinforce_ada import report
 
     for path in report.report(given.run_dir):

@@ -1,4 +1,4 @@
-"""`reinforce-ada train`: train a model by adaptive sampling."""
+"""`reinforce-ada train`: trains a model by adaptive sampling."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from reinforce_ada.errors import InputError
 _EXAMPLES = """\
 examples:
   reinforce-ada train                                      SmolLM2-135M learns one-digit sums (minutes on two cores)
-  reinforce-ada train --model tiny --steps 4               the whole way in seconds
+  reinforce-ada train --model tiny --steps 4               a complete run in seconds
   reinforce-ada train --model Qwen/Qwen3-0.6B --task gcd --preset reinforce-ada-pos --max-tokens 64
   reinforce-ada train --task problems.jsonl --reward my_rewards:score
   reinforce-ada train --config run.toml --seed 1           a file, with one key overridden
   reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
   torchrun --nproc-per-node 2 -m reinforce_ada train       the same run, its gradients computed by two processes
 
-Every key below can stand in the TOML file of --config, in the table its heading names.
+The TOML file of --config may set every key below, in the table that its heading names.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "train", "Train a model by adaptive sampling.", _EXAMPLES)
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; its configuration holds")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR with its own configuration")
     add_config_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
-    """Run the training that the flags describe; 0."""
+    """Run the training that the flags describe, and return 0."""
     keys = overrides(given)
     if given.resume is None:
         config = configuration.load(given.config, keys)
     else:
         if given.config is not None:
-            raise InputError("train", "--resume and --config", "one of them: a resumed run keeps its configuration")
+            raise InputError("train", "--resume and --config", "one of them is needed: a resumed run keeps its configuration")
         saved = given.resume / "config.toml"
         if not os.path.isfile(saved):
             raise InputError("train", f"{given.resume} holds no run", "a folder that `reinforce-ada train` wrote")

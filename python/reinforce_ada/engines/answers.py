@@ -136,7 +136,8 @@ def refusal(status: int, retry_after: str, text: str, path: str) -> Exception:
     said = one_line(without_credentials(text), 200)
     answers = f"{path} answers {status}" + (f": {said}" if said else "")
     if status in (429, 502, 503, 504):
-        return BusyError(answers, _pause_s(retry_after))
+        is_number = re.fullmatch(r"[0-9]{1,9}", retry_after.strip())  # otherwise a date, or nothing
+        return BusyError(answers, min(float(retry_after), LONGEST_BACKOFF_S) if is_number else 0.0)
     if status in (401, 403):
         return UnfitError(f"refuses the key ({status}); set VLLM_API_KEY or OPENAI_API_KEY to the server's")
     if status == 404 and path in ("/reset_prefix_cache", "/collective_rpc"):
@@ -146,11 +147,6 @@ def refusal(status: int, retry_after: str, text: str, path: str) -> Exception:
     if 300 <= status < 500:
         return UnfitError(answers)
     return BrokenError(answers)
-
-
-def _pause_s(retry_after: str) -> float:
-    """Return the seconds of a Retry-After header; 0 if it holds a date or anything else."""
-    return min(float(retry_after), LONGEST_BACKOFF_S) if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()) else 0.0
 
 
 def models_of(text: bytes) -> list[tuple[str, int | None]]:

@@ -18,54 +18,86 @@ from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 
+class Placement(NamedTuple):
+    """Records that a request was given to a replica."""
+
+    id: CompletionId
+    replica: str
+    at: float  # seconds of time.monotonic
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """The interface that the driver loop needs from a generator."""
+    """The interface that the driver loop and the trainer need from a generator. What has a default here is optional for a subclass."""
+
+    # Where requests have gone, oldest first; bounded, and emptied by its reader. None: a request starts wherever it is submitted.
+    placements: deque[Placement] | None = None
 
     @property
     def free_slots(self) -> int:
         """Return how many more requests the engine can usefully take now."""
-        ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Start these requests. Raises InputError when a request cannot be served, for example because the prompt is too long."""
-        ...
 
     def poll(self) -> list[Completion]:
         """Advance, and return the completions that finished since the last call."""
-        ...
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Stop these requests; ids that are not running are ignored."""
-        ...
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         """Load new weights; completions submitted from now on carry `policy_version`. Called with nothing in flight."""
-        ...
 
     def sleep(self) -> None:
         """Release as much memory as possible until `wake`. Called between sampling phases with nothing in flight; may do nothing."""
-        ...
+        return
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        ...
+        return
 
     def close(self) -> None:
         """Release all resources; further calls are errors."""
-        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers that the engine reports, under names that begin with `engine_`.
+
+        `engine_busy_slots` (requests being computed), `engine_queue` (requests that wait in it), `engine_slots` and `engine_replicas` (that
+        can be used) are momentary values. Names that end in `_rate` are fractions since the start of the engine. All others are counts or
+        seconds since its start (`engine_tokens`, `engine_sync_s`, `engine_restarts`, ..). The trainer logs the differences of the counts,
+        and means over time of the first four. `metrics` must be cheap: it is called many times a second.
+        """
+        return {}
 
 
-def metrics_of(engine: Engine) -> dict[str, float]:
-    """Return the numbers that the engine reports by its `metrics()`; nothing if it has no such method.
+class LocalEngine(Engine):
+    """An engine without weights and memory of its own: it holds at most `num_slots` requests until a subclass's `poll` answers them."""
 
-    Their names begin with `engine_`. `engine_busy_slots` (requests being computed), `engine_queue` (requests that wait in it),
-    `engine_slots` and `engine_replicas` (that can be used) are momentary values. Names that end in `_rate` are fractions since the start of
-    the engine. All others are counts or seconds since its start (`engine_tokens`, `engine_sync_s`, `engine_restarts`, ..). The trainer logs
-    the differences of the counts, and means over time of the first four. `metrics()` must be cheap: it is called many times a second.
-    """
-    metrics: Callable[[], dict[str, float]] = getattr(engine, "metrics", dict)
-    return metrics()
+    def __init__(self, name: str, num_slots: int) -> None:
+        self._name, self._num_slots = name, num_slots
+        self._running: dict[CompletionId, Request] = {}
+        self._policy_version = 0
+
+    @property
+    def free_slots(self) -> int:
+        return self._num_slots - len(self._running)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hold these until they are answered. Raises InputError beyond `free_slots`."""
+        if len(requests) > self.free_slots:
+            raise InputError(self._name, f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
+        self._running.update((r.id, r) for r in requests)
+
+    def abort(self, ids: Sequence[CompletionId]) -> None:
+        for request_id in ids:
+            self._running.pop(request_id, None)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
+        self._policy_version = policy_version
+
+    def close(self) -> None:
+        self._running.clear()
 
 
 class Launch(NamedTuple):
@@ -81,22 +113,6 @@ class Launch(NamedTuple):
     weights: Path  # a folder for weights that other processes load
     limits: Mapping[str, Any]  # max_tokens, max_model_len, max_num_seqs, temperature and stop, as keywords of every engine
     say: Callable[[str], None]  # takes a line for the user
-
-
-class Placement(NamedTuple):
-    """Records that a request was given to a replica."""
-
-    id: CompletionId
-    replica: str
-    at: float  # seconds of time.monotonic
-
-
-def placements_of(engine: Engine) -> deque[Placement] | None:
-    """Return the engine's `placements`, which say where requests have gone, oldest first, and which the reader empties.
-
-    The deque is bounded, so it needs no reader. Return None for an engine that starts a request wherever it is submitted.
-    """
-    return getattr(engine, "placements", None)
 
 
 class PrefixHits:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from reinforce_ada.engines.base import Placement, PrefixHits, garbage
+from reinforce_ada.engines.base import Engine, Placement, PrefixHits, check_prompt_length, garbage
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -73,23 +73,18 @@ class Replica(Protocol):
 
     def start(self, tell: Callable[[News], None]) -> None:
         """Start the replica, or reach it again after a Down: `Up` or `Down` follows. `tell` of an earlier start is not called any more."""
-        ...
 
     def load(self, weights: Any, policy_version: int) -> None:
         """Load weights as the fleet's `publish` returned them: `Loaded` or `Down` follows. Nothing is in flight."""
-        ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Start these requests: for each a `Completion` or `Dropped` follows, unless a `Down` does."""
-        ...
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Stop these requests; their late answers are ignored."""
-        ...
 
     def close(self) -> None:
         """Release all resources."""
-        ...
 
 
 class State(Enum):
@@ -120,6 +115,10 @@ class Member:
         return len(self.running) / self.replica.num_slots
 
     @property
+    def has_room(self) -> bool:
+        return self.state is State.ready and len(self.running) < self.replica.num_slots
+
+    @property
     def is_there(self) -> bool:
         """Return whether it is ready, or loads for the first time since its last answer: after a failure it may load, and fail, forever."""
         return self.state is State.ready or (self.state in (State.up, State.loading) and self.num_failures == 0)
@@ -136,14 +135,15 @@ class FleetCounts:
     sync_s: float = 0.0
 
 
-class Fleet:
-    """An `Engine` made of replicas.
+class Fleet(Engine):
+    """An engine made of replicas.
 
     Args:
         replicas: start immediately, and are used as they come up.
         publish: puts the weights where replicas find them, and returns what `Replica.load` takes.
         max_tokens: the most tokens of a completion.
         vocab_size: every token id must be below.
+        max_model_len: the longest prompt + completion; None leaves the check of prompts to the replicas.
         give_up_s: raise EngineLost after this long without any replica, counted since the last answer of one.
         say: takes one line whenever a replica comes or goes.
         clock, wait_s: monotonic seconds; how long `poll` waits for a message at most.
@@ -156,13 +156,14 @@ class Fleet:
         *,
         max_tokens: int,
         vocab_size: int,
+        max_model_len: int | None = None,
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = 0.05,
     ) -> None:
-        self._publish, self._max_tokens, self._vocab_size, self._give_up_s = publish, max_tokens, vocab_size, give_up_s
-        self._say, self._clock, self._wait_s = say, clock, wait_s
+        self._publish, self._max_tokens, self._max_model_len, self._vocab_size = publish, max_tokens, max_model_len, vocab_size
+        self._give_up_s, self._say, self._clock, self._wait_s = give_up_s, say, clock, wait_s
         self._mailbox: queue.SimpleQueue[tuple[Member, int, News]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._droppers: dict[CompletionId, list[Member]] = {}  # replicas that dropped a request since it was last answered
@@ -202,7 +203,13 @@ class Fleet:
         return max(0, sum(m.replica.num_slots - len(m.running) for m in there) - len(self._waiting))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue these requests, and hand out as many as the replicas have room for."""
+        """Queue these requests, and hand out as many as the replicas have room for.
+
+        Raises: InputError for a prompt that leaves no room for max_tokens.
+        """
+        if self._max_model_len is not None:
+            for request in requests:
+                check_prompt_length("engine", request, self._max_tokens, self._max_model_len)
         self._waiting.extend(requests)
         self._give_out()
 
@@ -218,7 +225,6 @@ class Fleet:
         return finished
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; ids that are not running are ignored."""
         unwanted = set(ids)
         self._waiting = deque(r for r in self._waiting if r.id not in unwanted)
         for request_id in unwanted:
@@ -244,29 +250,17 @@ class Fleet:
         self.counts.sync_s += self._clock() - began
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics that `metrics_of` describes."""
-        c, ready = self.counts, [m for m in self.members if m.state is State.ready]
+        ready = [m for m in self.members if m.state is State.ready]
         return {
             "engine_replicas": float(len(ready)),
             "engine_slots": float(sum(m.replica.num_slots for m in ready)),
-            "engine_tokens": float(c.tokens),
             "engine_busy_slots": float(sum(len(m.running) for m in self.members)),
             "engine_queue": float(len(self._waiting)),
-            "engine_restarts": float(c.restarts),
-            "engine_moved": float(c.moved),
-            "engine_late": float(c.late),
-            "engine_sync_s": c.sync_s,
+            **{f"engine_{name}": float(count) for name, count in asdict(self.counts).items()},
             **self.hits.metrics(),
         }
 
-    def sleep(self) -> None:
-        """Do nothing: replicas have memory of their own."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
-
     def close(self) -> None:
-        """Close every replica."""
         for member in self.members:
             self._close(member)
         self.members = []
@@ -339,36 +333,31 @@ class Fleet:
     def _give_out(self) -> None:
         """Give each request to the replica with the smallest share of its slots taken, among those that dropped it least."""
         while given := self._assign():  # again if a replica did not take its requests
-            for member, requests in given:
+            for member, requests in given.items():
                 self._call(member, partial(member.replica.submit, requests))
 
-    def _assign(self) -> list[tuple[Member, list[Request]]]:
-        given: dict[int, list[Request]] = {}
+    def _assign(self) -> Mapping[Member, list[Request]]:
+        given: defaultdict[Member, list[Request]] = defaultdict(list)
         stay: list[Request] = []
-        while self._waiting and any(self._has_room(m) for m in self.members):
+        while self._waiting and any(m.has_room for m in self.members):
             request = self._waiting.popleft()
-            free = self._takers(request)
-            if not free:
+            if free := self._takers(request):
+                member = min(free, key=lambda m: m.load)
+                member.running[request.id] = request
+                self.placements.append(Placement(request.id, member.replica.name, self._clock()))
+                given[member].append(request)
+            else:
                 stay.append(request)
-                continue
-            i = min(free, key=lambda i: self.members[i].load)
-            self.members[i].running[request.id] = request
-            self.placements.append(Placement(request.id, self.members[i].replica.name, self._clock()))
-            given.setdefault(i, []).append(request)
         self._waiting.extendleft(reversed(stay))
-        return [(self.members[i], requests) for i, requests in given.items()]
+        return given
 
-    def _takers(self, request: Request) -> list[int]:
+    def _takers(self, request: Request) -> list[Member]:
         """Return the replicas with room among those that dropped it least. It waits for them rather than be dropped again."""
-        ready = [i for i, m in enumerate(self.members) if m.state is State.ready]
+        ready = [m for m in self.members if m.state is State.ready]
         if droppers := self._droppers.get(request.id):
-            least = min(droppers.count(self.members[i]) for i in ready)
-            ready = [i for i in ready if droppers.count(self.members[i]) == least]
-        return [i for i in ready if self._has_room(self.members[i])]
-
-    @staticmethod
-    def _has_room(member: Member) -> bool:
-        return member.state is State.ready and len(member.running) < member.replica.num_slots
+            least = min(map(droppers.count, ready))
+            ready = [m for m in ready if droppers.count(m) == least]
+        return [m for m in ready if m.has_room]
 
     def _dropped(self, member: Member, request: Request, reason: str) -> None:
         self._put_back([request])

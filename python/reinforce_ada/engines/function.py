@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from reinforce_ada.engines.base import LocalEngine
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
-from reinforce_ada.types import Completion, CompletionId, Prompt, Request
+from reinforce_ada.outside import is_utf8, one_line
+from reinforce_ada.types import Completion, Prompt, Request
 
 
-class FunctionEngine:
+class FunctionEngine(LocalEngine):
     """An engine around your own batched generate function. Weights and tokens stay yours, so its completions carry text only.
 
     Args:
@@ -23,24 +23,12 @@ class FunctionEngine:
     def __init__(self, generate: Callable[[Sequence[Prompt], Sequence[int]], Sequence[str]], *, batch_size: int = 64) -> None:
         if batch_size < 1:
             raise InputError("FunctionEngine", f"batch_size {batch_size}", "at least 1 is needed")
+        super().__init__("FunctionEngine", batch_size)
         self._generate = generate
-        self._batch_size = batch_size
-        self._waiting: dict[CompletionId, Request] = {}
-        self._policy_version = 0
-
-    @property
-    def free_slots(self) -> int:
-        return self._batch_size - len(self._waiting)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Add these to the next call. Raises InputError beyond `free_slots`."""
-        if len(requests) > self.free_slots:
-            raise InputError("FunctionEngine", f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
-        self._waiting.update((r.id, r) for r in requests)
 
     def poll(self) -> list[Completion]:
         """Call `generate` once with all waiting requests."""
-        requests, self._waiting = list(self._waiting.values()), {}
+        requests, self._running = list(self._running.values()), {}
         if not requests:
             return []
         texts = self._generate([r.prompt for r in requests], [r.seed for r in requests])
@@ -50,33 +38,6 @@ class FunctionEngine:
         return [self._complete(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _complete(self, request: Request, text: str) -> Completion:
-        if not isinstance(text, str) or not _is_unicode(text):
+        if not isinstance(text, str) or not is_utf8(text):
             raise InputError("FunctionEngine", f"{one_line(repr(text), 80)} from generate", "a text is needed")
         return Completion(request.id, np.empty(0, np.int32), np.empty(0, np.float32), text, "stop", self._policy_version)
-
-    def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Remove these from the next call."""
-        for request_id in ids:
-            self._waiting.pop(request_id, None)
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Carry `policy_version` from now on; the function manages its own weights."""
-        self._policy_version = policy_version
-
-    def sleep(self) -> None:
-        """Do nothing: the function manages its own memory."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
-
-    def close(self) -> None:
-        self._waiting.clear()
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether the text has no halves of surrogate pairs, which files and databases do not accept."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

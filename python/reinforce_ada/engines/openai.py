@@ -12,17 +12,18 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.engines import answers
 from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
-from reinforce_ada.engines.base import Launch, check_prompt_length, too_old
+from reinforce_ada.engines.base import Launch, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
 from reinforce_ada.files import replace_folder
-from reinforce_ada.outside import GarbageError, is_installed, one_line, server_url, without_credentials
+from reinforce_ada.outside import GarbageError, one_line, server_url, without_credentials
 from reinforce_ada.types import CompletionId, Request
 
 _CONNECT_S, _GREET_S, _END_S = 5.0, 10.0, 1.0
@@ -154,7 +155,6 @@ class HttpReplica:
                 task.cancel()
 
     def close(self) -> None:
-        """Close all connections."""
         self._stop_all()
         with suppress(Exception):
             self._background.begin(_close_all(self._clients)).result(timeout=_CONNECT_S)
@@ -170,8 +170,10 @@ class HttpReplica:
         """Report every error to the fleet: a task that ended silently would keep its requests for ever."""
         try:
             await work
+        except UnfitError as e:
+            tell(Refused(str(e)))
         except Exception as e:
-            tell(_news(e))
+            tell(Down(_told(e), e.pause_s if isinstance(e, BusyError) else 0.0))
 
     async def _watch(self) -> None:
         tell, patience_s = self._tell, self._limits.hung_after_s
@@ -274,13 +276,6 @@ async def _close_all(clients: Sequence[Any]) -> None:
     await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
 
 
-def _news(error: Exception) -> News:
-    """Return what the fleet is told about an error in the background."""
-    if isinstance(error, UnfitError):
-        return Refused(str(error))
-    return Down(_told(error), error.pause_s if isinstance(error, BusyError) else 0.0)
-
-
 def _told(error: Exception) -> str:
     if isinstance(error, BrokenError):
         return str(error)
@@ -293,36 +288,23 @@ def _told(error: Exception) -> str:
 # -------------------- weights
 
 
-class WeightsFolder:
-    """Where servers find weights: `folder`/version-<n>, a safetensors file each; the latest two are kept."""
+def write_weights(folder: Path, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> Path:
+    """Write the tensors where servers find them, as a safetensors file in `folder`/version-<n>; the latest two versions are kept."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
+    def write(aside: Path) -> None:
+        # Tied weights share memory, which the format cannot express.
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in named_tensors}, aside / "model.safetensors")
 
-    def __call__(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> Path:
-        """Write the tensors aside, then give the folder its name."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = self._folder / f"version-{policy_version}"
-
-        def write(aside: Path) -> None:
-            # Tied weights share memory, which the format cannot express.
-            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors}
-            try:
-                save_file(tensors, aside / "model.safetensors")
-            except SafetensorError as e:  # for example a full disk
-                raise OSError(str(e)) from e
-
-        replace_folder(path, write, durable=False, where="engine", hint="every server must be able to read it")
-        self._forget(policy_version)
-        return path
-
-    def _forget(self, latest: int) -> None:
-        for path in self._folder.glob("version-*"):
-            number = path.name.removeprefix("version-")
-            if number.isdecimal() and int(number) not in (latest, latest - 1):
-                shutil.rmtree(path, ignore_errors=True)
+    path = folder / f"version-{policy_version}"
+    hint = "every server must be able to read it"
+    replace_folder(path, write, durable=False, where="engine", hint=hint, failures=(SafetensorError,))
+    for old in folder.glob("version-*"):
+        number = old.name.removeprefix("version-")
+        if number.isdecimal() and int(number) not in (policy_version, policy_version - 1):
+            shutil.rmtree(old, ignore_errors=True)
+    return path
 
 
 # -------------------- the engine
@@ -358,14 +340,13 @@ class HttpEngine(Fleet):
         give_up_s: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if not is_installed("httpx"):
-            raise InputError("engine", "httpx is not installed", 'pip install "reinforce-ada[train]"')
+        needs("engine", "httpx")
         if len(stop) > _MOST_STOPS:
             raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
-        self._limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
+        limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
         urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
-        replicas = [HttpReplica(self._background, url, self._limits, headers, trusted) for url in urls]
+        replicas = [HttpReplica(self._background, url, limits, headers, trusted) for url in urls]
         greetings = [self._background.begin(replica.greet()) for replica in replicas]
         try:
             _check(replicas, greetings, say)
@@ -375,14 +356,10 @@ class HttpEngine(Fleet):
                 replica.close()
             self._background.close()
             raise
-        limits: dict[str, Any] = {"max_tokens": max_tokens, "vocab_size": vocab_size, "give_up_s": give_up_s}
-        super().__init__(replicas, WeightsFolder(weights), say=say, **limits)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
-        for request in requests:
-            check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
-        super().submit(requests)
+        super().__init__(
+            replicas, partial(write_weights, weights.resolve()), max_tokens=max_tokens, vocab_size=vocab_size, max_model_len=max_model_len,
+            give_up_s=give_up_s, say=say,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Close the connections; the servers keep running."""

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.engines.base import Launch, check_prompt_length
+from reinforce_ada.engines.base import Launch
 from reinforce_ada.engines.fleet import Down, Fleet, Loaded, News, Refused, Up
-from reinforce_ada.errors import InputError
-from reinforce_ada.outside import installed_version, is_installed, one_line
+from reinforce_ada.errors import InputError, needs
+from reinforce_ada.outside import installed_version, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _TURN_S = 0.05  # an actor answers after this time, or with the first completion
@@ -66,7 +66,6 @@ class VllmActor:
         return os.getpid()
 
     def load(self, weights: dict[str, Any], policy_version: int) -> None:
-        """Load the weights of this version."""
         self._engine.sync_weights(weights.items(), policy_version)
 
     def turn(self, requests: Sequence[Request], aborted: Sequence[CompletionId]) -> list[Completion]:
@@ -117,18 +116,19 @@ class RayReplica:
 
     def load(self, weights: Any, policy_version: int) -> None:
         """Send the weights by reference, so that each node fetches them once."""
-        assert self._talk is not None
-        self._talk.put(load=(weights, policy_version))
+        self._put(load=(weights, policy_version))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Send these with the next turn."""
-        assert self._talk is not None
-        self._talk.put(requests=requests)
+        self._put(requests=requests)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
         """Abort these with the next turn."""
+        self._put(aborted=ids)
+
+    def _put(self, **order: Any) -> None:
         assert self._talk is not None
-        self._talk.put(aborted=ids)
+        self._talk.orders.put(order)
 
     def close(self) -> None:
         """Kill the actor and release its room."""
@@ -150,20 +150,16 @@ class _Talk:
 
     def __init__(self, room: Callable[[], Any], new_actor: Callable[[], Any], tell: Callable[[News], None], hung_after_s: float) -> None:
         self._room, self._new_actor, self._tell, self._hung_after_s = room, new_actor, tell, hung_after_s
-        self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()  # which the actor follows one after another
         self._ended = threading.Event()
         self._actor: Any = None
         self._thread = threading.Thread(target=self._run, name="reinforce-ada-ray", daemon=True)
         self._thread.start()
 
-    def put(self, **order: Any) -> None:
-        """Queue an order for the actor, which follows orders one after another."""
-        self._orders.put(order)
-
     def end(self) -> None:
         """Kill the actor and tell the fleet nothing more."""
         self._ended.set()
-        self._orders.put({})
+        self.orders.put({})
         self._kill()  # otherwise the thread would wait for its answer
         self._thread.join(_END_S)  # it may wait longer for a cluster that is gone, but it tells nothing any more
 
@@ -218,7 +214,9 @@ class _Talk:
                 continue
             for completion in ray.get(turns.pop(0), timeout=self._hung_after_s):
                 running.discard(completion.id)
-                self._say(_own(completion))
+                # Arrays of its own: those of Ray's store are read-only, about which torch warns.
+                arrays = {"token_ids": completion.token_ids.copy(), "rollout_logprobs": completion.rollout_logprobs.copy()}
+                self._say(replace(completion, **arrays))
 
     def _comes(self, ray: Any, reference: Any, limit_s: float) -> bool:
         """Wait for the reference, in short intervals so that the wait can be ended. Raise the error that it holds, if it holds one."""
@@ -233,7 +231,7 @@ class _Talk:
         """Merge all queued orders into one. A request that is aborted before it was sent is dropped."""
         load, requests, aborted = None, [], []
         with suppress(queue.Empty):
-            order = self._orders.get(timeout=_BEAT_S) if wait else self._orders.get_nowait()
+            order = self.orders.get(timeout=_BEAT_S) if wait else self.orders.get_nowait()
             while True:
                 load = order.get("load", load)
                 requests += order.get("requests", [])
@@ -241,13 +239,8 @@ class _Talk:
                     unsent = [r for r in requests if r.id == i]
                     requests = [r for r in requests if r.id != i]
                     aborted += [] if unsent else [i]
-                order = self._orders.get_nowait()
+                order = self.orders.get_nowait()
         return load, requests, aborted
-
-
-def _own(completion: Completion) -> Completion:
-    """Return it with arrays of its own: those of Ray's store are read-only, about which torch warns."""
-    return replace(completion, token_ids=completion.token_ids.copy(), rollout_logprobs=completion.rollout_logprobs.copy())
 
 
 class RayEngine(Fleet):
@@ -278,7 +271,6 @@ class RayEngine(Fleet):
     ) -> None:
         if num_replicas < 1 or cpus < 1:
             raise InputError("engine", f"{num_replicas} replicas of {cpus} cores", "at least 1 of each")
-        self._limits = options
         self._is_ours = _connect(address)
         resources = {"CPU": float(cpus)} | ({"GPU": float(options.tensor_parallel)} if options.device == "cuda" else {})
         try:
@@ -287,13 +279,10 @@ class RayEngine(Fleet):
             self._leave()
             raise
         replicas = [RayReplica(i, options, resources, hung_after_s) for i in range(num_replicas)]
-        super().__init__(replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, give_up_s=give_up_s, say=say)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Submit as `Fleet` does. Raises InputError for a prompt that leaves no room for max_tokens."""
-        for request in requests:
-            check_prompt_length("engine", request, self._limits.max_tokens, self._limits.max_model_len)
-        super().submit(requests)
+        super().__init__(
+            replicas, publish, max_tokens=options.max_tokens, vocab_size=vocab_size, max_model_len=options.max_model_len,
+            give_up_s=give_up_s, say=say,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Kill the actors, and stop Ray if it was started here."""
@@ -316,24 +305,21 @@ def publish(named_tensors: Iterable[tuple[str, Any]], _: int) -> Any:
 
 def _connect(address: str) -> bool:
     """Connect to Ray, and return whether this call started it."""
-    if not is_installed("ray"):
-        raise InputError("engine", "ray is not installed", 'pip install "reinforce-ada[ray]"', "--engine vllm needs no cluster")
+    needs("engine", "ray", "--engine vllm needs no cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # avoids a warning about the next version at each start
     import ray
 
     if ray.is_initialized():
         return False
-    _probe(address)
     try:
+        _probe(address)
         ray.init(
             address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
-        said = one_line(str(e), 200)
-        raise InputError(
-            "engine", f"no Ray cluster at {address!r}: {said}", "a cluster, or no address", "ray start --head starts one"
-        ) from e
+        given = f"no Ray cluster at {address!r}: {one_line(str(e), 200)}"
+        raise InputError("engine", given, "a cluster, or no address", "ray start --head starts one") from e
     return True
 
 
@@ -359,14 +345,12 @@ def _in_words(resources: dict[str, float]) -> str:
 
 
 def _probe(address: str) -> None:
-    """Raise InputError if nothing listens at the address; Ray itself would try for minutes."""
-    found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if found is None:
-        return
-    try:
-        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
-    except OSError as e:
-        raise InputError("engine", f"no Ray cluster at {address!r}: {e}", "a cluster, or no address", "ray start --head starts one") from e
+    """Raise ConnectionError if nothing listens at the address; Ray itself would try for minutes."""
+    if found := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_S).close()
+        except OSError as e:
+            raise ConnectionError(str(e)) from e
 
 
 def launch(run: Launch) -> RayEngine:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from reinforce_ada.engines.base import LocalEngine
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
 
-class ScriptedEngine:
+class ScriptedEngine(LocalEngine):
     """An engine that answers from a script, in a chosen order of finishing.
 
     Args:
@@ -33,23 +33,14 @@ class ScriptedEngine:
     ) -> None:
         if slots < 1 or (num_per_poll is not None and num_per_poll < 1):
             raise InputError("ScriptedEngine", f"slots {slots}, num_per_poll {num_per_poll}", "at least 1 of each is needed")
+        super().__init__("ScriptedEngine", slots)
         self._text = script if callable(script) else _outcome_of(script)
-        self._slots = slots
         self._num_per_poll = num_per_poll
         self._rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
-        self._running: dict[CompletionId, Request] = {}
-        self._policy_version = 0
         self.num_submitted = self.num_finished = self.num_aborted = self.max_running = 0
 
-    @property
-    def free_slots(self) -> int:
-        return self._slots - len(self._running)
-
     def submit(self, requests: Sequence[Request]) -> None:
-        """Start these requests. Raises InputError beyond `free_slots`."""
-        if len(requests) > self.free_slots:
-            raise InputError("ScriptedEngine", f"{len(requests)} requests", f"at most free_slots {self.free_slots} are possible")
-        self._running.update((r.id, r) for r in requests)
+        super().submit(requests)
         self.num_submitted += len(requests)
         self.max_running = max(self.max_running, len(self._running))
 
@@ -69,21 +60,9 @@ class ScriptedEngine:
         return Completion(request.id, token_ids, np.zeros(len(token_ids), np.float32), text, "stop", self._policy_version)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; none of them is returned."""
-        self.num_aborted += sum(self._running.pop(i, None) is not None for i in ids)
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Carry `policy_version` from now on; a script has no weights."""
-        self._policy_version = policy_version
-
-    def sleep(self) -> None:
-        """Do nothing: a script has no memory to release."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
-
-    def close(self) -> None:
-        self._running.clear()
+        before = len(self._running)
+        super().abort(ids)
+        self.num_aborted += before - len(self._running)
 
 
 def _outcome_of(script: Mapping[str, str]) -> Callable[[Request], str]:

@@ -14,15 +14,16 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
 from reinforce_ada import machine
 from reinforce_ada.config import RANGES, Range
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
-from reinforce_ada.errors import InputError
-from reinforce_ada.outside import is_installed, one_line
+from reinforce_ada.errors import InputError, needs
+from reinforce_ada.outside import one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # the time that a server has to end by itself
@@ -60,15 +61,12 @@ class Serving:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port + i}"
 
 
-def _dtype(serving: Serving) -> str:
-    return machine.native_dtype(serving.device) if serving.dtype == "auto" else serving.dtype
-
-
 def command_of(serving: Serving, i: int) -> list[str]:
     """Return the command of replica `i`, with logprobs of the sampling distribution and the interface that loads weights."""
+    dtype = machine.native_dtype(serving.device) if serving.dtype == "auto" else serving.dtype
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", serving.model),
-        *("--host", serving.host, "--port", str(serving.port + i), "--dtype", _dtype(serving), "--seed", "0"),
+        *("--host", serving.host, "--port", str(serving.port + i), "--dtype", dtype, "--seed", "0"),
         *("--max-model-len", str(serving.max_model_len), "--max-num-seqs", str(serving.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(8192, serving.max_model_len)), "--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm"),  # otherwise it samples with the top_k and the penalties of the model's folder
@@ -130,8 +128,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._log_begins = log.tell()
-            output: IO[bytes] = log
-            self.process = subprocess.Popen(self._command, env=self._environment, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
         self.ready, self.started = False, time.monotonic()
 
     def answers(self) -> bool:
@@ -153,10 +150,8 @@ class Server:
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End the process and its children."""
         if self.process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, how)
-            except ProcessLookupError:
-                return
 
 
 def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[int], Sequence[str]] | None = None) -> None:
@@ -167,17 +162,13 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
     Raises: InputError when a port is taken, vLLM is not installed, or a server ends before it was ever ready.
     """
     check(serving, needs_vllm=command is None)
+    command = command or partial(command_of, serving)
     servers = [
-        Server(
-            serving.url(i),
-            command(i) if command else command_of(serving, i),
-            environment_of(serving, i),
-            serving.logs / f"{serving.port + i}.log",
-        )
+        Server(serving.url(i), command(i), environment_of(serving, i), serving.logs / f"{serving.port + i}.log")
         for i in range(serving.replicas)
     ]
     # Both signals: a shell without job control starts background processes with SIGINT ignored.
-    before = {how: signal.signal(how, _interrupt) for how in (signal.SIGINT, signal.SIGTERM)}
+    before = {how: signal.signal(how, signal.default_int_handler) for how in (signal.SIGINT, signal.SIGTERM)}
     try:
         say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
         if not _is_loopback(serving.host):
@@ -208,8 +199,8 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
         raise InputError("serve", f"{serving.replicas} replicas from port {serving.port} on", f"a last port of {needed}")
     _check_host(serving)
     _check_gpus(serving)
-    if needs_vllm and not is_installed("vllm"):
-        raise InputError("serve", "vllm is not installed", 'pip install "reinforce-ada[vllm]"')
+    if needs_vllm:
+        needs("serve", "vllm")
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     for port in range(serving.port, serving.port + serving.replicas):
         with socket.socket(family) as probe:
@@ -283,16 +274,10 @@ def _end_all(servers: Sequence[Server]) -> None:
         deadline = time.monotonic() + wait_s
         for server in running:
             assert server.process is not None
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 server.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
     for server in servers:
         server.end(signal.SIGKILL)  # children that outlived their parent
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def split_arguments(text: str) -> list[str]:

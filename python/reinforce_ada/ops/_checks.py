@@ -10,5 +10,5 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(tensor: Tensor) -> str:
-    """Shape, dtype and device of a tensor, for messages."""
+    """Return the shape, dtype and device of a tensor, for messages."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -1,9 +1,10 @@
 """Which form of an operator runs: the registry of op x backend, with the reason where a form cannot run.
 
 A form is one implementation of an operator's contract. Every operator declares its forms once, in its own package; a form that
-does not exist is not declared. "auto" is the fastest usable form for the device and dtype, and the reference where there is none.
+does not exist is not declared. "auto" is the first usable form
+for the device and dtype, in the order of `BACKENDS`.
 
-`ops/X/contract.py` says what a native form of X is told and gives back, and makes torch operators of the kernels in the module of a
+`ops/X/contract.py` defines the inputs and outputs of a native form of X, and makes torch operators of the kernels in the module of a
 backend, `ops/X/<backend>.py`; `operator` finds them here.
 """
 
@@ -24,7 +25,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of preference
 
 
 class BackendError(InputError):
-    """The backend that was asked for cannot run; the message says why and what can."""
+    """The error for a backend that was requested and cannot run; the message says why, and which backends can."""
 
     def __init__(self, op: str, backend: str, reason: str, usable: tuple[str, ...]) -> None:
         message = f'{op}: backend "{backend}" cannot run here: {reason}. Usable: {", ".join(usable)}. See reinforce-ada doctor.'
@@ -43,7 +44,7 @@ class Form:
     lacks: tuple[str, ...] = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...] = ()) -> str | None:
-        """The reason this form cannot take such tensors here, or does not support what is needed; None when it can."""
+        """Return the reason why this form cannot take such tensors here or does not support what is needed; None if it can."""
         if reason := self.missing():
             return reason
         if self.devices is not None and device.type not in self.devices:
@@ -63,7 +64,7 @@ _resolved: dict[_Asked, Form] = {}  # what was asked and found before: 0.3 us a 
 
 
 def declare(op: str, *forms: Form) -> None:
-    """Registers the forms of `op`; the reference is always one of them, so "auto" always finds a form."""
+    """Register the forms of `op`; the reference is always one of them, so "auto" always finds a form."""
     by_backend = {form.backend: form for form in forms}
     assert "reference" in by_backend, f"{op} has no reference form"
     _forms[op] = {backend: by_backend[backend] for backend in BACKENDS if backend in by_backend}
@@ -79,10 +80,10 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def declare_native(op: str, *backends: str, lacks: tuple[str, ...] = (), make: Callable[[str, Any], Any]) -> None:
-    """Declares the native forms of `op`, beside its reference; `make(backend, kernels)` makes the torch operators of a module of kernels.
+    """Declare the native forms of `op`, besides its reference; `make(backend, kernels)` makes the torch operators of a module of kernels.
 
-    Those of the cpu are made now, since a program that torch has exported asks for them by name, the others when they are first asked
-    for: their modules import Triton or the CUDA module.
+    The operators of the cpu form are made now, since a program that torch has exported asks for them by name. The others are made when they
+    are first needed, because their modules import Triton or the CUDA module.
     """
     native = (Form(backend, _NATIVE[backend][0](), _NATIVE_DTYPES, _NATIVE[backend][1], lacks) for backend in backends)
     declare(op, *native, Form("reference"))
@@ -95,9 +96,12 @@ _operators: dict[tuple[str, str], Any] = {}
 
 
 def operator(op: str, backend: str) -> Any:
-    """What `make` of `declare_native` has made for a backend."""
-    _make(op, backend)
-    return _operators[op, backend]
+    """Return what `make` of `declare_native` has made for a backend."""
+    found = _operators.get((op, backend))
+    if found is None:
+        _make(op, backend)
+        found = _operators[op, backend]
+    return found
 
 
 @run_when_traced  # tracing could not follow how an operator is made
@@ -107,12 +111,12 @@ def _make(op: str, backend: str) -> None:
 
 
 def forms(op: str) -> Mapping[str, Form]:
-    """The declared forms of `op` by backend, in order of preference."""
+    """Return the declared forms of `op` by backend, in order of preference."""
     return _forms[op]
 
 
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...] = ()) -> str:
-    """The backend that runs `op` on such tensors.
+    """Return the backend that runs `op` on such tensors.
 
     Args:
         op: name of the operator.
@@ -149,7 +153,7 @@ def _resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, ne
 
 
 def table() -> dict[str, dict[str, str]]:
-    """For every operator and every form it declares: "ok", or the reason it cannot run here."""
+    """Return, for every operator and every form it declares, "ok" or the reason why it cannot run here."""
     return {op: {backend: form.missing() or "ok" for backend, form in declared.items()} for op, declared in _forms.items()}
 
 

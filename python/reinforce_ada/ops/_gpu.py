@@ -1,7 +1,7 @@
-"""Whether GPU forms can run here, and on which tensors; the reason where they cannot.
+"""Whether GPU forms can run here, and on which tensors, or the reason why they cannot.
 
-Two ways exist to run them without a GPU, both for tests: Triton's interpreter (TRITON_INTERPRET=1) takes tensors on the CPU, and so does
-a module `reinforce_ada._cuda` that was compiled for the CPU (`build_info()["emulated"]`).
+There are two ways to run them without a GPU, both for tests: Triton's interpreter (TRITON_INTERPRET=1) takes tensors on the CPU, and so
+does a module `reinforce_ada._cuda` that was compiled for the CPU (`build_info()["emulated"]`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ else:
 
 
 def cuda_devices() -> tuple[str, ...]:
-    """The device types whose tensors the CUDA forms take."""
+    """Return the device types whose tensors the CUDA forms take."""
     return ("cpu",) if cuda is not None and cuda.build_info()["emulated"] else ("cuda",)
 
 
 @run_when_traced
 def cuda_missing() -> str | None:
-    """Why the CUDA forms cannot run, None when they can."""
+    """Return why the CUDA forms cannot run; None if they can."""
     return _cuda_missing()
 
 
@@ -60,13 +60,13 @@ def _cuda_missing() -> str | None:
 
 
 def triton_devices() -> tuple[str, ...]:
-    """The device types whose tensors the Triton forms take."""
+    """Return the device types whose tensors the Triton forms take."""
     return ("cpu",) if _interpreted() else ("cuda",)
 
 
 @run_when_traced
 def triton_missing() -> str | None:
-    """Why the Triton forms cannot run, None when they can."""
+    """Return why the Triton forms cannot run; None if they can."""
     return _triton_missing()
 
 
@@ -92,10 +92,10 @@ def _no_device() -> str | None:
 
 
 def stream(tensor: Tensor) -> int:
-    """The address of torch's current stream on the tensor's device; 0 on the CPU."""
+    """Return the address of torch's current stream on the tensor's device; 0 on the CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def guard(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The tensor's device made current: Triton launches on the current one."""
+    """Return a context in which the tensor's device is the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -42,5 +42,5 @@ else:
 
 
 def missing() -> str | None:
-    """Why the native module cannot be used, None when it can."""
+    """Return why the native module cannot be used; None if it can."""
     return _reason

@@ -4,7 +4,7 @@
 
 bfloat16 goes through torch (oneDNN: 200 GFLOP/s a core with avx512_bf16, more with AMX). float32 and float16 go through
 csrc/ops/linear_token_logprobs, with logits and dz in float32: with 96 to 1024 tokens torch's float32 products run at 46 to 99
-GFLOP/s, its float16 ones at 1 to 20, these at 85 to 110.
+GFLOP/s and its float16 products at 1 to 20, whereas these run at 85 to 110.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ TILE = 32  # bfloat16 values in a row of an AMX tile
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the logits of a head of `dtype` are computed in: bfloat16 as it is, as a model does; everything else in float32."""
+    """Return the dtype of the logits of a head of `dtype`: bfloat16 for bfloat16, as in a model, and float32 for everything else."""
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def gradient_bytes(dtype: torch.dtype, vocab: int) -> int:
-    """What the gradient of one logit takes while that of hidden is computed: with a copy where rows are not whole tiles, see `_apart`."""
+    """Return the bytes of one logit's gradient while that of hidden is computed, with a copy if rows are not whole tiles (see `_apart`)."""
     copied = dtype == torch.bfloat16 and vocab % TILE != 0
     return logits_dtype(dtype).itemsize * (2 if copied else 1)
 
 
 def scratch_bytes(dtype: torch.dtype) -> int:
-    """What the products take for themselves, on one thread: oneDNN packs both factors."""
+    """Return the memory that the products take for themselves on one thread; oneDNN packs both factors."""
     return 5_000_000 if dtype == torch.bfloat16 else 1_000_000
 
 
 class Hidden:
-    """Hidden states [T, D] as the products take them; holds `bytes_per_token` for each beside them."""
+    """Hidden states [T, D] as the products take them, with a copy of `bytes_per_token` for each."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = _apart(rows) if rows.dtype == torch.bfloat16 else rows
@@ -49,7 +49,7 @@ class Hidden:
         return 0 if width % TILE == 0 else 2 * _whole_tiles(width)
 
     def logits(self, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-        """[T, V'] for V' rows of the weight, at the start of the flat `buffer`; bias and buffer are of `logits_dtype`."""
+        """Return logits [T, V'] for V' rows of the weight, at the start of the flat `buffer`; bias and buffer are of `logits_dtype`."""
         num_tokens, vocab = self.rows.shape[0], weight.shape[0]
         out = buffer[: num_tokens * vocab].view(num_tokens, vocab)
         if self._packed is None:
@@ -71,7 +71,7 @@ class Hidden:
         return out
 
     def add_weight_gradient(self, dz: Tensor, into: Tensor, *, first: bool) -> None:
-        """into [V', D] += dz^T hidden, or = where it is the `first`; rounded to its dtype, that of hidden, once a call."""
+        """Add dz^T hidden to `into` [V', D], or write it if it is the `first`; each call rounds once, to the dtype of hidden."""
         if self._packed is not None:
             cpu.linear_grad_weight(
                 row_address(dz),
@@ -92,7 +92,7 @@ class Hidden:
 
 
 def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
-    """into [T, D] float32 += dz weight."""
+    """Add dz weight to `into` [T, D] float32."""
     if dz.dtype == torch.float32:
         cpu.linear_grad_hidden(
             row_address(dz),
@@ -110,9 +110,9 @@ def add_hidden_gradient(dz: Tensor, weight: Tensor, into: Tensor) -> None:
 
 
 def _apart(left: Tensor) -> Tensor:
-    """The left factor of a product, its rows followed by zeros up to whole tiles; `left` itself where they are whole.
+    """Return the left factor of a product with its rows followed by zeros up to whole tiles; `left` itself if they are whole.
 
-    With AMX, oneDNN reads a row that ends inside a tile to the end of that tile and multiplies what follows it by zero: a NaN or an
+    With AMX, oneDNN reads a row that ends inside a tile to the end of that tile and multiplies what follows it by zero, so a NaN or an
     infinity in the next row, or in memory that is not ours, becomes NaN in this one (torch 2.13, K = 97 or 100; not K = 96).
     """
     num_rows, width = left.shape

@@ -10,7 +10,7 @@ from reinforce_ada.ops._checks import describe
 
 
 def first_wrong_offset(cu_seqlens: Tensor, rows: int) -> int | None:
-    """The first index at which `cu_seqlens` does not start at 0, decreases, passes `rows` or fails to end there; None if right."""
+    """Return the first index at which `cu_seqlens` does not start at 0, decreases, passes `rows` or fails to end there; None if right."""
     wrong = (cu_seqlens < 0) | (cu_seqlens > rows)
     wrong[0] |= cu_seqlens[0] != 0
     wrong[1:] |= cu_seqlens.diff() < 0
@@ -19,12 +19,12 @@ def first_wrong_offset(cu_seqlens: Tensor, rows: int) -> int | None:
 
 
 def wrong_offset(where: str, cu_seqlens: Tensor, at: int, rows: int) -> InputError:
-    """The error for what `first_wrong_offset` found."""
+    """Return the error for what `first_wrong_offset` found."""
     return InputError(where, f"cu_seqlens[{at}] = {int(cu_seqlens[at])}", f"offsets from 0 that never decrease and end at {rows}")
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, device: torch.device) -> None:
-    """Shape, dtype and device; the values are checked where they are read."""
+    """Check shape, dtype and device; the values are checked where they are read."""
     shaped = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] > 0 and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not shaped or cu_seqlens.device != device:
         raise InputError(where, f"cu_seqlens is {describe(cu_seqlens)}", f"[N + 1] int32 or int64 on {device}")

@@ -14,20 +14,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def launch(threads: int) -> dict[str, int | bool]:
-    """The options of a kernel that is written for so many threads a program."""
+def launch_options(threads: int) -> dict[str, int | bool]:
+    """Return the launch options of a kernel that is written for this number of threads per program."""
     return {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
 
 
 @cache
 def _warp_size() -> int:
-    """Threads of a warp (AMD: a wavefront) of the current device; the interpreter has none."""
+    """Return the threads of a warp (AMD: a wavefront) of the current device; 1 in the interpreter, which has none."""
     return 1 if triton_devices() == ("cpu",) else int(driver.active.get_current_target().warp_size)
 
 
 @triton.jit
 def tanh(x):
-    """With a relative error of 1e-7: a minimax polynomial below 1, from e^2x above."""
+    """Return tanh(x) with a relative error of 1e-7, from a minimax polynomial below 1 and from e^2x above."""
     s = x * x
     r = -0.00035845182719640434 * s + 0.0023013639729470015
     r = r * s - 0.007946105673909187
@@ -41,13 +41,13 @@ def tanh(x):
 
 @triton.jit
 def vanishing(down):
-    """What a maximum has risen by, in log2 and negative, kept at a size whose exp2 is 0 too: infinity could not be multiplied with that."""
+    """Return the negative rise of a maximum in log2, bounded where its exp2 is 0 already, since infinity times that 0 would be NaN."""
     return tl.clamp(down, -1e4, 0.0)
 
 
 @triton.jit
 def head(x, logit_scale, soft_cap, HAS_CAP: tl.constexpr):
-    """z of the logits x: scaled, then under the soft cap."""
+    """Return z of the logits x: scaled, then under the soft cap."""
     z = x.to(tl.float32) * logit_scale
     if HAS_CAP:
         z = soft_cap * tanh(z / soft_cap)
@@ -56,7 +56,7 @@ def head(x, logit_scale, soft_cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def head_and_slope(x, logit_scale, soft_cap, HAS_CAP: tl.constexpr):
-    """z of the logits x, and its derivative without the factor logit_scale."""
+    """Return z of the logits x, and its derivative without the factor logit_scale."""
     z = x.to(tl.float32) * logit_scale
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_CAP:

@@ -28,7 +28,6 @@ class Channel:
         self._incoming = bytearray()
 
     def fileno(self) -> int:
-        """Return the descriptor of the socket, for a selector."""
         return self._socket.fileno()
 
     @property
@@ -75,18 +74,13 @@ class Channel:
             end = start + _HEADER.size + size
             if len(self._incoming) < end:
                 break
-            messages.append(_loaded(self._incoming[start + _HEADER.size : end]))
+            try:
+                messages.append(pickle.loads(self._incoming[start + _HEADER.size : end]))
+            except Exception as error:  # bytes that are not a pickle may raise anything
+                raise EOFError("the other end sends no messages") from error
             start = end
         del self._incoming[:start]
         return messages
 
     def close(self) -> None:
-        """Close the socket."""
         self._socket.close()
-
-
-def _loaded(data: bytearray) -> Any:
-    try:
-        return pickle.loads(data)
-    except Exception as error:  # bytes that are not a pickle may raise anything
-        raise EOFError("the other end sends no messages") from error

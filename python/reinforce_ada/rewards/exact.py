@@ -20,24 +20,15 @@ def exact_match(prompt: Prompt, completion: str) -> float:
     Both are stripped. Two numbers are compared as numbers, exactly: "12.0" and "1,200" match 12 and "1200", but "1,2" and "1_200" are not
     numbers and match only themselves. `extract_answer` finds the completion's answer.
 
-    Args:
-        prompt: its data holds "answer", a string or a number, or a list of them.
-        completion: the sampled text.
-    Raises: InputError when there is no "answer".
+    An answer is a string or a number, or a list of them. Raises: InputError when there is no "answer".
     """
     if "answer" not in prompt.data:
         raise InputError("exact_match", f"prompt {prompt.prompt_id!r} has no answer", 'data["answer"] is needed')
     answer = prompt.data["answer"]
     accepted = answer if isinstance(answer, Sequence) and not isinstance(answer, (str, bytes)) else [answer]
     given = extract_answer(completion)
-    number = _number(given)
-    return float(any(_equal(given, number, str(one).strip()) for one in accepted))
-
-
-def _equal(given: str, number: Decimal | None, expected: str) -> bool:
-    if given == expected:
-        return True
-    return number is not None and number == _number(expected)
+    number, texts = _number(given), [str(one).strip() for one in accepted]
+    return float(given in texts or (number is not None and any(number == _number(text) for text in texts)))
 
 
 def _number(text: str) -> Decimal | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Sequence
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.loading import as_reward, check_reward
+from reinforce_ada.rewards.loading import as_reward, check_reward, describe
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
@@ -32,7 +31,6 @@ class InlineRewards:
         self.last_traceback = ""  # of the attempt that failed last
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
-        """Start scoring; prompts[i] is the prompt of completions[i]."""
         self._pending.extend(zip(prompts, completions, strict=True))
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
@@ -41,7 +39,6 @@ class InlineRewards:
         return [self._score(prompt, completion) for prompt, completion in pending]
 
     def close(self) -> None:
-        """Forget everything that has not been scored."""
         self._pending = []
 
     def _score(self, prompt: Prompt, completion: Completion) -> Scored | Failed:
@@ -52,11 +49,8 @@ class InlineRewards:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # anything that a reward raises is its own failure, not the run's
-                reason = " ".join(traceback.format_exception_only(type(error), error)[-1].split())[:300]
-                self._note(reason, error)
+                reason, trace = describe(error)
+                if not self.last_traceback:
+                    _log.warning("a reward failed (shown once): %s", reason, exc_info=error)
+                self.last_traceback = trace
         return Failed(completion.id, completion.policy_version, f"{reason} ({self._max_attempts} attempts)")
-
-    def _note(self, reason: str, error: BaseException) -> None:
-        if not self.last_traceback:
-            _log.warning("a reward failed (shown once): %s", reason, exc_info=error)
-        self.last_traceback = "".join(traceback.format_exception(error))[-2000:]

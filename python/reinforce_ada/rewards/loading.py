@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -14,6 +15,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.loading import load
 
 MAX_REWARD = 1e15  # in magnitude: sums of its squares over a batch are finite in float32, the dtype of the gradients
+_TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the buffer of a socket, or the worker waits for the pool to read
 _CALLED_WITH = "(prompt, completion text) -> float is needed"
 
 
@@ -46,7 +48,13 @@ def _bounded(number: float) -> float:
     return number
 
 
-def resolve(spec: str) -> Callable[..., object]:
+def describe(error: BaseException) -> tuple[str, str]:
+    """Return what a reward raised: one line, and the end of the traceback."""
+    line = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
+    return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
+
+
+def load_reward(spec: str) -> Callable[..., object]:
     """Return the object that "module:function" or "path/to/file.py:function" names. Raises: InputError if there is none."""
     return load("RewardPool", "reward", spec)  # type: ignore[no-any-return]
 

@@ -12,13 +12,12 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.loading import check_reward, resolve
+from reinforce_ada.rewards.loading import check_reward, load_reward
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
-from reinforce_ada.rewards.worker import START_TIMEOUT_S, Limits, Loaded, Score
+from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 _MAX_CHUNK = 16  # completions in one message: enough to keep a worker busy while a slow engine holds the driver
@@ -35,7 +34,7 @@ _log = logging.getLogger("reinforce_ada")
 
 @dataclass
 class RewardCounters:
-    """Counts since the pool was made; of attempts and workers, not completions, where it says so."""
+    """Counts since the pool was made: of completions, unless a field says that it counts attempts or workers."""
 
     num_scored: int = 0
     num_voids: int = 0
@@ -58,7 +57,7 @@ class _Job:
 @dataclass(eq=False)
 class _Worker:
     process: WorkerProcess
-    limits: Limits
+    limits: TimeLimits
     is_loaded: bool = False
     has_scored: bool = False  # its first call is over
     chunk: deque[_Job] = field(default_factory=deque)  # sent and not yet answered, in order
@@ -73,7 +72,7 @@ class _Worker:
 
     @property
     def limit_s(self) -> float:
-        """Return the time limit of its current activity."""
+        """Return the time limit of the worker's current activity."""
         if not self.is_loaded:
             return START_TIMEOUT_S
         return self.limits.call_s if self.has_scored else self.limits.first_call_s
@@ -85,7 +84,7 @@ class _Worker:
 
 
 class RewardPool:
-    """Scores completions in `num_workers` processes of its own; a RewardRunner.
+    """A RewardRunner that scores completions in `num_workers` processes of its own.
 
     Every submitted completion yields exactly one event: Scored with a finite reward, or, after `1 + retries` failed attempts, Failed with
     the reason. An attempt fails when the reward raises, returns anything but a finite number, exceeds its time limit, or ends its worker.
@@ -94,9 +93,8 @@ class RewardPool:
 
     Args:
         reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
-            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and no
-            completion loses an attempt by it.
-        num_workers: the number of processes.
+            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the
+            failed chunk counts as an attempt of none of them.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 
@@ -106,8 +104,10 @@ class RewardPool:
 
     def __init__(self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2) -> None:
         _check_settings(num_workers, timeout_s, retries)
-        self._reward = _portable(reward)
-        self._has_batch_form = hasattr(resolve(reward) if isinstance(reward, str) else reward, "batch")
+        function = load_reward(reward) if isinstance(reward, str) else reward  # here, so that a typo costs no process
+        check_reward(function, repr(reward))
+        self._reward = reward if isinstance(reward, str) else _pickled(reward)
+        self._has_batch_form = hasattr(function, "batch")
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._retries = retries
@@ -124,13 +124,12 @@ class RewardPool:
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
-        """Start scoring; prompts[i] is the prompt of completions[i]. Raises InputError when a prompt cannot be pickled."""
+        """Start scoring. Raises InputError when a prompt cannot be pickled."""
         self._check_open()
         self._queue += [_Job(c, self._pickled(p)) for p, c in zip(prompts, completions, strict=True)]
         self._dispatch()
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
-        """Return the events since the last call; wait up to `wait_s` seconds for the first one."""
         self._check_open()
         deadline = time.monotonic() + wait_s
         self._advance(0.0)
@@ -156,7 +155,7 @@ class RewardPool:
         self._is_closed = True
         self._selector.close()
         for worker in self._workers:
-            worker.process.leave()  # an idle worker leaves by itself
+            worker.process.channel.close()  # an idle worker leaves by itself
         leave_until = time.monotonic() + 1.0
         for worker in self._workers:
             if worker.is_idle:
@@ -167,7 +166,7 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -207,9 +206,9 @@ class RewardPool:
             worker.selected = wanted
             self._selector.modify(worker.process.channel, wanted, worker)
 
-    def _take(self, worker: _Worker, message: Loaded | list[Score]) -> None:
+    def _take(self, worker: _Worker, message: Started | list[Score]) -> None:
         worker.silent_since = time.monotonic()
-        if isinstance(message, Loaded):
+        if isinstance(message, Started):
             if message.failure:
                 self._give_up(message.failure, message.traceback, message.hint)
             worker.is_loaded = True
@@ -238,7 +237,9 @@ class RewardPool:
         exit_code, hang = worker.process.end()
         self.counters.num_workers_replaced += 1
         if not worker.is_loaded:
-            self._start_failed(exit_code, hang)
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                self._give_up(f"{self._failed_starts} workers in a row died of {exit_text(exit_code)} before they had it", hang)
         jobs = list(worker.chunk)
         if jobs and progress < 0 and not (is_timeout or hang) and self._idle_deaths < _MAX_IDLE_DEATHS:
             self._idle_deaths += 1
@@ -257,12 +258,6 @@ class RewardPool:
             self._slow_starts += not worker.has_scored
         for job in jobs:
             self._attempt_failed(job, worker, reason, hang)
-
-    def _start_failed(self, exit_code: int, trace: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
-            died = f"{self._failed_starts} workers in a row died of {exit_text(exit_code)} before they had it"
-            self._give_up(died, trace)
 
     def _attempt_failed(self, job: _Job, worker: _Worker, reason: str, trace: str) -> None:
         counters = self.counters
@@ -298,7 +293,7 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         is_patient = self._slow_starts < _MAX_SLOW_STARTS
-        limits = Limits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
+        limits = TimeLimits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
         worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
         self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
         self._select(worker)
@@ -347,12 +342,7 @@ def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
         raise InputError("RewardPool", f"retries={retries}", "0 or more is needed")
 
 
-def _portable(reward: Reward | str) -> str | bytes:
-    """Return the reward in the form sent to a worker, checked here so that a typo costs no process."""
-    if isinstance(reward, str):
-        check_reward(resolve(reward), repr(reward))
-        return reward
-    check_reward(reward, repr(reward))
+def _pickled(reward: Reward) -> bytes:
     try:
         return pickle.dumps(reward)
     except Exception as error:  # its contents may raise anything

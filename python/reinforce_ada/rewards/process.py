@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reinforce_ada.rewards import worker
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.worker import Chunk, Limits, Order, get_progress, set_progress
+from reinforce_ada.rewards.worker import Chunk, Order, TimeLimits, get_progress, set_progress
 
 _KEEPER = str(Path(__file__).with_name("supervisor.py"))
 # The path is passed as arguments, and nothing is imported before it is set: the worker must find what this process finds, not a module of
@@ -36,7 +36,7 @@ class WorkerProcess:
     Raises: RuntimeError if this process must not start others yet.
     """
 
-    def __init__(self, reward: str | bytes, limits: Limits) -> None:
+    def __init__(self, reward: str | bytes, limits: TimeLimits) -> None:
         preparation = spawn.get_preparation_data("reward-worker")
         preparation.pop("authkey", None)  # it cannot be pickled, and nothing uses it
         ours, theirs = socket.socketpair()
@@ -45,7 +45,10 @@ class WorkerProcess:
             shared.truncate(mmap.PAGESIZE)
             self._progress = mmap.mmap(shared.fileno(), mmap.PAGESIZE)
             fds = [theirs.fileno(), hang_report, shared.fileno()]
-            self._keeper = _start_keeper(fds)
+            python, numbers = os.fsdecode(spawn.get_executable()), [str(fd) for fd in fds]
+            command = [python, "-c", _BOOT, *numbers, *(entry or os.getcwd() for entry in sys.path)]
+            keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
+            self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
         theirs.close()  # otherwise the worker's death would not be an end of file here
         os.close(hang_report)
         self.channel = Channel(ours, is_waiting=False)
@@ -62,10 +65,6 @@ class WorkerProcess:
         """Hand over a chunk, or as much of it as fits now. Raises: OSError when the worker is gone."""
         set_progress(self._progress, -1)
         self.channel.send(chunk)
-
-    def leave(self) -> None:
-        """Ask an idle worker to leave by itself."""
-        self.channel.close()
 
     def wait(self, seconds: float) -> bool:
         """Return whether it has ended within so many seconds."""
@@ -85,14 +84,6 @@ class WorkerProcess:
         self.channel.close()
         self._progress.close()
         return self._keeper.returncode, report
-
-
-def _start_keeper(fds: list[int]) -> subprocess.Popen[bytes]:
-    python = os.fsdecode(spawn.get_executable())
-    numbers = [str(fd) for fd in fds]
-    command = [python, "-c", _BOOT, *numbers, *(entry or os.getcwd() for entry in sys.path)]
-    keeper = [python, "-I", "-S", _KEEPER, str(os.getpid()), ",".join(numbers), *command]
-    return subprocess.Popen(keeper, stdin=subprocess.PIPE, pass_fds=fds, start_new_session=True)
 
 
 def _rest_of(fd: int) -> str:

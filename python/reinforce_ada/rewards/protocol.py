@@ -28,7 +28,6 @@ class Diagnosed(Protocol):
     @property
     def last_traceback(self) -> str:
         """Return the end of the traceback of the attempt that failed last, or ""."""
-        ...
 
 
 @runtime_checkable
@@ -37,12 +36,9 @@ class RewardRunner(Protocol):
 
     def submit(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
         """Start scoring; prompts[i] is the prompt of completions[i]."""
-        ...
 
     def poll(self, wait_s: float = 0.0) -> list[Scored | Failed]:
         """Return the events since the last call; wait up to `wait_s` seconds for the first one."""
-        ...
 
     def close(self) -> None:
         """Stop the workers."""
-        ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -42,26 +43,17 @@ class ReasoningGymReward:
     def _score(self, answer: str, prompt: Prompt) -> float:
         return float(self._task.score_answer(answer, copy.deepcopy(dict(prompt.data))))
 
-    def __reduce__(self) -> tuple[Callable[..., ReasoningGymReward], tuple[str, dict[str, Any]]]:
-        return _rebuild, (self._dataset, self._config)
+    def __reduce__(self) -> tuple[Callable[[], ReasoningGymReward], tuple[()]]:
+        return functools.partial(ReasoningGymReward, self._dataset, **self._config), ()
 
 
 def make_entries(dataset: str, size: int, seed: int, **config: Any) -> list[dict[str, Any]]:
-    """Return `size` entries of a dataset, each {"question", "answer", "metadata"}; the same seed gives the same entries.
+    """Return `size` entries of a dataset with these settings, each {"question", "answer", "metadata"}; the same for the same seed.
 
-    Args:
-        dataset: a registered name.
-        size: the number of entries.
-        seed: the dataset's seed.
-        **config: the dataset's settings.
     Raises: InputError as ReasoningGymReward does.
     """
     task = _create(dataset, {**config, "size": size, "seed": seed})
     return [dict(task[i]) for i in range(size)]
-
-
-def _rebuild(dataset: str, config: dict[str, Any]) -> ReasoningGymReward:
-    return ReasoningGymReward(dataset, **config)
 
 
 def _create(dataset: str, config: dict[str, Any]) -> Any:

@@ -17,14 +17,13 @@ import signal
 import socket
 import struct
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import process, spawn
 from typing import Any, NamedTuple, TypeAlias
 
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.loading import as_reward, resolve
+from reinforce_ada.rewards.loading import as_reward, describe, load_reward
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Prompt
 
@@ -32,12 +31,11 @@ START_TIMEOUT_S = 300.0  # loading a reward may mean importing torch and a model
 _LONGEST_S = 1e9  # a timer of the C library takes no number of seconds past 9.2e9
 _SLACK = 0.05  # of a limit: the timer is reset after this share of it, not for every call, which would cost a thread each (50 us)
 _FLUSH_S = 0.005  # scores wait this long for others, but not for a slow call
-_TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the buffer of a socket, or the worker waits for the parent to read
 _PROGRESS = struct.Struct("q")
 Chunk: TypeAlias = Sequence[tuple[bytes, str]]  # pickled prompt, completion text
 
 
-class Limits(NamedTuple):
+class TimeLimits(NamedTuple):
     """Time limits in seconds for a call, and for the first one of a worker."""
 
     call_s: float
@@ -49,10 +47,10 @@ class Order(NamedTuple):
 
     preparation: dict[str, Any]  # what `multiprocessing` lets a spawned process do first: path, folder, the script's own functions
     reward: str | bytes
-    limits: Limits
+    limits: TimeLimits
 
 
-class Loaded(NamedTuple):
+class Started(NamedTuple):
     """The first message of a worker: the reward is loaded, or the reason why not."""
 
     failure: str = ""
@@ -108,12 +106,12 @@ def _load(order: Order, channel: Channel) -> Any:
         spawn.prepare(order.preparation)
         del current._inheriting
         hint = ""
-        function: Any = resolve(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
+        function: Any = load_reward(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
     except BaseException as error:
-        channel.send(Loaded(*_describe(error), hint))
+        channel.send(Started(*describe(error), hint))
         return None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # set again in case a module changes it: the parent handles Ctrl-C
-    channel.send(Loaded())
+    channel.send(Started())
     return function
 
 
@@ -144,7 +142,7 @@ class _Timer:
 class _Scorer:
     """Scores one chunk after another."""
 
-    def __init__(self, function: Any, limits: Limits, channel: Channel, timer: _Timer, progress: mmap.mmap) -> None:
+    def __init__(self, function: Any, limits: TimeLimits, channel: Channel, timer: _Timer, progress: mmap.mmap) -> None:
         self._function, self._batch = function, getattr(function, "batch", None)
         self._channel, self._timer, self._progress = channel, timer, progress
         self._limit_s, self._call_s = limits.first_call_s, limits.call_s
@@ -152,15 +150,12 @@ class _Scorer:
 
     def run(self) -> None:
         while True:
-            if not self._next_comes_soon():
+            poller = select.poll()
+            poller.register(self._channel, select.POLLIN)
+            if not poller.poll(1000 * min(self._timer.slack_s, 0.01)):  # the next chunk does not come soon
                 self._timer.cancel()
             for chunk in _wait(self._channel):
                 self._score(chunk)
-
-    def _next_comes_soon(self) -> bool:
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        return bool(poller.poll(1000 * min(self._timer.slack_s, 0.01)))
 
     def _score(self, chunk: Chunk) -> None:
         """Time one call per completion; with a batch form, one call for the chunk."""
@@ -183,7 +178,7 @@ class _Scorer:
         try:
             scores = [_checked(value) for value in call()]
         except BaseException as error:  # SystemExit too: a reward that calls sys.exit() must not end the worker unseen
-            scores = [Score(None, *_describe(error))] * count
+            scores = [Score(None, *describe(error))] * count
         if os.getpid() != self._pid:  # the reward has forked, and this is the copy
             os._exit(0)
         self._limit_s = self._call_s
@@ -207,9 +202,3 @@ def _checked(value: object) -> Score:
         return Score(as_reward(value))
     except Exception as error:  # the returned object may raise anything when it is examined
         return Score(None, str(error)[:300])
-
-
-def _describe(error: BaseException) -> tuple[str, str]:
-    """Return (one line, the end of the traceback)."""
-    line = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
-    return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]

@@ -26,7 +26,12 @@ def write_parquet(connection: sqlite3.Connection, tokens: str, store: Path, path
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _parquet_schema()
+    columns = {
+        "step": pa.int64(), "prompt_id": pa.string(), "index": pa.int64(), "prompt_text": pa.string(), "text": pa.string(),
+        "reward": pa.float64(), "kept": pa.bool_(), "committed": pa.bool_(), "policy_version": pa.int64(), "finish_reason": pa.string(),
+        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "data": pa.string(),
+    }  # fmt: skip
+    schema = pa.schema(list(columns.items()))
     steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
     with pq.ParquetWriter(path, schema) as writer:
         for step in steps:
@@ -40,14 +45,3 @@ def _export_row(store: Path, seq: int, num_tokens: int | None, *row: Any) -> tup
     arrays = (None, None) if num_tokens is None else arrays_of(store, seq, num_tokens, *tokens)
     texts = (utf8(prompt_text), utf8(text))
     return (step, utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)
-
-
-def _parquet_schema() -> Any:
-    import pyarrow as pa
-
-    columns = {
-        "step": pa.int64(), "prompt_id": pa.string(), "index": pa.int64(), "prompt_text": pa.string(), "text": pa.string(),
-        "reward": pa.float64(), "kept": pa.bool_(), "committed": pa.bool_(), "policy_version": pa.int64(), "finish_reason": pa.string(),
-        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "data": pa.string(),
-    }  # fmt: skip
-    return pa.schema(list(columns.items()))

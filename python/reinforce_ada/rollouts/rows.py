@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import is_utf8
 from reinforce_ada.packing import pack, unpack
 from reinforce_ada.rollouts.schema import UNDAMAGED
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, Scored
@@ -23,7 +24,10 @@ INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?,
 
 
 def row_of(event: Event) -> tuple[Any, ...]:
-    """Return the values of `INSERT`. Raises: InputError for a reward that is not finite, or logprobs that do not match the token ids."""
+    """Return the event as the values of the `INSERT` statement.
+
+    Raises: InputError for a reward that is not finite, or logprobs that do not match the token ids.
+    """
     head = (event.id.step, sql_text(event.id.prompt_id), event.id.index)
     if isinstance(event, Scored):
         if not math.isfinite(event.reward):
@@ -66,7 +70,7 @@ def arrays_of(
 
 
 def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
-    """Return the values of `INSERT_POOL`."""
+    """Return the pool as the values of the `INSERT_POOL` statement."""
     counts = (pool.num_correct, pool.num_wrong, pool.num_void, pool.num_issued, pool.exit)
     data = json.dumps(dict(pool.prompt.data), default=repr)
     key = pool.prompt.key or pool.prompt.prompt_id
@@ -74,12 +78,8 @@ def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:
 
 
 def sql_text(text: str) -> str | bytes:
-    """Return a text as SQLite keeps it: as bytes if it has a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: not UTF-8, but no reason to stop a run
-        return text.encode("utf-8", "surrogatepass")
-    return text
+    """Return a text as SQLite keeps it: as bytes if it has a lone surrogate, which is no reason to stop a run."""
+    return text if is_utf8(text) else text.encode("utf-8", "surrogatepass")
 
 
 def str_of(stored: str | bytes) -> str:

@@ -15,8 +15,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from reinforce_ada.errors import InputError, differences
 from reinforce_ada.files import replace_file
@@ -90,7 +89,6 @@ class RolloutStore:
     # -------------------- writing
 
     def append(self, events: Sequence[Event], /) -> Sequence[Event]:
-        """Write these events in one transaction and return them."""
         rows = [row_of(event) for event in events]
         with self._transaction() as connection:
             connection.executemany(INSERT, rows)
@@ -136,7 +134,7 @@ class RolloutStore:
         rows = list(earlier.seen())
         last = max((row.step for row in rows), default=0)
         with self._transaction() as connection:
-            if not self._remembers(connection):
+            if not self.remembers:
                 shifted = ((row.step - last, sql_text(row.key), row.num_correct, row.num_wrong) for row in rows)
                 connection.executemany("INSERT INTO remembered VALUES (?, ?, ?, ?)", shifted)
                 connection.execute("INSERT INTO meta VALUES ('remembers', ?)", (str(earlier._path),))
@@ -146,19 +144,18 @@ class RolloutStore:
     @property
     def id(self) -> str:
         """Return the random name that the run's store got when it was made; "" for one of an earlier version that is only read."""
-        with self._guarded():
-            row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
-            return str(row[0]) if row else ""
+        return self._meta("id") or ""
 
     @property
     def remembers(self) -> bool:
-        """Return whether `remember` has been called."""
-        with self._guarded():
-            return self._remembers(self._open_connection())
+        return self._meta("remembers") is not None
 
-    @staticmethod
-    def _remembers(connection: sqlite3.Connection) -> bool:
-        return connection.execute("SELECT 1 FROM meta WHERE key = 'remembers'").fetchone() is not None
+    def _meta(self, key: str) -> str | None:
+        return next((value for (value,) in self._rows("SELECT value FROM meta WHERE key = ?", key)), None)
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._guarded():
+            return self._open_connection().execute(query, values).fetchall()
 
     def seen(self, last_step: int | None = None) -> Iterator[Seen]:
         """Yield every pool of the finished steps up to `last_step` in the order that a memory takes, those of an earlier run first."""
@@ -182,9 +179,7 @@ class RolloutStore:
     @property
     def run(self) -> dict[str, Any]:
         """Return the configuration with which the store was made."""
-        with self._guarded():
-            row = self._open_connection().execute("SELECT value FROM meta WHERE key = 'run'").fetchone()
-        return dict(parse_json(row[0])) if row else {}
+        return dict(parse_json(self._meta("run") or "{}"))
 
     def events(self, step: int) -> list[Event]:
         """Return the step's events in journal order, equal to the bit to what was appended."""
@@ -194,24 +189,21 @@ class RolloutStore:
 
     def last_step(self) -> int | None:
         """Return the latest step with an event, or None."""
-        with self._guarded():
-            row: tuple[int | None] = self._open_connection().execute("SELECT MAX(step) FROM events").fetchone()
-            return row[0]
+        ((step,),) = self._rows("SELECT MAX(step) FROM events")
+        return cast("int | None", step)
 
     def finished_steps(self) -> list[int]:
         """Return the steps for which `finish_step` was called, ascending."""
-        with self._guarded():
-            return [step for (step,) in self._open_connection().execute("SELECT step FROM finished_steps ORDER BY step")]
+        return [step for (step,) in self._rows("SELECT step FROM finished_steps ORDER BY step")]
 
     def pool_counts(self) -> list[PoolCounts]:
         """Return the pools of all finished steps, by step and in the order in which the prompts entered."""
         columns = "step, prompt_id, num_correct, num_wrong, num_void, num_issued, " + ("key" if self._has_keys else "prompt_id")
-        with self._guarded():
-            rows = self._open_connection().execute(f"SELECT {columns} FROM pools ORDER BY step, position")
-            return [
-                PoolCounts(step, str_of(prompt_id), right, wrong, void, issued, str_of(key))
-                for step, prompt_id, right, wrong, void, issued, key in rows
-            ]
+        rows = self._rows(f"SELECT {columns} FROM pools ORDER BY step, position")
+        return [
+            PoolCounts(step, str_of(prompt_id), right, wrong, void, issued, str_of(key))
+            for step, prompt_id, right, wrong, void, issued, key in rows
+        ]
 
     def export_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per scored or void completion, by step, in journal order.
@@ -245,7 +237,7 @@ class RolloutStore:
     def __enter__(self) -> RolloutStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_connection(self) -> sqlite3.Connection:
@@ -256,11 +248,8 @@ class RolloutStore:
     def _open(self, run: Mapping[str, Any] | None, read_only: bool) -> None:
         """Create the tables of a new file, or check those of an existing one."""
         connection = self._open_connection()
-        is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if is_empty and not read_only:
+        if not read_only and connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
             self._create(run)
-            self._look_at_columns()
-            return
         try:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
         except sqlite3.OperationalError:  # no such table
@@ -275,10 +264,7 @@ class RolloutStore:
             self._upgrade(version)
             version = VERSION
         self._has_keys = version != "1"
-        self._look_at_columns()
-
-    def _look_at_columns(self) -> None:
-        there = {row[1] for row in self._open_connection().execute("PRAGMA table_info(events)")}
+        there = {row[1] for row in connection.execute("PRAGMA table_info(events)")}
         self._tokens = ", ".join(f"e.{c}" if c in there else "NULL" for c in TOKENS)
 
     def _difference(self, meta: Mapping[str, str], run: Mapping[str, Any]) -> str:

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
 from reinforce_ada.sampling.metrics import Progress
-from reinforce_ada.sampling.policies import (
-    AdvantageSpec,
-    All,
-    Allocation,
-    AllPrompts,
-    Balance,
-    Balanced,
-    Band,
-    Budgeted,
-    Centered,
-    Counts,
-    DropOneClass,
-    ExitRule,
-    First,
-    History,
-    InverseSqrtRate,
-    Knapsack,
-    MaxVariance,
-    NearestRate,
-    Never,
-    Policy,
-    Positive,
-    Refill,
-    Rounds,
-    SkipStreaks,
-    Verdict,
-    Weighting,
-)
+from reinforce_ada.sampling.policies.allocate import Budgeted, InverseSqrtRate, Knapsack, Rounds
+from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Allocation, Counts, ExitRule, History, Verdict, Weighting
+from reinforce_ada.sampling.policies.decide import Balance, Band, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveWeight
+from reinforce_ada.sampling.policies.policy import Policy
+from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
+from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
+from reinforce_ada.sampling.policies.weight import Centered
 from reinforce_ada.sampling.presets import PRESETS, configured, preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table

@@ -1,4 +1,4 @@
-"""What earlier steps say of each prompt: a Beta posterior of its pass rate that fades, and its streak of one-class pools."""
+"""The memory of each prompt across steps: a Beta posterior of its pass rate that fades, and its streak of one-class pools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import History
+from reinforce_ada.sampling.policies.contracts import History
 from reinforce_ada.types import Pool, Prompt
 
 
@@ -16,21 +16,21 @@ class Memory:
 
         a = 1 + sum_j decay^(t - t_j) * correct_j,   b = 1 + sum_j decay^(t - t_j) * wrong_j
 
-    over the prompt's pools j at steps t_j, t being the last step taken in: with nothing new the posterior goes back to the Beta(1, 1) it
-    started from. That a pool stopped because of what it held does not bias a posterior: the stopping rule is not in the likelihood.
-    The same pools in the same order give the same memory to the bit, taken in one by one or all at once.
+    The sums run over the prompt's pools j at steps t_j, and t is the last step added; without new pools the posterior returns to
+    Beta(1, 1), where it started. A pool that stopped because of its outcomes does not bias a posterior: the stopping rule is not in the
+    likelihood. The same pools in the same order give the same memory to the bit, whether they are added one by one or all at once.
 
     Args:
-        decay: of what is remembered, per step, in (0, 1]; half is left after ln 2 / (1 - decay) steps.
+        decay: the factor per step on the counts, in (0, 1]; half is left after ln 2 / (1 - decay) steps.
 
-    Columns and one dictionary: under 200 bytes a prompt with keys of 16 characters; `history` is O(1).
+    Columns and one dictionary take under 200 bytes a prompt with keys of 16 characters; `history` is O(1).
     """
 
     def __init__(self, decay: float = 0.99) -> None:
         if not 0 < decay <= 1:
             raise InputError("Memory", f"decay {decay}", "a number in (0, 1] is needed")
         self.decay = decay
-        self.step: int | None = None  # the last one taken in
+        self.step: int | None = None  # the last one added
         self._row_of: dict[str, int] = {}
         self._correct = array("d")  # as of the prompt's own last step
         self._wrong = array("d")
@@ -38,11 +38,11 @@ class Memory:
         self._streak = array("i")  # pools in a row with one class: above 0 all correct, below 0 all wrong
 
     def __len__(self) -> int:
-        """Prompts remembered."""
+        """Return the number of prompts that are remembered."""
         return len(self._row_of)
 
     def history(self, prompt: Prompt, /) -> History:
-        """What is remembered of this prompt, as of the last step taken in; the prior for one never seen."""
+        """Return the history of a prompt, as of the last step added; the prior for a prompt never seen."""
         row = self._row_of.get(key_of(prompt))
         if row is None or self.step is None:
             return History()
@@ -51,19 +51,19 @@ class Memory:
         return History(1 + left * self._correct[row], 1 + left * self._wrong[row], abs(streak), streak > 0)
 
     def update(self, step: int, pools: Iterable[Pool]) -> None:
-        """Take in the pools of a finished step, in their order."""
+        """Add the pools of a finished step, in their order."""
         self.advance(step)
         for pool in pools:
             self.add(step, key_of(pool.prompt), pool.num_correct, pool.num_wrong)
 
     def advance(self, step: int) -> None:
-        """Let time pass up to this step. Raises: InputError for a step before the last one taken in."""
+        """Move time forward to this step. Raises: InputError for a step before the last one added."""
         if self.step is not None and step < self.step:
             raise InputError("Memory", f"step {step} after step {self.step}", "steps in order are needed", "build it anew from the store")
         self.step = step
 
     def add(self, step: int, key: str, num_correct: int, num_wrong: int) -> None:
-        """Take in one pool; one without scored completions says nothing. Raises: InputError for a step before the last one taken in."""
+        """Add one pool; a pool without scored completions changes nothing. Raises: InputError for a step before the last one added."""
         self.advance(step)
         if num_correct + num_wrong == 0:
             return
@@ -98,7 +98,7 @@ class Memory:
 
 
 def key_of(prompt: Prompt) -> str:
-    """What a prompt is remembered by."""
+    """Return the key under which a prompt is remembered."""
     return prompt.key or prompt.prompt_id
 
 

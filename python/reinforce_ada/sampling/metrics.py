@@ -1,4 +1,4 @@
-"""What one step's sampling reports; docs/sampling.md says what each number means."""
+"""The metrics of one step's sampling; docs/sampling.md defines each number."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from reinforce_ada.sampling.policies import Policy
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.sampling.statistics import terminals_of
 from reinforce_ada.types import Aborted, Failed, Group, Lost, Outcome, Pool, Scored
 
 
 class Progress(NamedTuple):
-    """Running counts of one step, cheap enough to ask after every poll."""
+    """Running counts of one step, cheap enough to be read after every poll."""
 
-    num_prompts: int  # entered so far
+    num_prompts: int  # those that have entered so far
     num_active: int
     num_satisfied: int
     num_dropped: int
@@ -24,13 +24,13 @@ class Progress(NamedTuple):
     num_committed: int
     num_correct: int  # among the committed
     num_with_signal: int  # prompts whose committed rewards differ so far
-    num_tokens: int  # of the committed completions
-    num_tokens_wasted: int  # of answers that are never committed
+    num_tokens: int  # those of the committed completions
+    num_tokens_wasted: int  # those of answers that are never committed
 
 
 @dataclass
 class Tally:
-    """Counters the sampler keeps as events come in."""
+    """The counters that the sampler updates with each event."""
 
     num_issued: int = 0
     num_committed: int = 0
@@ -43,51 +43,41 @@ class Tally:
     num_aborted: int = 0
     num_duplicates: int = 0
     num_rejected: int = 0
-    tokens_committed: int = 0
-    tokens_wasted: int = 0
+    num_tokens: int = 0
+    num_tokens_wasted: int = 0
 
     def commit(self, outcome: Outcome, positive_threshold: float) -> None:
         self.num_committed += 1
         self.num_correct += unit_of(outcome, positive_threshold) is CORRECT
         if isinstance(outcome, Scored):
-            self.tokens_committed += len(outcome.completion.token_ids)
+            self.num_tokens += len(outcome.completion.token_ids)
 
     def lose(self, event: Aborted | Lost) -> None:
-        """A request of an active prompt that is to be issued again."""
+        """Count a request of an active prompt that is to be issued again."""
         if isinstance(event, Aborted):
             self.num_aborted += 1
-            self.tokens_wasted += event.num_tokens
+            self.num_tokens_wasted += event.num_tokens
         else:
             self.num_lost += 1
 
     def waste(self, event: Scored | Failed | Aborted) -> None:
-        """An answer that is never committed."""
+        """Count the tokens of an answer that is never committed."""
         if isinstance(event, Scored):
-            self.tokens_wasted += len(event.completion.token_ids)
+            self.num_tokens_wasted += len(event.completion.token_ids)
         elif isinstance(event, Aborted):
-            self.tokens_wasted += event.num_tokens
+            self.num_tokens_wasted += event.num_tokens
 
     def progress(self, num_prompts: int, num_active: int) -> Progress:
-        return Progress(
-            num_prompts=num_prompts,
-            num_active=num_active,
-            num_satisfied=self.num_satisfied,
-            num_dropped=self.num_dropped,
-            num_issued=self.num_issued,
-            num_committed=self.num_committed,
-            num_correct=self.num_correct,
-            num_with_signal=self.num_with_signal,
-            num_tokens=self.tokens_committed,
-            num_tokens_wasted=self.tokens_wasted,
-        )
+        return Progress(num_prompts, num_active, *(getattr(self, name) for name in Progress._fields[2:]))
 
 
 def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Policy, num_wanted: int, tally: Tally) -> dict[str, float]:
-    """The flat table of metrics of one step. A mean over nothing is nan."""
+    """Return the metrics of one step by name. A mean over nothing is nan."""
     num_prompts = len(pools)
-    missing = [_missing(pool, policy) for pool in pools if pool.exit == "exhausted"]
+    correct, wrong = policy.needs
+    missing = [(pool.num_correct < correct, pool.num_wrong < wrong) for pool in pools if pool.exit == "exhausted"]
     metrics = {
-        # Only the first num_wanted prompts: a later one enters because others were dropped, which biases the whole.
+        # Only the first num_wanted prompts: a later prompt enters because others were dropped, which biases the mean.
         "first_round_reward": _mean(m for pool in pools[:num_wanted] if (m := _first_reward(pool, policy)) is not None),
         "pool_reward": _mean(pool.mean for pool in pools if pool.count),
         "pass_rate": _mean(t.pass_rate for t in terminals_of(pools[:num_wanted], policy) if t.count),
@@ -114,21 +104,16 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         "num_aborted": tally.num_aborted,
         "num_duplicates": tally.num_duplicates,
         "num_rejected": tally.num_rejected,
-        "tokens_committed": tally.tokens_committed,
-        "tokens_wasted": tally.tokens_wasted,
+        "tokens_committed": tally.num_tokens,
+        "tokens_wasted": tally.num_tokens_wasted,
     }
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _first_reward(pool: Pool, policy: Policy) -> float | None:
-    """Mean reward of the completions that are drawn whatever the outcomes."""
+    """Return the mean reward of the completions that are drawn whatever the outcomes; None without a scored one."""
     rewards = [o.reward for o in pool.outcomes[: min(policy.num_always_drawn, pool.cap)] if isinstance(o, Scored)]
     return math.fsum(rewards) / len(rewards) if rewards else None
-
-
-def _missing(pool: Pool, policy: Policy) -> tuple[bool, bool]:
-    num_correct, num_wrong = policy.needs
-    return pool.num_correct < num_correct, pool.num_wrong < num_wrong
 
 
 def _mean(values: Iterable[float]) -> float:

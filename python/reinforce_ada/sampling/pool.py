@@ -1,4 +1,4 @@
-"""The pool of a prompt while it grows."""
+"""The pool of a prompt that is still being sampled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.sampling.policies import Counts
+from reinforce_ada.sampling.policies.contracts import Counts
 from reinforce_ada.sampling.rules import CORRECT, unit_of
 from reinforce_ada.types import Completion, CompletionId, ExitReason, Outcome, Pool, Prompt, Scored
 
 
 class GrowingPool:
-    """Answers of one prompt by request index: those before `committed` are the pool, the others wait for an earlier one."""
+    """The answers of one prompt by request index. Those before `committed` form the pool; the others wait for an earlier answer."""
 
     __slots__ = (
         "_answered_correct",
@@ -42,7 +42,7 @@ class GrowingPool:
         return Counts(self.correct, self.wrong, self.committed - self.correct - self.wrong)
 
     def put(self, index: int, outcome: Outcome) -> None:
-        """Keep the answer at this index until it can be committed."""
+        """Store the answer of the request with this index until it can be committed."""
         self.answers.extend([None] * (index + 1 - len(self.answers)))
         self.answers[index] = outcome
         self._count(outcome, 1)
@@ -51,7 +51,7 @@ class GrowingPool:
         return index < len(self.answers) and self.answers[index] is not None
 
     def commit_next(self) -> Outcome | None:
-        """Commit the next answer in request order, where it is there; a Failed one is a void and enters no statistic."""
+        """Commit the next answer in request order and return it, or None if it has not arrived. A Failed one enters no statistic."""
         outcome = self.answers[self.committed] if self.committed < len(self.answers) else None
         if outcome is None:
             return None
@@ -68,12 +68,12 @@ class GrowingPool:
 
     @property
     def later(self) -> list[Counts | None]:
-        """What is known past the committed prefix, by index from `committed` on: CORRECT, WRONG, VOID, or None for an unanswered one."""
+        """Return what each request from index `committed` on brought: CORRECT, WRONG, VOID, or None if it is unanswered."""
         return [None if answer is None else unit_of(answer, self._threshold) for answer in self.answers[self.committed :]]
 
     @property
     def answered(self) -> Counts:
-        """Counts of every answer, those included that wait for an earlier one."""
+        """Return the counts of all answers, including those that wait for an earlier one."""
         return Counts(self._answered_correct, self._answered_wrong, self._answered_void)
 
     def _count(self, outcome: Outcome, change: int) -> None:
@@ -83,7 +83,7 @@ class GrowingPool:
         self._answered_void += change * void
 
     def cut(self, first: int) -> list[tuple[int, Outcome]]:
-        """Remove the answers from this index on: (index, answer) of each."""
+        """Remove the answers from index `first` on and return them as (index, answer)."""
         removed = [(index, answer) for index, answer in enumerate(self.answers[first:], first) if answer is not None]
         del self.answers[first:]
         for _, answer in removed:
@@ -91,7 +91,7 @@ class GrowingPool:
         return removed
 
     def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
-        """The finished record, with the statistics of the raw rewards."""
+        """Return the finished pool, with the statistics of its raw rewards."""
         outcomes = tuple(answer for answer in self.answers[: self.committed] if answer is not None)
         mean, m2, low, high = reward_statistics([o.reward for o in outcomes if isinstance(o, Scored)])
         return Pool(
@@ -112,12 +112,12 @@ class GrowingPool:
 
 @lru_cache(maxsize=1 << 10)
 def only_reward(reward: float) -> Scored:
-    """The reward of a completion that is not kept, the same object for all that are alike."""
+    """Return a Scored that holds a reward and an empty completion; equal rewards share one object."""
     return Scored(Completion(CompletionId(-1, "", -1), np.empty(0, np.int32), np.empty(0, np.float32), "", "", -1), reward)
 
 
 def reward_statistics(rewards: list[float]) -> tuple[float, float, float, float]:
-    """Mean, centred second moment, minimum and maximum, the sums rounded once (so independent of order).
+    """Return mean, centred second moment, minimum and maximum. Sums are rounded once, so the order of the rewards has no effect.
 
     mean = sum(r) / n;  m2 = sum((r - mean)^2);  an empty pool has 0, 0, +inf, -inf.
     """
@@ -131,5 +131,5 @@ def reward_statistics(rewards: list[float]) -> tuple[float, float, float, float]
 
 
 def rewards_of(scored: tuple[Scored, ...]) -> NDArray[np.float64]:
-    """Raw rewards [count] float64, in request order."""
+    """Return the raw rewards [count] float64, in request order."""
     return np.fromiter((s.reward for s in scored), dtype=np.float64, count=len(scored))

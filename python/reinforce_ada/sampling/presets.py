@@ -1,4 +1,7 @@
-"""Published algorithms by name, any keyword overridable: `preset("reinforce-ada-balance", round_size=4)`."""
+"""The presets by name: published algorithms, and `reinforce-ada-exact`.
+
+Any keyword can be overridden: `preset("reinforce-ada-balance", round_size=4)`.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,23 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies import (
-    All,
-    Allocate,
-    AllPrompts,
-    Balance,
-    Balanced,
-    Centered,
-    Decide,
-    DropOneClass,
-    First,
-    InverseSqrtRate,
-    Knapsack,
-    MaxVariance,
-    NearestRate,
-    Never,
-    Policy,
-    Positive,
-    Propose,
-    Refill,
-    Rounds,
-    Select,
-    SkipStreaks,
-    Weight,
-    at_least,
-)
+from reinforce_ada.sampling.policies.allocate import InverseSqrtRate, Knapsack, Rounds
+from reinforce_ada.sampling.policies.contracts import Allocate, Decide, Propose, Select, Weight, at_least
+from reinforce_ada.sampling.policies.decide import Balance, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveName, ObjectiveWeight
+from reinforce_ada.sampling.policies.policy import Policy
+from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
+from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
+from reinforce_ada.sampling.policies.weight import Centered
 
-_WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"}  # what a preset has that leaves them out
+_WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"}  # the values in a preset without these keywords
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published algorithm: its keywords with their defaults, and what it makes of them. Calling it gives the policy.
+    """A preset: its keywords with their defaults, and how they make a policy. Calling it returns the policy.
 
-    Every part is a function of the keywords; the rule is asked at the end of every round where `decide_every` is None.
+    Every part is a function of the keywords. If `decide_every` is None, the exit rule is asked at the end of every round.
     """
 
     name: str
@@ -57,7 +42,7 @@ class Preset:
     min_pool: Callable[[Any], int] = lambda k: 0
 
     def __call__(self, **overrides: Any) -> Policy:
-        """Raises: InputError for an unknown keyword, and for values that cannot go together."""
+        """Return the policy. Raises: InputError for an unknown keyword, and for values that cannot go together."""
         for key in overrides:
             if key not in self.keywords:
                 raise unknown_name(f"preset {self.name!r}", "override", key, [*self.keywords, "objective", "alpha"])
@@ -79,7 +64,7 @@ class Preset:
 
 
 def _fixed(k: Any) -> Rounds:
-    at_least(k.name, "group_size", k.group_size, 1)
+    at_least(1, k.name, group_size=k.group_size)
     return Rounds(k.group_size, 1)
 
 
@@ -88,8 +73,8 @@ def _rounds(k: Any) -> Rounds:
 
 
 def _balance(k: Any) -> Balance:
-    """Half of the group correct and the rest wrong, where no keyword says otherwise."""
-    at_least(k.name, "group_size", k.group_size, 1)
+    """Return a rule that needs half of the group correct and the rest wrong, unless keywords set the numbers."""
+    at_least(1, k.name, group_size=k.group_size)
     correct = k.group_size // 2 if k.num_correct is None else k.num_correct
     wrong = k.group_size - k.group_size // 2 if k.num_wrong is None else k.num_wrong
     return Balance(correct, wrong)
@@ -140,7 +125,7 @@ _ROWS = (
         min_pool=lambda k: k.group_size,
     ),
     # The balanced exit with objective "mean": the expected gradient of a prompt is that of its pass rate, whatever the pass rate. The rule
-    # is asked after every completion, from max(round_size, group_size) on: of all decide_every and min_pool this comes within 2 % of the
+    # is asked after every completion, from max(round_size, group_size) on: this choice of decide_every and min_pool is within 2 % of the
     # smallest variance of the gradient per completion (docs/statistics.md has the numbers) and keeps the first round whole.
     Preset(
         "reinforce-ada-exact",
@@ -151,8 +136,8 @@ _ROWS = (
         weight=lambda k: ObjectiveWeight("mean"),
         min_pool=lambda k: max(k.round_size, k.group_size),
     ),
-    # Budgets in proportion to 1/sqrt(pass rate) as remembered, all used; keep a balanced group; advantage = reward - pool mean. The mean
-    # is the cost of GRPO with groups of 8, the largest the cap of the other presets. Source: Reinforce-Ada, arXiv 2510.04996v3.
+    # Budgets in proportion to 1/sqrt(remembered pass rate), all used; keep a balanced group; advantage = reward - pool mean. The mean
+    # budget is the cost of GRPO with groups of 8, the largest the cap of the other presets. Source: Reinforce-Ada, arXiv 2510.04996v3.
     Preset(
         "reinforce-ada-est",
         {"group_size": 4, "mean_budget": 8, "min_budget": None, "max_budget": 32, **_ALL, **_POOL},
@@ -176,14 +161,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def preset(name: str, *, objective: ObjectiveName | None = None, alpha: float | None = None, **overrides: Any) -> Policy:
-    """The policy of a published algorithm.
+    """Return the policy of a preset.
 
     Args:
         name: a key of `PRESETS`.
-        objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None leave it.
+        objective: "mean" | "log" | "power" replaces the preset's weight by `ObjectiveWeight`; "as-published" and None keep it.
         alpha: exponent of objective "power".
         overrides: keywords of that preset (group_size, round_size, decide_every, ...).
-    Returns: a Policy.
     Raises: InputError for an unknown name or override, with the nearest valid one, and for values that cannot go together.
     """
     if name not in PRESETS:
@@ -210,9 +194,9 @@ CONFIGURED = (
 
 
 def configured(settings: Any) -> Policy:
-    """The preset `settings.preset`, overridden by the attributes named in CONFIGURED, which may be None or missing; see `config.sampling`.
+    """Return the preset `settings.preset` with the attributes named in CONFIGURED, which may be None or missing; see `config.sampling`.
 
-    `settings.propose` chooses the prompts; dropped ones are refilled as the preset does.
+    `settings.propose` names the rule that chooses prompts; dropped prompts are refilled as in the preset.
 
     Raises: InputError for names that are unknown and values that cannot go together.
     """

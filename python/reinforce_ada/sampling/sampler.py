@@ -1,4 +1,4 @@
-"""The adaptive sampler: a state machine that hands out requests and takes events. It does no I/O and knows no clock."""
+"""The adaptive sampler: a state machine that hands out requests and takes events. It does no I/O and reads no clock."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.metrics import Progress, Tally, sampling_metrics
-from reinforce_ada.sampling.policies import History, Policy, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies.contracts import History, Remembers, Verdict, Window, at_least
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.sampling.pool import only_reward, rewards_of
 from reinforce_ada.sampling.prompt_state import PromptState, indices_of
 from reinforce_ada.sampling.rules import exit_reason, has_room, settled_end, shared_window, window_needed
@@ -36,39 +37,39 @@ from reinforce_ada.types import (
 Schedule: TypeAlias = Literal["stream", "rounds"]
 
 _WHERE = "AdaptiveSampler"
-_ORDER_BITS = 40  # of a heap key: num_issued above them, the prompt's order in them; a tuple would cost 100 bytes a prompt
+_ORDER_BITS = 40  # a heap key has the prompt's order in these bits and num_issued above them; a tuple would cost 100 bytes a prompt
 _UNKNOWN = History()
 
 
 def request_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
-    """The seed of a request, in [0, 2**63): the same whenever, wherever and however often it is issued."""
+    """Return the seed of a request, in [0, 2**63); it is the same whenever, wherever and however often the request is issued."""
     key = f"{run_seed},{step},{index},{prompt_id}".encode("utf-8", "surrogatepass")  # prompt_id last: it may hold commas
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 class AdaptiveSampler:
-    """Spends one step's rollout budget where the signal is.
+    """The sampler of one step, which spends the rollout budget where the signal is.
 
-    Completions are committed in request order: completion k counts when 0..k-1 have. The exit rule sees the committed prefix
-    only, so the pools follow the law of the sequential sampler and depend on neither timing nor window. On exit the prompt's
-    other requests are aborted and what had finished past the prefix is waste.
+    Completions are committed in request order: completion k counts once 0..k-1 do. The exit rule sees only the committed prefix, so
+    the pools follow the law of the sequential sampler and depend on neither timing nor window. When a prompt exits, its other
+    requests are aborted, and answers past the prefix are waste.
 
     Args:
         prompts: a sequence, or an iterator read lazily, of prompts with distinct ids.
         policy: see `preset` and `Policy`.
         step: part of every completion's identity; events of another step are rejected and counted.
-        policy_version: of the weights that sample; events of another version are rejected and counted.
-        schedule: "stream" (no barrier) or "rounds" (nobody gets its next round before every active prompt has committed its
-            current one; a prompt that refills a dropped one joins at the next barrier). Same pools at equal `decide_every`.
+        policy_version: that of the weights that sample; events of another version are rejected and counted.
+        schedule: "stream" (no barrier) or "rounds" (no prompt gets its next round before every active prompt has committed its
+            current one; a prompt that refills a dropped one joins at the next barrier). Both give the same pools at equal `decide_every`.
         seed: run seed from which request seeds derive.
-        window: stream only: a prompt may be issued up to committed + window requests; a window of at most `decide_every` never
+        window: for "stream" only. A prompt may be issued up to committed + window requests; a window of at most `decide_every` never
             reaches past the next decision. A function (`Window`) bounds each prompt's unanswered requests from all of its answers,
             and requests are aborted as soon as the answers settle that they are past the prompt's end. None adapts:
             ceil((free_slots + outstanding) / active prompts), at least round_size.
-        num_prompts: groups wanted; all of a sequence by default. Required with an iterator and with a policy that refills.
-        memory: what earlier steps say of each prompt; required by a policy that looks at it.
-        keep_completions: False forgets all of a completion but its reward as soon as it has come: a twentieth of the memory, for a
-            simulation. The outcomes of the pools then have neither id nor text, and no tokens are counted.
+        num_prompts: groups wanted; all of a sequence by default. It is required with an iterator and with a policy that refills.
+        memory: the histories of prompts in earlier steps; required by a policy that reads them.
+        keep_completions: False drops all of a completion but its reward as soon as it arrives, which takes a twentieth of the memory,
+            for a simulation. The outcomes of the pools then have neither id nor text, and no tokens are counted.
     Raises: InputError for no prompts, duplicate ids, and arguments that cannot go together.
     """
 
@@ -88,9 +89,7 @@ class AdaptiveSampler:
     ) -> None:
         check_schedule(_WHERE, schedule, window)
         if policy.needs_memory and memory is None:
-            raise InputError(
-                _WHERE, f"policy {policy.name!r} without memory", "what earlier steps say of a prompt is needed", "memory=Memory()"
-            )
+            raise InputError(_WHERE, f"policy {policy.name!r} without memory", "the histories of the prompts are needed", "memory=Memory()")
         self._policy = policy
         self._step = step
         self._memory = memory
@@ -122,12 +121,8 @@ class AdaptiveSampler:
     # -------------------- read-only
 
     @property
-    def policy(self) -> Policy:
-        return self._policy
-
-    @property
     def done(self) -> bool:
-        """Whether every prompt that entered has exited."""
+        """Return whether every prompt that entered has exited."""
         return self._num_active == 0
 
     @property
@@ -136,7 +131,7 @@ class AdaptiveSampler:
 
     @property
     def num_eliminated(self) -> int:
-        """Prompts that entered and have exited, for whatever reason."""
+        """Return the number of prompts that entered and have exited, for whatever reason."""
         return len(self._by_order) - self._num_active
 
     @property
@@ -153,19 +148,19 @@ class AdaptiveSampler:
 
     @property
     def outstanding(self) -> list[CompletionId]:
-        """Requests handed out and not answered, of active prompts, in prompt and request order."""
+        """Return the requests of active prompts that are handed out and not answered, in prompt and request order."""
         return [self._id(state, index) for state in self._by_order for index in indices_of(state.outstanding)]
 
     def prompt(self, prompt_id: str) -> Prompt:
-        """The prompt of that id. Raises KeyError when none such has entered this step."""
+        """Return the prompt with this id. Raises: KeyError if no such prompt has entered this step."""
         return self._states[prompt_id].prompt
 
     def committed(self, prompt_id: str) -> int:
-        """Length of that prompt's committed prefix."""
+        """Return the length of this prompt's committed prefix."""
         return self._states[prompt_id].committed
 
     def is_open(self, request_id: CompletionId) -> bool:
-        """Whether the answer to this request could still be committed."""
+        """Return whether the answer to this request could still be committed."""
         state = self._states.get(request_id.prompt_id)
         return state is not None and request_id.step == self._step and state.is_open(request_id.index)
 
@@ -175,8 +170,8 @@ class AdaptiveSampler:
     # -------------------- requests
 
     def next_requests(self, free_slots: int) -> list[Request]:
-        """Up to `free_slots` requests: lost ones first, then breadth first (fewest issued first, ties in prompt order)."""
-        at_least("AdaptiveSampler.next_requests", "free_slots", free_slots, 0)
+        """Hand out up to `free_slots` requests: lost ones first, then breadth first (fewest issued first, ties in prompt order)."""
+        at_least(0, f"{_WHERE}.next_requests", free_slots=free_slots)
         window = self._window(free_slots)
         self._release(window)
         requests: list[Request] = []
@@ -185,7 +180,7 @@ class AdaptiveSampler:
         return requests
 
     def _window(self, free_slots: int) -> int:
-        """The window of all prompts; where each has its own, the widest there can be."""
+        """Return the window that all prompts share; if each has its own, the widest possible one."""
         if self._window_of is not None:
             return self._policy.cap
         if self._fixed_window is not None:
@@ -202,7 +197,7 @@ class AdaptiveSampler:
         return None
 
     def _release(self, window: int) -> None:
-        """Queue the prompts that waited for a window this wide."""
+        """Queue the prompts that waited for a window of at most this width."""
         for needed in [n for n in self._waiting if n <= window] if self._waiting else ():
             for state in (self._by_order[order] for order in self._waiting.pop(needed)):
                 if state.waits_for == needed:
@@ -222,7 +217,7 @@ class AdaptiveSampler:
         return None
 
     def _window_needed(self, state: PromptState) -> int:
-        """The smallest window at which this prompt may be issued a fresh request; past the cap when no window allows it."""
+        """Return the smallest window at which this prompt may be issued a fresh request; above the cap if no window allows it."""
         never = self._policy.cap + 1
         if state.num_issued >= (state.round_limit if self._schedule == "rounds" else state.limit):
             return never
@@ -258,9 +253,9 @@ class AdaptiveSampler:
     # -------------------- events
 
     def receive(self, event: Event) -> list[CompletionId]:
-        """Take one event, in any order, any number of times.
+        """Take one event. Events may arrive in any order and more than once.
 
-        Returns: the requests to abort: all that are still outstanding of the prompt that this event made exit.
+        Returns: the requests to abort: all outstanding ones of a prompt that exits by this event, or past the end that it settles.
         Raises: InputError for a Scored whose reward is not finite.
         """
         request_id = event.id
@@ -271,7 +266,7 @@ class AdaptiveSampler:
         return self._take(state, event, request_id.index)
 
     def restore(self, events: Iterable[Event]) -> None:
-        """Replay a journal in its order, before any request is issued. What it leaves open is issued again, same seeds.
+        """Replay a journal in its order, before any request is issued. Requests it leaves open are issued again with the same seeds.
 
         Raises: InputError once requests have been issued.
         """
@@ -292,7 +287,7 @@ class AdaptiveSampler:
             self._queue(state)
 
     def _state_of(self, event: Event, request_id: CompletionId) -> PromptState | None:
-        """The prompt this event may be credited to, or None."""
+        """Return the state of the prompt to which this event may be credited, or None."""
         if isinstance(event, Scored) and not math.isfinite(event.reward):
             given = f"reward {event.reward} for {tuple(request_id)}"
             raise InputError(f"{_WHERE}.receive", given, "a finite reward is needed", "send a Failed event for it")
@@ -302,7 +297,7 @@ class AdaptiveSampler:
         return state if state is not None and 0 <= request_id.index < state.cap else None
 
     def _mark_issued(self, state: PromptState, index: int) -> None:
-        """Count every index up to this one as issued by the run that wrote the journal; the gaps are issued again."""
+        """Count every index up to this one as issued by the run that wrote the journal, and issue the gaps again."""
         for missing in range(state.num_issued, min(index, state.limit)):
             self._issue_again(state, missing)
         self._tally.num_issued += max(index + 1 - state.num_issued, 0)
@@ -331,13 +326,13 @@ class AdaptiveSampler:
         return self._commit(state)
 
     def _waste(self, state: PromptState, index: int, event: Event) -> None:
-        """An answer that will never be committed."""
-        if not isinstance(event, Lost):  # a lost one may still answer
+        """Discard an answer that will never be committed."""
+        if not isinstance(event, Lost):  # a lost request may still be answered
             state.discarded |= 1 << index
             self._tally.waste(event)
 
     def _commit(self, state: PromptState) -> list[CompletionId]:
-        """Extend the committed prefix as far as it goes, asking the exit rule at every decision point."""
+        """Extend the committed prefix as far as answers allow, and ask the exit rule at every decision point."""
         had_signal = state.has_signal
         while (outcome := state.commit_next()) is not None:
             self._tally.num_with_signal += state.has_signal and not had_signal
@@ -351,15 +346,15 @@ class AdaptiveSampler:
         return [] if self._window_of is None else self._settle(state)
 
     def _settle(self, state: PromptState) -> list[CompletionId]:
-        """Give up the requests past the point where the prompt exits whatever its unanswered ones bring."""
-        if self._policy.decide(state.answered) is Verdict.CONTINUE:  # spares the search: nearly always
+        """Give up the requests past the point where the prompt exits however its unanswered requests turn out."""
+        if self._policy.decide(state.answered) is Verdict.CONTINUE:  # nearly always, and it saves the search
             return []
         state.limit = min(state.limit, settled_end(self._policy, state.counts, state.later, state.cap))
         state.lost &= (1 << state.limit) - 1
         return self._give_up(state, state.limit)
 
     def _give_up(self, state: PromptState, first: int) -> list[CompletionId]:
-        """Nothing from this index on will be committed: what waits there is waste, and what is out is to be aborted."""
+        """Discard the answers from index `first` on, which will never be committed, and return the outstanding requests to abort."""
         to_abort = state.abort(first)
         self._num_outstanding -= len(to_abort)
         for index, outcome in state.cut(first):
@@ -381,7 +376,7 @@ class AdaptiveSampler:
     # -------------------- admission and barriers
 
     def _admit(self) -> None:
-        """Let prompts in from the source until as many have entered as the policy proposes."""
+        """Admit prompts from the source until as many have entered as the policy proposes."""
         wanted = self._policy.propose(self._num_wanted, self._tally.num_dropped)
         missing = wanted - len(self._by_order)
         while missing > 0 and (prompts := self._draw(1 if self._by_order else missing)):
@@ -389,7 +384,7 @@ class AdaptiveSampler:
             self._enter(prompts)
 
     def _draw(self, num: int) -> list[Prompt]:
-        """The next `num` prompts, chosen among candidates where the policy wants a choice; none when the source is dry."""
+        """Return the next `num` prompts, which the policy chooses among candidates; none if the source is exhausted."""
         propose = self._policy.propose
         candidates = list(islice(self._source, num * propose.candidates_per_prompt))
         rng = np.random.default_rng(request_seed(self._seed, self._step, "", self._num_candidates))
@@ -406,7 +401,7 @@ class AdaptiveSampler:
         for prompt, history, cap in zip(prompts, histories, budgets_of(self._policy, histories), strict=True):
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
-            seen = history if self._window_of is not None else _UNKNOWN  # nobody else asks again
+            seen = history if self._window_of is not None else _UNKNOWN  # only a window function reads it again
             state = PromptState(len(self._by_order), prompt, seen, cap, self._policy.positive_threshold)
             self._states[prompt.prompt_id] = state
             self._by_order.append(state)
@@ -420,7 +415,7 @@ class AdaptiveSampler:
             self._start_round()
 
     def _start_round(self) -> None:
-        """The barrier: every active prompt gets its next round."""
+        """Pass the barrier: give every active prompt its next round."""
         for state in self._by_order:
             if state.exit is None:
                 state.round_limit = min(self._policy.allocate(state.counts), state.cap)
@@ -431,7 +426,7 @@ class AdaptiveSampler:
     # -------------------- result
 
     def result(self) -> SamplingResult:
-        """Pools in the order the prompts entered, the groups kept of them, and the metrics (docs/sampling.md).
+        """Return the pools in the order the prompts entered, the groups kept of them, and the metrics (docs/sampling.md).
 
         Raises: InputError while prompts are active.
         """
@@ -443,7 +438,7 @@ class AdaptiveSampler:
         return SamplingResult(pools, groups, sampling_metrics(pools, groups, self._policy, self._num_wanted, self._tally))
 
     def _group(self, pool: Pool) -> Group | None:
-        """What is kept of a pool; None for a dropped or empty one, and for one without signal where the policy drops those."""
+        """Return the group kept of a pool; None for a dropped or empty pool, and for one without signal if the policy drops those."""
         if pool.exit == "dropped" or pool.count == 0 or (self._policy.degenerate == "drop" and not pool.has_signal):
             return None
         scored = pool.scored
@@ -454,17 +449,17 @@ class AdaptiveSampler:
 
 def check_schedule(where: str, schedule: str, window: int | Window | None) -> None:
     """Raise InputError for an unknown schedule, a window below 1, and a window in rounds."""
-    if schedule not in ("stream", "rounds"):
-        raise unknown_name(where, "schedule", schedule, ("stream", "rounds"))
+    if schedule not in get_args(Schedule):
+        raise unknown_name(where, "schedule", schedule, get_args(Schedule))
     if window is not None and not callable(window):
-        at_least(where, "window", window, 1)
+        at_least(1, where, window=window)
     if window is not None and schedule == "rounds":
         given = "a window function" if callable(window) else f"window {window}"
         raise InputError(where, f"{given} with schedule 'rounds'", "rounds have no window", "leave it out")
 
 
 def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | None) -> int:
-    """Groups wanted in the step; see AdaptiveSampler."""
+    """Return the number of groups wanted in the step; see AdaptiveSampler."""
     available = len(prompts) if isinstance(prompts, Sequence) else None
     if available == 0:
         raise InputError(_WHERE, "no prompts", "at least one is needed")
@@ -473,19 +468,19 @@ def _num_wanted(prompts: Iterable[Prompt], policy: Policy, num_prompts: int | No
             raise InputError(_WHERE, "an iterator of prompts", "num_prompts is needed with it")
         if policy.propose(available, available) > available:
             given = f"policy {policy.name!r}, which refills dropped prompts, without num_prompts"
-            raise InputError(_WHERE, given, "num_prompts is needed", "give fewer than there are prompts to draw from")
+            raise InputError(_WHERE, given, "num_prompts is needed", "give fewer than the prompts to draw from")
         return available
-    at_least(_WHERE, "num_prompts", num_prompts, 1)
+    at_least(1, _WHERE, num_prompts=num_prompts)
     if available is not None and num_prompts > available:
-        raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most as many as there are is possible")
+        raise InputError(_WHERE, f"num_prompts {num_prompts} of {available} prompts", "at most the number of prompts is possible")
     return num_prompts
 
 
 def budgets_of(policy: Policy, histories: Sequence[History]) -> Sequence[int]:
-    """Most completions of each prompt, for prompts that enter together. Raises InputError for one outside [1, policy.cap]."""
+    """Return the most completions of each prompt, for prompts that enter together. Raises: InputError for one outside [1, policy.cap]."""
     budgets = policy.allocate.budgets(histories)
     if len(budgets) != len(histories):
-        raise InputError(f"Policy {policy.name!r}", f"{len(budgets)} budgets of {len(histories)} prompts", "one of each is needed")
+        raise InputError(f"Policy {policy.name!r}", f"{len(budgets)} budgets of {len(histories)} prompts", "one for each is needed")
     if len(budgets) and not 1 <= min(budgets) <= max(budgets) <= policy.cap:
         given = f"a budget of {min(budgets) if min(budgets) < 1 else max(budgets)} completions"
         raise InputError(f"Policy {policy.name!r}", given, f"at least 1 and at most the cap of {policy.cap} is needed")

@@ -1,4 +1,4 @@
-"""Exact statistics of a stopping rule, by counting paths over (correct, wrong) states in integers."""
+"""The exact statistics of a stopping rule, from integer counts of the paths over (correct, wrong) states."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import Counts, Policy, Verdict
+from reinforce_ada.sampling.policies.contracts import Counts, Verdict
+from reinforce_ada.sampling.policies.policy import Policy
 from reinforce_ada.types import Failed, Pool
 
 
 class Paths(NamedTuple):
-    """Numbers of draw sequences, exact."""
+    """Exact numbers of draw sequences."""
 
     all: int = 0
     first_correct: int = 0  # those whose first draw is correct
-    correct_then_wrong: int = 0  # those whose first two draws are correct, then wrong; one that ends before its second draw is not
+    correct_then_wrong: int = 0  # those whose first draw is correct and second wrong; a sequence of one draw is not among them
 
-    def __add__(self, other: Paths) -> Paths:  # type: ignore[override]  # of counts, not of tuples
+    def __add__(self, other: Paths) -> Paths:  # type: ignore[override]  # adds counts instead of joining tuples
         return Paths(self[0] + other[0], self[1] + other[1], self[2] + other[2])
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """A state the sampler can end in, and the draw sequences that end there.
+    """A state in which the sampler can end, and the draw sequences that end there.
 
         pass_rate       = paths.first_correct / paths.all         unbiased for p
         reward_variance = paths.correct_then_wrong / paths.all    unbiased for p (1 - p) where every sequence has two draws
 
-    Given the terminal every sequence that ends there is equally likely, so these are P(first draw correct | terminal) and P(first
-    two draws correct, wrong | terminal): whatever stopped the sampling, their expectations are those of the first draws.
+    All sequences that end in one terminal are equally likely, so these are P(first draw correct | terminal) and P(first two draws
+    correct, wrong | terminal): whatever stopped the sampling, their expectations are those of the first draws.
     Source: Girshick, Mosteller, Savage 1946, "Unbiased estimates for certain binomial sampling problems".
     """
 
     correct: int
     wrong: int
     paths: Paths
-    verdict: Verdict  # CONTINUE where the cap was reached
+    verdict: Verdict  # CONTINUE if the cap was reached
     void: int = 0
 
     @property
@@ -48,36 +49,36 @@ class Terminal:
 
     @property
     def count(self) -> int:
-        """Scored draws."""
+        """Return the number of scored draws."""
         return self.correct + self.wrong
 
     @property
     def pass_rate(self) -> float:
-        """Unbiased estimate of the pass rate p, in [0, 1]; nan without a scored draw."""
+        """Return the unbiased estimate of the pass rate p, in [0, 1]; nan without a scored draw."""
         return self.paths.first_correct / self.paths.all if self.count else math.nan
 
     @property
     def reward_variance(self) -> float:
-        """Unbiased estimate of p (1 - p), in [0, 1]; 0 with fewer than two scored draws, where there is none."""
+        """Return the unbiased estimate of p (1 - p), in [0, 1]; 0 with fewer than two scored draws, for which no estimate exists."""
         return self.paths.correct_then_wrong / self.paths.all
 
 
 @dataclass(frozen=True)
 class StoppingTable:
-    """Every terminal state of a policy's stopping rule, for binary rewards.
+    """All terminal states of a policy's stopping rule, for binary rewards.
 
     A sequence that ends with k correct and w wrong has probability p^k (1-p)^w at pass rate p, so
         E[f] = sum over terminals of num_paths * p^k (1-p)^w * f(terminal).
-    Path counts are exact integers: there are up to C(32, 16) = 6.0e8 at the published cap and 1e19 at a cap of 68, past int64.
+    Path counts are Python integers: they reach C(32, 16) = 6.0e8 at the published cap and 1e19, past int64, at a cap of 68.
     """
 
     terminals: tuple[Terminal, ...]
 
     def at(self, counts: Counts) -> Terminal:
-        """The terminal with these counts. Raises: InputError where the rule cannot end there."""
+        """Return the terminal with these counts. Raises: InputError if the rule cannot end there."""
         found = self._by_counts.get(counts)
         if found is None:
-            raise InputError("StoppingTable", f"a pool with {_words(counts)}", "counts that the stopping rule can end with")
+            raise InputError("StoppingTable", f"a pool with {_words(counts)}", "counts that the stopping rule can end with are needed")
         return found
 
     @cached_property
@@ -85,28 +86,27 @@ class StoppingTable:
         return {Counts(t.correct, t.wrong, t.void): t for t in self.terminals}
 
     def expect(self, value: Callable[[Terminal], float], p: float) -> float:
-        """E[value] at pass rate `p` in [0, 1]."""
+        """Return E[value] at pass rate `p` in [0, 1]."""
         return math.fsum(t.num_paths * p**t.correct * (1 - p) ** t.wrong * value(t) for t in self.terminals)
 
     def expect_beta(self, value: Callable[[Terminal], float], a: float, b: float) -> float:
-        """E[value] over a population of prompts with pass rates Beta(a, b): E[p^k (1-p)^w] = B(a+k, b+w) / B(a, b)."""
+        """Return E[value] over a population of prompts with pass rates Beta(a, b): E[p^k (1-p)^w] = B(a+k, b+w) / B(a, b)."""
         return math.fsum(
-            value(t) * math.exp(math.log(t.num_paths) + _log_beta(a + t.correct, b + t.wrong) - _log_beta(a, b)) for t in self.terminals
+            value(t) * math.exp(math.log(t.num_paths) + log_beta(a + t.correct, b + t.wrong) - log_beta(a, b)) for t in self.terminals
         )
 
 
 def stopping_table(policy: Policy, cap: int | None = None, voids: tuple[int, ...] = ()) -> StoppingTable:
-    """The terminal states of `policy`'s exit rule, one draw after another from nothing, never through an earlier stop.
+    """Return the terminal states of `policy`'s exit rule, reached draw by draw and never through an earlier stop.
 
-    Tables are kept: asking again costs a look-up (under 10 us), building one at a cap of 32 about 2 ms. The work grows with the states
-    that go on: at a cap of 1000 it is 50 ms for the published rules, and 2 s for a rule that never stops.
+    Tables are cached: a second call costs a look-up (under 10 us), building one at a cap of 32 about 2 ms. The work grows with the number
+    of states that go on: at a cap of 1000 it is 50 ms for the published rules, and 2 s for a rule that never stops.
 
     Args:
-        policy: its `verdict(counts, cap)` is the rule.
-        cap: the prompt's own, where `allocate` gives each its budget; None is the policy's.
-        voids: indices, increasing, of the completions without a reward. The table is the one given these positions: a void advances
-            the prefix, the decision points and the cap, and is no draw.
-    Returns: a StoppingTable.
+        policy: supplies the rule, `verdict(counts, cap)`.
+        cap: the prompt's budget, if `allocate` gives each its own; None means the policy's cap.
+        voids: increasing indices of the completions without a reward. The table is conditional on these positions: a void advances the
+            prefix, the decision points and the cap, and is no draw.
     """
     return _table(policy, policy.cap if cap is None else cap, voids)
 
@@ -120,17 +120,17 @@ def _table(policy: Policy, cap: int, voids: tuple[int, ...]) -> StoppingTable:
 
 
 def live_sequences(policy: Policy, cap: int) -> dict[Counts, int]:
-    """Draw sequences that lead to each state from which `policy` goes on: up to cap^2 / 2 of them, so they are no part of a table."""
+    """Return the number of draw sequences to each state from which `policy` goes on: up to cap^2 / 2 states, too many for a table."""
     return {counts: paths.all for live, _ in _draw_by_draw(policy, cap, ()) for counts, paths in live.items()}
 
 
 def _draw_by_draw(policy: Policy, cap: int, voids: tuple[int, ...]) -> Iterator[tuple[dict[Counts, Paths], list[Terminal]]]:
-    """The states that go on before each draw, and the terminals that it leads to."""
+    """Yield, for each draw, the states that go on before it and the terminals that it leads to."""
     live = {Counts(0, 0): Paths(1)}
     for index in range(cap):
         reached: dict[Counts, Paths] = {}
         for counts, paths in live.items():
-            for after, extended in _void(counts, paths) if index in voids else _draws(counts, paths):
+            for after, extended in _draws(counts, paths, is_void=index in voids):
                 reached[after] = reached[after] + extended if after in reached else extended
         going_on, ended = {}, []
         for counts, paths in reached.items():
@@ -143,20 +143,19 @@ def _draw_by_draw(policy: Policy, cap: int, voids: tuple[int, ...]) -> Iterator[
         live = going_on
 
 
-def _void(counts: Counts, paths: Paths) -> Iterator[tuple[Counts, Paths]]:
-    yield Counts(counts.correct, counts.wrong, counts.void + 1), paths
-
-
-def _draws(counts: Counts, paths: Paths) -> Iterator[tuple[Counts, Paths]]:
-    """Both outcomes of the next draw, with the sequences extended by it."""
+def _draws(counts: Counts, paths: Paths, is_void: bool) -> Iterator[tuple[Counts, Paths]]:
+    """Yield the void, or both outcomes of the next draw, with the sequences that it extends."""
     correct, wrong, void = counts
+    if is_void:
+        yield Counts(correct, wrong, void + 1), paths
+        return
     is_first, is_second_after_correct = correct + wrong == 0, (correct, wrong) == (1, 0)
     yield Counts(correct + 1, wrong, void), Paths(paths.all, paths.all, 0) if is_first else paths
     yield Counts(correct, wrong + 1, void), Paths(paths.all, paths.all, paths.all) if is_second_after_correct else paths
 
 
 def terminals_of(pools: Iterable[Pool], policy: Policy) -> Iterator[Terminal]:
-    """The terminal each finished pool ended in, given its own cap and the positions of its voids.
+    """Yield the terminal in which each finished pool ended, given its own cap and the positions of its voids.
 
     Raises: InputError for a pool that `policy` cannot have ended.
     """
@@ -172,21 +171,22 @@ def terminals_of(pools: Iterable[Pool], policy: Policy) -> Iterator[Terminal]:
 
 
 def samples(terminal: Terminal) -> float:
-    """Completions committed; its expectation is E[N]."""
+    """Return the number of committed completions; its expectation is E[N]."""
     return terminal.count + terminal.void
 
 
 def signal(terminal: Terminal) -> float:
-    """1 where both classes are there; its expectation is P(signal)."""
+    """Return 1 if both classes are present, else 0; its expectation is P(signal)."""
     return float(terminal.correct > 0 and terminal.wrong > 0)
 
 
 def pool_mean(terminal: Terminal) -> float:
-    """Mean of the binary rewards; its expectation minus p is the bias by optional stopping."""
+    """Return the mean of the binary rewards; its expectation minus p is the bias by optional stopping."""
     return terminal.correct / terminal.count
 
 
-def _log_beta(a: float, b: float) -> float:
+def log_beta(a: float, b: float) -> float:
+    """Return the logarithm of the beta function B(a, b)."""
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 

@@ -1,4 +1,4 @@
-"""How many requests a prompt may have unanswered: the window that follows the posterior of the draws it still needs."""
+"""The posterior window: how many unanswered requests a prompt may have, by how many more completions it will probably need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies import Counts, History, Policy, Verdict, Window
+from reinforce_ada.sampling.policies.contracts import Counts, History, Verdict, Window
+from reinforce_ada.sampling.policies.policy import Policy
 
 _TABLE_BYTES = 64 << 20
 _BLOCK = 1 << 14  # numbers, 128 KB
@@ -20,18 +21,18 @@ _BLOCK = 1 << 14  # numbers, 128 KB
 
 @dataclass(frozen=True)
 class PosteriorWindow:
-    """As many unanswered requests as a prompt will probably need; a `Window`.
+    """A `Window` that allows as many unanswered requests as the prompt will probably need.
 
-    With pass rate p ~ Beta(a + correct, b + wrong), (a, b) being the prompt's history,
+    With pass rate p ~ Beta(a + correct, b + wrong), where (a, b) is the prompt's history,
         S_j = P(the policy has not ended the prompt j completions from now),
-    and a request goes out while at least `min_survival` of S is left: window = #{j >= 0 : S_j >= min_survival}. S_0 is 1. A prompt that
-    keeps failing is given its whole budget at once, an easy one stays narrow. S is exact for any rule on counts: the Beta-binomial
-    program over (correct, wrong), through `policy.verdict`. The window steers which requests are out, never what is committed.
+    and the window is the number of j at which S_j is large enough: window = #{j >= 0 : S_j >= min_survival}, with S_0 = 1. A prompt that
+    keeps failing gets its whole budget at once; an easy prompt keeps a narrow window. S is exact for any exit rule on counts: it is the
+    Beta-binomial program over (correct, wrong), through `policy.verdict`. The window sets which requests are out, never what is committed.
 
     Args:
-        policy: its exit rule, decision points and `min_pool`.
-        min_survival: in (0, 1]. Small: few barriers, more waste. 1 asks only for what is certainly needed.
-    Raises: InputError for a `min_survival` outside.
+        policy: supplies the exit rule, the decision points and `min_pool`.
+        min_survival: in (0, 1]. A small value means few barriers and more waste; 1 requests only what is certainly needed.
+    Raises: InputError for a `min_survival` outside (0, 1].
     """
 
     policy: Policy
@@ -46,10 +47,10 @@ class PosteriorWindow:
         return int(self.table(history, counts.void, cap)[counts.correct, counts.wrong])
 
     def table(self, history: History, void: int, cap: int) -> NDArray[np.int16]:
-        """The windows [cap + 1, cap + 1] int16 of all (correct, wrong), for so many voids; at least 1 everywhere.
+        """Return the windows [cap + 1, cap + 1] int16 by (correct, wrong) for a number of voids; each is at least 1.
 
         The prior is rounded to half powers of two, so that prompts share tables; a and b take 29 values each. At a cap of 1024 a table
-        takes 2 MB and about half a second; the oldest ones go when all together pass 64 MB.
+        takes 2 MB and about half a second to build; the oldest tables are deleted when all together pass 64 MB.
         """
         key = (_half_power(history.a), _half_power(history.b), void, cap)
         if (found := self._tables.get(key)) is None:
@@ -64,10 +65,10 @@ class PosteriorWindow:
 
 
 def window_of(settings: Any, policy: Policy, *, latency_bound: bool) -> int | Window | None:
-    """The window that `settings.schedule` and `settings.window` ask for, as `config.sampling` has them.
+    """Return the window for `settings.schedule` and `settings.window`, which have the values of `config.sampling`.
 
-    None asks for what suits the engine. Where decode is bound by latency (a GPU whose batch has room) a longer batch is nearly free, and
-    requests follow the posterior; elsewhere (a CPU) every surplus request costs its full time, and a window of `round_size` wastes nothing.
+    A window of None means the one that suits the engine. If decode is bound by latency (a GPU with room in its batch), a longer batch is
+    nearly free and requests follow the posterior; otherwise (a CPU) a surplus request costs its full time, and `round_size` wastes none.
     """
     given = settings.window
     if settings.schedule == "rounds" or isinstance(given, int):
@@ -77,27 +78,27 @@ def window_of(settings: Any, policy: Policy, *, latency_bound: bool) -> int | Wi
 
 
 def survivals(policy: Policy, history: History, *, void: int = 0, cap: int | None = None) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """P(the prompt is still open after j more completions), from the states with most completions to the first one.
+    """Yield P(the prompt is still open after j more completions), from the states with most completions to the first one.
 
         S_0 = [open];  S_j(c, w) = [open] * (m S_{j-1}(c + 1, w) + (1 - m) S_{j-1}(c, w + 1)),  m = (a + c) / (a + b + c + w)
     where open means below the cap and not ended by `policy.verdict` at these counts. S falls with j.
 
     Args:
-        policy: its exit rule, decision points and `min_pool`.
+        policy: supplies the exit rule, the decision points and `min_pool`.
         history: Beta(a, b) prior of the pass rate.
-        void: completions without a reward so far; none is expected among the coming ones.
-        cap: the prompt's; None is the policy's.
+        void: completions without a reward so far; the coming ones are assumed to have a reward each.
+        cap: the prompt's budget; None means the policy's cap.
     Yields: scored = cap - void - 1, .., 0 and S [scored + 1, cap - void - scored] float64 by (correct, j), with wrong = scored - correct;
-        at larger j it is 0. It is overwritten when the next one is asked for: one of them is held, not cap of them.
+        at larger j it is 0. The next step overwrites the array, so that memory holds one of them instead of cap.
     """
     cap = policy.cap if cap is None else cap
     last = max(cap - void, 0)
-    survival = np.zeros((last + 1, last + 1))  # by correct and scored + j, so that a state and what follows it share a column
+    survival = np.zeros((last + 1, last + 1))  # by correct and scored + j, so that a state and its successors share a column
     for scored, is_open in zip(range(last - 1, -1, -1), _open_states(policy, void, cap), strict=True):
         correct = np.arange(scored + 1)
         mean = np.asarray((history.a + correct) / (history.a + history.b + scored), np.float64)[:, None]
         rows = np.flatnonzero(is_open)
-        if 4 * len(rows) < scored:  # few are open where the rule is asked of every completion
+        if 4 * len(rows) < scored:  # few states are open if the rule is asked after every completion
             survival[rows, scored + 1 :] += mean[rows] * (survival[rows + 1, scored + 1 :] - survival[rows, scored + 1 :])
         else:
             _mix(survival[: scored + 2, scored + 1 :], mean)
@@ -107,7 +108,7 @@ def survivals(policy: Policy, history: History, *, void: int = 0, cap: int | Non
 
 
 def _mix(survival: NDArray[np.float64], mean: NDArray[np.float64]) -> None:
-    """Each row but the last becomes mean * (the row below) + (1 - mean) * itself, by blocks that stay in the cache."""
+    """Replace each row but the last by mean * (the row below) + (1 - mean) * itself, in blocks that stay in the cache."""
     height = max(_BLOCK // max(survival.shape[1], 1), 1)
     for top in range(0, len(mean), height):
         bottom = min(top + height, len(mean))
@@ -118,7 +119,7 @@ def _mix(survival: NDArray[np.float64], mean: NDArray[np.float64]) -> None:
 
 @lru_cache(maxsize=8)  # half a megabyte each at a cap of 1024
 def _open_states(policy: Policy, void: int, cap: int) -> tuple[NDArray[np.bool_], ...]:
-    """Whether a prompt goes on with 0, 1, .., scored correct ones, for scored = cap - void - 1, .., 0."""
+    """Return whether a prompt goes on with 0, 1, .., scored correct completions, for scored = cap - void - 1, .., 0."""
     return tuple(_open(policy, scored, void, cap) for scored in range(cap - void - 1, -1, -1))
 
 
@@ -130,7 +131,7 @@ def _open(policy: Policy, scored: int, void: int, cap: int) -> NDArray[np.bool_]
 
 
 def _num_at_least(survival: NDArray[np.float64], least: float) -> NDArray[np.int64]:
-    """How many of each falling row reach `least`: all rows are bisected together."""
+    """Return how many numbers of each falling row are at least `least`. All rows are bisected together."""
     rows, length = np.arange(len(survival)), survival.shape[1]
     found = np.zeros(len(survival), np.int64)
     for step in (1 << i for i in reversed(range(length.bit_length()))):
@@ -142,5 +143,5 @@ def _num_at_least(survival: NDArray[np.float64], least: float) -> NDArray[np.int
 
 @lru_cache(maxsize=1 << 12)
 def _half_power(value: float) -> float:
-    """`value` > 0 to the nearest of .., 1/2, 0.7, 1, 1.4, 2, .., between 1/16 and 1024."""
+    """Round `value` > 0 to the nearest of .., 1/2, 0.7, 1, 1.4, 2, .., between 1/16 and 1024."""
     return math.pow(2, min(max(round(2 * math.log2(value)), -8), 20) / 2)

@@ -1,1 +1,1 @@
-"""Plan a run before paying for it: the real sampler on a virtual clock, with models of the engine and of the prompts."""
+"""The simulator, which plans a run before it is paid for: the real sampler on a virtual clock, with models of engine and prompts."""

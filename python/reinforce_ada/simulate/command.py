@@ -1,4 +1,4 @@
-"""`reinforce-ada simulate`: runs the settings, says how far it is, prints the table, writes JSON and figure."""
+"""`reinforce-ada simulate`: runs the settings, shows its progress, prints the table, writes JSON and figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reinforce_ada.simulate.population import BetaRates, Population, read_rates
 from reinforce_ada.simulate.study import HEADINGS, Setting, Study, published_settings, run_study, setting
 
 _WHERE = "simulate"
-_EVERY_S = 0.2  # between two updates of the line that says how far it is
+_EVERY_S = 0.2  # time between two updates of the progress line
 
 
 def run(
@@ -40,15 +40,13 @@ def run(
     """Compare settings on populations and print a table for each.
 
     Args:
-        policies: presets with overrides, see `setting`; none for the published comparison.
-        schedules, windows: what each policy is run with; windows apply to streams.
-        populations: "beta:a,b", a file of pass rates, or a store; none is Beta(1, 2), or that of `fit`.
-        num_prompts: None is 64, or as many as a file has.
+        policies, schedules, windows: see `settings`.
+        populations: see `population`; an empty list means Beta(1, 2), or the population of `fit`.
+        num_prompts: None means 64, or the number in a file.
         num_seeds, num_earlier: see `run_study`.
         engine, lengths: fields of EngineModel and LengthModel that differ from the default, or from `fit`.
-        fit: a run to take engine, lengths and pass rates from.
-        json_to, figure_to: files to write.
-    Raises: InputError for anything that cannot be used.
+        fit: a run that supplies engine, lengths and pass rates.
+    Raises: InputError for any argument that cannot be used.
     """
     compared = settings(policies, schedules, windows)
     fitted = None if fit is None else fit_run(fit)
@@ -59,7 +57,7 @@ def run(
     length_model: LengthModel = replace(fitted.lengths if fitted else LengthModel(), **lengths)  # type: ignore[arg-type]
     _check_files(json_to, figure_to)
     studies = []
-    with _Progress(len(chosen) * num_seeds * len(compared)) as progress:
+    with _ProgressLine(len(chosen) * num_seeds * len(compared)) as progress:
         for p in chosen:
             n = num_prompts if num_prompts is not None else len(p.rates) if not isinstance(p, BetaRates) else 64
             studies.append(
@@ -80,9 +78,9 @@ def run(
 
 
 def population(text: str) -> Population:
-    """The pass rates that these words mean: "beta:a,b", a store, a run folder, or a file of rates.
+    """Return the pass rates that a text names: "beta:a,b", a store, a run folder, or a file of rates.
 
-    Raises: InputError for none of these.
+    Raises: InputError if it names none of these.
     """
     if text.startswith("beta:"):
         try:
@@ -95,7 +93,7 @@ def population(text: str) -> Population:
 
 
 def table(study: Study) -> str:
-    """The study as text, its columns aligned."""
+    """Return the study as a text with aligned columns."""
     rows = [HEADINGS, *study.cells()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -107,9 +105,9 @@ def table(study: Study) -> str:
 
 
 def settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "stream"]], windows: Sequence[str]) -> list[Setting]:
-    """Every policy with every schedule, streams with every window; the published comparison where nothing is given.
+    """Return every policy with every schedule, and streams with every window; without policies, the published comparison.
 
-    Raises: InputError for schedules or windows of no policy, for windows of rounds, and for words that mean nothing.
+    Raises: InputError for schedules or windows without a policy, for windows in rounds, and for texts that cannot be read.
     """
     if not policies:
         if schedules or windows:
@@ -127,7 +125,7 @@ def settings(policies: Sequence[str], schedules: Sequence[Literal["rounds", "str
 
 
 def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
-    """What cannot be written is better known before the work."""
+    """Raise InputError for a file that cannot be written, before the work starts."""
     for flag, path in (("--json", json_to), ("--figure", figure_to)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(_WHERE, f"{flag} {path}", "a file in a folder that exists is needed")
@@ -137,8 +135,8 @@ def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
         needs(_WHERE, "matplotlib")
 
 
-class _Progress:
-    """One line on a terminal's standard error, written over and over; nothing elsewhere."""
+class _ProgressLine:
+    """The progress line on standard error, which is overwritten at each update; nothing is printed if that is no terminal."""
 
     def __init__(self, num_runs: int) -> None:
         self._num_runs = num_runs
@@ -147,7 +145,7 @@ class _Progress:
         self._is_terminal = sys.stderr.isatty()
 
     def tell(self, s: Setting, seed: int, num_ended: int) -> None:
-        """How far a run is."""
+        """Show how far a run is."""
         self._seen[id(s), seed] = None
         now = time.monotonic()
         if not self._is_terminal or now < self._shown + _EVERY_S:
@@ -157,7 +155,7 @@ class _Progress:
         what = one_line(f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions")
         print(f"\r\033[K[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}", end="", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _ProgressLine:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,4 +1,4 @@
-"""The figure: wall-clock against waste for every study, and the busy slots over time. Needs matplotlib."""
+"""The figure of the simulator: wall-clock against waste for every study, and busy slots over time. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ _PANEL_IN, _HEIGHT_IN, _DPI = 4.6, 4.6, 130
 
 
 def draw(studies: Sequence[Study], path: Path) -> None:
-    """Writes the figure: a panel for each study, and one with the busy slots of the first study's first seed.
-
-    Raises: ImportError without matplotlib.
-    """
+    """Write the figure: a panel for each study, and one with the busy slots of the first study's first seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,7 +37,7 @@ def draw(studies: Sequence[Study], path: Path) -> None:
 
 
 def _families(study: Study) -> dict[str, list[Row]]:
-    """Rows that differ in the width of their window only; in rounds, those of one preset."""
+    """Group the rows that differ only in the width of their window; in rounds, those of one preset."""
     families: dict[str, list[Row]] = {}
     for row in study.rows:
         policy, window = row.setting.policy_text, row.setting.window_text
@@ -51,7 +48,7 @@ def _families(study: Study) -> dict[str, list[Row]]:
 
 
 def _styled(study: Study) -> Iterator[tuple[str, list[Row], str, bool]]:
-    """Each family with its name, its colour, and whether that colour comes again: then lines are dashed and markers hollow."""
+    """Yield each family with its name, its colour, and whether that colour is repeated, which makes lines dashed and markers hollow."""
     for i, (name, rows) in enumerate(_families(study).items()):
         yield one_line(name, 80), rows, _COLORS[i % len(_COLORS)], i >= len(_COLORS)
 
@@ -69,12 +66,12 @@ def _frontier(ax: Any, study: Study) -> None:
     ax.set_xlabel(f"wall-clock, relative to the first row ({study.rows[0].setting.schedule_label})", fontsize=8)
     ax.set_ylabel("wasted tokens", fontsize=8)
     ax.set_ylim(bottom=-0.01)
-    ax.yaxis.set_major_formatter(_percent)
+    ax.yaxis.set_major_formatter("{x:.0%}")
     _finish(ax, f"{study.population}, {study.num_prompts} prompts, {study.engine.slots} slots")
 
 
 def _mark(row: Row) -> str:
-    """What tells a row from others of its family."""
+    """Return the text that distinguishes a row from others of its family."""
     window, overrides = row.setting.window_text, row.setting.policy_text.partition(":")[2]
     if window:
         return window if window.isdigit() else window.partition(":")[2]
@@ -82,7 +79,10 @@ def _mark(row: Row) -> str:
 
 
 def _busy(ax: Any, study: Study) -> None:
-    """The first row, and of every family of streams the one in its middle. Where a legend would fill the panel, the figure's does."""
+    """Draw the busy slots of the first row and of the middle row of every family of streams.
+
+    A legend that would fill the panel is left out; the figure has one.
+    """
     presets = {row.setting.policy_text.partition(":")[0] for row in study.rows}
     for name, rows, color, again in _styled(study):
         if "stream" not in name and rows[0] is not study.rows[0]:
@@ -98,10 +98,6 @@ def _busy(ax: Any, study: Study) -> None:
     if len(ax.get_lines()) <= len(_COLORS):
         ax.legend(fontsize=7, loc="upper right", edgecolor="none", framealpha=0.8)
     _finish(ax, f"Busy slots, {study.population}, first seed")
-
-
-def _percent(value: float, _: int) -> str:
-    return f"{value:.0%}"
 
 
 def _finish(ax: Any, title: str) -> None:

@@ -1,4 +1,4 @@
-"""The models of a run that has been: lengths, pass rates and the engine's speed, from its store and its log."""
+"""The fit of the models to a finished run: lengths, pass rates and the engine's speed, from its store and its log."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import PoolCounts, RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.sampling.policies import Window
+from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
+from reinforce_ada.sampling.statistics import log_beta
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.population import BetaRates, World
@@ -30,14 +31,14 @@ _WHERE = "simulate --fit"
 
 @dataclass(frozen=True)
 class Fit:
-    """Models of one run, and how well the engine's explain it."""
+    """The models of one run, and how well the engine model explains it."""
 
     engine: EngineModel
     lengths: LengthModel
     population: BetaRates
     num_completions: int
     num_steps: int
-    r2: float  # share of the variance of sampling_s over the steps
+    r2: float  # share of the variance of sampling_s over the steps that the engine model explains
 
     def __str__(self) -> str:
         e, n = self.engine, self.lengths
@@ -51,7 +52,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Answers:
-    """The scored completions of one step: [N] each; prompts are positions in the step."""
+    """The scored completions of one step, in arrays [N]; prompts are positions in the step."""
 
     prompt_of: NDArray[np.int64]
     index: NDArray[np.int64]
@@ -62,7 +63,7 @@ class _Answers:
 
 
 class _RecordedWorld(World):
-    """The completions that a step had; those it did not wait for are drawn from the models."""
+    """The completions that a step had; those for which it did not wait are drawn from the models."""
 
     def __init__(self, answers: _Answers, lengths: LengthModel, population: BetaRates, cap: int, seed: int) -> None:
         super().__init__(population.draw(answers.num_prompts, seed), lengths, seed)
@@ -78,15 +79,15 @@ class _RecordedWorld(World):
 
 
 def fit_run(path: Path) -> Fit:
-    """The models of a finished run.
+    """Return the models of a finished run.
 
-    Lengths and pass rates are of committed completions, which are drawn in request order and so not chosen by length. step_ms and busy_ms
-    minimise sum over steps of (sampling_s - step_ms * decode steps - busy_ms * tokens)^2, neither below 0; the decode steps are counted
-    by sampling each step again, with its own completions, policy, schedule and window, on the virtual clock.
+    Lengths and pass rates are fitted to committed completions, which come in request order and so are not selected by length. step_ms and
+    busy_ms minimise sum over steps of (sampling_s - step_ms * decode steps - busy_ms * tokens)^2, neither below 0; the decode steps are
+    counted by sampling each step again, with its own completions, policy, schedule and window, on the virtual clock.
 
     Args:
         path: the run's folder, or its rollouts.sqlite.
-    Raises: InputError when there is no such run, or too little of it.
+    Raises: InputError if there is no such run, or if it has too few steps.
     """
     folder = path.parent if path.name == "rollouts.sqlite" else path
     log = read_log(folder / "log.jsonl")
@@ -116,7 +117,7 @@ def _fit(folder: Path, log: Sequence[Mapping[str, Any]]) -> Fit:
 
 @dataclass(frozen=True)
 class _Run:
-    """How a run sampled, from the header of its log."""
+    """The sampling settings of a run, from the header of its log."""
 
     policy: Policy
     schedule: Schedule
@@ -126,7 +127,7 @@ class _Run:
 
     @classmethod
     def of(cls, folder: Path, header: Mapping[str, Any]) -> _Run:
-        """Raises: InputError for a header that lacks a setting or holds one that means nothing."""
+        """Read the settings. Raises: InputError for a header that lacks a setting or has an invalid one."""
         try:
             sampling, engine = (SimpleNamespace(**header["config"][section]) for section in ("sampling", "engine"))
             policy = configured(sampling)
@@ -135,12 +136,12 @@ class _Run:
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            given = f"the first record of {folder / 'log.jsonl'} says nothing of how it sampled ({type(e).__name__}: {e})"
+            given = f"the first record of {folder / 'log.jsonl'} does not say how the run sampled ({type(e).__name__}: {e})"
             raise InputError(_WHERE, given, "a run of this program is needed") from e
 
 
 def fit_store(path: Path) -> BetaRates:
-    """The pass rates of a finished run's store, or of the run folder that holds it. Raises: InputError where there is none."""
+    """Fit the pass rates of a finished run, given its store or its folder. Raises: InputError if there is no store."""
     with RolloutStore(path / "rollouts.sqlite" if path.is_dir() else path, read_only=True) as store:
         return fit_beta((pool.num_correct, pool.num_wrong) for pool in store.pool_counts())
 
@@ -161,14 +162,14 @@ def _answers(store: RolloutStore, step: int, pools: Iterable[PoolCounts], positi
 
 
 def _replay(answers: _Answers, lengths: LengthModel, population: BetaRates, run: _Run, *, seed: int) -> tuple[float, float]:
-    """(decode steps, tokens) of one step of the run."""
+    """Return (decode steps, tokens) of one step of the run."""
     world = _RecordedWorld(answers, lengths, population, run.policy.cap, seed)
     done = simulate(world, run.policy, EngineModel(run.slots), schedule=run.schedule, window=run.window)
     return done.num_steps, done.tokens
 
 
 def _fit_speed(counted: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[float, float, float]:
-    """(step_ms, busy_ms, R²) by least squares, neither negative; `counted` [S, 2] holds decode steps and tokens."""
+    """Return (step_ms, busy_ms, R²) by least squares, neither time negative; `counted` [S, 2] has decode steps and tokens."""
     found = np.linalg.lstsq(counted, seconds, rcond=None)[0]
     if found.min() < 0:
         alone = counted.T @ seconds / (counted**2).sum(axis=0)
@@ -179,10 +180,10 @@ def _fit_speed(counted: NDArray[np.float64], seconds: NDArray[np.float64]) -> tu
 
 
 def fit_lengths(steps: Iterable[_Answers], max_tokens: int) -> LengthModel:
-    """The length model of committed completions.
+    """Fit the length model to committed completions.
 
-    A class's median is that of its lengths. With r = log L - log median: sigma_prompt^2 is the mean product r_i r_j over the pairs of a
-    pool, and sigma^2 + sigma_prompt^2 the mean r^2 over r < 0, which the cut at max_tokens does not touch.
+    The median of a class is that of its lengths. With r = log L - log median: sigma_prompt^2 is the mean product r_i r_j over the pairs of
+    a pool, and sigma^2 + sigma_prompt^2 is the mean r^2 over r < 0, which the cut at max_tokens does not affect.
 
     Raises: InputError without a completion.
     """
@@ -205,10 +206,10 @@ def fit_lengths(steps: Iterable[_Answers], max_tokens: int) -> LengthModel:
 
 
 def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
-    """The Beta(a, b) most likely to have given pools of (correct, wrong) completions.
+    """Return the Beta(a, b) of maximum likelihood for pools of (correct, wrong) completions.
 
         log likelihood = sum over pools of log B(a + correct, b + wrong) - log B(a, b)
-    A stopping rule that looks at the counts multiplies it by a number without a and b, so pools of any rule may be given.
+    A stopping rule on the counts multiplies the likelihood by a factor without a and b, so the pools may come from any rule.
 
     Raises: InputError without a scored completion.
     """
@@ -218,7 +219,7 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
 
     def likelihood(log_a: float, log_b: float) -> float:
         a, b = math.exp(log_a), math.exp(log_b)
-        return math.fsum(n * (_log_beta(a + k, b + w) - _log_beta(a, b)) for (k, w), n in pools.items())
+        return math.fsum(n * (log_beta(a + k, b + w) - log_beta(a, b)) for (k, w), n in pools.items())
 
     at, step = (0.0, 0.0), 1.0
     best = likelihood(*at)
@@ -226,7 +227,7 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
         near = [
             (x, y)
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
-            if _inside(x := at[0] + dx * step, y := at[1] + dy * step)
+            if max(abs(x := at[0] + dx * step), abs(y := at[1] + dy * step)) <= math.log(100)
         ]
         top, point = max((likelihood(*p), p) for p in near)
         if top > best:
@@ -234,11 +235,3 @@ def fit_beta(counts: Iterable[tuple[int, int]]) -> BetaRates:
         else:
             step /= 2
     return BetaRates(math.exp(at[0]), math.exp(at[1]))
-
-
-def _inside(*logs: float) -> bool:
-    return all(abs(x) <= math.log(100) for x in logs)
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

@@ -1,4 +1,4 @@
-"""Who is asked: pass rates of the prompts, and the outcomes and lengths of their completions, each a function of its identity."""
+"""The simulated prompts: their pass rates, and the outcomes and lengths of their completions as functions of their identity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from reinforce_ada.sampling import History
 from reinforce_ada.simulate.engine_model import LengthModel, check_range
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
-_MOST_BYTES = 256 << 20  # of a file of pass rates: ten million
-_OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # one stream of numbers each
+_MOST_BYTES = 256 << 20  # a file of this size has ten million pass rates
+_OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class BetaRates:
     b: float = 2.0
 
     def __post_init__(self) -> None:
-        check_range("BetaRates", "a", self.a, 1e-6, 1e6)
-        check_range("BetaRates", "b", self.b, 1e-6, 1e6)
+        for name in ("a", "b"):
+            check_range("BetaRates", name, getattr(self, name), 1e-6, 1e6)
 
     def __str__(self) -> str:
         return f"Beta({self.a:.3g}, {self.b:.3g})"
 
     def draw(self, num_prompts: int, seed: int) -> NDArray[np.float64]:
-        """Pass rates [num_prompts] float64."""
+        """Return pass rates [num_prompts] float64."""
         return np.random.default_rng([seed, num_prompts]).beta(self.a, self.b, num_prompts)
 
 
 @dataclass(frozen=True)
 class GivenRates:
-    """Pass rates as they are: all in order where as many prompts are wanted, drawn from them otherwise."""
+    """Given pass rates: all of them in order if there are as many as prompts, and random draws from them otherwise."""
 
     rates: tuple[float, ...]
     name: str = "given rates"
@@ -57,7 +57,7 @@ class GivenRates:
         return self.name
 
     def draw(self, num_prompts: int, seed: int) -> NDArray[np.float64]:
-        """Pass rates [num_prompts] float64."""
+        """Return pass rates [num_prompts] float64."""
         rates = np.array(self.rates)
         return rates if num_prompts == len(rates) else np.random.default_rng([seed, num_prompts]).choice(rates, num_prompts)
 
@@ -66,9 +66,9 @@ Population = BetaRates | GivenRates
 
 
 def read_rates(path: Path) -> GivenRates:
-    """Pass rates of a file: a JSON list, or one number a line (the last column of a CSV; a heading is passed over).
+    """Read pass rates from a file: a JSON list, or one number per line (the last column of a CSV; a heading is skipped).
 
-    Raises: InputError when the file cannot be read or holds something else.
+    Raises: InputError if the file cannot be read or has other content.
     """
     try:
         text = read_text(path, _MOST_BYTES)
@@ -86,7 +86,7 @@ def read_rates(path: Path) -> GivenRates:
 def _listed(text: str) -> Iterator[float]:
     rates = parse_json(text)
     if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
-        raise ValueError("something else than a list of numbers")
+        raise ValueError("not a list of numbers")
     return map(float, rates)
 
 
@@ -104,14 +104,14 @@ def _is_number(text: str) -> bool:
 
 
 class World:
-    """Outcomes and lengths of all completions there could be, each a hash of (seed, prompt, index).
+    """The outcomes and lengths of all possible completions, each a hash of (seed, prompt, index).
 
-    Every policy and schedule meets the same ones: differences between them are not chance.
+    Every policy and schedule meets the same completions, so differences between them are not chance.
 
     Args:
         rates: pass rate of each prompt, [P].
-        lengths: how long completions are.
-        seed: of the hash.
+        lengths: the model of completion lengths.
+        seed: the seed of the hash.
     """
 
     def __init__(self, rates: NDArray[np.float64], lengths: LengthModel, seed: int) -> None:
@@ -126,7 +126,7 @@ class World:
         return len(self._rates)
 
     def histories(self, num_earlier: int) -> list[History]:
-        """What the outcomes of so many completions of earlier steps say of each prompt: Beta(1 + correct, 1 + wrong)."""
+        """Return the history of each prompt after `num_earlier` completions in earlier steps: Beta(1 + correct, 1 + wrong)."""
         correct = np.zeros(self.num_prompts, np.int64)
         for index in range(num_earlier):
             correct += self._uniform(_EARLIER, np.arange(self.num_prompts), np.array([index])) < self._rates
@@ -134,7 +134,7 @@ class World:
         return [known[k] for k in correct.tolist()]
 
     def draw(self, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """(correct, tokens) of completions, both [N]."""
+        """Return (correct, tokens) of completions, both [N]."""
         correct = self._uniform(_OUTCOME, prompt_of, index) < self._rates[prompt_of]
         wrong_median, right_median = self._log_median
         median = np.where(correct, right_median[prompt_of], wrong_median[prompt_of])
@@ -142,13 +142,13 @@ class World:
         return correct, np.clip(tokens, 1, self._lengths.max_tokens).astype(np.int64)
 
     def _normal(self, radius: int, angle: int, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Box and Muller: sqrt(-2 log u) cos(2 pi v)."""
+        """Return normal numbers by Box and Muller: sqrt(-2 log u) cos(2 pi v)."""
         u, v = self._uniform(radius, prompt_of, index), self._uniform(angle, prompt_of, index)
         normal: NDArray[np.float64] = np.sqrt(-2 * np.log(u)) * np.cos(2 * math.pi * v)
         return normal
 
     def _uniform(self, stream: int, prompt_of: NDArray[np.int64], index: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Numbers in (0, 1) [N] float64, by SplitMix64 over (seed, stream), then the prompt, then the index.
+        """Return numbers in (0, 1) [N] float64, by SplitMix64 over (seed, stream), then the prompt, then the index.
 
         Source: Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195.
         """

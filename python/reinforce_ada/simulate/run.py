@@ -1,4 +1,4 @@
-"""The event loop: a sampler and an engine model on a virtual clock."""
+"""The event loop of the simulator: a sampler and an engine model on a virtual clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.sampling import AdaptiveSampler, Policy
-from reinforce_ada.sampling.policies import History, Window
+from reinforce_ada.sampling.policies.contracts import History, Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.simulate.engine_model import EngineModel
 from reinforce_ada.simulate.population import World
@@ -22,12 +22,12 @@ from reinforce_ada.types import Completion, CompletionId, Event, Prompt, Request
 Ints = NDArray[np.int64]
 _NO_TOKENS, _NO_LOGPROBS = np.empty(0, np.int32), np.empty(0, np.float32)
 _NO_DATA: Mapping[str, object] = MappingProxyType({})
-_CHUNK = 1 << 18  # completions whose tokens are counted together, some 20 MB
-_PROMPT_BITS, _INDEX_BITS = 8, 3  # of a block of completions that are drawn together
+_CHUNK = 1 << 18  # completions whose tokens are counted together, which take some 20 MB
+_PROMPT_BITS, _INDEX_BITS = 8, 3  # a block of completions drawn together has 2^8 prompts and 2^3 indices
 
 
 class Sampler(Protocol):
-    """What the loop asks of an `AdaptiveSampler`; the id of a prompt is its position."""
+    """The methods of `AdaptiveSampler` that the loop uses; the id of a prompt is its position."""
 
     @property
     def done(self) -> bool: ...
@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
 
 class _Known:
-    """Histories by the position of the prompt."""
+    """A memory with given histories, by the position of the prompt."""
 
     def __init__(self, histories: Sequence[History]) -> None:
         self._histories = histories
@@ -50,8 +50,8 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a simulated sampling phase costs and brings."""
+class SimulationResult:
+    """The costs and results of a simulated sampling phase."""
 
     wall_s: float
     num_steps: int  # decode steps
@@ -61,16 +61,16 @@ class Outcome:
     num_committed: int
     num_with_signal: int  # prompts with both classes in their pool
     slots: int
-    busy: NDArray[np.float64]  # [n, 2]: seconds, busy slots from then on
+    busy: NDArray[np.float64]  # [n, 2]: a time in seconds, and the busy slots from then on
 
     @property
     def waste(self) -> float:
-        """Share of the generated tokens that no pool holds."""
+        """Return the share of the generated tokens that are in no pool."""
         return 1 - self.tokens_committed / self.tokens
 
     @property
     def utilisation(self) -> float:
-        """Share of the slots, over all decode steps, that gave a token."""
+        """Return the share of the slots, over all decode steps, that generated a token."""
         return self.tokens / (self.slots * self.num_steps)
 
     @property
@@ -83,7 +83,7 @@ class Outcome:
 
 
 class _Drawn:
-    """The completions of a world, one at a time. They are drawn in blocks: numpy takes as long for one as for hundreds."""
+    """The completions of a world, one at a time. They are drawn in blocks, since numpy takes as long for one as for hundreds."""
 
     def __init__(self, world: World, cap: int) -> None:
         self._world = world
@@ -91,7 +91,7 @@ class _Drawn:
         self._blocks: dict[tuple[int, int], memoryview] = {}
 
     def __call__(self, prompt: int, index: int) -> int:
-        """Tokens of the completion; negative where it is wrong."""
+        """Return the tokens of the completion, negative if it is wrong."""
         at = prompt >> _PROMPT_BITS, index >> _INDEX_BITS
         block = self._blocks.get(at)
         if block is None:
@@ -106,7 +106,7 @@ class _Drawn:
 
 
 class _Engine:
-    """The engine on its virtual clock: what runs in its slots, by the decode step it ends at."""
+    """The engine on its virtual clock, with the requests in its slots by the decode step at which they end."""
 
     def __init__(self, model: EngineModel, drawn: _Drawn) -> None:
         self._model = model
@@ -117,7 +117,7 @@ class _Engine:
         self._busy = array("d")  # pairs
         self.step = self.tokens = self.num_ended = 0
         self.seconds = model.sync_ms / 1e3
-        self._prefill_s = 0.0  # of the requests that join the next step
+        self._prefill_s = 0.0  # that of the requests that join the next step
 
     @property
     def free_slots(self) -> int:
@@ -125,11 +125,11 @@ class _Engine:
 
     @property
     def busy(self) -> NDArray[np.float64]:
-        """Seconds and the slots that were busy from then on, [n, 2]; after the last decode step none is."""
+        """Return times in seconds and the slots that were busy from then on, [n, 2]; after the last decode step none is."""
         return np.append(np.array(self._busy), (self.seconds, 0)).reshape(-1, 2)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Give each a slot, and their prompts the time they take."""
+        """Give each request a slot, and add the prefill of their prompts to the next step."""
         for request in requests:
             length = self._drawn(int(request.id.prompt_id), request.id.index)
             last_step = self.step + abs(length)
@@ -143,11 +143,11 @@ class _Engine:
         self._prefill_s = self._model.prefill_s(len(requests))
 
     def abort(self, request_id: CompletionId) -> None:
-        """Free its slot; one that has ended in the same step has none any more."""
+        """Free the slot of a request, unless the request has ended in the same step."""
         self._reward_of.pop(request_id, None)
 
     def poll(self) -> list[Scored]:
-        """Decode up to the next step at which any ends; those that do."""
+        """Decode up to the next step at which a request ends, and return the requests that end there."""
         num_running = len(self._reward_of)
         ended: list[CompletionId] = []
         while not ended:
@@ -173,7 +173,7 @@ def simulate(
     num_earlier: int = 0,
     sampler: Sampler | None = None,
     on_poll: Callable[[int], None] | None = None,
-) -> Outcome:
+) -> SimulationResult:
     """Run one sampling phase on the virtual clock.
 
     Between two polls the batch is the same, and the time is exact: sum over steps of (step_ms + busy_ms * busy) is
@@ -183,9 +183,9 @@ def simulate(
         world: outcomes and lengths of all completions.
         policy: see `preset`.
         engine: slots and times.
-        schedule, window: as `AdaptiveSampler` takes them.
-        num_earlier: completions of earlier steps from which each prompt's history is; 0 leaves all at Beta(1, 1).
-        sampler: to drive instead of an `AdaptiveSampler`.
+        schedule, window: see `AdaptiveSampler`.
+        num_earlier: completions of earlier steps in the history of each prompt; with 0 all are at Beta(1, 1).
+        sampler: a sampler to drive instead of an `AdaptiveSampler`.
         on_poll: called after every poll with the number of completions that have ended so far.
     Returns: wall-clock, tokens, waste, signal, utilisation and the busy slots over time.
     """
@@ -203,7 +203,7 @@ def simulate(
             on_poll(virtual.num_ended)
     committed = np.fromiter((driven.committed(str(prompt)) for prompt in entered), np.int64, len(entered))
     tokens_committed, num_with_signal = _pools(world, np.array(entered), committed)
-    return Outcome(
+    return SimulationResult(
         wall_s=virtual.seconds,
         num_steps=virtual.step,
         tokens=virtual.tokens,
@@ -223,7 +223,7 @@ def _sampler(policy: Policy, schedule: Schedule, window: int | Window | None, hi
 
 
 def _pools(world: World, prompts: Ints, committed: Ints) -> tuple[int, int]:
-    """(tokens, prompts with both classes) of the first so many completions of each of these prompts."""
+    """Return (tokens, prompts with both classes) of the first `committed` completions of each of these prompts."""
     tokens = with_signal = 0
     num_prompts = max(_CHUNK // int(committed.max()), 1)
     for first in range(0, len(committed), num_prompts):
@@ -238,6 +238,6 @@ def _pools(world: World, prompts: Ints, committed: Ints) -> tuple[int, int]:
 
 
 def _num_wanted(num_prompts: int, policy: Policy) -> int | None:
-    """Groups wanted: one a prompt; where the policy refills, as many as leave each its share of replacements."""
+    """Return the number of groups wanted: one per prompt, or fewer if the policy refills, so that enough prompts are left to replace."""
     factor = policy.propose(1_000_000, 10**9) / 1_000_000
     return None if factor <= 1 else max(int(num_prompts / factor), 1)

@@ -1,21 +1,22 @@
-"""Policies, schedules and windows side by side: every setting meets the same completions, seed by seed."""
+"""The comparison of policies, schedules and windows; every setting meets the same completions, seed by seed."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.sampling import Policy, preset
-from reinforce_ada.sampling.policies import Window
+from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import PosteriorWindow
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel, check_range
 from reinforce_ada.simulate.population import Population, World
-from reinforce_ada.simulate.run import Outcome, simulate
+from reinforce_ada.simulate.run import SimulationResult, simulate
 
 HEADINGS = ("policy", "schedule", "wall s", "relative", "Mtok", "wasted", "signal", "samples/prompt", "utilisation")
 _WHERE = "simulate"
@@ -24,7 +25,7 @@ _MOST_COMPLETIONS = 1 << 28
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample: a policy, a schedule, a window. `window` is as one writes it: "8", "posterior:0.3", "adaptive", "" in rounds."""
+    """One way to sample: a policy, a schedule, a window. `window_text` is "8", "posterior:0.3" or "adaptive", and "" in rounds."""
 
     policy_text: str
     policy: Policy
@@ -38,13 +39,13 @@ class Setting:
 
 
 def setting(policy_text: str, schedule: Schedule, window_text: str = "") -> Setting:
-    """A setting from its words.
+    """Return the setting that these texts describe.
 
     Args:
         policy_text: a preset's name, with overrides after a colon: "reinforce-ada-balance:decide_every=1,round_size=4".
         schedule: "rounds" or "stream".
-        window_text: stream only: a number, "adaptive", "posterior", or "posterior:0.3" with the survival it goes down to.
-    Raises: InputError for words that mean nothing.
+        window_text: for "stream" only: a number, "adaptive", "posterior", or "posterior:0.3" with its `min_survival`.
+    Raises: InputError for a text that cannot be read.
     """
     policy = _policy(policy_text)
     return Setting(policy_text, policy, schedule, window_text, _window(window_text, policy) if window_text else None)
@@ -60,12 +61,12 @@ def _policy(text: str) -> Policy:
         overrides[key] = _value(value)
     try:
         return preset(name, **overrides)
-    except (TypeError, OverflowError) as e:  # a text for a number; an integer past every float
+    except (TypeError, OverflowError) as e:  # a text in place of a number; an integer too large for a float
         raise InputError(_WHERE, f"policy {one_line(repr(text))}: {e}", "values of the right kind are needed") from e
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or nothing where it reads as one, the text elsewhere."""
+    """Return the number, boolean or null that the text denotes, or else the text itself."""
     try:
         value = parse_json(text)
     except GarbageError:
@@ -89,7 +90,7 @@ def _window(text: str, policy: Policy) -> int | Window | None:
 
 
 def published_settings() -> list[Setting]:
-    """The rows of the published comparison, with the posterior window beside them; rounds of 8, at most 4, come first."""
+    """Return the settings of the published comparison and those with the posterior window; 4 rounds of 8 come first."""
     balance, each = "reinforce-ada-balance", "reinforce-ada-balance:decide_every=1"
     rounds = [setting(balance, "rounds"), setting(f"{balance}:round_size=4,max_rounds=8", "rounds")]
     fixed = [setting(f"grpo:group_size={n}", "rounds") for n in (8, 16, 32)]
@@ -99,35 +100,32 @@ def published_settings() -> list[Setting]:
 
 @dataclass(frozen=True)
 class Row:
-    """What one setting costs and brings, an outcome a seed."""
+    """The outcomes of one setting, one per seed."""
 
     setting: Setting
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[SimulationResult, ...]
 
     def values(self, name: str) -> list[float]:
-        """One number of every outcome, in the order of the seeds."""
+        """Return one number of every outcome, in the order of the seeds."""
         return [float(getattr(outcome, name)) for outcome in self.outcomes]
 
     def mean(self, name: str) -> float:
         return statistics.fmean(self.values(name))
 
-    def spread(self, name: str) -> float:
-        """Standard deviation over the seeds; 0 for one."""
-        return _spread(self.values(name))
-
     def relative(self, base: Row) -> tuple[float, float]:
-        """Mean wall-clock over that of `base`, and the standard deviation of the ratio over the seeds, which both share."""
+        """Return the mean wall-clock divided by that of `base`, and the standard deviation of the ratio over their common seeds."""
         ratios = [a / b for a, b in zip(self.values("wall_s"), base.values("wall_s"), strict=True)]
         return self.mean("wall_s") / base.mean("wall_s"), _spread(ratios)
 
 
 def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Study:
-    """Settings compared on one population and engine; rows relate to the first one."""
+    """The settings compared on one population and engine; wall-clock is relative to the first row."""
 
     population: str
     engine: EngineModel
@@ -137,13 +135,13 @@ class Study:
     rows: tuple[Row, ...]
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """The table, a row of texts for each setting, under HEADINGS."""
+        """Yield the rows of the table as texts, one per setting, under HEADINGS."""
         for row in self.rows:
             relative, spread = row.relative(self.rows[0])
             yield (
                 row.setting.policy_text,
                 row.setting.schedule_label,
-                f"{row.mean('wall_s'):.1f} ± {row.spread('wall_s'):.1f}",
+                f"{row.mean('wall_s'):.1f} ± {_spread(row.values('wall_s')):.1f}",
                 f"{relative:.3f} ± {spread:.3f}",
                 f"{row.mean('tokens') / 1e6:.3g}",
                 f"{row.mean('waste'):.3f}",
@@ -153,7 +151,7 @@ class Study:
             )
 
     def record(self) -> dict[str, Any]:
-        """For JSON: everything but the busy slots over time."""
+        """Return everything but the busy slots over time, for JSON."""
         names = ("wall_s", "num_steps", "tokens", "tokens_committed", "waste", "signal_fraction", "samples_per_prompt", "utilisation")
         rows = [
             {
@@ -189,13 +187,13 @@ def run_study(
     """Run every setting on the prompts and completions of seeds 0, 1, .., num_seeds - 1.
 
     Args:
-        settings: the rows; the first is what wall-clock relates to.
+        settings: one per row; wall-clock is relative to the first.
         population: pass rates of the prompts.
-        engine, lengths: the engine and its completions.
+        engine, lengths: the models of the engine and of its completions.
         num_prompts, num_seeds: at least 1.
         num_earlier: see `simulate`.
         on_poll: called after every poll with the setting, the seed and the number of completions that have ended.
-    Raises: InputError for numbers below these.
+    Raises: InputError for numbers out of range.
     """
     for name, value, least, most in (
         ("prompts", num_prompts, 1, 10**7), ("seeds", num_seeds, 1, 10**4), ("earlier", num_earlier, 0, 10**4),
@@ -205,15 +203,11 @@ def run_study(
         if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
             given = f"{num_prompts} prompts with a cap of {s.policy.cap}"
             raise InputError(_WHERE, given, f"at most {_MOST_COMPLETIONS} completions in all, which take 8 GB")
-    outcomes: list[list[Outcome]] = [[] for _ in settings]
+    outcomes: list[list[SimulationResult]] = [[] for _ in settings]
     for seed in range(num_seeds):
         world = World(population.draw(num_prompts, seed), lengths, seed)
         for s, found in zip(settings, outcomes, strict=True):
-            told = None if on_poll is None else _teller(on_poll, s, seed)
-            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, on_poll=told))
+            tell = None if on_poll is None else partial(on_poll, s, seed)
+            found.append(simulate(world, s.policy, engine, schedule=s.schedule, window=s.window, num_earlier=num_earlier, on_poll=tell))
     rows = tuple(Row(s, tuple(found)) for s, found in zip(settings, outcomes, strict=True))
     return Study(str(population), engine, lengths, num_prompts, num_seeds, rows)
-
-
-def _teller(on_poll: Callable[[Setting, int, int], None], s: Setting, seed: int) -> Callable[[int], None]:
-    return lambda num_ended: on_poll(s, seed, num_ended)

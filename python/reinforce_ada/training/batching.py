@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from reinforce_ada.types import Completion, Prompt
 PAD = -1  # segment of padding; 0 is the prompt, 1.. are the completions of the row
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
+class Sample(NamedTuple):
     """One completion with its advantage, as the loss needs it."""
 
     prompt: Prompt
@@ -50,7 +50,6 @@ class Batch:
         return self.advantages.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """Return the same batch on `device`."""
         return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 

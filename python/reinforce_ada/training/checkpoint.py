@@ -35,11 +35,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]  # masters, moments and random state
 
 
-def save(
-    root: Path, step: int, position: int, save_model: Callable[[Path], None], tensors: Mapping[str, Tensor], *, run: str = "",
-    keep: int = _KEEP,
-) -> None:  # fmt: skip
-    """Write `root/step-NNNNNN`, then remove all but the newest `keep`, and any that was set aside.
+def save(root: Path, step: int, position: int, save_model: Callable[[Path], None], tensors: Mapping[str, Tensor], *, run: str = "") -> None:
+    """Write `root/step-NNNNNN`, then remove all but the newest two, and any that was set aside.
 
     Raises: InputError when the disk is full or the folder not writable; earlier checkpoints then stay untouched.
     """
@@ -55,7 +52,7 @@ def save(
         (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum_of(state)}))
 
     write_folder(final, write)
-    for old in [*folders(root)[keep:], *root.glob(f"{_SET_ASIDE}*")]:
+    for old in [*folders(root)[_KEEP:], *root.glob(f"{_SET_ASIDE}*")]:
         remove_folder(old)
 
 
@@ -63,13 +60,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Replace a folder of the run as a whole. Raises: InputError when the disk is full or the folder not writable."""
     from safetensors import SafetensorError
 
-    def written(aside: Path) -> None:
-        try:
-            write(aside)
-        except SafetensorError as e:
-            raise OSError(str(e)) from e
-
-    replace_folder(final, written, where="checkpoint", hint="then resume the run")
+    replace_folder(final, write, where="checkpoint", hint="then resume the run", failures=(SafetensorError,))
 
 
 def folders(root: Path) -> list[Path]:

@@ -148,14 +148,14 @@ def join() -> Iterator[Ranks]:
     The others are released when rank 0 leaves. Raises: InputError for an incomplete environment, or if ranks do not join.
     """
     size = world_size()
-    if _LAUNCHED in os.environ:
-        _end_with_launcher()
+    if _LAUNCHED in os.environ:  # a killed launcher cannot end this process, so the kernel sends its signal instead
+        with suppress(AttributeError, OSError):  # Linux only
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    _check_environment(size)
     if size == 1:
-        _check_environment(size)
         yield Ranks()
         return
     given = f"WORLD_SIZE={size}"
-    _check_environment(size)
     if absent := [name for name in _ENVIRONMENT if name not in os.environ]:
         raise InputError("train", f"{given} without {', '.join(absent)}", "all that torchrun sets", "torchrun -m reinforce_ada train ...")
     try:
@@ -183,12 +183,6 @@ def join() -> Iterator[Ranks]:
     finally:
         if not ranks.is_ending:
             signal.signal(signal.SIGTERM, before)
-
-
-def _end_with_launcher() -> None:
-    """End this process with its launcher. A killed launcher cannot do it, so the kernel sends its signal instead. Linux only."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def world_size() -> int:

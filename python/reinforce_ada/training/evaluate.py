@@ -32,7 +32,6 @@ class Evaluation:
     num_voids: int
 
     def record(self) -> dict[str, Any]:
-        """Return the evaluation as a log record."""
         return {"kind": "eval", **asdict(self), "per_prompt": list(self.per_prompt)}
 
 
@@ -60,12 +59,13 @@ def evaluate(
     refuse_only_voids(result, rewards, "the evaluation")
     counts = [(pool.count, pool.num_correct) for pool in result.pools]
     shares = tuple(c / n if n else math.nan for n, c in counts)
+    powers = sorted({1 << i for i in range(k.bit_length())} | {k})
     known = [s for s in shares if not math.isnan(s)]
     return Evaluation(
         k=k,
         avg_at_k=_mean(known),
         stderr=standard_error(known),
-        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in _powers(k)},
+        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in powers},
         per_prompt=shares,
         num_tokens=int(result.metrics["tokens_committed"]),
         num_voids=int(result.metrics["num_voids"]),
@@ -111,8 +111,3 @@ def standard_error(values: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _powers(k: int) -> list[int]:
-    """Return 1, 2, 4, .. up to k, and k."""
-    return sorted({1 << i for i in range(k.bit_length())} | {k})

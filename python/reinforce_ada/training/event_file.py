@@ -39,7 +39,6 @@ class EventFile:
         self._write(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def close(self) -> None:
-        """Close the file."""
         self._writer.close()
 
     def _write(self, **fields: Any) -> None:

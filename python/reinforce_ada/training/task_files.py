@@ -37,15 +37,20 @@ def names_a_file(task: str) -> bool:
     return os.sep in task or suffix_of(Path(task)) != ""
 
 
+def _key_of(record: Record) -> str:
+    """Return the key of a record under which its prompt stands; "" if it has none."""
+    return next((key for key in ("prompt", "messages", "question") if record.get(key) is not None), "")
+
+
 def question_of(record: Record) -> str:
     """Return the text that identifies a record's question: its "prompt", otherwise its "messages", otherwise its "question"."""
-    asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
+    asked = record[_key_of(record)]
     return asked if isinstance(asked, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
 
 
 def turns_of(record: Record) -> list[dict[str, str]]:
     """Return the conversation of a record, up to where the model continues it."""
-    asked = next(record[key] for key in ("prompt", "messages", "question") if record.get(key) is not None)
+    asked = record[_key_of(record)]
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
     return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in asked]
@@ -208,8 +213,8 @@ def _checked(where: str, raw: Any, needs_answer: bool) -> Record:
 
 
 def _check_prompt(where: str, raw: dict[str, Any]) -> None:
-    key = next((key for key in ("prompt", "messages", "question") if raw.get(key) is not None), None)
-    if key is None:
+    key = _key_of(raw)
+    if not key:
         known = one_line(", ".join(map(repr, raw)), 80) or "nothing"
         raise InputError("task", f"{where} has no prompt (it has {known})", 'a text or a list of messages under "prompt" or "messages"')
     asked = raw[key]
@@ -239,7 +244,7 @@ def _check_answer(where: str, answer: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    """Return the levels of nesting, counted without recursion, up to one more than is allowed."""
+    """Return the depth of nesting, without recursion; counting stops one level past the limit."""
     level, depth = [value], 0
     while level and depth <= _DEEPEST:
         depth += 1

@@ -56,14 +56,9 @@ class Task:
 
 
 class PromptStream(Iterator[Prompt]):
-    """Training prompts in a seeded order, without end. `position` suffices to resume; `num_too_long` counts those left out.
+    """Training prompts in a seeded order from `position` on, without end, and without the excluded questions.
 
-    Args:
-        source: records by position.
-        excluded: questions that are never returned.
-        make: (name, record) -> the prompt.
-        position: where to begin.
-        longest: the most tokens of a prompt; longer ones are left out when they are reached. None: no limit.
+    Prompts of more than `longest` tokens are left out when they are reached, and counted in `num_too_long`; None: no limit.
     """
 
     def __init__(
@@ -151,8 +146,10 @@ class Renderer:
         rest = [*shown, *(turn for turn in turns if turn["role"] != "system")]
         if not (self._folds and system):
             return [*system, *rest]
-        self.has_folded = True
-        return _folded(system, rest)
+        self.has_folded = True  # the system's text goes to the start of the first user message
+        first = next(i for i, turn in enumerate(rest) if turn["role"] == "user")
+        rest[first] = {"role": "user", "content": "\n\n".join(turn["content"] for turn in [*system, rest[first]])}
+        return rest
 
     def _must_fold(self) -> bool:
         """Return whether the template does not support a system message."""
@@ -171,14 +168,6 @@ class Renderer:
 
     def _apply(self, turns: list[dict[str, str]]) -> str:
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def _folded(system: Sequence[dict[str, str]], rest: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Put the system's text at the start of the first user message."""
-    texts, turns = [turn["content"] for turn in system], list(rest)
-    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
-    turns[first] = {"role": "user", "content": "\n\n".join([*texts, turns[first]["content"]])}
-    return turns
 
 
 def content_key(record: Record) -> str:

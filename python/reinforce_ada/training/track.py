@@ -22,11 +22,9 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Take the metrics of a step."""
-        ...
 
     def close(self) -> None:
         """End the run."""
-        ...
 
 
 class Trackers:
@@ -34,9 +32,7 @@ class Trackers:
 
     Args:
         names: trackers besides TensorBoard, separated by commas.
-        out: run folder.
         config: nested settings of the run, which trackers show.
-        say: takes a line.
     Raises: InputError for a name that is not known, not installed, or cannot be used.
     """
 
@@ -66,7 +62,6 @@ class Trackers:
             self._events.restart(step + 1)
 
     def close(self) -> None:
-        """Close all trackers."""
         if self._events is not None:
             self._events.close()
         for name, tracker in self._trackers.items():

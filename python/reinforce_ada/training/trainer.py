@@ -38,8 +38,8 @@ from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
 from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
+from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
-from reinforce_ada.training.objectives import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.optimizer import warmed_up
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
@@ -88,22 +88,17 @@ class Trainer:
         self.check_model()
         if warning := inexact(self.config, self.parts.policy):
             self.display.line(warning)
-        if self.step == 0 or self._wants_evaluation():
+        if self.step == 0 or self._is_due(self.config.task.eval_every):
             self.evaluate()
         while self.step < self.config.training.steps:
             self.train_step()
-            if self._wants_checkpoint():
+            if self._is_due(self.config.run.checkpoint_every):
                 self.save_checkpoint()
-            if self._wants_evaluation():
+            if self._is_due(self.config.task.eval_every):
                 self.evaluate()
         checkpoint.write_folder(self.out / "model", self.parts.model.save)
 
-    def _wants_checkpoint(self) -> bool:
-        every = self.config.run.checkpoint_every
-        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
-
-    def _wants_evaluation(self) -> bool:
-        every = self.config.task.eval_every
+    def _is_due(self, every: int) -> bool:
         return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def resume(self) -> None:
@@ -189,10 +184,10 @@ class Trainer:
         pad = self.parts.model.pad_id
         plain = collate(rows_of(samples, 0), pad).to(self.device)
         shared = collate(rows_of(samples, sum(len(s.prompt.token_ids) + _CHECK_TOKENS for s in samples)), pad).to(self.device)
-        head, sharing = check_forms(self.parts.model, plain, shared, self.learner.objective.temperature)
+        head, sharing = check_forms(self.parts.model, plain, shared, self.learner.loss.temperature)
         self._say_form("linear_policy_loss", head.ok, head.max_diff, "token_logprobs on the model's logits is used instead")
         self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
-        if not head.ok and self.learner.objective.entropy_coef:
+        if not head.ok and self.learner.loss.entropy_coef:
             raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
 
     def _say_form(self, what: str, ok: bool, max_diff: float, otherwise: str) -> None:
@@ -261,7 +256,7 @@ class Trainer:
     def _journaled(self, step: int) -> list[Event]:
         """Return the step's events. Completions that no model of this vocabulary can have produced are taken back and sampled again."""
         store, vocabulary = self.parts.store, self.parts.model.head().weight.shape[0]
-        wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and (impossible(e.completion, vocabulary))}
+        wrong = {e.id for e in store.events(step) if isinstance(e, Scored) and impossible(e.completion, vocabulary)}
         if wrong:
             self.display.line(f"step {step}: {len(wrong)} completions of the journal cannot be the model's: they are sampled again")
             store.take_back(wrong)
@@ -305,19 +300,16 @@ class Trainer:
         """Evaluate Avg@k on the held-out prompts with the current weights, unless the log has it already."""
         if not self.parts.held_out or self.log.evaluation(self.step) is not None:
             return
-        with self._span(f"step {self.step} held-out"):
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        started = time.monotonic()
-        self._sync()
-        with self.display.sampling(f"step {self.step} held-out", self.meter.look) as on_progress:
-            e = evaluate(
-                self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
-                policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
-                request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
-            )  # fmt: skip
-        self.parts.engine.sleep()
+        what, started = f"step {self.step} held-out", time.monotonic()
+        with self._span(what):
+            self._sync()
+            with self.display.sampling(what, self.meter.look) as on_progress:
+                e = evaluate(
+                    self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
+                    policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
+                    request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
+                )  # fmt: skip
+            self.parts.engine.sleep()
         seconds = time.monotonic() - started
         self.log.write({**e.record(), "step": self.step, "eval_s": seconds})
         self.display.line(

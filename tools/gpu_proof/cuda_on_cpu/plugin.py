@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getmembers, isfunction
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from gpu_proof.native_module import load_as
 
 PATH = os.environ["CUDA_ON_CPU_MODULE"]
 OPERATORS = ("token_logprobs", "group_advantages", "policy_loss")
@@ -36,16 +35,7 @@ POISON = 0xFF  # NaN in every floating format, -1 in int64
 calls = dict.fromkeys(OPERATORS, 0)
 
 
-def _load() -> ModuleType:
-    spec = spec_from_file_location("reinforce_ada._cuda", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["reinforce_ada._cuda"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULE = _load()
+MODULE: Any = load_as("reinforce_ada._cuda", PATH)
 _library = ctypes.CDLL(PATH)
 _library.cuda_on_cpu_seed.argtypes = [ctypes.c_uint64]
 _library.cuda_on_cpu_guard.argtypes = [ctypes.c_size_t] * 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_proof.ptx.machine import TYPES, Lanes, Machine
 from gpu_proof.ptx.program import Instruction, PtxError
@@ -100,44 +102,61 @@ def _arrive(m: Machine, left: int) -> None:
     m.copies = [*kept, m.copies[-1]]
 
 
-def _ldmatrix(m: Machine, i: Instruction) -> Step:
-    count = {"x1": 1, "x2": 2, "x4": 4}[next(p for p in i.opcode if p in ("x1", "x2", "x4"))]
-    transposed, to = "trans" in i.opcode, elements(i.operands[0])
-    where, _ = m.address(i.operands[1])
+class _Rows(NamedTuple):
+    """The rows of up to four matrices of 8 x 8 halves, in the order of the matrices."""
 
-    def step(a: Lanes) -> None:
+    lanes: Lanes
+    starts: list[NDArray[Any]]  # of each matrix's rows
+    owners: NDArray[Any]  # the lanes to which these belong
+
+
+def _matrices(m: Machine, i: Instruction, memory: int) -> tuple[list[str], bool, Callable[[Lanes], _Rows]]:
+    """Return the registers of 8 x 8 matrices, whether they are transposed, and what gives the lanes their places in memory.
+
+    Args:
+        memory: which operand is the address.
+    """
+    count = {"x1": 1, "x2": 2, "x4": 4}[next(p for p in i.opcode if p in ("x1", "x2", "x4"))]
+    where, _ = m.address(i.operands[memory])
+
+    def places(a: Lanes) -> _Rows:
         lanes = whole_warps(m, a)
         rows = where(lanes).reshape(-1, 32)
-        lane = np.arange(32)
-        for n in range(count):
-            starts = np.ascontiguousarray(rows[:, 8 * n : 8 * n + 8])
-            owners = lanes.reshape(-1, 32)[:, :8].ravel()
-            eight = np.stack(m.load("shared", starts.ravel(), owners, 8, np.uint16), axis=-1).reshape(-1, 8, 8)
-            r, c = lane // 4, lane % 4 * 2
-            low, high = (eight[:, c, r], eight[:, c + 1, r]) if transposed else (eight[:, r, c], eight[:, r, c + 1])
-            m.write(to[n], lanes, (low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))).ravel())
+        starts = [np.ascontiguousarray(rows[:, n : n + 8]).ravel() for n in range(0, 8 * count, 8)]
+        return _Rows(lanes, starts, lanes.reshape(-1, 32)[:, :8].ravel())
+
+    return elements(i.operands[1 - memory]), "trans" in i.opcode, places
+
+
+# The lane r * 4 + c / 2 of a warp holds the elements (r, c) and (r, c + 1) of a matrix.
+_R, _C = np.arange(32) // 4, np.arange(32) % 4 * 2
+
+
+def _ldmatrix(m: Machine, i: Instruction) -> Step:
+    to, transposed, places = _matrices(m, i, 1)
+
+    def step(a: Lanes) -> None:
+        rows = places(a)
+        for register, starts in zip(to, rows.starts, strict=True):
+            eight = np.stack(m.load("shared", starts, rows.owners, 8, np.uint16), axis=-1).reshape(-1, 8, 8)
+            low, high = (eight[:, _C, _R], eight[:, _C + 1, _R]) if transposed else (eight[:, _R, _C], eight[:, _R, _C + 1])
+            m.write(register, rows.lanes, (low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))).ravel())
 
     return step
 
 
 def _stmatrix(m: Machine, i: Instruction) -> Step:
-    count = {"x1": 1, "x2": 2, "x4": 4}[next(p for p in i.opcode if p in ("x1", "x2", "x4"))]
-    transposed, values = "trans" in i.opcode, elements(i.operands[1])
-    where, _ = m.address(i.operands[0])
+    values, transposed, places = _matrices(m, i, 0)
 
     def step(a: Lanes) -> None:
-        lanes = whole_warps(m, a)
-        rows = where(lanes).reshape(-1, 32)
-        lane = np.arange(32)
-        r, c = lane // 4, lane % 4 * 2
-        for n in range(count):
-            raw = m.register(values[n])[lanes].reshape(-1, 32)
+        rows = places(a)
+        for value, starts in zip(values, rows.starts, strict=True):
+            raw = m.register(value)[rows.lanes].reshape(-1, 32)
             eight = np.zeros((len(raw), 8, 8), np.uint16)
             for h in (0, 1):
                 half = (raw >> np.uint32(16 * h)).astype(np.uint16)
-                eight[(slice(None), c + h, r) if transposed else (slice(None), r, c + h)] = half
-            starts = np.ascontiguousarray(rows[:, 8 * n : 8 * n + 8]).ravel()
-            m.store("shared", starts, lanes.reshape(-1, 32)[:, :8].ravel(), list(eight.reshape(-1, 8).T), 2)
+                eight[(slice(None), _C + h, _R) if transposed else (slice(None), _R, _C + h)] = half
+            m.store("shared", starts, rows.owners, list(eight.reshape(-1, 8).T), 2)
 
     return step
 

@@ -44,21 +44,21 @@ def group_advantages(
     singleton: str = "zero",
     backend: str = "auto",
 ) -> Tensor:
-    """The advantage of each completion: how much better its reward is than its baseline.
+    """Return the advantage of each completion, which says how much better its reward is than its baseline.
 
         A[i] = (r[i] - b) / (std + eps) * class_weights[g, A >= 0]        g = group_of[i]
 
     with b the mean of the pool or of the group, or for "leave-one-out" the mean of the pool's other completions,
     (count * mean - r) / (count - 1). Moments are float64 and centred, whatever the dtype of the rewards.
 
-    No signal gives exactly 0, whatever rounding does: where the statistics the baseline comes from are degenerate (min == max), and
-    for "leave-one-out" where the pool has no other completion. A tensor baseline is taken as it is. No spread gives no division:
-    where the statistics the scale comes from have `ddof` rewards or fewer, or min == max, the advantage is not divided.
+    No signal gives exactly 0, whatever rounding does: if the statistics behind the baseline are degenerate (min == max), or for
+    "leave-one-out" the pool has no other completion, the advantage is 0. A tensor baseline is used as it is. No spread gives no division:
+    if the statistics behind the scale have `ddof` rewards or fewer, or min == max, the advantage is not divided.
 
     A group number out of range and wrong offsets raise where the host sees them. The cuda and triton forms never wait for the device: there
     a row whose group is out of range is NaN, and so are all rows where cu_seqlens does not go from 0 to N without decreasing.
 
-    What a trainer does is in `CONVENTIONS`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
+    The conventions of other trainers are in `CONVENTIONS`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
 
     Args:
         rewards: [N], float32, bfloat16, float16 or float64, finite.
@@ -85,8 +85,8 @@ def group_advantages(
 
     Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
     """
-    if pool is None and cu_seqlens is None and class_weights is None and (backend == "auto" or backend == "cpu"):
-        common = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton)
+    if class_weights is None and (backend == "auto" or backend == "cpu"):
+        common = cpu.common_case(rewards, group_of, cu_seqlens, pool, baseline, scale, ddof, eps, singleton)
         if common is not None:
             return common
     check_rows(rewards, group_of, cu_seqlens)

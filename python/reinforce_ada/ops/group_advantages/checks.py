@@ -1,4 +1,4 @@
-"""Checks of group_advantages, before any native code sees an address; group numbers and offsets where they are read."""
+"""Checks of group_advantages before any native code sees an address; group numbers and offsets are checked where they are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_rows(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Rewards, and exactly one way to say which belong together."""
+    """Check the rewards, and that exactly one argument says which of them belong together."""
     shape = rewards.shape
     if len(shape) != 1 or rewards.dtype not in _DTYPES:
         raise InputError(WHERE, f"rewards is {describe(rewards)}", "[N] float32, bfloat16, float16 or float64")
@@ -36,7 +36,7 @@ def check_rows(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | No
 
 
 def check_choices(baseline: str | Tensor, scale: str, ddof: int, eps: float, singleton: str) -> None:
-    """Names and numbers."""
+    """Check names and numbers."""
     if isinstance(baseline, str) and baseline not in BASELINES:
         raise unknown_name(WHERE, "baseline", baseline, BASELINES)
     if scale not in SCALES:
@@ -48,7 +48,7 @@ def check_choices(baseline: str | Tensor, scale: str, ddof: int, eps: float, sin
 
 
 def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: str | Tensor, class_weights: Tensor | None) -> int:
-    """G, as the arguments with one value a group say; there is at least one."""
+    """Return G, which the arguments with one value per group give; there is at least one such argument."""
     if class_weights is None and not isinstance(baseline, Tensor):
         sizes = {x.shape for x in pool} if pool is not None else set()
         if cu_seqlens is not None:
@@ -78,7 +78,7 @@ def count_groups(cu_seqlens: Tensor | None, pool: PoolStats | None, baseline: st
 
 
 def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor | None, groups: int | None) -> tuple[Tensor, int]:
-    """(group_of, G) from either way to say which rows belong together, with their values checked; a traced tensor has none to check."""
+    """Return (group_of, G) from either argument that says which rows belong together, after checking values that are not traced."""
     rows, traced = rewards.shape[0], torch.compiler.is_compiling()
     if cu_seqlens is not None:
         at = None if traced else first_wrong_offset(cu_seqlens, rows)
@@ -99,6 +99,6 @@ def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor |
 
 
 def wrong_group(group_of: Tensor, row: int, groups: int | None) -> InputError:
-    """The error for a group number out of range."""
+    """Return the error for a group number out of range."""
     needed = "group numbers of at least 0" if groups is None else f"group numbers in [0, {groups})"
     return InputError(WHERE, f"group_of[{row}] = {int(group_of[row])}", needed)

@@ -1,4 +1,4 @@
-"""What a native form of group_advantages is told, and how torch sees it. It names no device."""
+"""Inputs and outputs of a native form of group_advantages, and its registration with torch. Device-independent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_POOL: _Pool = (None, None, None, None, None)
 
 
 class Inputs(NamedTuple):
-    """The arguments of a native form: contiguous, on the device of the rewards; pool statistics only where they are read."""
+    """The arguments of a native form: contiguous, on the device of the rewards; pool statistics are None unless they are read."""
 
     rewards: Tensor  # [N] float32, bfloat16 or float16
     group_of: Tensor | None  # [N] int64
@@ -41,12 +41,12 @@ class Inputs(NamedTuple):
 
     @property
     def statistics(self) -> tuple[Tensor | None, ...]:
-        """What there is for each group: pool_count to class_weights."""
+        """Return the values per group: pool_count to class_weights."""
         return self[4:11]
 
     @property
     def choices(self) -> tuple[int, int, int, float, bool]:
-        """The settings: baseline to keep_single."""
+        """Return the settings: baseline to keep_single."""
         return self[11:]
 
 
@@ -63,7 +63,7 @@ def arguments(
     eps: float,
     singleton: str,
 ) -> Inputs:
-    """The inputs of a native form for the checked arguments of the public function."""
+    """Return the inputs of a native form for the checked arguments of the public function."""
     device = rewards.device
     return Inputs(
         constant(rewards),
@@ -82,7 +82,7 @@ def arguments(
 
 
 def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str, device: torch.device) -> _Pool:
-    """The statistics that are read, in the order of PoolStats: converting an array takes 1 us."""
+    """Return the statistics that are read, in the order of PoolStats, and None for the others, since converting an array takes 1 us."""
     by_baseline = isinstance(baseline, str) and baseline != "group"
     by_scale = scale == "pool"
     if not (by_baseline or by_scale):
@@ -98,7 +98,7 @@ def _pool(pool: PoolStats, baseline: str | Tensor, scale: str, singleton: str, d
 
 
 def _float64(x: Any, device: torch.device) -> Tensor:
-    """A contiguous float64 tensor on the device, without gradient."""
+    """Return a contiguous float64 tensor on the device, without gradient."""
     if type(x) is np.ndarray and x.dtype is _DOUBLE:
         tensor = torch.from_numpy(x)  # 0.4 us; as_tensor takes 1.3
     else:
@@ -107,7 +107,7 @@ def _float64(x: Any, device: torch.device) -> Tensor:
 
 
 def torch_operator(backend: str, kernels: Any) -> Callable[[Inputs], Tensor]:
-    """What runs `kernels.advantages`, which returns [N] in the dtype of the rewards, as a torch operator where something looks on."""
+    """Return a function that runs `kernels.advantages`, which returns [N] in the rewards' dtype; a traced call is a torch operator."""
     forward = lambda *given: kernels.advantages(Inputs(*given))  # noqa: E731
     op = NativeOp(WHERE, backend, f"({parameters(Inputs)}) -> Tensor", forward, lambda rewards, *_: torch.empty_like(rewards))
 

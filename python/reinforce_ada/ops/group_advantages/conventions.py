@@ -1,4 +1,4 @@
-"""What trainers do, as arguments of `group_advantages`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
+"""The conventions of other trainers as arguments of `group_advantages`: `group_advantages(rewards, group_of, **CONVENTIONS["trl-group"])`.
 
 With R the rewards of a group of K completions, std with the `ddof` of the entry, and without a pool unless one is named:
 
@@ -77,7 +77,7 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
 
 
 def binary_pool(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> PoolStats:
-    """Statistics of pools whose rewards are 1 for the correct and 0 for the wrong completions.
+    """Return the statistics of pools whose rewards are 1 for the correct and 0 for the wrong completions.
 
         n = correct + wrong,  mean = correct / n,  m2 = correct wrong / n
 

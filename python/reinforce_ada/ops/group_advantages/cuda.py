@@ -13,7 +13,7 @@ _WORKSPACE: int = cuda.group_advantages_workspace()  # doubles
 
 
 def advantages(x: Inputs) -> Tensor:
-    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    """Return the advantages, [N] in the dtype of the rewards; NaN for rows out of range."""
     return in_segments(x, _launch, _WORKSPACE)
 
 

@@ -1,4 +1,4 @@
-"""What the CUDA and the Triton kernels of group_advantages share: rows in segments."""
+"""The part that the CUDA and Triton kernels of group_advantages share: rows in segments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from reinforce_ada.ops.group_advantages.contract import Inputs
 
 
 class Launch(Protocol):
-    """What launches the kernels of a backend. It writes into the tensors it is given, allocates nothing and never waits for the device."""
+    """The function that launches the kernels of a backend. It writes into its tensors, allocates nothing and never waits for the device."""
 
     def __call__(self, x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor, out: Tensor, /) -> None:
-        """Writes the advantages of the rows in segments to `out` [N], which is full of NaN.
+        """Write the advantages of the rows in segments to `out` [N], which is full of NaN.
 
-        Segment s has the rows order[offsets[s]] up to order[offsets[s + 1]], without `order` those from offsets[s] on; its number is
+        Segment s has the rows order[offsets[s]] up to order[offsets[s + 1]], or without `order` the rows from offsets[s] on. Its number is
         that of its group in the statistics of x. order is int64 [N], offsets int64 [S + 1]. Rows of no segment stay NaN. Without `order`
         the offsets are the caller's: wherever they do not go from 0 to N without decreasing, all rows stay NaN, and nothing outside of
         the tensors is read.
@@ -25,7 +25,7 @@ class Launch(Protocol):
 
 
 def in_segments(x: Inputs, launch: Launch, workspace_size: int) -> Tensor:
-    """[N], the advantages by a launch that works in so many float64 numbers."""
+    """Return the advantages [N] of a launch whose workspace has this many float64 numbers."""
     if x.cu_seqlens is not None:
         order, offsets = None, x.cu_seqlens
     else:
@@ -37,10 +37,10 @@ def in_segments(x: Inputs, launch: Launch, workspace_size: int) -> Tensor:
 
 
 def segments(group_of: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
-    """(order, offsets): rows sorted by group, and where each segment of them begins. The device is not waited for.
+    """Return (order, offsets): rows sorted by group, and where each segment of them begins. The call does not wait for the device.
 
-    With G known, segment g is group g and offsets is [G + 1]; else the s-th segment is the s-th of the group numbers there are, and the
-    rest of offsets [N + 1] are empty segments. Rows whose number is out of range lie in no segment.
+    If G is known, segment g is group g and offsets is [G + 1]. Otherwise the s-th segment is that of the s-th group number that occurs, and
+    the rest of offsets [N + 1] are empty segments. Rows whose number is out of range lie in no segment.
     """
     numbers, order = group_of.sort(stable=True)
     if num_groups is None:

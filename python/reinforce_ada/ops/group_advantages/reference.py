@@ -1,4 +1,4 @@
-"""Advantages in plain PyTorch, float64 inside: what every other form is measured against."""
+"""Advantages in plain PyTorch, with float64 inside. Every other form is measured against this one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def group_advantages(
     eps: float,
     singleton: str,
 ) -> Tensor:
-    """`(reward - baseline) / (std + eps) * class weight`, one value a completion; arguments as in `ops.group_advantages`."""
+    """Return `(reward - baseline) / (std + eps) * class weight` of each completion; the arguments are those of `ops.group_advantages`."""
     r = rewards.double()
     group = moments(r, group_of, num_groups)
     pool = group if pool is None else pool
@@ -44,7 +44,7 @@ def group_advantages(
 
 
 def moments(r: Tensor, group_of: Tensor, num_groups: int) -> PoolStats:
-    """Count, mean, centred second moment, min and max of `r` [N] in each of `num_groups` groups, each [G] float64."""
+    """Return count, mean, centred second moment, min and max of `r` [N] in each of `num_groups` groups, each [G] float64."""
     zeros = r.new_zeros(num_groups)
     count = zeros.index_add(0, group_of, torch.ones_like(r))
     mean = zeros.index_add(0, group_of, r) / count.clamp(min=1)
@@ -65,7 +65,7 @@ def _baseline(r: Tensor, group_of: Tensor, stats: PoolStats, baseline: str | Ten
 
 
 def _divisor(stats: PoolStats, ddof: int, eps: float) -> Tensor:
-    """[G], std + eps; 1 where there is no spread to divide by."""
+    """Return std + eps, [G]; 1 where there is no spread to divide by."""
     degrees = stats.count - ddof
     std = (stats.m2 / degrees.clamp(min=1)).sqrt()
     return torch.where((degrees > 0) & (stats.min != stats.max), std + eps, 1.0)

@@ -9,14 +9,14 @@ Entry points, with parts float64 [P, 3], P <= SURVEYS, and settled float64 [2]; 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import launch
+from reinforce_ada.ops._triton import launch_options
 from reinforce_ada.ops.group_advantages.checks import BASELINES, SCALES
 from reinforce_ada.ops.group_advantages.contract import Inputs
 from reinforce_ada.ops.group_advantages.gpu import in_segments
@@ -33,8 +33,40 @@ SCALE_NONE, SCALE_POOL, SCALE_GROUP, SCALE_BATCH = (tl.constexpr(i) for i in ran
 _WORKSPACE = 3 * SURVEYS + 2
 
 
+class Rows(NamedTuple):
+    """The rewards [N], and which of them a segment has: order int64 [N] where ORDERED, offsets int64 [S + 1]."""
+
+    rewards: Any
+    order: Any
+    offsets: Any
+
+
+class Given(NamedTuple):
+    """Float64 of the segments: what is known of their pools and baseline_values [S], class_weights [S, 2]."""
+
+    pool_count: Any
+    pool_mean: Any
+    pool_m2: Any
+    pool_min: Any
+    pool_max: Any
+    baseline_values: Any
+    class_weights: Any
+
+
+class Choices(NamedTuple):
+    """What rows_kernel is compiled for."""
+
+    ORDERED: bool
+    SURVEYED: bool
+    HAS_POOL: bool
+    HAS_WEIGHTS: bool
+    BASELINE: int
+    SCALE: int
+    KEEP_SINGLE: bool
+
+
 def advantages(x: Inputs) -> Tensor:
-    """[N] in the dtype of the rewards; NaN for rows out of range."""
+    """Return the advantages, [N] in the dtype of the rewards; NaN for rows out of range."""
     return in_segments(x, _launch, _WORKSPACE)
 
 
@@ -45,36 +77,38 @@ def _launch(x: Inputs, order: Tensor | None, offsets: Tensor, workspace: Tensor,
     parts, settled = workspace.split([3 * SURVEYS, 2])
     by_batch = x.scale == SCALE_BATCH.value
     surveyed = by_batch or order is None
+    choices = Choices(
+        ORDERED=order is not None,
+        SURVEYED=surveyed,
+        HAS_POOL=x.pool_min is not None,
+        HAS_WEIGHTS=x.class_weights is not None,
+        BASELINE=x.baseline,
+        SCALE=x.scale,
+        KEEP_SINGLE=x.keep_single,
+    )
     long = num_rows > LONG * num_segments
     with guard(rewards):
         if surveyed:
             num_parts = min(SURVEYS, int(triton.cdiv(max(num_rows, num_segments), SURVEY_BLOCK)))
             chosen: dict[str, Any] = {"ORDERED": order is not None, "BY_BATCH": by_batch}
             survey_kernel[(num_parts,)](
-                *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch(SURVEY_THREADS)
+                *(rewards, offsets, num_rows, num_segments, parts), BLOCK=SURVEY_BLOCK, **chosen, **launch_options(SURVEY_THREADS)
             )
             settle_kernel[(1,)](
-                *(parts, num_parts, num_rows, x.ddof, x.eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch(SURVEY_THREADS)
+                *(parts, num_parts, num_rows, x.ddof, x.eps, settled), SURVEYS=SURVEYS, BY_BATCH=by_batch, **launch_options(SURVEY_THREADS)
             )
         rows_kernel[(num_segments,)](
-            *(rewards, offsets if order is None else order, offsets),
-            *(settled if statistic is None else statistic for statistic in x.statistics),
+            *(Rows(rewards, offsets if order is None else order, offsets), Given(*(settled if s is None else s for s in x.statistics))),
             *(x.ddof, x.eps, settled, out),
-            ORDERED=order is not None,
-            SURVEYED=surveyed,
-            HAS_POOL=x.pool_min is not None,
-            HAS_WEIGHTS=x.class_weights is not None,
-            BASELINE=x.baseline,
-            SCALE=x.scale,
-            KEEP_SINGLE=x.keep_single,
+            CHOICES=choices,
             BLOCK=LONG_BLOCK if long else BLOCK,
-            **launch(LONG_THREADS if long else THREADS),
+            **launch_options(LONG_THREADS if long else THREADS),
         )
 
 
 @triton.jit
 def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.constexpr, BY_BATCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Every SURVEYS-th block of rewards and of offsets."""
+    """Write one part, of every SURVEYS-th block of rewards and of offsets."""
     part = tl.program_id(0)
     stride = tl.num_programs(0) * BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -105,7 +139,7 @@ def survey_kernel(rewards, offsets, num_rows, num_segments, parts, ORDERED: tl.c
 
 @triton.jit
 def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.constexpr, BY_BATCH: tl.constexpr):
-    """What the parts make together."""
+    """Write what the parts make together."""
     lanes = tl.arange(0, SURVEYS)
     part = parts + 3 * lanes
     inside = lanes < num_parts
@@ -120,104 +154,100 @@ def settle_kernel(parts, num_parts, num_rows, ddof, eps, settled, SURVEYS: tl.co
 
 @triton.jit
 def _divisor(m2, count, ddof, eps, spread):
-    """std + eps; 1 where there is no spread to divide by."""
+    """Return std + eps; 1 where there is no spread to divide by."""
     degrees = count - ddof
     std = tl.sqrt(tl.where(m2 < 0.0, 0.0, m2) / tl.maximum(degrees, 1.0))
     return tl.where((degrees > 0.0) & spread, std + eps, 1.0)
 
 
 @triton.jit
-def _rows(rewards, order, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
-    """(where the rows of a block lie, whether they are in the segment, their rewards)."""
+def _rows(rows, start, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """Return (where the rows of a block lie, whether they are in the segment, their rewards)."""
     at = start + tl.arange(0, BLOCK)
     inside = at < end
-    row = tl.load(order + at, mask=inside, other=0) if ORDERED else at
-    return row, inside, tl.load(rewards + row, mask=inside, other=0.0).to(tl.float64)
+    row = tl.load(rows.order + at, mask=inside, other=0) if ORDERED else at
+    return row, inside, tl.load(rows.rewards + row, mask=inside, other=0.0).to(tl.float64)
 
 
 @triton.jit
-def rows_kernel(
-    rewards,
-    order,
-    offsets,
-    pool_count,
-    pool_mean,
-    pool_m2,
-    pool_min,
-    pool_max,
-    baseline_values,
-    class_weights,
-    ddof,
-    eps,
-    settled,
-    out,
-    ORDERED: tl.constexpr,
-    SURVEYED: tl.constexpr,
-    HAS_POOL: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BASELINE: tl.constexpr,
-    SCALE: tl.constexpr,
-    KEEP_SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One segment: rewards and out [N], order and offsets int64, pool_*, baseline_values [S] and class_weights [S, 2] float64."""
+def _own_mean(rows, begin, end, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """Return (count, mean, whether they differ) of the rewards of a segment."""
+    total = tl.zeros([BLOCK], tl.float64)
+    smallest = tl.full([BLOCK], float("inf"), tl.float64)
+    largest = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(begin, end, BLOCK):
+        _, inside, r = _rows(rows, start, end, BLOCK, ORDERED)
+        total += r
+        smallest = tl.minimum(smallest, tl.where(inside, r, float("inf")))
+        largest = tl.maximum(largest, tl.where(inside, r, float("-inf")))
+    own_count = (end - begin).to(tl.float64)
+    own_mean = tl.sum(total, axis=0) / tl.maximum(own_count, 1.0)
+    return own_count, own_mean, (tl.min(smallest, axis=0) != tl.max(largest, axis=0)) | (own_mean != own_mean)
+
+
+@triton.jit
+def _own_squares(rows, begin, end, own_mean, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """The sum of squares of the rewards of a segment about their mean."""
+    squares = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        _, inside, r = _rows(rows, start, end, BLOCK, ORDERED)
+        r = tl.where(inside, r - own_mean, 0.0)
+        squares += r * r
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
+def _advantage(r, g, count, mean, spread, divisor, given, CHOICES: tl.constexpr):
+    """The advantages of the rewards r of segment g."""
+    if CHOICES.BASELINE == VALUES:
+        a = r - tl.load(given.baseline_values + g)
+    elif CHOICES.BASELINE == LEAVE_ONE_OUT:
+        # Nobody else to compare with: advantage 0.
+        a = tl.where(count > 1.0, r - (count * mean - r) / tl.where(count > 1.0, count - 1.0, 1.0), 0.0)
+    else:
+        a = r - mean
+    if CHOICES.BASELINE != VALUES and CHOICES.KEEP_SINGLE:
+        a = tl.where(count <= 1.0, r, a)
+    a = a / divisor
+    if CHOICES.HAS_WEIGHTS:
+        a = a * tl.where(a >= 0.0, tl.load(given.class_weights + 2 * g + 1), tl.load(given.class_weights + 2 * g))
+    if CHOICES.BASELINE != VALUES:
+        signal = (spread | (count <= 1.0)) if CHOICES.KEEP_SINGLE else spread
+        a = tl.where(signal, a, 0.0)
+    return a
+
+
+@triton.jit
+def rows_kernel(rows, given, ddof, eps, settled, out, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the advantages of one segment of `Rows`, by what is `Given`, to out [N]."""
     g = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets + g)
-    end = tl.load(offsets + g + 1)
+    begin = tl.load(rows.offsets + g)
+    end = tl.load(rows.offsets + g + 1)
     divisor = tl.full([], 1.0, tl.float64)
     wrong = tl.full([], 0.0, tl.float64)
-    if SURVEYED:
+    if CHOICES.SURVEYED:
         divisor = tl.load(settled)
         wrong = tl.load(settled + 1)
     if wrong == 0.0:
-        total = tl.zeros([BLOCK], tl.float64)
-        smallest = tl.full([BLOCK], float("inf"), tl.float64)
-        largest = tl.full([BLOCK], float("-inf"), tl.float64)
-        for start in range(begin, end, BLOCK):
-            _, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
-            total += r
-            smallest = tl.minimum(smallest, tl.where(inside, r, float("inf")))
-            largest = tl.maximum(largest, tl.where(inside, r, float("-inf")))
-        own_count = (end - begin).to(tl.float64)
-        own_mean = tl.sum(total, axis=0) / tl.maximum(own_count, 1.0)
-        own_spread = (tl.min(smallest, axis=0) != tl.max(largest, axis=0)) | (own_mean != own_mean)
-
+        own_count, own_mean, own_spread = _own_mean(rows, begin, end, BLOCK, CHOICES.ORDERED)
         count = own_count
         mean = own_mean
         spread = own_spread
-        if HAS_POOL:
-            pool_spread = tl.load(pool_min + g) != tl.load(pool_max + g)
-            if BASELINE != GROUP and BASELINE != VALUES:
-                mean = tl.load(pool_mean + g)
+        if CHOICES.HAS_POOL:
+            pool_spread = tl.load(given.pool_min + g) != tl.load(given.pool_max + g)
+            if CHOICES.BASELINE != GROUP and CHOICES.BASELINE != VALUES:
+                mean = tl.load(given.pool_mean + g)
                 spread = pool_spread
-                if BASELINE == LEAVE_ONE_OUT or KEEP_SINGLE:
-                    count = tl.load(pool_count + g)
+                if CHOICES.BASELINE == LEAVE_ONE_OUT or CHOICES.KEEP_SINGLE:
+                    count = tl.load(given.pool_count + g)
 
-        if SCALE == SCALE_POOL and HAS_POOL:
-            divisor = _divisor(tl.load(pool_m2 + g), tl.load(pool_count + g), ddof, eps, pool_spread)
-        elif SCALE == SCALE_POOL or SCALE == SCALE_GROUP:  # noqa: SIM109  a compile-time choice
-            squares = tl.zeros([BLOCK], tl.float64)
-            for start in range(begin, end, BLOCK):
-                _, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
-                r = tl.where(inside, r - own_mean, 0.0)
-                squares += r * r
-            divisor = _divisor(tl.sum(squares, axis=0), own_count, ddof, eps, own_spread)
+        if CHOICES.SCALE == SCALE_POOL and CHOICES.HAS_POOL:
+            divisor = _divisor(tl.load(given.pool_m2 + g), tl.load(given.pool_count + g), ddof, eps, pool_spread)
+        elif CHOICES.SCALE == SCALE_POOL or CHOICES.SCALE == SCALE_GROUP:
+            squares = _own_squares(rows, begin, end, own_mean, BLOCK, CHOICES.ORDERED)
+            divisor = _divisor(squares, own_count, ddof, eps, own_spread)
 
         for start in range(begin, end, BLOCK):
-            row, inside, r = _rows(rewards, order, start, end, BLOCK, ORDERED)
-            if BASELINE == VALUES:
-                a = r - tl.load(baseline_values + g)
-            elif BASELINE == LEAVE_ONE_OUT:
-                # Nobody else to compare with: advantage 0.
-                a = tl.where(count > 1.0, r - (count * mean - r) / tl.where(count > 1.0, count - 1.0, 1.0), 0.0)
-            else:
-                a = r - mean
-            if BASELINE != VALUES and KEEP_SINGLE:
-                a = tl.where(count <= 1.0, r, a)
-            a = a / divisor
-            if HAS_WEIGHTS:
-                a = a * tl.where(a >= 0.0, tl.load(class_weights + 2 * g + 1), tl.load(class_weights + 2 * g))
-            if BASELINE != VALUES:
-                signal = (spread | (count <= 1.0)) if KEEP_SINGLE else spread
-                a = tl.where(signal, a, 0.0)
+            row, inside, r = _rows(rows, start, end, BLOCK, CHOICES.ORDERED)
+            a = _advantage(r, g, count, mean, spread, divisor, given, CHOICES)
             tl.store(out + row, a.to(tl.float32).to(out.dtype.element_ty), mask=inside)

@@ -13,16 +13,16 @@ from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops._torch import share_memory
 from reinforce_ada.ops.linear_policy_loss import reference
 from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
-from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT
+from reinforce_ada.ops.linear_token_logprobs.reference import BYTES_PER_LOGIT, check_extra_bytes
 from reinforce_ada.ops.policy_loss import RolloutCorrection, constants
-from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
-from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
-from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, OwnLoss
-from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature, check_values
+from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_tensors, checked_settings
+from reinforce_ada.ops.policy_loss.custom import IN_PYTORCH, loss_of, needs_of
+from reinforce_ada.ops.policy_loss.settings import KL_BOUND, LOG_RATIO_BOUND, CustomLoss
+from reinforce_ada.ops.token_logprobs.checks import check_bias, check_head, check_matrix, check_temperature
 
 __all__ = ["linear_policy_loss"]
 
-declare_native(WHERE, "triton", "cpu", lacks=(OWN_LOSS,), make=lambda _, form: form.evaluate)
+declare_native(WHERE, "triton", "cpu", lacks=(IN_PYTORCH,), make=lambda _, form: form.evaluate)
 
 
 def linear_policy_loss(
@@ -42,7 +42,7 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str | OwnLoss = "ppo",
+    loss: str | CustomLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -61,7 +61,7 @@ def linear_policy_loss(
     weight_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
+    """Return the policy loss of the tokens that a linear head scores, from the hidden states to the scalar.
 
         logprobs, H = linear_token_logprobs(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature)
         loss = policy_loss(logprobs, advantages, mask, ...) - entropy_coef * aggregate(H)
@@ -73,7 +73,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [T, D] with `cu_seqlens`, or [N, L, D] without; float32, bfloat16 or float16 (float64 for checks). hidden[t] scores
-            token_ids[t]: the shift by one is the caller's. Hidden states and ids where the mask is 0 never matter.
+            token_ids[t]: the caller shifts by one. Hidden states and ids where the mask is 0 never matter.
         weight: [V, D], of the same dtype.
         token_ids: [T] or [N, L], int64 or int32, in [0, V) where the mask is 1.
         advantages, mask, old_logprobs, rollout_logprobs, ref_logprobs, cu_seqlens, advantages_per: as in `policy_loss`, for tokens of
@@ -83,8 +83,8 @@ def linear_policy_loss(
         entropy_coef: factor of the entropy bonus.
         loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
             rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
-        max_extra_bytes: what may be held beyond the inputs, the results and the gradients; at least 40 V. Where it is None the cpu form
-            takes 62 MB, the triton form 256 MB; the reference keeps all logits whatever it says.
+        max_extra_bytes: bound of the memory beyond the inputs, the results and the gradients; at least 40 V. None means 62 MB in the cpu
+            form and 256 MB in the triton form; the reference keeps all logits, whatever the bound.
         weight_grad: [V, D] of the weight's dtype, for micro-batches: the weight's gradient is added to it and autograd gets none for the
             weight, so that no second [V, D] exists. The cpu form adds it in the forward; `loss.backward()` must then follow on the loss
             as it is, not scaled. The triton form adds it in the backward, of whatever the loss was multiplied by.
@@ -108,11 +108,8 @@ def linear_policy_loss(
         num_seqs_global, norm_length, rollout_correction, kl, kl_coef, kl_weighting, kl_bound, entropy_coef, per_token,
     )  # fmt: skip
     _check_head(hidden, weight, token_ids, bias, logit_scale, soft_cap, temperature, entropy_coef)
-    row_bytes = weight.shape[0] * BYTES_PER_LOGIT
-    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
     _check_weight_grad(weight, weight_grad)
-
+    check_extra_bytes(WHERE, max_extra_bytes, weight.shape[0] * BYTES_PER_LOGIT)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     adv, old, rollout, ref = constants(dtype, advantages, *others.values())
     assert adv is not None
@@ -121,13 +118,7 @@ def linear_policy_loss(
         *(settings, max_extra_bytes, weight_grad),
     )
     form = resolve(WHERE, backend, hidden.device, hidden.dtype, needs_of(settings.loss))
-    if form != "reference":
-        value, metrics = operator(WHERE, form)(inputs)
-    else:
-        check_offsets(WHERE, cu_seqlens, token_ids.shape[0])
-        if not torch.compiler.is_compiling():  # a traced tensor has no values to check
-            check_values(WHERE, token_ids.where(mask != 0, 0).flatten(), weight.shape[0], inputs.flat_temperature)
-        value, metrics = reference.evaluate(inputs)
+    value, metrics = reference.evaluate(inputs) if form == "reference" else operator(WHERE, form)(inputs)
     has_entropy = settings.entropy_coef != 0
     return value, settings.named(metrics, has_old=old is not None, has_rollout=rollout is not None, has_entropy=has_entropy)
 

@@ -1,4 +1,4 @@
-"""What a form of linear_policy_loss is told. It names no device."""
+"""Inputs of a form of linear_policy_loss. Device-independent."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ class Inputs(NamedTuple):
 
     @property
     def flat_temperature(self) -> float | Tensor:
-        """One temperature, or [T]."""
+        """Return the temperature as one number, or as [T]."""
         return self.temperature.flatten() if isinstance(self.temperature, Tensor) else self.temperature

@@ -1,8 +1,8 @@
-"""linear_policy_loss on the CPU: the gradient is computed in the forward, chunk by chunk, while the logits of the chunk are there.
+"""linear_policy_loss on the CPU: the gradient is computed in the forward, chunk by chunk, while the logits of the chunk exist.
 
 The derivative of the loss in a token's logprob is known as soon as the logprob is, and with it the gradient of its logits, which
-overwrites them. Three products a token, as many as with all logits kept. Where the derivative depends on more than the token, all
-logprobs come first and the logits are computed again: four products.
+overwrites them. This takes three products per token, as many as with all logits kept. If the derivative depends on more than the token, all
+logprobs are computed first and the logits again, with four products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reinforce_ada.ops._products import LANES, Hidden, add_hidden_gradient, grad
 from reinforce_ada.ops._torch import NativeOp, constant, dense, is_eager, once, parameters, refuse_transforms, resolved
 from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs import cpu as linear
-from reinforce_ada.ops.linear_token_logprobs.contract import Gradients, Head, Scored, empty_gradients, take
+from reinforce_ada.ops.linear_token_logprobs.contract import Gradients, Head, ScoredTokens, empty_gradients, take
 from reinforce_ada.ops.policy_loss import contract as policy
 from reinforce_ada.ops.policy_loss import cpu as policy_cpu
 from reinforce_ada.ops.policy_loss.checks import check_offsets
@@ -35,7 +35,7 @@ _MOST_TOKENS = 2048  # of a chunk: the products lay out 192 bytes for each, whic
 
 
 class Fused(NamedTuple):
-    """The arguments of the operator, as kernels read them; tokens are [T] but for the mask."""
+    """The arguments of the operator, as kernels read them; all tensors of tokens but the mask are [T]."""
 
     hidden: Tensor
     weight: Tensor
@@ -63,7 +63,7 @@ class Fused(NamedTuple):
 
 
 def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
+    """Return (loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
     check_offsets(WHERE, x.cu_seqlens, x.mask.shape[0])
     wanted = [leaf is not None and leaf.requires_grad and torch.is_grad_enabled() for leaf in (x.hidden, x.weight, x.bias)]
     onto = x.weight_grad if wanted[1] else None
@@ -82,12 +82,12 @@ def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _numbers_of_parts(s: Settings) -> tuple[list[float], list[float], list[float]]:
-    """The numbers of the loss, of each token's part of it where a token has one, and of the aggregation."""
+    """Return the numbers of the loss, of each token's part of it if tokens have one, and of the aggregation."""
     return numbers(s), numbers(_before_aggregation(s)) if _of_each_token(s) else [], numbers(_aggregation(s))
 
 
 def _of_each_token(s: Settings) -> bool:
-    """Whether the derivative of a token's loss depends on that token alone."""
+    """Return whether the derivative of a token's loss depends on that token alone."""
     of_sequences = s.loss == "gspo" or s.ratio_level == "sequence"
     return not of_sequences and (s.rollout_correction is None or s.rollout_correction.level == "token")
 
@@ -97,14 +97,14 @@ def _before_aggregation(s: Settings) -> Settings:
 
 
 def _aggregation(s: Settings) -> Settings:
-    """With advantages of -1 the derivative of this loss is each token's share in the aggregate."""
+    """Return the settings of a loss whose derivative, with advantages of -1, is each token's share in the aggregate."""
     names = ("loss_agg", "num_tokens_global", "num_seqs_global", "norm_length")
     return Settings(loss="reinforce", **{name: getattr(s, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What the loss reads besides logprobs and entropy."""
+    """The inputs of the loss besides logprobs and entropy."""
 
     advantages: Tensor
     per_token: bool
@@ -121,19 +121,19 @@ class LossInputs:
         return policy_cpu.evaluate(policy.Inputs(logprobs.view(self.mask.shape), self.advantages, self.mask, *others, numbers))
 
     def shares(self, aggregation: list[float]) -> Tensor:
-        """[T], of each token in the aggregate."""
+        """Return each token's share in the aggregate, [T]."""
         plain = replace(self, advantages=torch.full_like(self.advantages, -1), old=None, rollout=None, ref=None)
         zeros = self.advantages.new_zeros(self.mask.shape)
         return plain.evaluate(zeros, None, aggregation)[2].flatten()
 
     def tokens(self, index: Tensor) -> LossInputs:
-        """These tokens as one sequence."""
+        """Return the inputs of these tokens, as one sequence."""
         old, rollout, ref = (None if x is None else take(x.flatten(), index) for x in (self.old, self.rollout, self.ref))
         mask, cu_seqlens = self.mask.new_ones(len(index)), index.new_tensor([0, len(index)])
         return LossInputs(take(self.advantages, index), True, mask, old, rollout, ref, cu_seqlens)
 
     def each_token(self) -> LossInputs:
-        """With one advantage a token, [T]."""
+        """Return the inputs with one advantage per token, [T]."""
         if self.per_token:
             return replace(self, advantages=self.advantages.flatten())
         if self.cu_seqlens is None:
@@ -143,7 +143,7 @@ class LossInputs:
 
 
 def _forward(*given: Any, onto: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, gradients of hidden, weight and bias times a factor, the factor)"""
+    """Return (loss, metrics, gradients of hidden, weight and bias times a factor, the factor)."""
     x = Fused(*given)
     ids = x.token_ids.masked_fill(~x.mask.flatten(), IGNORED)
     check_values(WHERE, ids, x.weight.shape[0], x.temperatures)
@@ -166,14 +166,14 @@ def _forward(*given: Any, onto: Tensor | None = None) -> tuple[Tensor, Tensor, T
         if wanted:
             factor = factor if onto is not None else _factor(g, x.hidden.dtype)
             slopes = [(slope.flatten() * factor).float() if slope.numel() else None for slope in (g, h)]
-            linear.add_gradients(x.hidden, head, Scored(ids, (normalizers,), scores.entropy, *slopes), grads, x.extra_bytes, onto)
+            linear.add_gradients(x.hidden, head, ScoredTokens(ids, (normalizers,), scores.entropy, *slopes), grads, x.extra_bytes, onto)
         return value, metrics, *grads, factor
 
 
 def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
-    """What float16 gradients are held multiplied by until the backward: a power of 2 that keeps a token's share from vanishing.
+    """Return the factor that multiplies float16 gradients until the backward, a power of 2 that keeps a token's share from vanishing.
 
-    The shares then add up to 8 to 16. Each of them at 1 would overflow the weight's gradient, which sums them: 8192 tokens with hidden
+    The shares then add up to 8 to 16. Shares of 1 would overflow the weight's gradient, which sums them: 8192 tokens with hidden
     states of 20 reach 1.3e5, and no smaller loss scale could help.
     """
     total = derivatives.abs().sum(dtype=torch.float64).item() if dtype == torch.float16 else 0
@@ -184,7 +184,7 @@ def _factor(derivatives: Tensor, dtype: torch.dtype) -> Tensor:
 def _score_with_gradients(
     x: Fused, head: Head, token_ids: Tensor, inputs: LossInputs, shares: Tensor, grads: Gradients, onto: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Writes the gradients; returns logprobs and entropy [T], 0 where a token is ignored."""
+    """Write the gradients, and return logprobs and entropy [T], 0 where a token is ignored."""
     hidden = x.hidden
     grad_hidden, grad_weight, grad_bias = grads if onto is None else (grads[0], onto, grads[2])
     grad_hidden.zero_()
@@ -201,7 +201,7 @@ def _score_with_gradients(
         (logp, h, _), normalizers = linear.score_logits(dz, ids, head_at, x.with_entropy)
         _, _, *slopes = inputs.tokens(index).evaluate(logp, h if x.with_entropy else None, x.before_aggregation)
         incoming = [slope * take(shares, index) if slope.numel() else None for slope in slopes]
-        linear.gradient_over_logits(dz, slice(0, head.vocab), Scored(ids, (normalizers,), h, *incoming), head_at, bias_sums)
+        linear.gradient_over_logits(dz, slice(0, head.vocab), ScoredTokens(ids, (normalizers,), h, *incoming), head_at, bias_sums)
         if len(grad_weight):
             rows.add_weight_gradient(dz, grad_weight, first=chunk == 0 and onto is None)
         if len(grad_hidden):
@@ -218,7 +218,7 @@ def _score_with_gradients(
 
 
 def _tokens_of_chunk(num_tokens: int, weight: Tensor, room: int) -> int:
-    """How many tokens' logits fit, in whole tiles."""
+    """Return how many tokens' logits fit, in whole tiles."""
     vocab, width = weight.shape
     dtype = weight.dtype
     # Beside the logits: what the products hold, the gathered hidden states, the sum of their gradient, and that rounded to half.
@@ -258,7 +258,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple[Tensor | N
 
 
 class _OntoWeightGrad(torch.autograd.Function):
-    """The operator with the weight's gradient added to a tensor in the forward, and none of it for autograd."""
+    """The operator that adds the weight's gradient to a tensor in the forward and gives autograd none for the weight."""
 
     @staticmethod
     def forward(ctx: Any, onto: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.ops._checks import IGNORED
-from reinforce_ada.ops.linear_policy_loss.contract import Inputs
+from reinforce_ada.ops.linear_policy_loss.contract import WHERE, Inputs
 from reinforce_ada.ops.linear_token_logprobs import reference as head
 from reinforce_ada.ops.policy_loss import reference
+from reinforce_ada.ops.policy_loss.checks import check_offsets
+from reinforce_ada.ops.token_logprobs.checks import check_values
 
 
 def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`)"""
+    """Return (loss, metrics in the order of `METRICS`). Raises: InputError for offsets, ids and temperatures out of range."""
     keep, weight = x.mask != 0, x.weight
+    check_offsets(WHERE, x.cu_seqlens, x.mask.shape[0])
+    if not torch.compiler.is_compiling():  # a traced tensor has no values to check
+        check_values(WHERE, x.token_ids.where(keep, 0).flatten(), weight.shape[0], x.flat_temperature)
     if x.weight_grad is not None and weight.requires_grad and torch.is_grad_enabled():
         weight = weight.detach().requires_grad_()  # another leaf, whose gradient autograd adds to what is there
         weight.grad = x.weight_grad

@@ -1,8 +1,8 @@
 """linear_policy_loss in Triton: the kernels of linear_token_logprobs and of policy_loss, one after the other.
 
-Four products a token, where keeping all logits takes three: the loss is known when all tokens are scored, and its backward computes the
-logits again. The gradient inside the forward, as on the CPU, would need a chunk's logits in memory and a host that waits for no chunk;
-here a tile of logits never leaves the registers, so there are none to keep.
+This takes four products per token, where keeping all logits takes three: the loss is known when all tokens are scored, and its backward
+computes the logits again. Computing the gradient in the forward, as on the CPU, would need a chunk's logits in memory and a host that
+waits for no chunk; here a tile of logits never leaves the registers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reinforce_ada.ops.policy_loss import contract as policy
 
 
 def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`)"""
+    """Return (loss, metrics in the order of `METRICS`)."""
     ids, with_entropy = torch.where(x.mask != 0, x.token_ids.long(), IGNORED).flatten(), x.settings.entropy_coef != 0
     scoring = (x.flat_temperature, x.logit_scale, x.soft_cap, with_entropy, False)
     inputs = head.arguments(x.hidden.flatten(0, -2), x.weight, x.bias, ids, *scoring, x.max_extra_bytes)
@@ -39,7 +39,7 @@ def evaluate(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 class _OntoWeightGrad(torch.autograd.Function):
-    """linear_token_logprobs whose backward adds the weight's gradient to a tensor, and gives none of it to autograd."""
+    """linear_token_logprobs whose backward adds the weight's gradient to a tensor and gives autograd none for the weight."""
 
     @staticmethod
     def forward(ctx: Any, onto: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

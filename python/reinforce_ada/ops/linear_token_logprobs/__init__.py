@@ -68,7 +68,7 @@ def linear_token_logprobs(
     max_extra_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor | TokenLogprobs:
-    """The log-probability of one token for each hidden state, through the output head of a language model.
+    """Return the log-probability of one token for each hidden state, through the output head of a language model.
 
         z = logit_scale (hidden weight^T + bias), then, with a soft cap, z = soft_cap tanh(z / soft_cap)
         results = token_logprobs(z, token_ids, temperature=temperature)
@@ -76,15 +76,15 @@ def linear_token_logprobs(
     The matmul runs in the dtype of its inputs, like a model's head, also under autocast; everything after it in float32.
     Differentiable in hidden, weight and bias through `logprobs` and `entropy`.
 
-    `max_extra_bytes` bounds what is held beyond the inputs, the results and the returned gradients: logits are computed for as many
-    tokens at a time as fit, in the cpu form also for a piece of the vocabulary at a time, and once more in the backward. The weight's
+    `max_extra_bytes` bounds the memory beyond the inputs, the results and the returned gradients: logits are computed for as many tokens at
+    a time as fit, in the cpu form also for a piece of the vocabulary at a time, and once more in the backward. The weight's
     gradient is then the sum over chunks in the dtype of the weight. Without it the cpu form takes 8 MB; the reference lets autograd keep
     the logits of all tokens. Several micro-batches accumulate into `weight.grad` as usual.
     The triton form never stores logits; its backward keeps their gradient for all tokens and a piece of the vocabulary, as large as
-    `max_extra_bytes` (256 MB where it is None) allows, and for fewer tokens at a time only where a piece of 128 does not fit.
+    `max_extra_bytes` (256 MB if it is None) allows, and for fewer tokens at a time only if a piece of 128 does not fit.
 
     An id or temperature out of its range raises where the host sees it. The triton form never waits for the device: there an id outside
-    [0, V) makes its logprob NaN and every gradient it takes part in, a wrong temperature all results of its row too.
+    [0, V) makes its logprob and every gradient to which it contributes NaN, and a wrong temperature also all results of its row.
 
     Args:
         hidden: [T, D], float32, bfloat16 or float16 (float64 for checks); in the reference finite also where the token is ignored.
@@ -110,8 +110,7 @@ def linear_token_logprobs(
     check_tokens(WHERE, token_ids, hidden.shape[0], hidden.device)
     check_temperature(WHERE, temperature, hidden.shape[0], hidden.device)
     row_bytes = weight.shape[0] * reference.BYTES_PER_LOGIT * (2 if weight.dtype == torch.float64 else 1)
-    if max_extra_bytes is not None and max_extra_bytes < row_bytes:
-        raise InputError(WHERE, f"max_extra_bytes={max_extra_bytes}", f"at least {row_bytes}, for the logits of one token")
+    reference.check_extra_bytes(WHERE, max_extra_bytes, row_bytes)
     scoring = (temperature, logit_scale, soft_cap, entropy, sum_p2)
     form = resolve(WHERE, backend, hidden.device, hidden.dtype)
     if form != "reference":

@@ -1,4 +1,4 @@
-"""What a native form of linear_token_logprobs is told and gives back, and how torch sees that. It names no device."""
+"""Inputs and outputs of a native form of linear_token_logprobs, and its registration with torch. Device-independent."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Inputs(NamedTuple):
 
     @property
     def head(self) -> Head:
-        """The output head."""
+        """Return the output head."""
         return Head(self.weight, self.bias, self.temperatures, self.temperature, self.logit_scale, self.soft_cap)
 
 
 class GradientInputs(NamedTuple):
-    """What the gradients of hidden, weight and bias are computed from, beside the normalizers."""
+    """The inputs of the gradients of hidden, weight and bias, besides the normalizers."""
 
     hidden: Tensor
     weight: Tensor
@@ -60,7 +60,7 @@ class GradientInputs(NamedTuple):
 
     @property
     def head(self) -> Head:
-        """The output head."""
+        """Return the output head."""
         return Head(self.weight, self.bias, self.temperatures, self.temperature, self.logit_scale, self.soft_cap)
 
 
@@ -69,7 +69,7 @@ Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of hidden [T, D], weight
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What turns hidden states into logits: z = logit_scale (hidden weight^T + bias), capped, over the temperature."""
+    """The output head, which turns hidden states into logits: z = logit_scale (hidden weight^T + bias), capped, over the temperature."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -80,25 +80,25 @@ class Head:
 
     @property
     def vocab(self) -> int:
-        """V"""
+        """Return V."""
         return self.weight.shape[0]
 
     @property
     def scoring(self) -> tuple[Tensor | None, float, float, float]:
-        """What turns the products into log-probabilities, as records have it."""
+        """Return the numbers that turn the products into log-probabilities, as records have them."""
         return self.temperatures, self.temperature, self.logit_scale, self.soft_cap
 
     def at(self, rows: Tensor | slice) -> Head:
-        """The head of these tokens."""
+        """Return the head of these tokens."""
         return self if self.temperatures is None else replace(self, temperatures=take(self.temperatures, rows))
 
     def piece(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """These rows of the weight, and of the bias."""
+        """Return the head with these rows of the weight and of the bias."""
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
 
-class Scored(NamedTuple):
-    """Tokens with what the gradient of their logits needs, each [T]; None for an incoming gradient that is 0."""
+class ScoredTokens(NamedTuple):
+    """Tokens with the values that the gradient of their logits needs, each [T]; None for an incoming gradient that is 0."""
 
     ids: Tensor
     normalizers: tuple[Tensor, ...]
@@ -106,32 +106,32 @@ class Scored(NamedTuple):
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
 
-    def at(self, rows: Tensor | slice) -> Scored:
-        """These of them."""
+    def at(self, rows: Tensor | slice) -> ScoredTokens:
+        """Return these of the tokens."""
         entropy = take(self.entropy, rows) if len(self.entropy) else self.entropy
         g, h = (None if grad is None else take(grad, rows) for grad in (self.grad_logprobs, self.grad_entropy))
-        return Scored(take(self.ids, rows), tuple(take(x, rows) for x in self.normalizers), entropy, g, h)
+        return ScoredTokens(take(self.ids, rows), tuple(take(x, rows) for x in self.normalizers), entropy, g, h)
 
     def reached(self) -> Tensor:
-        """[T], whether a gradient reaches the token."""
+        """Return whether a gradient reaches the token, [T]."""
         nonzero = [grad != 0 for grad in (self.grad_logprobs, self.grad_entropy) if grad is not None]
         return reduce(or_, nonzero) & (self.ids != IGNORED) if nonzero else torch.zeros_like(self.ids, dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is held at once: the logits of `tokens` hidden states against `piece` rows of the weight."""
+    """The part that is held at once: the logits of `tokens` hidden states against `piece` rows of the weight."""
 
     tokens: int
     piece: int
 
     def pieces(self, vocab: int) -> Iterator[slice]:
-        """The pieces of the vocabulary."""
+        """Return the pieces of the vocabulary."""
         return (slice(i, min(i + self.piece, vocab)) for i in range(0, vocab, self.piece))
 
 
 def take(x: Tensor, rows: Tensor | slice) -> Tensor:
-    """x[rows], without a copy where they are consecutive."""
+    """Return x[rows], without a copy if the rows are consecutive."""
     if isinstance(rows, slice):
         return x[rows]
     first, last = int(rows[0]), int(rows[-1])
@@ -139,18 +139,18 @@ def take(x: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 class Kernels(Protocol):
-    """What the module of a backend provides; `NORMALIZERS` and `empty_normalizers` as in token_logprobs."""
+    """The functions that the module of a backend provides; `NORMALIZERS` and `empty_normalizers` as in token_logprobs."""
 
     NORMALIZERS: tuple[str, ...]
 
     def empty_normalizers(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Memory for the normalizers of so many rows."""
+        """Return memory for the normalizers of these rows."""
 
     def scores(self, x: Inputs) -> tuple[Tensor, ...]:
-        """(*Scores, *normalizers)"""
+        """Return (*Scores, *normalizers)."""
 
     def gradients(self, x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = None) -> Gradients:
-        """The gradients that are wanted; with `onto` that of the weight is added to it instead."""
+        """Return the gradients that are wanted. With `onto`, the weight's gradient is added to `onto` instead."""
 
 
 def arguments(
@@ -165,13 +165,13 @@ def arguments(
     sum_p2: bool,
     extra_bytes: int | None,
 ) -> Inputs:
-    """The inputs of a native form for the checked arguments of the public function."""
+    """Return the inputs of a native form for the checked arguments of the public function."""
     ids, head = constant(token_ids, torch.int64), scoring(temperature, logit_scale, soft_cap)
     return Inputs(resolved(hidden), resolved(weight), bias, ids, *head, entropy, sum_p2, extra_bytes)
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool, of_bias: bool) -> Gradients:
-    """Memory for the gradients."""
+    """Return memory for the gradients."""
     return (
         hidden.new_empty(hidden.shape if of_hidden else 0),
         weight.new_empty(weight.shape if of_weight else 0),
@@ -180,7 +180,7 @@ def empty_gradients(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: 
 
 
 def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
-    """The operator of a backend's kernels: (*Scores, *normalizers) of `Inputs`, differentiable in hidden, weight and bias."""
+    """Return the operator of a backend's kernels: (*Scores, *normalizers) of `Inputs`, differentiable in hidden, weight and bias."""
     normalizers = ", ".join(f"Tensor {name}" for name in kernels.NORMALIZERS)
     count = len(GradientInputs._fields)
     gradient_op = NativeOp(
@@ -208,7 +208,7 @@ def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Saves what `saved_inputs` gives back."""
+    """Save what `saved_inputs` returns."""
     hidden, weight, bias, token_ids, temperatures, *ctx.scalars, ctx.with_entropy, _, ctx.extra_bytes = inputs
     _, entropy, sum_p2, *normalizers = output
     ctx.save_for_backward(hidden, weight, bias, token_ids, temperatures, entropy, *normalizers)
@@ -219,7 +219,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def saved_inputs(
     ctx: Any, grads: Sequence[Tensor | None], of_hidden: bool, of_weight: bool, of_bias: bool
 ) -> tuple[GradientInputs, Sequence[Tensor]]:
-    """What a backward with these incoming gradients computes its own from, and the normalizers."""
+    """Return the inputs from which a backward with these incoming gradients computes its own, and the normalizers."""
     *head, entropy = ctx.saved_tensors[:6]
     wanted = (of_hidden, of_weight, of_bias, ctx.extra_bytes)
     saved: Any = (*head, *ctx.scalars, entropy, *incoming_gradients(ctx, grads), *wanted)

@@ -19,7 +19,7 @@ from reinforce_ada.ops.linear_token_logprobs.contract import (
     Head,
     Inputs,
     Plan,
-    Scored,
+    ScoredTokens,
     empty_gradients,
     take,
 )
@@ -41,12 +41,12 @@ def _room(x: Inputs | GradientInputs) -> int:
 
 
 def head_of(x: Inputs | GradientInputs) -> Head:
-    """The output head, with the bias in the dtype of the logits."""
+    """Return the output head, with the bias in the dtype of the logits."""
     return replace(x.head, bias=None if x.bias is None else dense(x.bias, logits_dtype(x.weight.dtype)))
 
 
 def bias_bytes(head: Head) -> int:
-    """Of the bias where it is a copy, in another dtype."""
+    """Return the bytes of the bias if it is a copy in another dtype."""
     return 0 if head.bias is None or head.bias.dtype == head.weight.dtype else head.bias.nbytes
 
 
@@ -54,7 +54,7 @@ def bias_bytes(head: Head) -> int:
 
 
 def plan_of(num_tokens: int, weight: Tensor, room: int, *, backward: bool, gathered: bool) -> Plan:
-    """In `room` bytes. `gathered`: the hidden states of a chunk do not lie together and are copied."""
+    """Return the plan that fits in `room` bytes. If `gathered`, the hidden states of a chunk do not lie together and are copied."""
     vocab, width = weight.shape
     dtype = weight.dtype
     logit = gradient_bytes(dtype, vocab) if backward else logits_dtype(dtype).itemsize
@@ -72,17 +72,17 @@ def plan_of(num_tokens: int, weight: Tensor, room: int, *, backward: bool, gathe
 
 
 def chunks(active: Tensor, tokens: int) -> Sequence[Tensor]:
-    """The indices of the tokens of each chunk."""
+    """Return the indices of the tokens of each chunk."""
     return torch.split(active, tokens) if len(active) else ()
 
 
 def buffer_for(hidden: Tensor, tokens: int, piece: int) -> Tensor:
-    """Memory for so many logits."""
+    """Return memory for this number of logits."""
     return hidden.new_empty(tokens * piece, dtype=logits_dtype(hidden.dtype))
 
 
 def for_logits(extra_bytes: int, dtype: torch.dtype, held: int = 0) -> int:
-    """What the products leave, or half of it where that is more (small ones need less), without what is `held` anyway."""
+    """Return what the products leave, or half if that is more (small ones need less), without what is `held` anyway."""
     return max(extra_bytes - scratch_bytes(dtype), extra_bytes // 2) - held
 
 
@@ -98,7 +98,7 @@ def scores(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def score(hidden: Tensor, head: Head, token_ids: Tensor, entropy: bool, sum_p2: bool, extra_bytes: int) -> tuple[Scores, Tensor]:
-    """(scores, normalizers), zero for ignored tokens."""
+    """Return (scores, normalizers), zero for ignored tokens."""
     num_tokens = hidden.shape[0]
     state = hidden.new_zeros((num_tokens, _STATE), dtype=torch.float64)
     active = (token_ids != IGNORED).nonzero().squeeze(1)
@@ -115,7 +115,7 @@ def score(hidden: Tensor, head: Head, token_ids: Tensor, entropy: bool, sum_p2: 
 
 
 def score_logits(logits: Tensor, ids: Tensor, head: Head, entropy: bool) -> tuple[Scores, Tensor]:
-    """As `score`, of logits [T, V] that are all there."""
+    """Return the same as `score`, for logits [T, V] that are all in memory."""
     sums = logits.new_zeros((len(ids), _STATE), dtype=torch.float64)
     _add_piece(logits, 0, ids, head, sums, entropy, False)
     return _finish(sums, entropy, False)
@@ -141,14 +141,14 @@ def _add_piece(logits: Tensor, first_id: int, ids: Tensor, head: Head, sums: Ten
 def gradients(x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = None) -> Gradients:
     """See contract.Kernels."""
     grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
-    scored = Scored(x.token_ids, normalizers, x.entropy, x.grad_logprobs, x.grad_entropy)
+    scored = ScoredTokens(x.token_ids, normalizers, x.entropy, x.grad_logprobs, x.grad_entropy)
     with torch.autocast("cpu", enabled=False):
         add_gradients(x.hidden, head_of(x), scored, grads, _room(x), onto)
     return grads
 
 
-def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
-    """Writes the gradients of hidden, weight and bias; with `onto` that of the weight is added to it instead.
+def add_gradients(hidden: Tensor, head: Head, scored: ScoredTokens, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
+    """Write the gradients of hidden, weight and bias. With `onto`, the weight's gradient is added to `onto` instead.
 
     The logits are computed again. A token whose incoming gradients are 0 takes part in no product.
     """
@@ -176,8 +176,8 @@ def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, 
     grad_bias.copy_(bias_sums)
 
 
-def gradient_over_logits(logits: Tensor, piece: slice, scored: Scored, head: Head, bias_sums: Tensor) -> None:
-    """Turns the logits of a piece of the vocabulary into their gradient, in place, and adds that of the bias to `bias_sums`."""
+def gradient_over_logits(logits: Tensor, piece: slice, scored: ScoredTokens, head: Head, bias_sums: Tensor) -> None:
+    """Turn the logits of a piece of the vocabulary into their gradient, in place, and add that of the bias to `bias_sums`."""
     incoming = (scored.entropy, scored.grad_logprobs, scored.grad_entropy)
     x = logits_contract.GradientInputs(logits, scored.ids, *head.scoring, *incoming)
     sums = bias_sums[piece] if len(bias_sums) else None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.ops._checks import IGNORED
 from reinforce_ada.ops._torch import once, refuse_transforms
 from reinforce_ada.ops.token_logprobs import reference
@@ -17,6 +18,12 @@ from reinforce_ada.ops.token_logprobs import reference
 # What a chunk holds for each of its logits at the worst moment (in the backward, with entropy and a soft cap, all in float32 but the
 # matmul's result and its gradient); float64 holds twice as much.
 BYTES_PER_LOGIT = 40
+
+
+def check_extra_bytes(where: str, extra_bytes: int | None, least: int) -> None:
+    """Check that the bound is None or enough for the logits of one token."""
+    if extra_bytes is not None and extra_bytes < least:
+        raise InputError(where, f"max_extra_bytes={extra_bytes}", f"at least {least}, for the logits of one token")
 
 
 def linear_token_logprobs(
@@ -31,7 +38,7 @@ def linear_token_logprobs(
     sum_p2: bool,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 inputs); `chunk` tokens at a time."""
+    """Return (logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 inputs), `chunk` tokens at a time."""
     with torch.autocast(hidden.device.type, enabled=False):
         if chunk is None:
             # MKL multiplies strided matrices with other kernels, whose results differ in the last bits.
@@ -45,7 +52,7 @@ def linear_token_logprobs(
 
 
 class _Chunked(torch.autograd.Function):
-    """Computes the logits of a chunk of tokens again in the backward instead of keeping those of all tokens."""
+    """The function that computes the logits of a chunk of tokens again in the backward instead of keeping those of all tokens."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -72,7 +79,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunked_gradients(ctx: Any, g: Tensor, h: Tensor | None) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias, None where not needed, from g of the logprobs and h of the entropy."""
+    """Return the gradients of hidden, weight and bias, None if not needed, from g of the logprobs and h of the entropy."""
     hidden, weight, bias, token_ids, per_token, entropy = ctx.saved_tensors
     temperature = ctx.temperature if per_token is None else per_token
     inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
@@ -94,7 +101,7 @@ def _chunked_gradients(ctx: Any, g: Tensor, h: Tensor | None) -> list[Tensor | N
 
 
 def _logits_gradient(z: Tensor, token_ids: Tensor, temperature: float | Tensor, g: Tensor, entropy: tuple[Tensor, Tensor] | None) -> Tensor:
-    """(g ([j == y] - p) - h p (log p + H)) / temperature for the gradients g of logprobs and (h, H) of the entropy."""
+    """Return (g ([j == y] - p) - h p (log p + H)) / temperature for the gradients g of logprobs and (h, H) of the entropy."""
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
     log_p = (z / temperature).log_softmax(-1)
@@ -108,14 +115,14 @@ def _logits_gradient(z: Tensor, token_ids: Tensor, temperature: float | Tensor, 
 
 
 def _head_gradient(dz: Tensor, z: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
-    """The gradient before `reference.head`, whose results are z."""
+    """Return the gradient before `reference.head`, whose results are z."""
     if soft_cap is not None:
         dz = dz * (1 - (z / soft_cap).square())
     return dz * logit_scale
 
 
 def _chunks(num_tokens: int, chunk: int) -> Iterator[slice]:
-    """At least one, which may be empty."""
+    """Return at least one chunk, which may be empty."""
     return (slice(i, i + chunk) for i in range(0, max(num_tokens, 1), chunk))
 
 

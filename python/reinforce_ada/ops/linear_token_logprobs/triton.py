@@ -1,7 +1,7 @@
 """The Triton form of linear_token_logprobs: tiles, splits, pieces of the vocabulary, and the launches of `triton_kernels`.
 
-The logits are never there: a tile of them is a product in registers, scored at once. The backward computes them again, a piece of the
-vocabulary at a time, and keeps that piece of their gradient for the two products with it.
+The logits are never in memory: a tile of them is a product in registers, which is scored at once. The backward computes them again, a
+piece of the vocabulary at a time, and keeps that piece of their gradient for the two products with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from reinforce_ada.ops._gpu import guard, triton_devices
 from reinforce_ada.ops._torch import dense
 from reinforce_ada.ops.linear_token_logprobs import triton_kernels
-from reinforce_ada.ops.linear_token_logprobs.contract import GradientInputs, Gradients, Head, Inputs, Plan, Scored, empty_gradients
+from reinforce_ada.ops.linear_token_logprobs.contract import GradientInputs, Gradients, Head, Inputs, Plan, ScoredTokens, empty_gradients
 from reinforce_ada.ops.token_logprobs.contract import empty_scores
 from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
 
@@ -33,7 +33,7 @@ _SPLITS = 16  # of the vocabulary at least, where it is as large: short float32 
 
 
 class Tile(NamedTuple):
-    """Of a product: `rows` by `columns` of the result in the registers of `threads` threads, `depth` at a time through `stages` buffers."""
+    """The tile of a product: `rows` by `columns` in the registers of `threads` threads, `depth` at a time through `stages` buffers."""
 
     rows: int
     columns: int
@@ -62,7 +62,7 @@ UNALIGNED_TILES = {
 
 @cache
 def _backend(device: torch.device) -> str:
-    """The part of `TILES` for a device."""
+    """Return the part of `TILES` for a device."""
     if triton_devices() == ("cpu",):
         return "interpreter"
     return "cuda" if torch.version.hip is None else "hip"
@@ -79,12 +79,12 @@ def _warp_size(device: torch.device) -> int:
 
 
 def ceil_div(n: int, size: int) -> int:
-    """How many blocks of a size hold n."""
+    """Return how many blocks of a size hold n."""
     return -(-n // size)
 
 
 def tile_of(hidden: Tensor, weight: Tensor) -> Tile:
-    """Of the products of these."""
+    """Return the tile of the products of these matrices."""
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in (hidden, weight)) and weight.shape[1] % 16 == 0
     return (TILES if aligned else UNALIGNED_TILES)[_backend(hidden.device)][weight.dtype.itemsize]
 
@@ -95,7 +95,7 @@ def _options(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _tile_of_gradient(tile: Tile, head: Head) -> Tile:
-    """Of the logits' gradient. The slope of a soft cap beside 64 sums is more than the 255 registers a thread has on sm_90."""
+    """Return the tile of the logits' gradient. The slope of a soft cap and 64 sums exceed the 255 registers of a thread on sm_90."""
     crowded = head.soft_cap != 0 and tile.rows * tile.columns > 32 * tile.threads
     return tile._replace(columns=tile.columns // 2) if crowded else tile
 
@@ -157,7 +157,7 @@ def _bias(x: Inputs | GradientInputs) -> Tensor | None:
 
 
 def _splits(blocks: int, tiles: int, num_tokens: int, multiprocessors: int, extra_bytes: int) -> int:
-    """Into how many parts the vocabulary is cut: few rows shall fill the device too."""
+    """Return into how many parts the vocabulary is cut, so that even few rows fill the device."""
     wanted = max(_SPLITS, ceil_div(_WAVES * multiprocessors, blocks))
     return int(max(1, min(wanted, tiles, extra_bytes // (4 * _STATES * num_tokens))))
 
@@ -169,13 +169,13 @@ def gradients(x: GradientInputs, *normalizers: Tensor, onto: Tensor | None = Non
     """See contract.Kernels."""
     grads = empty_gradients(x.hidden, x.weight, x.of_hidden, x.of_weight and onto is None, x.of_bias)
     g = torch.zeros_like(normalizers[0]) if x.grad_logprobs is None else x.grad_logprobs
-    scored = Scored(x.token_ids, normalizers, x.entropy, g, x.grad_entropy)
+    scored = ScoredTokens(x.token_ids, normalizers, x.entropy, g, x.grad_entropy)
     add_gradients(x.hidden, replace(x.head, bias=_bias(x)), scored, grads, _room(x), onto)
     return grads
 
 
 def plan_of(num_tokens: int, weight: Tensor, tile: Tile, room: int) -> Plan:
-    """In `room` bytes: all tokens at once where that leaves room for a tile of columns, then as many columns as fit."""
+    """Return the plan in `room` bytes: all tokens at once if that leaves room for a tile of columns, then as many columns as fit."""
     vocab, width = weight.shape
     size = weight.dtype.itemsize
     sums = 0 if size == 4 else 4 * width  # of the gradient of hidden, float32 between pieces
@@ -187,8 +187,11 @@ def plan_of(num_tokens: int, weight: Tensor, tile: Tile, room: int) -> Plan:
     return Plan(tokens, vocab if piece >= vocab else piece // tile.columns * tile.columns)
 
 
-def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
-    """Writes the gradients of hidden, weight and bias (empty ones are not wanted); with `onto` adds that of the weight to it instead."""
+def add_gradients(hidden: Tensor, head: Head, scored: ScoredTokens, grads: Gradients, extra_bytes: int, onto: Tensor | None) -> None:
+    """Write the gradients of hidden, weight and bias; an empty tensor means that its gradient is not wanted.
+
+    With `onto`, the weight's gradient is added to `onto` instead.
+    """
     grad_hidden, grad_weight, grad_bias = grads if onto is None else (grads[0], onto, grads[2])
     num_tokens, vocab = len(hidden), len(head.weight)
     if num_tokens == 0:
@@ -220,19 +223,19 @@ def add_gradients(hidden: Tensor, head: Head, scored: Scored, grads: Gradients, 
 
 
 def _padded(columns: int) -> int:
-    """Distance of the rows of so many columns, in elements: they then begin at multiples of 16 bytes."""
+    """Return the distance, in elements, of rows of this many columns at which they begin at multiples of 16 bytes."""
     return ceil_div(columns, 16) * 16
 
 
 class _Chunk:
-    """Rows whose gradient is made together, a piece of the vocabulary at a time."""
+    """Rows whose gradient is computed together, a piece of the vocabulary at a time."""
 
-    def __init__(self, hidden: Tensor, head: Head, scored: Scored, reached: Tensor, dz: Tensor, tile: Tile) -> None:
+    def __init__(self, hidden: Tensor, head: Head, scored: ScoredTokens, reached: Tensor, dz: Tensor, tile: Tile) -> None:
         self.hidden, self.head, self.scored, self.reached, self.dz = hidden, head, scored, reached, dz
         self.tile, self.options = tile, _product_options(tile, hidden.device)
 
     def write_dz(self, columns: slice, bias_sums: Tensor, *, add: bool) -> None:
-        """The gradient of the logits of these columns, and its sums to those of the bias unless they are empty."""
+        """Write the gradient of the logits of these columns, and add its sums to those of the bias unless they are empty."""
         head, hidden, scored = self.head, self.hidden, self.scored
         (num_tokens, width), num_columns = hidden.shape, columns.stop - columns.start
         blocks = ceil_div(num_tokens, self.tile.rows)
@@ -255,7 +258,7 @@ class _Chunk:
             )
 
     def write_weight_gradient(self, columns: slice, grad: Tensor, *, add: bool) -> None:
-        """That of these rows of the weight, onto what is there where `add`."""
+        """Write the gradient of these rows of the weight; with `add`, add it to what is there."""
         (num_tokens, width), num_columns = self.hidden.shape, columns.stop - columns.start
         triton_kernels.weight_gradient[(ceil_div(num_columns, self.tile.rows) * ceil_div(width, self.tile.columns),)](
             *(self.dz, self.hidden, self.reached, grad if add else None, grad, num_tokens, num_columns, width),
@@ -264,7 +267,7 @@ class _Chunk:
         )
 
     def write_hidden_gradient(self, columns: slice, before: Tensor | None, grad: Tensor) -> None:
-        """What these columns add to `before`."""
+        """Write the sum of `before` and what these columns add to the gradient of hidden."""
         (num_tokens, width), num_columns = self.hidden.shape, columns.stop - columns.start
         weight = self.head.weight[columns]
         triton_kernels.hidden_gradient[(ceil_div(num_tokens, self.tile.rows) * ceil_div(width, self.tile.columns),)](

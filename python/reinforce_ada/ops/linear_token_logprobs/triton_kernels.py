@@ -4,8 +4,8 @@ Shapes: hidden [T, D] and weight [V, D] of one dtype, rows any distance apart an
 A row is a token, a column an entry of the vocabulary. `temperatures` (float32), `bias` may be None. Sums are float32 (of the bias
 float64), each in one fixed order. Offsets are int64: 32k tokens x 152k entries is 5.0e9, past int32.
 
-Numbers that have nothing to do with how rows are read (counts of tokens, of splits), and where vectors of a value a token begin, compile
-nothing anew when they change.
+Numbers that do not affect how rows are read (counts of tokens or splits), and the places where vectors with one value per token begin,
+cause no new compilation when they change.
 Constants of every kernel: INTERPRETED in Triton's interpreter; ROWS, COLUMNS and DEPTH of a tile product; GROUP, how many blocks of rows
 run together on one range of columns, so that both are read from the L2 cache; HAS_CAP for a soft cap.
 """
@@ -25,7 +25,7 @@ IGNORED = tl.constexpr(-100)  # ops._checks.IGNORED
 
 @triton.jit
 def operand(x, INTERPRETED: tl.constexpr):
-    """A factor of a product: as it is; float32 in the interpreter, which would multiply the bits of bfloat16 as integers."""
+    """Return a factor of a product as it is; in the interpreter in float32, since that would multiply the bits of bfloat16 as integers."""
     if INTERPRETED:
         x = x.to(tl.float32)
     return x
@@ -33,7 +33,7 @@ def operand(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x in DTYPE, to nearest even; the interpreter by itself would truncate to bfloat16."""
+    """Return x in DTYPE, rounded to nearest even; the interpreter by itself would truncate to bfloat16."""
     if INTERPRETED and DTYPE.is_bf16():
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -43,7 +43,7 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def block_of(program, blocks, columns, GROUP: tl.constexpr):
-    """(block of rows, range of columns) of a program: GROUP blocks of rows go through all ranges, then the next."""
+    """Return (block of rows, range of columns) of a program: GROUP blocks of rows go through all ranges, then the next GROUP."""
     group = program // (GROUP * columns)
     size = tl.minimum(blocks - group * GROUP, GROUP)
     inside = program % (GROUP * columns)
@@ -65,7 +65,7 @@ def logits(
     INTERPRETED: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """hidden[rows] weight[columns]^T + bias[columns] in float32; rows where `read` is false count as 0."""
+    """Return hidden[rows] weight[columns]^T + bias[columns] in float32; rows where `read` is false count as 0."""
     there = columns < vocab
     k = tl.arange(0, DEPTH)
     hidden_at = hidden + rows[:, None].to(tl.int64) * hidden_stride + k[None, :]
@@ -84,13 +84,13 @@ def logits(
 
 @triton.jit
 def column_of(ids, vocab):
-    """The columns of token ids in int32, -1 for an id outside the vocabulary: half the registers of int64."""
+    """Return the columns of token ids in int32, -1 for an id outside the vocabulary: half the registers of int64."""
     return tl.where((ids >= 0) & (ids < vocab), ids, -1).to(tl.int32)
 
 
 @triton.jit
 def exponent_factor(temperatures, temperature, rows, there):
-    """(log2(e) / temperature, temperature) of each row, NaN for a temperature that is not positive and finite."""
+    """Return (log2(e) / temperature, temperature) of each row, NaN for a temperature that is not positive and finite."""
     t = tl.full(rows.shape, 1.0, tl.float32) * temperature
     if temperatures is not None:
         t = tl.load(temperatures + rows, mask=there, other=1.0)
@@ -130,9 +130,9 @@ def partial_scores(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Scores a block of rows against a part of the vocabulary.
+    """Score a block of rows against a part of the vocabulary.
 
-    Writes states [5, splits, T] (float32; [3, splits, T] without MOMENTS), with d = (z - m) log2(e) / temperature over the columns
+    It writes states [5, splits, T] (float32; [3, splits, T] without MOMENTS), with d = (z - m) log2(e) / temperature over the columns
     of the split: m = max z, sum 2^d, z of the row's own token (0 where the split lacks it), sum d 2^d, sum 4^d.
 
     token_ids: int64. The vocabulary is cut in `splits` of `tiles_of_split` tiles of COLUMNS. Programs: blocks of ROWS times splits.
@@ -194,11 +194,11 @@ def combined_scores(
     temperature,
     BLOCK: tl.constexpr,
 ):
-    """Joins the states that `partial_scores` wrote, in the order of the splits.
+    """Join the states that `partial_scores` wrote, in the order of the splits.
 
-    Writes [T] float32 each: logprobs, row_max = max z, log2_sum = log2 sum 2^((z - row_max) log2(e) / temperature), and entropy and
-    sum_p2 unless they are None. 0 where the token is ignored; NaN where it is outside the vocabulary, or its temperature not positive
-    and finite. Programs: blocks of BLOCK rows.
+    It writes [T] float32 each: logprobs, row_max = max z, log2_sum = log2 sum 2^((z - row_max) log2(e) / temperature), and entropy and
+    sum_p2 unless they are None. Results are 0 where the token is ignored, and NaN where it is outside the vocabulary or its
+    temperature is not positive and finite. Programs: blocks of BLOCK rows.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < num_tokens
@@ -288,13 +288,13 @@ def logits_gradient(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes the logits of `num_columns` of the vocabulary from `first_column` on again and writes their gradient.
+    """Compute the logits of `num_columns` of the vocabulary from `first_column` on again, and write their gradient.
 
         dz[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j] / temperature
 
-    with g of grad_logprobs and h of grad_entropy (0 where it is None), into dz [T, num_columns] of the weight's dtype. Rows where
-    `reached` (bool) is false are not read and 0. column_sums [blocks of ROWS, num_columns] float32 gets the sums over each block, unless
-    None. Programs: blocks of ROWS times tiles of COLUMNS.
+    Here g is from grad_logprobs and h from grad_entropy (0 if that is None); dz [T, num_columns] has the weight's dtype. Rows where
+    `reached` (bool) is false are not read, and their gradient is 0. column_sums [blocks of ROWS, num_columns] float32 gets the sums over
+    each block, unless it is None. Programs: blocks of ROWS times tiles of COLUMNS.
     """
     block, tile = block_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), tl.cdiv(num_columns, COLUMNS), GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -328,7 +328,7 @@ def logits_gradient(
 
 @triton.jit(do_not_specialize=["num_blocks", "num_columns"], do_not_specialize_on_alignment=["column_sums", "sums"])
 def bias_gradient(column_sums, sums, num_blocks, num_columns, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """sums [num_columns] float64 = (with ADD: sums +) the column_sums [num_blocks, num_columns] of all blocks, in their order.
+    """Write to sums [num_columns] float64 (with ADD: add) the column_sums [num_blocks, num_columns] of all blocks, in their order.
 
     Programs: blocks of BLOCK columns.
     """
@@ -360,7 +360,7 @@ def weight_gradient(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_weight [num_columns, D] = (before +) dz^T hidden, over all T in one float32 sum, rounded once.
+    """Write grad_weight [num_columns, D] = (before +) dz^T hidden, over all T in one float32 sum, rounded once.
 
     `before` is None, or grad_weight itself; both have contiguous rows of D. Hidden states where `reached` is false are not read.
     Programs: blocks of ROWS of num_columns times tiles of COLUMNS of D.
@@ -405,9 +405,10 @@ def hidden_gradient(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_hidden [T, D] = (before +) dz weight, for the num_columns rows of the weight that begin at `weight`.
+    """Write grad_hidden [T, D] = (before +) dz weight, for the num_columns rows of the weight that begin at `weight`.
 
-    `before` is None, or the float32 sums [T, D] of the pieces before, which may be grad_hidden itself. 0 where `reached` is false.
+    `before` is None, or the float32 sums [T, D] of the pieces before, which may be grad_hidden itself. The result is 0 where
+    `reached` is false.
     Programs: blocks of ROWS of T times tiles of COLUMNS of D.
     """
     block, tile = block_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), tl.cdiv(width, COLUMNS), GROUP)

@@ -11,7 +11,7 @@ from reinforce_ada.ops._dispatch import declare_native, operator, resolve
 from reinforce_ada.ops.policy_loss import reference
 from reinforce_ada.ops.policy_loss.checks import advantages_are_per_token, check_layout, check_offsets, check_tensors, checked_settings
 from reinforce_ada.ops.policy_loss.contract import arguments, torch_operator
-from reinforce_ada.ops.policy_loss.own import OWN_LOSS, loss_of, needs_of
+from reinforce_ada.ops.policy_loss.custom import IN_PYTORCH, loss_of, needs_of
 from reinforce_ada.ops.policy_loss.settings import (
     KL_BOUND,
     KL_ESTIMATORS,
@@ -20,13 +20,13 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     METRICS,
     WHERE,
-    OwnLoss,
+    CustomLoss,
     RolloutCorrection,
 )
 
-__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "OwnLoss", "RolloutCorrection", "policy_loss"]
+__all__ = ["KL_ESTIMATORS", "LOSSES", "LOSS_AGGS", "METRICS", "CustomLoss", "RolloutCorrection", "policy_loss"]
 
-declare_native(WHERE, "cuda", "triton", "cpu", lacks=(OWN_LOSS,), make=torch_operator)
+declare_native(WHERE, "cuda", "triton", "cpu", lacks=(IN_PYTORCH,), make=torch_operator)
 
 
 def policy_loss(
@@ -40,7 +40,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     advantages_per: str | None = None,
-    loss: str | OwnLoss = "ppo",
+    loss: str | CustomLoss = "ppo",
     ratio_level: str = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -58,7 +58,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a policy-gradient step over the counted tokens, with what there is to log about it.
+    """Return the loss of a policy-gradient step over the counted tokens, and its metrics.
 
         loss = aggregate(w * L(A, r) + kl_coef * KL(l, l_ref) - entropy_coef * H)       d = l - l_old, r = exp(clamp(d, -20, 20))
 
@@ -70,8 +70,8 @@ def policy_loss(
     | "gspo" | "ppo" with r = exp(min(mean of d over the sequence, 10)) | -A r for the token itself, 0 where clipped |
     | "sapo" | -A sigmoid(tau (r - 1)) 4 / tau, tau = 1 for A > 0, else 1.05 | its derivative |
 
-    `ratio_level="sequence"` puts the mean of d over the sequence in place of d, for every token of it, and the gradient through r goes
-    in equal parts to all of them.
+    `ratio_level="sequence"` replaces d by its mean over the sequence, so that all tokens of a sequence have one ratio and share its
+    gradient equally.
 
     | `loss_agg` | value |
     |---|---|
@@ -81,8 +81,8 @@ def policy_loss(
     | "seq-mean-token-sum-norm" | sum over tokens / (num_seqs * norm_length) |
 
     num_tokens counts mask 1, num_seqs the sequences with any such token, unless the `_global` argument replaces them: micro-batches
-    that share global denominators add up to the loss and gradient of one big batch. Where a data-parallel wrapper averages
-    gradients over D ranks, give the global count divided by D.
+    that share global denominators add up to the loss and gradient of one big batch. If a data-parallel wrapper averages
+    gradients over D ranks, pass the global count divided by D.
 
     KL of x = l - l_ref: "k1" x, "abs" |x|, "k2" x^2 / 2, "k3" min(exp(-x) - 1 + x, kl_bound); "k1+" and so on have that value and the
     gradient of k2.
@@ -103,7 +103,7 @@ def policy_loss(
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
         advantages_per: "sequence" or "token", what there is one advantage for; None: as their shape says. Packed advantages of as many
             tokens as sequences fit both, and have to say it unless every sequence is seen to have one token.
-        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or one's own, a function or its name, "module:function" or
+        loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or a custom loss, a function or its name, "module:function" or
             "file.py:function". It is called with (logprobs, old_logprobs, advantages, mask) of one shape, packed or padded as they are, in
             the dtype that is computed in, 0 where the mask is False, old_logprobs those of now without gradient where there are none,
             and returns one loss a token in that shape and dtype, through which autograd goes. Only the reference takes it, which is then
@@ -167,5 +167,5 @@ def policy_loss(
 
 
 def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Without gradient, in the dtype that is computed in."""
+    """Return the tensors without gradient, in the dtype of the computation."""
     return [None if x is None else x.detach().to(dtype) for x in tensors]

@@ -1,6 +1,6 @@
-"""What every form of policy_loss is told and gives back, and how torch sees that. It names no device.
+"""Inputs and outputs of every form of policy_loss, and the registration of native forms with torch. Device-independent.
 
-A setting is a field of `Settings`; the numbers by which kernels know it are said there, and nowhere else.
+A setting is a field of `Settings`; the numbers by which kernels know it stand there, and nowhere else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reinforce_ada.ops.policy_loss.settings import (
     LOSSES,
     METRICS,
     WHERE,
-    OwnLoss,
+    CustomLoss,
     RolloutCorrection,
 )
 
@@ -53,12 +53,13 @@ _NO_CORRECTION = RolloutCorrection()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The checked choices of one `policy_loss` call; fields as its arguments.
+    """The checked choices of one `policy_loss` call; the fields are named as its arguments.
 
-    The metadata of a field are the numbers that it is to a kernel, by their names and in their order in csrc/ops/policy_loss/policy_loss.h.
+    The metadata of a field are the numbers that a kernel gets for it, with their names and in their order in
+    csrc/ops/policy_loss/policy_loss.h.
     """
 
-    loss: str | OwnLoss = field(default="ppo", metadata={"loss": lambda loss: float(LOSSES.index(loss))})
+    loss: str | CustomLoss = field(default="ppo", metadata={"loss": lambda loss: float(LOSSES.index(loss))})
     ratio_level: str = field(default="token", metadata={"sequence_ratio": lambda level: float(level == "sequence")})
     clip_low: float = field(default=0.2, metadata={"clip_low": float})
     clip_high: float = field(default=0.28, metadata={"clip_high": float})
@@ -93,7 +94,7 @@ class Settings:
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def named(self, metrics: Tensor, *, has_old: bool, has_rollout: bool, has_entropy: bool) -> dict[str, Tensor]:
-        """The metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
+        """Return the metrics that mean something for these settings and inputs, by name; `metrics` is in the order of `METRICS`."""
         clips, corrected = has_old and self.loss in ("ppo", "cispo", "gspo"), self.rollout_correction is not None
         dual, kl = has_old and self.dual_clip is not None, self.kl is not None
         of_ratios, of_weights = (has_old, has_old, has_old, has_old, has_old, clips, clips, dual), (corrected, corrected, corrected)
@@ -106,7 +107,7 @@ NUMBERS = tuple(number for _, number, _ in _TABLE)
 
 
 def numbers(settings: Settings) -> list[float]:
-    """The settings as kernels take them, in the order of `NUMBERS`."""
+    """Return the settings as kernels take them, in the order of `NUMBERS`."""
     return once_for(settings, _numbers)
 
 
@@ -115,7 +116,7 @@ def _numbers(settings: Settings) -> list[float]:
 
 
 def once_for(settings: Settings, make: Callable[[Settings], _T]) -> _T:
-    """What `make` makes of the settings; a record keeps it, since a run uses the same record at every call."""
+    """Return what `make` makes of the settings; a record keeps it, since a run uses the same record at every call."""
     if torch.compiler.is_compiling():
         return make(settings)
     if make not in settings._kept:
@@ -124,7 +125,7 @@ def once_for(settings: Settings, make: Callable[[Settings], _T]) -> _T:
 
 
 def by_name(numbers: Sequence[float]) -> Any:
-    """`numbers` with each as an attribute."""
+    """Return `numbers` with each as an attribute."""
     return SimpleNamespace(**dict(zip(NUMBERS, numbers, strict=True)))
 
 
@@ -148,7 +149,7 @@ class Inputs(NamedTuple):
 
     @property
     def num_sequences(self) -> int:
-        """Packed sequences or rows."""
+        """Return the number of packed sequences or of rows."""
         return self.logprobs.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
@@ -166,7 +167,7 @@ def arguments(
     cu_seqlens: Tensor | None,
     settings: Settings,
 ) -> Inputs:
-    """The inputs of a native form for the checked arguments of the public function."""
+    """Return the inputs of a native form for the checked arguments of the public function."""
     return Inputs(
         dense(logprobs),
         constant(advantages, torch.float32),
@@ -191,7 +192,7 @@ def _readable(x: Tensor) -> torch.dtype:
 
 
 def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) -> Results:
-    """Memory for the results."""
+    """Return memory for the results."""
     return (
         logprobs.new_empty((), dtype=torch.float32),
         logprobs.new_empty(len(METRICS), dtype=torch.float64),
@@ -201,18 +202,18 @@ def empty_results(logprobs: Tensor, entropy: Tensor | None, entropy_grad: bool) 
 
 
 class Kernels(Protocol):
-    """What the module of a backend provides."""
+    """The function that the module of a backend provides."""
 
     def evaluate(self, x: Inputs) -> Results:
-        """Value [] float32, metrics float64 as METRICS lists them, the derivatives in logprobs and, with entropy_grad, in entropy.
+        """Return value [] float32, metrics float64 as METRICS lists them, the derivatives in logprobs and, with entropy_grad, in entropy.
 
-        Where a cu_seqlens does not go from 0 to T without decreasing, the cpu raises InputError and a GPU, which is not waited for, makes
-        everything NaN; nothing outside of the tensors is read.
+        If a cu_seqlens does not go from 0 to T without decreasing, the cpu form raises InputError; a GPU form, which never waits for the
+        device, makes everything NaN. Nothing outside of the tensors is read.
         """
 
 
 def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
-    """The operator of a backend's kernels: `Results` of `Inputs`, differentiable in logprobs and entropy."""
+    """Return the operator of a backend's kernels: `Results` of `Inputs`, differentiable in logprobs and entropy."""
 
     def fake(*given: Any) -> Results:
         x = Inputs(*given)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reinforce_ada.ops.policy_loss import own
+from reinforce_ada.ops.policy_loss import custom
 from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.settings import (
     KL_LOG_RATIO_BOUND,
@@ -38,29 +38,29 @@ class Sequences:
         return cls(mask != 0, seq_of, lengths.shape[0], lengths.max() if lengths.shape[0] else 0)
 
     def clean(self, x: Tensor) -> Tensor:
-        """`x` with 0 where the mask is 0: a NaN there reaches neither value nor gradient."""
+        """Return `x` with 0 where the mask is 0: a NaN there reaches neither value nor gradient."""
         return torch.where(self.mask, x, 0.0)
 
     def sum(self, x: Tensor) -> Tensor:
-        """[N], the sum over each sequence's counted tokens."""
+        """Return the sum over each sequence's counted tokens, [N]."""
         if self.seq_of is None:
             return self.clean(x).sum(-1)
         return x.new_zeros(self.num_seqs).index_add(0, self.seq_of, self.clean(x))
 
     def mean(self, x: Tensor) -> Tensor:
-        """[N], the mean over each sequence's counted tokens; 0 where there is none."""
+        """Return the mean over each sequence's counted tokens, [N]; 0 where there is none."""
         return self.sum(x) / self.sum(torch.ones_like(x)).clamp(min=1)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[N] to one value a token."""
+        """Return one value per token from [N]."""
         return x[:, None].expand(self.mask.shape) if self.seq_of is None else x[self.seq_of]
 
     def token_mean(self, x: Tensor) -> Tensor:
-        """The mean over all counted tokens; 0 where there is none."""
+        """Return the mean over all counted tokens; 0 where there is none."""
         return self.clean(x).sum() / self.mask.sum().clamp(min=1)
 
     def extremum(self, x: Tensor, largest: bool) -> Tensor:
-        """The smallest or largest value of a counted token; 0 where there is none."""
+        """Return the smallest or largest value of a counted token; 0 where there is none."""
         if not x.numel():
             return x.new_zeros(())
         worst = -torch.inf if largest else torch.inf
@@ -69,7 +69,7 @@ class Sequences:
 
 
 class Terms(NamedTuple):
-    """What a loss says of each token, before weights and aggregation."""
+    """The values that a loss gives for each token, before weights and aggregation."""
 
     loss: Tensor
     ratio: Tensor
@@ -89,7 +89,7 @@ def policy_loss(
     cu_seqlens: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, metrics in the order of `METRICS`, 0 for those that do not apply); arguments as in `ops.policy_loss`."""
+    """Return (loss, metrics in the order of `METRICS`, 0 for those that do not apply); the arguments are those of `ops.policy_loss`."""
     seqs = Sequences.of(mask, cu_seqlens)
     logp = seqs.clean(logprobs)
     adv = seqs.clean(advantages if settings.advantages_per_token else seqs.spread(advantages))
@@ -119,7 +119,7 @@ def policy_loss(
 
 
 def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
-    """One number out of one a token, by `settings.loss_agg` and its denominators."""
+    """Return one number from one per token, by `settings.loss_agg` and its denominators."""
     if settings.loss_agg == "token-mean":
         return seqs.clean(x).sum() / (settings.num_tokens_global or seqs.mask.sum().clamp(min=1))
     num_seqs = settings.num_seqs_global or (seqs.sum(torch.ones_like(x)) > 0).sum().clamp(min=1)
@@ -136,8 +136,8 @@ def aggregate(x: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
 
 def _terms(logp: Tensor, old: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
     if isinstance(settings.loss, str):
-        return _LOSSES[settings.loss](logp, logp - old, adv, seqs, settings)
-    return Terms(own.evaluate(settings.loss, logp, old, adv, seqs.mask), _ratio(logp - old, seqs, settings))
+        return BUILT_IN[settings.loss](logp, logp - old, adv, seqs, settings)
+    return Terms(custom.evaluate(settings.loss, logp, old, adv, seqs.mask), _ratio(logp - old, seqs, settings))
 
 
 def _reinforce(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
@@ -149,7 +149,7 @@ def _ppo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settin
 
 
 def _gspo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
-    """The ratio's value is the sequence's (geometric mean), its gradient the token's own."""
+    """Return the terms of gspo: the value of the ratio is the sequence's (a geometric mean), its gradient is the token's own."""
     log_ratio = logp - logp.detach() + seqs.spread(seqs.mean(d)).detach()
     return _clipped(log_ratio.clamp(max=SEQUENCE_LOG_RATIO_BOUND).exp(), adv, settings)
 
@@ -165,20 +165,20 @@ def _clipped(ratio: Tensor, adv: Tensor, settings: Settings) -> Terms:
 
 
 def _cispo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
-    """The clipped ratio weighs the gradient; no token loses it."""
+    """Return the terms of cispo: the clipped ratio weighs the gradient, and no token loses it."""
     low, high = 1 - settings.clip_low, 1 + settings.clip_high
     ratio = _ratio(d, seqs, settings)
     return Terms(-ratio.clamp(low, high).detach() * adv * logp, ratio, ratio < low, ratio > high)
 
 
 def _sapo(logp: Tensor, d: Tensor, adv: Tensor, seqs: Sequences, settings: Settings) -> Terms:
-    """A sigmoid gate around ratio 1 in place of the clip."""
+    """Return the terms of sapo, a sigmoid gate around ratio 1 in place of the clip."""
     ratio = _ratio(d, seqs, settings)
     tau = torch.full_like(adv, SAPO_TAU[1]).masked_fill(adv > 0, SAPO_TAU[0])
     return Terms(-adv * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio)
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms]] = {
+BUILT_IN: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms]] = {
     "reinforce": _reinforce,
     "ppo": _ppo,
     "gspo": _gspo,
@@ -188,7 +188,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Sequences, Settings], Terms
 
 
 def _ratio(d: Tensor, seqs: Sequences, settings: Settings) -> Tensor:
-    """Of each token, or one for all tokens of a sequence; then its gradient goes to all of them."""
+    """Return the ratio of each token, or of its sequence, whose gradient then goes to all tokens of the sequence."""
     if settings.ratio_level == "sequence":
         d = seqs.spread(seqs.mean(d))
     return _bounded(d, settings.log_ratio_bound).exp()
@@ -199,7 +199,7 @@ def _bounded(x: Tensor, bound: float | None) -> Tensor:
 
 
 def rollout_gap(old: Tensor, rollout: Tensor, settings: Settings) -> Tensor:
-    """Old minus rollout; 0 where the engine gave no logprob and the correction allows that. No gradient."""
+    """Return old minus rollout, without gradient; 0 where the engine gave no logprob and the correction allows that."""
     gap = (old - rollout).detach()
     if settings.rollout_correction is not None and settings.rollout_correction.allow_missing:
         return gap.masked_fill(rollout.isnan(), 0.0)
@@ -207,7 +207,7 @@ def rollout_gap(old: Tensor, rollout: Tensor, settings: Settings) -> Tensor:
 
 
 def rollout_weight(gap: Tensor, seqs: Sequences, correction: RolloutCorrection, settings: Settings) -> Tensor:
-    """One weight a token from `gap`, old minus rollout."""
+    """Return one weight per token from `gap`, old minus rollout."""
     total = seqs.spread(seqs.sum(gap)) if correction.level == "sequence" else gap
     weight = _bounded(total, settings.log_ratio_bound).exp()
     low = correction.low or 0.0
@@ -217,7 +217,7 @@ def rollout_weight(gap: Tensor, seqs: Sequences, correction: RolloutCorrection, 
 
 
 def kl_estimate(x: Tensor, kind: str, bound: float | None) -> Tensor:
-    """The KL estimate of one token from `x`, logprobs minus ref_logprobs; with a "+" its gradient is that of k2.
+    """Return the KL estimate of each token from `x`, logprobs minus ref_logprobs; with a "+" its gradient is that of k2.
 
     `bound` is the largest value of k3, None for none.
     """
@@ -237,7 +237,7 @@ def kl_estimate(x: Tensor, kind: str, bound: float | None) -> Tensor:
 
 
 def _drift(terms: Terms, d: Tensor, seqs: Sequences, settings: Settings) -> dict[str, Tensor]:
-    """How far the policy has moved from the one the ratios refer to."""
+    """Return metrics of how far the policy has moved from the one to which ratios refer."""
     x = _bounded(d.detach(), settings.log_ratio_bound)
     ratio = terms.ratio.detach()
     measured = {
@@ -252,13 +252,13 @@ def _drift(terms: Terms, d: Tensor, seqs: Sequences, settings: Settings) -> dict
 
 
 def _rollout_gap(gap: Tensor, seqs: Sequences, settings: Settings) -> dict[str, Tensor]:
-    """The distance between what sampled and what trains: k1 and k3 of KL(rollout || old)."""
+    """Return the distance between the policy that sampled and the one that trains: k1 and k3 of KL(rollout || old)."""
     x = _bounded(gap, settings.log_ratio_bound)
     return {"rollout_kl_k1": seqs.token_mean(-x), "rollout_kl_k3": seqs.token_mean(x.exp() - 1 - x)}
 
 
 def _rollout_weights(weight: Tensor, seqs: Sequences) -> dict[str, Tensor]:
-    """Of the weights as used, after truncation or masking; the effective sample size as a fraction of the tokens."""
+    """Return the metrics of the weights as used, after truncation or masking; the effective sample size is a fraction of the tokens."""
     mean, mean_square = seqs.token_mean(weight), seqs.token_mean(weight * weight)
     return {
         "rollout_weight_mean": mean,

@@ -1,4 +1,4 @@
-"""The words of the policy losses: what can be chosen, and what is measured."""
+"""The names of the policy losses: the choices, and the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reinforce_ada.errors import InputError, unknown_name
 
 WHERE = "policy_loss"
 LOSSES = ("reinforce", "ppo", "cispo", "gspo", "sapo")
-OwnLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
+CustomLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logprobs, old_logprobs, advantages, mask -> one loss a token
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")
@@ -53,7 +53,7 @@ METRICS = (
 
 
 def check_integers(where: str, of: object, names: Sequence[str]) -> None:
-    """Kernels compute with floats: an integer that none of them holds raises InputError."""
+    """Raise InputError for an integer that no float holds, since kernels compute with floats."""
     for name in names:
         value = getattr(of, name)
         if type(value) is int and abs(value) > _LARGEST_INTEGER:
@@ -64,7 +64,7 @@ def check_integers(where: str, of: object, names: Sequence[str]) -> None:
 class RolloutCorrection:
     """Importance weights for tokens that an engine sampled with slightly other probabilities than the trainer computes.
 
-    `rho = exp(old_logprobs - rollout_logprobs)`, of each token or of a sequence's sum, the exponent within `log_ratio_bound`;
+    `rho = exp(old_logprobs - rollout_logprobs)` is taken per token or from a sequence's sum, with the exponent within `log_ratio_bound`;
     `truncate` gives `clamp(rho, low, high)`, `mask` gives rho inside `[low, high]` and 0 outside. The weight multiplies the token's
     loss, not its KL or entropy, and carries no gradient; the denominators of the aggregation keep counting a token of weight 0.
 

@@ -1,4 +1,4 @@
-"""policy_loss in Triton: stages that follow each other on the stream, sums in float64 in an order that depends on shapes only."""
+"""policy_loss in Triton: stages that follow each other on the stream, with float64 sums in an order that depends only on shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import launch
+from reinforce_ada.ops._triton import launch_options
 from reinforce_ada.ops.policy_loss import settings
 from reinforce_ada.ops.policy_loss.contract import Inputs, Results, by_name, empty_results
 from reinforce_ada.ops.policy_loss.triton_kernels import (
@@ -34,7 +34,7 @@ LANES = 1024  # sequences, or numbers of parts, that one program looks at at onc
 
 
 def workspace_size(num_tokens: int, num_sequences: int) -> int:
-    """Float64 numbers of sequences, totals and parts."""
+    """Return how many float64 numbers sequences, totals and parts take."""
     return int(4 * num_sequences + 1 + PARTS.value * triton.cdiv(num_tokens, BLOCK))
 
 
@@ -59,7 +59,7 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
     layout = Layout(workspace if cu_seqlens is None else cu_seqlens, num_tokens, num_sequences, logprobs.shape[-1])
     tokens, numbers, choices = _tokens(inputs), _numbers(s), _choices(inputs, s)
     short = num_tokens <= SHORT_LENGTH * num_sequences
-    one_sequence = {"BLOCK": SHORT_BLOCK if short else BLOCK, **launch(SHORT_THREADS if short else THREADS)}
+    one_sequence = {"BLOCK": SHORT_BLOCK if short else BLOCK, **launch_options(SHORT_THREADS if short else THREADS)}
     of_tokens = (tokens, layout, totals, sequences, numbers)
     with guard(logprobs):
         if num_sequences:
@@ -72,7 +72,7 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
             AGG=int(s.loss_agg),
             PACKED=cu_seqlens is not None,
             LANES=LANES,
-            **launch(LANES),
+            **launch_options(LANES),
         )
         if num_tokens and s.sequence_ratio:
             through_kernel[(num_sequences,)](*of_tokens, CHOICES=choices, **one_sequence)
@@ -82,19 +82,19 @@ def _launch(inputs: Inputs, value: Tensor, metrics: Tensor, grad: Tensor, grad_e
                 CHOICES=choices,
                 ENTROPY_GRAD=inputs.entropy_grad,
                 BLOCK=BLOCK,
-                **launch(THREADS),
+                **launch_options(THREADS),
             )
-        finish_kernel[(1,)](parts, num_parts, num_tokens, totals, value, metrics, LANES=LANES // 32, **launch(THREADS))
+        finish_kernel[(1,)](parts, num_parts, num_tokens, totals, value, metrics, LANES=LANES // 32, **launch_options(THREADS))
 
 
 def _tokens(inputs: Inputs) -> Tokens:
-    """The tensors; in the place of one that is not there, logprobs."""
+    """Return the tensors, with logprobs in the place of one that is not given."""
     given = (inputs.old_logprobs, inputs.rollout_logprobs, inputs.ref_logprobs, inputs.entropy)
     return Tokens(inputs.logprobs, inputs.advantages, inputs.mask, *(inputs.logprobs if x is None else x for x in given))
 
 
 def _numbers(s: Any) -> Numbers:
-    """The numbers of a call as the kernels compute with them."""
+    """Return the numbers of a call as the kernels compute with them."""
     return Numbers(
         ratio_low=1 - s.clip_low,
         ratio_high=1 + s.clip_high,
@@ -109,7 +109,7 @@ def _numbers(s: Any) -> Numbers:
 
 
 def _choices(inputs: Inputs, s: Any) -> Choices:
-    """What the kernels are compiled for."""
+    """Return the choices for which the kernels are compiled."""
     has_old, has_rollout = inputs.old_logprobs is not None, inputs.rollout_logprobs is not None
     return Choices(
         SUMMING=Summing(

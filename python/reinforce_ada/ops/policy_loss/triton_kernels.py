@@ -45,7 +45,7 @@ class Ratio(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the metrics sum over the tokens, in the order of the parts."""
+    """The values that the metrics sum over the tokens, in the order of the parts."""
 
     d: Any
     k3: Any
@@ -66,14 +66,17 @@ class Measured(NamedTuple):
 
 @triton.jit
 def _clamp(x, low, high):
-    """Between the bounds; NaN stays NaN."""
+    """Return x between the bounds; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def _exponential(x):
-    """(e^x, e^x - 1 - x) for |x| <= EXPONENT_BOUND. The latter, the k3 estimate, comes from the polynomial where |x| < .35: the difference
-    of numbers near 1 would leave 10 % of it at x = 1e-3."""
+    """Return (e^x, e^x - 1 - x) for |x| <= EXPONENT_BOUND.
+
+    The latter, the k3 estimate, comes from the polynomial where |x| < .35: the difference of numbers near 1 would leave 10 % of it at
+    x = 1e-3.
+    """
     n = tl.floor(x * LOG2_E + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts, the first with 9 bits: n times it is exact
     s = r * r
@@ -87,7 +90,7 @@ def _exponential(x):
 
 @triton.jit
 def _weight(rho, weighing, CORRECTION: tl.constexpr):
-    """What a rollout weight becomes by the correction."""
+    """Return what the correction makes of a rollout weight."""
     if CORRECTION == TOKEN_TRUNCATE or CORRECTION == SEQUENCE_TRUNCATE:  # noqa: SIM109  a compile-time choice
         return _clamp(rho, weighing.weight_low, weighing.weight_high) * weighing.weight_scale
     return tl.where((rho < weighing.weight_low) | (weighing.weight_high < rho), 0.0, rho) * weighing.weight_scale
@@ -95,14 +98,14 @@ def _weight(rho, weighing, CORRECTION: tl.constexpr):
 
 @triton.jit
 def _gap(old, rollout, ALLOW_MISSING: tl.constexpr):
-    """Old minus rollout logprob, 0 where there is no rollout logprob and that is allowed."""
+    """Return old minus rollout logprob, 0 where there is no rollout logprob and that is allowed."""
     gap = old - rollout
     return tl.where(rollout != rollout, 0.0, gap) if ALLOW_MISSING else gap
 
 
 @triton.jit
 def _kl(y, numbers, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
-    """(the estimate from y = l_ref - l, its derivative in y)."""
+    """Return (the estimate from y = l_ref - l, its derivative in y)."""
     if KL == KL_K3:
         bounded = _clamp(y, -numbers.kl_x_bound, numbers.kl_x_bound)
         _, excess = _exponential(bounded)
@@ -122,7 +125,7 @@ def _kl(y, numbers, KL: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr):
 
 @triton.jit
 def _load(pointer, at, inside, keep):
-    """Values of the tokens that count, in float32, 0 for the others. Those are read too: a mask out of memory has no wide loads."""
+    """Return the values of the tokens that count, in float32, and 0 for the others, which are read too, as masked loads are not wide."""
     return tl.where(keep, tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
@@ -131,7 +134,7 @@ def _load(pointer, at, inside, keep):
 
 @triton.jit
 def _bounds(layout, i, PACKED: tl.constexpr):
-    """(begin, end, whether they are right) of sequence i, never outside of the tokens."""
+    """Return (begin, end, whether they are right) of sequence i, never outside of the tokens."""
     if PACKED:
         begin = tl.load(layout.cu_seqlens + i)
         end = tl.load(layout.cu_seqlens + i + 1)
@@ -144,7 +147,7 @@ def _bounds(layout, i, PACKED: tl.constexpr):
 
 @triton.jit
 def sequences_kernel(compared, layout, ratio_bound, weighing, sequences, SUMMING: tl.constexpr, BLOCK: tl.constexpr):
-    """One sequence: what its tokens share. It has no counted tokens, but NaN, where its offsets are wrong."""
+    """Write what the tokens of one sequence share. If its offsets are wrong, the number of counted tokens is NaN."""
     i = tl.program_id(0).to(tl.int64)
     begin, end, right = _bounds(layout, i, SUMMING.PACKED)
     lanes = tl.arange(0, BLOCK)
@@ -174,14 +177,16 @@ def sequences_kernel(compared, layout, ratio_bound, weighing, sequences, SUMMING
 
 @triton.jit
 def _given_or(given, counted):
-    """The denominator that was given, else what was counted, in float64."""
+    """Return the denominator that was given, or else what was counted, in float64."""
     return tl.where(given > 0.0, given + tl.zeros([], tl.float64), tl.maximum(counted, 1.0))
 
 
 @triton.jit
 def totals_kernel(sequences, layout, denominators, totals, AGG: tl.constexpr, PACKED: tl.constexpr, LANES: tl.constexpr):
-    """The share of a token in the loss (under seq-mean-token-mean divided by the tokens of its sequence); denominators given as 0 are
-    counted here."""
+    """Write the share of a token in the loss (under seq-mean-token-mean to be divided by the tokens of its sequence).
+
+    Denominators given as 0 are counted here.
+    """
     lanes = tl.arange(0, LANES)
     counted = tl.zeros([LANES], tl.float64)
     some = tl.zeros([LANES], tl.float64)
@@ -213,7 +218,7 @@ def totals_kernel(sequences, layout, denominators, totals, AGG: tl.constexpr, PA
 
 @triton.jit
 def _ratio(logp, old, mean, ratio_bound, C: tl.constexpr):
-    """The `Ratio` of each token; `mean` is the mean log-ratio of its sequence."""
+    """Return the `Ratio` of each token; `mean` is the mean log-ratio of its sequence."""
     zero = tl.zeros(logp.shape, tl.float32)
     if not C.SUMMING.HAS_OLD:
         return Ratio(zero + 1.0, zero + 1.0, zero, zero)
@@ -232,7 +237,7 @@ def _ratio(logp, old, mean, ratio_bound, C: tl.constexpr):
 
 @triton.jit
 def _clipped(ratio, adv, numbers, C: tl.constexpr):
-    """(loss, its derivative, clipped low, high, dual) of ppo and gspo."""
+    """Return (loss, its derivative, clipped low, high, dual) of ppo and gspo."""
     is_low = (adv < 0.0) & (ratio.value < numbers.ratio_low)
     is_high = (adv > 0.0) & (numbers.ratio_high < ratio.value)
     loss = -adv * tl.where(is_low, numbers.ratio_low, tl.where(is_high, numbers.ratio_high, ratio.value))
@@ -248,7 +253,7 @@ def _clipped(ratio, adv, numbers, C: tl.constexpr):
 
 @triton.jit
 def _policy_term(logp, ratio, adv, numbers, C: tl.constexpr):
-    """(loss, its derivative, clipped low, high, dual) of each token by its loss alone."""
+    """Return (loss, its derivative, clipped low, high, dual) of each token by its loss alone."""
     zero = tl.zeros(logp.shape, tl.float32)
     if C.LOSS == REINFORCE:
         return -adv * logp, -adv, zero, zero, zero
@@ -267,7 +272,7 @@ def _policy_term(logp, ratio, adv, numbers, C: tl.constexpr):
 
 @triton.jit
 def _rollout_weight(old, rollout, seq_weight, numbers, C: tl.constexpr):
-    """(gap, its k3, weight) of each token; the weight is 0 where nothing is corrected."""
+    """Return (gap, its k3, weight) of each token; the weight is 0 where nothing is corrected."""
     gap = _clamp(_gap(old, rollout, C.SUMMING.ALLOW_MISSING), -numbers.ratio_bound, numbers.ratio_bound)
     rho, gap_k3 = _exponential(gap)
     weight = tl.zeros(old.shape, tl.float32)
@@ -280,7 +285,7 @@ def _rollout_weight(old, rollout, seq_weight, numbers, C: tl.constexpr):
 
 @triton.jit
 def _with_kl(loss, direct, through, y, ratio, numbers, C: tl.constexpr):
-    """(loss, direct, through) with the KL term of y = l_ref - l added, and the estimate."""
+    """Return (loss, direct, through) with the KL term of y = l_ref - l added, and the estimate."""
     kl, slope = _kl(y, numbers, C.KL, C.STRAIGHT_THROUGH)
     if C.KL_WEIGHTED:
         if C.SPREAD:
@@ -297,8 +302,10 @@ def _with_kl(loss, direct, through, y, ratio, numbers, C: tl.constexpr):
 
 @triton.jit
 def _tokens(at, inside, keep, adv, mean, seq_weight, tokens, numbers, C: tl.constexpr):
-    """Of each token: its loss before aggregation, the derivatives directly in its logprob and through its sequence's log-ratio, and what
-    is `Measured`. `mean` and `seq_weight` are its sequence's."""
+    """Return each token's loss before aggregation, its derivatives in its logprob and through its sequence's log-ratio, and `Measured`.
+
+    `mean` and `seq_weight` are those of its sequence.
+    """
     logp = _load(tokens.logprobs, at, inside, keep)
     zero = tl.zeros(logp.shape, tl.float32)
     old = _load(tokens.old_logprobs, at, inside, keep) if C.SUMMING.HAS_OLD else logp
@@ -331,7 +338,7 @@ def _tokens(at, inside, keep, adv, mean, seq_weight, tokens, numbers, C: tl.cons
 
 @triton.jit
 def through_kernel(tokens, layout, totals, sequences, numbers, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """One sequence: column 3 of `sequences`."""
+    """Write column 3 of `sequences` for one sequence."""
     i = tl.program_id(0).to(tl.int64)
     begin, end, right = _bounds(layout, i, CHOICES.SUMMING.PACKED)  # noqa: RUF059
     count = tl.load(sequences + 4 * i)
@@ -354,7 +361,7 @@ def through_kernel(tokens, layout, totals, sequences, numbers, CHOICES: tl.const
 
 @triton.jit
 def _sequence_of(at, inside, layout, search_steps, PACKED: tl.constexpr):
-    """The sequence of each token: the last that begins at or before it."""
+    """Return the sequence of each token, the last that begins at or before it."""
     if PACKED:
         low = tl.zeros(at.shape, tl.int64)
         high = low + layout.num_sequences
@@ -382,7 +389,7 @@ def tokens_kernel(
     ENTROPY_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK tokens: their gradients, and what they add to each of the parts. search_steps: 2^search_steps >= num_sequences."""
+    """Write the gradients of BLOCK tokens, and what they add to each of the parts. search_steps: 2^search_steps >= num_sequences."""
     part = tl.program_id(0)
     at = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < layout.num_tokens
@@ -414,7 +421,7 @@ def tokens_kernel(
 
 @triton.jit
 def _store_parts(column, loss, measured, keep):
-    """The numbers of the parts, over the tokens that count."""
+    """Write the numbers of the parts, over the tokens that count."""
     rows = tl.num_programs(0)
     _add_up(column, loss, keep)
     _add_up(column + rows, keep.to(tl.float64), keep)
@@ -436,13 +443,13 @@ def _add_up(part, x, keep):
 
 @triton.jit
 def _pick(values, rows, row):
-    """One element of a vector."""
+    """Return one element of a vector."""
     return tl.sum(tl.where(rows == row, values, 0.0), axis=0)
 
 
 @triton.jit
 def finish_kernel(parts, num_parts, num_tokens, totals, value, metrics, LANES: tl.constexpr):
-    """The value, and the metrics as METRICS lists them."""
+    """Write the value, and the metrics as METRICS lists them."""
     rows = tl.arange(0, 32)
     lanes = tl.arange(0, LANES)
     adds = rows < SUMS

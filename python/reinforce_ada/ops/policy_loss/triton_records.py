@@ -1,7 +1,7 @@
-"""What the Triton kernels of policy_loss take: tensors and numbers together where they belong together, and what is compiled.
+"""The arguments of the Triton kernels of policy_loss: records of tensors and numbers that belong together, and of constants.
 
-Triton passes the fields of a record one after the other, those of a record within it in its place; of the constants of a kernel, which are
-in capitals, it compiles a kernel for each.
+Triton passes the fields of a record one after the other, and those of a record within it in its place. Constants are in capitals; Triton
+compiles a kernel for each of their values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Compared(NamedTuple):
-    """The tensors that the sums of a sequence are made of, a value for each token; one that is not there is logprobs."""
+    """The tensors from which the sums of a sequence are computed, with one value per token; a tensor that is not given is logprobs."""
 
     logprobs: Any
     mask: Any
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """What bounds and scales a rollout weight."""
+    """The numbers that bound and scale a rollout weight."""
 
     weight_low: float
     weight_high: float
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
 
 
 class Denominators(NamedTuple):
-    """What the loss is divided by; 0 where it is counted."""
+    """The denominators of the loss; 0 for one that is counted."""
 
     tokens: float
     seqs: float
@@ -70,7 +70,7 @@ class Denominators(NamedTuple):
 
 
 class Summing(NamedTuple):
-    """What sequences_kernel is compiled for."""
+    """The choices for which sequences_kernel is compiled."""
 
     OF_SEQUENCES: bool
     CORRECTION: int
@@ -80,7 +80,7 @@ class Summing(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What through_kernel and tokens_kernel are compiled for."""
+    """The choices for which through_kernel and tokens_kernel are compiled."""
 
     SUMMING: Summing
     LOSS: int

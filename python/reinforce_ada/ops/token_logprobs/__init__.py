@@ -65,7 +65,7 @@ def token_logprobs(
     grad_out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | TokenLogprobs:
-    """The log-probability of one token in each row of logits, in one sweep and without a softmax in memory.
+    """Return the log-probability of one token in each row of logits, in one sweep and without a softmax in memory.
 
         z = logit_scale logits, then, with a soft cap, z = soft_cap tanh(z / soft_cap); then z / temperature; p = softmax(z)
         logprobs[t] = z[t, token_ids[t]] - logsumexp(z[t])
@@ -77,7 +77,8 @@ def token_logprobs(
     A row whose incoming gradients are 0 gets the gradient 0, whatever it holds.
 
     An id or temperature out of its range raises where the host sees it. The cuda and triton forms never wait for the device: there an id
-    outside [0, V) makes its logprob and its row of the gradient NaN, a wrong temperature everything of its row.
+    outside [0, V) makes its logprob and its row of the gradient NaN, and a wrong temperature makes
+    everything of its row NaN.
 
     Args:
         logits: [T, V], float32, bfloat16 or float16 (float64: reference form). Rows may lie any distance apart (a slice of a
@@ -91,8 +92,8 @@ def token_logprobs(
             so allocate one. The logits must not be a leaf, and nothing else may need them in the backward pass: a second
             backward, or another operation that saved them, raises.
         grad_out: [T, V] of the logits' dtype, for logits that need a gradient: its memory becomes the gradient (of a leaf too, where its
-            strides are the leaf's), so that none is allocated. Whoever writes to it before the backward makes that raise, a second
-            backward included. Not together with `inplace_backward`.
+            strides are the leaf's), so that none is allocated. If anything writes to it before the backward, a second backward included,
+            the backward raises. Not together with `inplace_backward`.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:

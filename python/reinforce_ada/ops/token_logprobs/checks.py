@@ -14,7 +14,7 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 
 
 def check_matrix(where: str, name: str, tensor: Tensor) -> None:
-    """A floating [rows, columns] tensor whose rows are contiguous; the rows may lie any distance apart."""
+    """Check for a floating [rows, columns] tensor whose rows are contiguous; the rows may lie any distance apart."""
     if tensor.ndim != 2 or tensor.dtype not in FLOATING:
         raise InputError(where, f"{name} is {describe(tensor)}", "[rows, columns] of a floating dtype", "flatten with x.flatten(0, -2)")
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
@@ -22,13 +22,13 @@ def check_matrix(where: str, name: str, tensor: Tensor) -> None:
 
 
 def check_tokens(where: str, token_ids: Tensor, num_tokens: int, device: torch.device) -> None:
-    """Token ids [T], int64 or int32, one for each row."""
+    """Check for token ids [T], int64 or int32, one for each row."""
     if token_ids.dtype not in (torch.int64, torch.int32) or tuple(token_ids.shape) != (num_tokens,) or token_ids.device != device:
         raise InputError(where, f"token_ids is {describe(token_ids)}", f"[{num_tokens}] int64 or int32 on {device}")
 
 
 def check_temperature(where: str, temperature: float | Tensor, num_tokens: int, device: torch.device) -> None:
-    """A positive finite number, or [T] of a floating dtype without gradient; values of a tensor are checked by `check_values`."""
+    """Check for a positive finite number, or [T] of a floating dtype without gradient, whose values `check_values` checks."""
     if isinstance(temperature, Tensor):
         if temperature.dtype not in FLOATING or tuple(temperature.shape) != (num_tokens,) or temperature.device != device:
             given = f"temperature is {describe(temperature)}"
@@ -40,21 +40,21 @@ def check_temperature(where: str, temperature: float | Tensor, num_tokens: int, 
 
 
 def check_head(where: str, logit_scale: float, soft_cap: float | None) -> None:
-    """A finite scale, and a positive finite soft cap or None."""
+    """Check for a finite scale, and a positive finite soft cap or None."""
     if not -_LARGEST <= logit_scale <= _LARGEST or (soft_cap is not None and not _SMALLEST <= soft_cap <= _LARGEST):
         given = f"logit_scale={logit_scale}, soft_cap={soft_cap}"
         raise InputError(where, given, "a finite scale, and None or a positive finite soft cap")
 
 
 def check_bias(where: str, bias: Tensor | None, weight: Tensor) -> None:
-    """[V], of the dtype and device of the weight [V, D], or None."""
+    """Check for a bias [V] of the dtype and device of the weight [V, D], or None."""
     vocab = weight.shape[0]
     if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype != weight.dtype or bias.device != weight.device):
         raise InputError(where, f"bias is {describe(bias)}", f"[{vocab}], dtype and device of the weight")
 
 
 def check_values(where: str, token_ids: Tensor, vocab: int, temperature: float | Tensor) -> None:
-    """Every id is in [0, vocab) or -100, every temperature positive and finite. On a GPU this waits for the device."""
+    """Check that every id is in [0, vocab) or -100, and every temperature positive and finite. On a GPU this waits for the device."""
     wrong = (token_ids != IGNORED) & ((token_ids < 0) | (token_ids >= vocab))
     if bool(wrong.any()):
         raise wrong_token(where, token_ids, int(wrong.nonzero()[0, 0]), vocab)
@@ -63,7 +63,7 @@ def check_values(where: str, token_ids: Tensor, vocab: int, temperature: float |
 
 
 def check_temperature_values(where: str, temperature: Tensor) -> None:
-    """Every temperature is positive and finite."""
+    """Check that every temperature is positive and finite."""
     wrong = ~((temperature > 0) & (temperature < math.inf))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
@@ -71,5 +71,5 @@ def check_temperature_values(where: str, temperature: Tensor) -> None:
 
 
 def wrong_token(where: str, token_ids: Tensor, row: int, vocab: int) -> InputError:
-    """The error for an id outside the vocabulary."""
+    """Return the error for an id outside the vocabulary."""
     return InputError(where, f"token_ids[{row}] = {int(token_ids[row])}", f"ids in [0, {vocab}), or {IGNORED} to ignore a row")

@@ -1,4 +1,4 @@
-"""What a native form of token_logprobs is told and gives back, and how torch sees that. It names no device."""
+"""Inputs and outputs of a native form of token_logprobs, and its registration with torch. Device-independent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHERE = "token_logprobs"
 
 
 class TokenLogprobs(NamedTuple):
-    """What a sweep over the vocabulary gives for each token; None where it was not asked for."""
+    """The results of a sweep over the vocabulary for each token; None for those that were not requested."""
 
     logprobs: Tensor  # [T], nats
     entropy: Tensor | None  # [T], nats
@@ -22,7 +22,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The same as a native form gives it: float32, empty where it was not asked for."""
+    """The same results from a native form: float32, and empty for those that were not requested."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 class GradientInputs(NamedTuple):
-    """What the gradient of the logits is computed from, beside the normalizers."""
+    """The inputs of the gradient of the logits, besides the normalizers."""
 
     logits: Tensor
     token_ids: Tensor
@@ -59,29 +59,29 @@ class GradientInputs(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What the module of a backend provides. A GPU's allocates nothing in the latter two and never waits for the device.
+    """The functions that the module of a backend provides. A GPU form allocates nothing in the latter two and never waits for the device.
 
-    `NORMALIZERS` names what the forward leaves for the gradient beside the entropy, so that the probabilities keep their accuracy with
+    `NORMALIZERS` names what the forward saves for the gradient besides the entropy, so that the probabilities keep their accuracy with
     logits of any size. A row whose token is -100 is not read.
     """
 
     NORMALIZERS: tuple[str, ...]
 
     def empty_normalizers(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Memory for the normalizers of so many rows."""
+        """Return memory for the normalizers of these rows."""
 
     def forward(self, x: Inputs, out: Scores, *normalizers: Tensor) -> None:
-        """Writes the scores and the normalizers."""
+        """Write the scores and the normalizers."""
 
     def gradient(self, grad: Tensor, x: GradientInputs, *normalizers: Tensor) -> None:
-        """Writes `grad` [T, V], which may be the logits themselves.
+        """Write `grad` [T, V], which may be the logits themselves.
 
         grad[j] = (g ([j == y] - p[j]) - h p[j] (log p[j] + entropy)) dz[j]/dx[j] / t, 0 in a row with g = h = 0, which is not read.
         """
 
 
 def scoring(temperature: float | Tensor, logit_scale: float, soft_cap: float | None) -> tuple[Tensor | None, float, float, float]:
-    """(temperatures, temperature, logit_scale, soft_cap) as records have them."""
+    """Return (temperatures, temperature, logit_scale, soft_cap) as records have them."""
     if isinstance(temperature, Tensor):
         return dense(temperature, torch.float32), 1.0, float(logit_scale), float(soft_cap or 0)
     return None, float(temperature), float(logit_scale), float(soft_cap or 0)
@@ -98,26 +98,26 @@ def arguments(
     inplace_backward: bool,
     grad_out: Tensor | None,
 ) -> Inputs:
-    """The inputs of a native form for the checked arguments of the public function."""
+    """Return the inputs of a native form for the checked arguments of the public function."""
     ids, head = constant(token_ids, torch.int64), scoring(temperature, logit_scale, soft_cap)
     return Inputs(resolved(logits), ids, *head, entropy, sum_p2, inplace_backward, grad_out)
 
 
 def empty_scores(rows: Tensor, entropy: bool, sum_p2: bool) -> Scores:
-    """Memory for the scores of so many rows."""
+    """Return memory for the scores of these rows."""
     num_tokens, dtype = rows.shape[0], torch.float32
     logprobs, h = rows.new_empty(num_tokens, dtype=dtype), rows.new_empty(num_tokens if entropy else 0, dtype=dtype)
     return Scores(logprobs, h, rows.new_empty(num_tokens if sum_p2 else 0, dtype=dtype))
 
 
 def incoming_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Those of logprobs and entropy. An entropy that was not asked for is empty, and so would be its gradient."""
+    """Return the gradients of logprobs and entropy. An entropy that was not requested is empty, and so would its gradient be."""
     g, h = grads[0], grads[1] if ctx.with_entropy else None
     return None if g is None else dense(g), None if h is None else dense(h)
 
 
 def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
-    """The operator of a backend's kernels: (*Scores, *normalizers) of `Inputs`, differentiable in the logits."""
+    """Return the operator of a backend's kernels: (*Scores, *normalizers) of `Inputs`, differentiable in the logits."""
     normalizers = ", ".join(f"Tensor {name}" for name in kernels.NORMALIZERS)
     count = len(GradientInputs._fields)
 

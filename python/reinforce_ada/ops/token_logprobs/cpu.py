@@ -14,7 +14,7 @@ NORMALIZERS = ("normalizers",)  # csrc/ops/token_logprobs/token_logprobs.h
 
 
 def empty_normalizers(rows: Tensor) -> tuple[Tensor]:
-    """Memory for the normalizers, [T, 2] float64."""
+    """Return memory for the normalizers, [T, 2] float64."""
     return (rows.new_empty((rows.shape[0], 2), dtype=torch.float64),)
 
 
@@ -29,7 +29,7 @@ def forward(x: Inputs, out: Scores, normalizers: Tensor) -> None:
 
 
 def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor | None) -> None:
-    """Ids and temperatures; not in the public function, because under torch.compile their values are known only when the operator runs."""
+    """Check ids and temperatures. The public function does not, as under torch.compile values are known only when the operator runs."""
     row = cpu.first_invalid_token(address(token_ids), token_ids.shape[0], vocab)
     if row >= 0:
         raise wrong_token(where, token_ids, row, vocab)
@@ -38,7 +38,7 @@ def check_values(where: str, token_ids: Tensor, vocab: int, temperatures: Tensor
 
 
 def gradient(grad: Tensor, x: GradientInputs, normalizers: Tensor, *, first_id: int = 0, bias_sums: Tensor | None = None) -> None:
-    """See contract.Kernels; of logits that begin at the vocabulary's `first_id`, with their columns added to `bias_sums` (float64)."""
+    """See contract.Kernels. The logits begin at the vocabulary's `first_id`, and the columns are added to `bias_sums` (float64)."""
     cpu.token_logprobs_gradient_piece(
         *matrix(x.logits),
         first_id, address(x.token_ids), address(x.temperatures), x.temperature, x.logit_scale, x.soft_cap,

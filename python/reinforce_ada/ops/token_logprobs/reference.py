@@ -1,4 +1,4 @@
-"""token_logprobs in plain PyTorch: the contract's meaning, in float64 where the logits are."""
+"""token_logprobs in plain PyTorch: this form defines the contract. It computes in float64 if the logits are float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_logprobs(
     entropy: bool,
     sum_p2: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 logits); see the public function."""
+    """Return (logprobs, entropy or None, sum_p2 or None), each [T] float32 (float64 for float64 logits); see the public function."""
     ignored = token_ids == IGNORED
     # Before anything else, so that a NaN in an ignored row reaches neither the results nor, as 0 * NaN, the gradient.
     z = head(logits.masked_fill(ignored[:, None], 0), logit_scale, soft_cap)
@@ -33,14 +33,14 @@ def token_logprobs(
 
 
 def head(x: Tensor, logit_scale: float, soft_cap: float | None) -> Tensor:
-    """Logits from the matmul's result x: z = logit_scale x, then soft_cap tanh(z / soft_cap); float32 (float64 stays)."""
+    """Return logits from the matmul's result x: z = logit_scale x, then soft_cap tanh(z / soft_cap); float32 (float64 stays)."""
     z = x if x.dtype == torch.float64 else x.float()
     z = z if logit_scale == 1.0 else z * logit_scale
     return z if soft_cap is None else soft_cap * torch.tanh(z / soft_cap)
 
 
 def with_gradient_in(out: Tensor, logits: Tensor) -> Tensor:
-    """The logits, whose gradient will be copied into `out` and be that memory."""
+    """Return the logits, whose gradient will be copied into `out` and use that memory."""
     if not torch.compiler.is_compiling():
         refuse_transforms("token_logprobs with grad_out", (logits,))
     x: Tensor = _GradientIn.apply(logits, out)  # type: ignore[no-untyped-call]
@@ -61,5 +61,5 @@ class _GradientIn(torch.autograd.Function):
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    """-sum p log p, where a token of probability 0 (a logit of -inf) adds nothing, not 0 * -inf."""
+    """Return -sum p log p, where a token of probability 0 (a logit of -inf) adds nothing, not 0 * -inf."""
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)

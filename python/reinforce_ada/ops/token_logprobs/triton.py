@@ -1,4 +1,4 @@
-"""token_logprobs in Triton: a program a row sweeps it once; the gradient is one program a block of a row.
+"""token_logprobs in Triton: one program per row sweeps it once; the gradient has one program per block of a row.
 
 Entry points: `forward_kernel` with grid (T,) and `gradient_kernel` with grid (T, ceil(V / BLOCK)), THREADS threads each.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reinforce_ada.ops import _checks
 from reinforce_ada.ops._gpu import guard
-from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch, vanishing
+from reinforce_ada.ops._triton import LN2, LOG2_E, head, head_and_slope, launch_options, vanishing
 from reinforce_ada.ops.token_logprobs.contract import GradientInputs, Inputs, Scores
 from reinforce_ada.ops.token_logprobs.gpu import NORMALIZERS, empty_normalizers
 
@@ -26,12 +26,12 @@ IGNORED = tl.constexpr(_checks.IGNORED)
 
 
 def width(dtype: torch.dtype) -> int:
-    """Logits that the threads of a program load in one instruction, 16 bytes each."""
+    """Return how many logits the threads of a program load in one instruction, 16 bytes each."""
     return THREADS * (16 // dtype.itemsize)
 
 
 def rest(number: float) -> float:
-    """What float32, in which Triton passes numbers, leaves of it."""
+    """Return what is left of a number after rounding to float32, in which Triton passes numbers."""
     return number - ctypes.c_float(number).value
 
 
@@ -52,7 +52,7 @@ def forward(x: Inputs, out: Scores, row_max: Tensor, log2_sum: Tensor) -> None:
             WITH_SUM_P2=x.sum_p2,
             BLOCK=BLOCK,
             WIDTH=width(logits.dtype),
-            **launch(THREADS),
+            **launch_options(THREADS),
         )
 
 
@@ -72,7 +72,7 @@ def gradient(grad: Tensor, x: GradientInputs, row_max: Tensor, log2_sum: Tensor)
             HAS_GRAD_LOGPROBS=x.grad_logprobs is not None,
             HAS_GRAD_ENTROPY=x.grad_entropy is not None,
             BLOCK=BLOCK,
-            **launch(THREADS),
+            **launch_options(THREADS),
         )
 
 
@@ -100,8 +100,11 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row: logits [T, V] rows `row_stride` apart, token_ids int64 [T], temperatures float32 [T] (read if HAS_TEMPERATURES); the
-    results float32 [T] (entropy and sum_p2 written if asked for). `_rest` is what float32 leaves of the number before it."""
+    """Write the results of one row, float32 [T] (entropy and sum_p2 only if requested).
+
+    logits [T, V] has rows `row_stride` apart; token_ids are int64 [T], temperatures float32 [T] (read if HAS_TEMPERATURES). `_rest` is what
+    is left of the number before it after rounding to float32.
+    """
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row)
     if token == IGNORED:
@@ -142,7 +145,7 @@ def forward_kernel(
 
 @triton.jit
 def _temperature(temperatures, temperature, row, HAS_TEMPERATURES: tl.constexpr):
-    """That of the row, NaN unless it is positive and finite."""
+    """Return the temperature of the row, NaN unless it is positive and finite."""
     if HAS_TEMPERATURES:
         t = tl.load(temperatures + row)
         return tl.where((t > 0.0) & (t < float("inf")), t, float("nan"))
@@ -151,7 +154,7 @@ def _temperature(temperatures, temperature, row, HAS_TEMPERATURES: tl.constexpr)
 
 @triton.jit
 def _unit(logit_scale, HAS_CAP: tl.constexpr):
-    """What `_logit` is to be multiplied with for z."""
+    """Return the factor by which `_logit` is multiplied to give z."""
     if HAS_CAP:
         return tl.full([], 1.0, tl.float32)
     return tl.abs(logit_scale)
@@ -159,7 +162,7 @@ def _unit(logit_scale, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _logit(x, logit_scale, soft_cap, HAS_CAP: tl.constexpr):
-    """z in a unit that leaves the logits as they are where there is no cap: their differences are then exact where they matter."""
+    """Return z in a unit that leaves logits as they are without a cap, so that their differences are exact where they matter."""
     if HAS_CAP:
         return head(x, logit_scale, soft_cap, HAS_CAP)
     v = x.to(tl.float32)
@@ -179,7 +182,7 @@ def _sweep(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(max z, S 2^d, S d 2^d, S 4^d) over the row, d = (z - max z) log2_scale, z in the unit of `_logit`."""
+    """Return (max z, S 2^d, S d 2^d, S 4^d) over the row, d = (z - max z) log2_scale, z in the unit of `_logit`."""
     # A state a lane, so that threads need each other only at the end.
     largest = tl.full([WIDTH], float("-inf"), tl.float32)
     total = tl.zeros([WIDTH], tl.float32)
@@ -207,7 +210,7 @@ def _sweep(
 
 @triton.jit
 def _add(z, log2_scale, largest, total, weighted, squares, WITH_ENTROPY: tl.constexpr, WITH_SUM_P2: tl.constexpr):
-    """The state of the lanes after the logits z [rounds, WIDTH], relative to the new largest."""
+    """Return the state of the lanes after the logits z [rounds, WIDTH], relative to the new largest."""
     new = tl.maximum(largest, tl.max(z, axis=0))
     shift, factor = _shift(largest, new, log2_scale)
     d = (z - _anchor(new)[None, :]) * log2_scale
@@ -222,7 +225,7 @@ def _add(z, log2_scale, largest, total, weighted, squares, WITH_ENTROPY: tl.cons
 
 @triton.jit
 def _shift(largest, new, log2_scale):
-    """What d changes by when the largest logit does, and 2 to that; nothing where no logit was seen that could count."""
+    """Return the change of d when the largest logit changes, and 2 to that power; no change where no logit was seen that could count."""
     shift = tl.where(largest == float("-inf"), 0.0, (largest - _anchor(new)) * log2_scale)
     shift = vanishing(shift)
     return shift, tl.math.exp2(shift)
@@ -230,7 +233,7 @@ def _shift(largest, new, log2_scale):
 
 @triton.jit
 def _anchor(largest):
-    """The largest logit, 0 where all are -inf: the difference to -inf would not be a number."""
+    """Return the largest logit, or 0 where all are -inf, since the difference to -inf would not be a number."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
@@ -257,8 +260,11 @@ def gradient_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK logits of a row: grad and logits [T, V] (they may be the same), rows `grad_stride` and `row_stride` apart; what the forward
-    saved and the incoming gradients float32 [T] (entropy read if HAS_GRAD_ENTROPY)."""
+    """Write the gradient of BLOCK logits of a row.
+
+    grad and logits [T, V] may be the same tensor; their rows are `grad_stride` and `row_stride` apart. The normalizers and the incoming
+    gradients are float32 [T]; entropy is read if HAS_GRAD_ENTROPY.
+    """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = tl.arange(0, BLOCK)
@@ -312,7 +318,7 @@ def _derivative(
     HAS_CAP: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
 ):
-    """The gradient of the logits x."""
+    """Return the gradient of the logits x."""
     slope = logit_scale / t
     if HAS_CAP:
         z, bend = head_and_slope(x, logit_scale, soft_cap, HAS_CAP)

@@ -1,4 +1,4 @@
-"""How many requests a prompt gets."""
+"""The allocate hook: how many requests a prompt gets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling.policies.contracts import Allocation, Counts, History, at_least
+from reinforce_ada.sampling.policies.contracts import Allocation, History, at_least
 
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -20,21 +20,17 @@ Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rounds(Allocation):
-    """`max_rounds` rounds of `round_size` requests; the cap is their product. GRPO is `Rounds(group_size, 1)`."""
+    """Request `max_rounds` rounds of `round_size` completions; the cap is their product. GRPO is `Rounds(group_size, 1)`."""
 
     round_size: int
     max_rounds: int
 
     def __post_init__(self) -> None:
-        at_least("Rounds", "round_size", self.round_size, 1)
-        at_least("Rounds", "max_rounds", self.max_rounds, 1)
+        at_least(1, "Rounds", round_size=self.round_size, max_rounds=self.max_rounds)
 
     @property
     def cap(self) -> int:
         return self.round_size * self.max_rounds
-
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
         return [self.cap] * len(histories)
@@ -42,13 +38,14 @@ class Rounds(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class Budgeted(Allocation):
-    """A budget for each prompt from a function of your own.
+    """Take the budgets from a function of your own.
 
     Args:
-        function: histories of the prompts that enter together -> a budget in [1, cap] for each; the same for the same histories.
-        cap: the most it ever gives.
+        function: takes the histories of the prompts that enter together and returns a budget in [1, cap] for each; the same
+            histories must give the same budgets.
+        cap: the largest budget.
         round_size: completions requested together.
-        needs_memory: False for a function that looks at the number of prompts alone.
+        needs_memory: False for a function that uses only the number of prompts.
     """
 
     function: Callable[[Sequence[History]], Sequence[int]]
@@ -59,11 +56,8 @@ class Budgeted(Allocation):
     def __post_init__(self) -> None:
         _check_sizes("Budgeted", self.round_size, self.cap)
 
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
-
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
-        """What the function gives. Raises: InputError for another number of budgets, or one that is not an integer in [1, cap]."""
+        """Return the function's budgets. Raises: InputError for another number of budgets, or one that is not an integer in [1, cap]."""
         budgets = list(self.function(histories))
         where = f"Budgeted({getattr(self.function, '__name__', self.function)})"
         if len(budgets) != len(histories):
@@ -76,14 +70,14 @@ class Budgeted(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchBudget(Allocation):
-    """A budget for all prompts that enter together: `mean` for each on average, and between `floor` and `cap` for any one.
+    """A budget shared by all prompts that enter together: `mean` for each on average, and between `floor` and `cap` for any one.
 
-    Subclasses say who gets how much; the sum is exactly mean * prompts. As budgets depend on who else enters, a policy that refills
-    dropped prompts one by one cannot have one.
+    Subclasses distribute it; the sum is exactly mean * prompts. A prompt's budget depends on the other prompts that enter, so a policy
+    that refills dropped prompts one by one cannot use it.
     """
 
     mean: int
-    floor: int = field()  # without a default: not that of the base
+    floor: int = field()  # field() so that it does not take the default of the base class
     cap: int
     round_size: int  # completions requested together
     needs_memory = True
@@ -92,22 +86,19 @@ class BatchBudget(Allocation):
     def __post_init__(self) -> None:
         where = type(self).__name__
         _check_sizes(where, self.round_size, self.cap)
-        at_least(where, "floor", self.floor, 1)
-        at_least(where, "mean", self.mean, self.floor)
-        at_least(where, "cap", self.cap, self.mean)
-
-    def __call__(self, counts: Counts, /) -> int:
-        return _end_of_round(counts, self.round_size, self.cap)
+        at_least(1, where, floor=self.floor)
+        at_least(self.floor, where, mean=self.mean)
+        at_least(self.mean, where, cap=self.cap)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrtRate(BatchBudget):
-    """Budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
+    """Set budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
 
         budget_i = clip(s / sqrt(p_i), floor, cap),  p_i = a_i / (a_i + b_i),  s such that the sum is mean * prompts
 
-    Rounded to integers by largest remainder, ties to the earlier prompt. Source: Reinforce-Ada, arXiv 2510.04996v3 (the estimation-based
-    variant, at the total budget of uniform sampling).
+    They are rounded to integers by largest remainder, ties to the earlier prompt. Source: Reinforce-Ada, arXiv 2510.04996v3 (the
+    estimation-based variant, at the total budget of uniform sampling).
     """
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
@@ -118,16 +109,16 @@ class InverseSqrtRate(BatchBudget):
 
 @dataclass(frozen=True, kw_only=True)
 class Knapsack(BatchBudget):
-    """The budgets of largest total value (Knapsack RL).
+    """Set the budgets with the largest total value (Knapsack RL).
 
         max sum_i V(N_i, p_i)  under  sum_i N_i = mean * prompts,  floor <= N_i <= cap
         V(N, p) = (1 - p^N - (1-p)^N) * p (1-p)^2:  P(both classes) times the gain in pass rate that a gradient step is worth
-        p_i = correct / (correct + wrong), as remembered
+        p_i = correct_i / (correct_i + wrong_i), from the memory, without the prior
 
-    The (N+1)-th completion adds (p^N (1-p) + (1-p)^N p) * p (1-p)^2, which falls with N from 1 on, so giving one after another to where it
-    adds most is exact. What the paper falls back to where V says nothing: a prompt never seen (less than one completion is remembered)
-    gets `mean`; one never solved gets `floor`, and one always solved too. While some are unsolved, those between get no more than
-    sum_i log(1 - confidence) / log(max(p_i, 1-p_i)), and what is left goes to the unsolved in equal parts.
+    The (N+1)-th completion adds (p^N (1-p) + (1-p)^N p) * p (1-p)^2, which falls with N from 1 on, so it is exact to give one completion
+    after another to the prompt where it adds most. Where V says nothing, the fallbacks are the paper's: a prompt never seen (less than one
+    completion is remembered) gets `mean`; one never solved or always solved gets `floor`. While some prompts are unsolved, those that are
+    sometimes solved together get at most sum_i log(1 - confidence) / log(max(p_i, 1-p_i)); the unsolved share the rest in equal parts.
     Source: Li et al. 2025, arXiv 2509.25849 (floor 2, cap 128, confidence .9).
     """
 
@@ -161,32 +152,28 @@ class Knapsack(BatchBudget):
         return [int(budget) for budget in budgets]
 
     def _enough(self, rates: Floats) -> int:
-        """Completions beyond the floor after which each of these has had its chance of both classes."""
-        rarer = np.maximum(np.minimum(rates, 1 - rates), 1e-9)  # a class that has faded to below one in 1e16 leaves a rate of 0 or 1
+        """Return how many completions beyond the floor give each of these prompts its rarer class with probability `confidence`."""
+        rarer = np.maximum(np.minimum(rates, 1 - rates), 1e-9)  # a class that faded below one in 1e16 leaves a rate of 0 or 1
         needed = np.log(1 - self.confidence) / np.log1p(-rarer)
         return int(np.maximum(np.minimum(needed, self.cap).astype(np.int64) - self.floor, 0).sum())
 
     def _give(self, budgets: Integers, prompts: Integers, amount: int, gain: Callable[[Integers, Integers], Floats]) -> int:
-        """Give `amount` completions to these prompts, each where it gains most (ties: fewest so far, then earliest); returns how many."""
+        """Add up to `amount` completions where each gains most (ties: fewest so far, then earliest), and return how many were added."""
         row, drawn = np.nonzero(np.arange(self.cap) >= budgets[prompts][:, None])
         best = np.lexsort((row, drawn, -gain(prompts[row], drawn)))[:amount]
         np.add.at(budgets, prompts[row[best]], 1)
         return len(best)
 
 
-def _end_of_round(counts: Counts, round_size: int, cap: int) -> int:
-    return min((counts.committed // round_size + 1) * round_size, cap)
-
-
 def _check_sizes(where: str, round_size: int, cap: int) -> None:
-    at_least(where, "round_size", round_size, 1)
-    at_least(where, "cap", cap, round_size)
+    at_least(1, where, round_size=round_size)
+    at_least(round_size, where, cap=cap)
 
 
 def _scaled(weights: Floats, total: float, floor: int, cap: int) -> Floats:
-    """clip(s * weights, floor, cap) with the s whose sum is `total`, which must lie in [floor, cap] * len(weights).
+    """Return clip(s * weights, floor, cap) with s such that the sum is `total`, which must lie in [floor, cap] * len(weights).
 
-    The sum is linear in s between the points where a weight meets floor or cap.
+    The sum is linear in s between the points where a scaled weight reaches floor or cap.
     """
 
     def filled(s: float) -> Floats:
@@ -200,8 +187,8 @@ def _scaled(weights: Floats, total: float, floor: int, cap: int) -> Floats:
 
 
 def _rounded(amounts: Floats, total: int) -> list[int]:
-    """Integers that sum to `total`: each amount rounded down, then the largest remainders up, ties to the earliest."""
-    whole = np.floor(amounts + 1e-9)  # 7.999999999 is an 8 that has been through a division
+    """Return integers that sum to `total`: amounts rounded down, except the largest remainders, which are rounded up (ties: earliest)."""
+    whole = np.floor(amounts + 1e-9)  # 7.999999999 is an 8 after a division
     order = np.argsort(whole - amounts, kind="stable")
     whole[order[: total - math.floor(whole.sum())]] += 1
     return [int(amount) for amount in whole]

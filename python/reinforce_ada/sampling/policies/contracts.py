@@ -1,6 +1,6 @@
-"""What the five hooks of a policy are: the records they see, and the calls they answer.
+"""The protocols of a policy's five hooks, and the records they receive.
 
-They see counts, rewards and what is remembered of earlier steps; no engine, no clock, no torch.
+Hooks receive counts, rewards and the histories of earlier steps, but no engine, no clock and no torch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ Scale: TypeAlias = Literal["none", "pool", "group", "batch"]
 Degenerate: TypeAlias = Literal["keep", "drop"]
 
 
-def at_least(where: str, name: str, value: int, minimum: int) -> None:
-    """Raise InputError unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(where, f"{name} {value!r}", f"an integer of at least {minimum} is needed")
+def at_least(minimum: int, where: str, **values: int) -> None:
+    """Raise InputError unless every one of the named `values` is an integer of at least `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise InputError(where, f"{name} {value!r}", f"an integer of at least {minimum} is needed")
 
 
 # -------------------- records
 
 
 class Verdict(Enum):
-    """What the exit rule says of a prompt."""
+    """The decision of the exit rule on a prompt."""
 
     CONTINUE = "continue"
     STOP = "stop"
@@ -58,37 +59,37 @@ class Counts(NamedTuple):
 
 
 class History(NamedTuple):
-    """What earlier steps say of a prompt: the Beta(a, b) posterior of its pass rate, and its pools without signal in a row."""
+    """The history of a prompt in earlier steps: the Beta(a, b) posterior of its pass rate, and its streak of one-class pools."""
 
     a: float = 1.0
     b: float = 1.0
-    streak: int = 0  # the latest steps in a row whose pool had one class only
-    all_correct: bool = False  # of the streak: were they correct?
+    streak: int = 0  # number of its latest pools in a row that had one class only
+    all_correct: bool = False  # whether the pools of the streak were all correct
 
     @property
     def mean(self) -> float:
-        """a / (a + b)"""
+        """Return the posterior mean of the pass rate, a / (a + b)."""
         return self.a / (self.a + self.b)
 
 
 @dataclass(frozen=True)
 class AdvantageSpec:
-    """How `ops.group_advantages` turns the kept rewards into advantages.
+    """The specification by which `ops.group_advantages` turns the kept rewards into advantages.
 
         group_advantages(spec.rewards(raw), group_of, pool=..., baseline=spec.baseline, scale=spec.scale, ...)
 
-    advantage = (reward - baseline) / (std + eps) * class weight, with std over `scale` and `ddof`; scale "none" divides by nothing.
+    advantage = (reward - baseline) / (std + eps) * class weight, with std over `scale` and `ddof`; scale "none" skips the division.
     """
 
-    baseline: Baseline | NDArray[np.float64]  # or one value a group, [G]
+    baseline: Baseline | NDArray[np.float64]  # a name, or one value per group, [G]
     scale: Scale
     ddof: int = 1
     eps: float = 1e-6
     class_weights: NDArray[np.float64] | None = None  # [G, 2]: factors for advantages < 0 and >= 0
-    threshold: float | None = None  # rewards count as 1 above it and as 0 elsewhere; None: as they are
+    threshold: float | None = None  # rewards become 1 above it and 0 elsewhere; None leaves them as they are
 
     def rewards(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The rewards that count, [N] float64."""
+        """Return the rewards after `threshold`, [N] float64."""
         return raw if self.threshold is None else (raw > self.threshold).astype(np.float64)
 
 
@@ -96,16 +97,16 @@ class AdvantageSpec:
 
 
 class Remembers(Protocol):
-    """The memory across steps, as the sampler asks it."""
+    """The memory across steps, as the sampler uses it."""
 
     def history(self, prompt: Prompt, /) -> History: ...
 
 
 class Propose(Protocol):
-    """Which prompts of the source enter the step.
+    """The hook that chooses which prompts of the source enter the step.
 
-    Called with (num_prompts, num_dropped): how many may have entered, given how many groups are wanted and how many were dropped.
-    `choose` picks exactly min(num, candidates) of up to num * candidates_per_prompt candidates; positions, increasing.
+    A call with (num_prompts, num_dropped), the groups wanted and the prompts dropped, returns how many prompts may have entered.
+    `choose` returns the increasing positions of exactly min(num, candidates) of up to num * candidates_per_prompt candidates.
     """
 
     @property
@@ -113,7 +114,7 @@ class Propose(Protocol):
 
     @property
     def needs_memory(self) -> bool:
-        """Whether it looks at what earlier steps say of a prompt."""
+        """Return whether it reads the histories of prompts."""
         ...
 
     def __call__(self, num_prompts: int, num_dropped: int, /) -> int: ...
@@ -122,7 +123,7 @@ class Propose(Protocol):
 
 
 class Allocate(Protocol):
-    """How many requests a prompt gets: by the end of its current round when called, and at most (`budgets`, at most `cap`)."""
+    """The hook that sets how many requests a prompt gets: by the end of its current round (a call), and in all (`budgets`, <= `cap`)."""
 
     @property
     def round_size(self) -> int: ...
@@ -132,68 +133,72 @@ class Allocate(Protocol):
 
     @property
     def floor(self) -> int | None:
-        """The smallest budget of a prompt where each has its own; None where all have the cap, or nothing is promised."""
+        """Return the smallest budget of a prompt if each has its own; None if all have the cap, or if nothing is promised."""
         ...
 
     @property
     def needs_memory(self) -> bool:
-        """Whether it looks at what earlier steps say of a prompt."""
+        """Return whether it reads the histories of prompts."""
         ...
 
     @property
     def is_batch_wide(self) -> bool:
-        """Whether the budget of a prompt depends on which others enter with it."""
+        """Return whether the budget of a prompt depends on which others enter with it."""
         ...
 
     def __call__(self, counts: Counts, /) -> int: ...
 
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
-        """Most completions of each prompt, for prompts that enter together."""
+        """Return the most completions of each prompt, for prompts that enter together."""
         ...
 
 
 class Allocation:
-    """What most ways to allocate answer; one that answers otherwise says so."""
+    """A base class with the answers that most allocations give; a subclass overrides those that differ."""
 
     floor: int | None = None
     needs_memory: bool = False
     is_batch_wide: bool = False
 
+    def __call__(self: Allocate, counts: Counts, /) -> int:
+        """Return the end of the current round of `round_size`, or the cap."""
+        return min((counts.committed // self.round_size + 1) * self.round_size, self.cap)
+
 
 class Window(Protocol):
-    """How many unanswered requests a prompt may have, from the counts of all its answers; at least 1. `cap` is the prompt's.
+    """A function from the counts of all of a prompt's answers to the number of unanswered requests it may have; at least 1.
 
-    Answers count as soon as they are there, also those that wait for an earlier one to be committed: what is issued changes no outcome,
-    so the pools keep their law.
+    `cap` is the prompt's budget. Answers count as soon as they arrive, even if they wait for an earlier one to be committed: issuing a
+    request changes no outcome, so the pools keep their law.
     """
 
     def __call__(self, counts: Counts, history: History, cap: int, /) -> int: ...
 
 
 class Decide(Protocol):
-    """The exit rule: stop, continue or drop, from the committed counts. A function, or an `ExitRule`, which may promise more."""
+    """The exit rule: stop, continue or drop, given the committed counts. It is a function, or an `ExitRule`, which may promise more."""
 
     def __call__(self, counts: Counts, /) -> Verdict: ...
 
 
 class ExitRule:
-    """What an exit rule promises: nothing, where it does not say otherwise."""
+    """A base class with the promises of an exit rule; those that it does not override promise nothing."""
 
-    pilot: int | None = None  # the committed count at which it must be asked
+    pilot: int | None = None  # the committed count at which the rule must be asked
 
     @property
     def needs(self) -> tuple[int, int]:
-        """(correct, wrong) completions without which it never stops."""
+        """Return the least (correct, wrong) counts at which the rule can stop."""
         return 0, 0
 
 
 def promises_of(decide: Decide) -> ExitRule:
-    """What the rule promises; a function promises nothing."""
+    """Return the promises of an exit rule; a function promises nothing."""
     return decide if isinstance(decide, ExitRule) else ExitRule()
 
 
 class Select(Protocol):
-    """Which scored completions train.
+    """The hook that chooses which scored completions are trained on.
 
     Args: rewards [count] float64 and correct [count] bool, both in request order; group_size.
     Returns: positions in [0, count), increasing.
@@ -203,13 +208,13 @@ class Select(Protocol):
 
 
 class Weight(Protocol):
-    """The advantage of each kept completion, as a specification for `ops.group_advantages`. A function, or a `Weighting`."""
+    """The hook that specifies the advantages of kept completions for `ops.group_advantages`. It is a function, or a `Weighting`."""
 
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec: ...
 
 
 class Weighting:
-    """A weight that is asked, when a policy is made, whether the two fit."""
+    """A weight that checks, when a policy is made, that it fits the policy."""
 
     def check(self, policy: Policy) -> None:
-        """Raises: InputError where they do not."""
+        """Raise InputError if the weight does not fit the policy."""

@@ -1,4 +1,4 @@
-"""Exit rules: when a prompt has what it needs."""
+"""The decide hook: exit rules, which say when a prompt has what it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reinforce_ada.sampling.policies.contracts import Counts, Decide, ExitRule, 
 
 @dataclass(frozen=True)
 class Never(ExitRule):
-    """Sample up to the cap, whatever comes."""
+    """Sample up to the cap, whatever the outcomes."""
 
     def __call__(self, counts: Counts, /) -> Verdict:
         return Verdict.CONTINUE
@@ -23,7 +23,7 @@ class Positive(ExitRule):
     num_correct: int = 1
 
     def __post_init__(self) -> None:
-        at_least("Positive", "num_correct", self.num_correct, 1)
+        at_least(1, "Positive", num_correct=self.num_correct)
 
     @property
     def needs(self) -> tuple[int, int]:
@@ -41,8 +41,7 @@ class Balance(ExitRule):
     num_wrong: int
 
     def __post_init__(self) -> None:
-        at_least("Balance", "num_correct", self.num_correct, 0)
-        at_least("Balance", "num_wrong", self.num_wrong, 0)
+        at_least(0, "Balance", num_correct=self.num_correct, num_wrong=self.num_wrong)
 
     @property
     def needs(self) -> tuple[int, int]:
@@ -68,7 +67,8 @@ class DropOneClass(ExitRule):
 class Band(ExitRule):
     """Drop a prompt whose rate of correct completions after a pilot of `pilot` is not strictly between `low` and `high` (SPEED-RL).
 
-    Before and after, `then` decides. A pilot with voids only is dropped. Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
+    Before and after the pilot `then` decides. If all completions of the pilot are voids, the prompt is dropped.
+    Source: Zhang et al. 2025, arXiv 2506.09016 (0 < rate < 1).
     """
 
     low: float = 0.0
@@ -77,7 +77,7 @@ class Band(ExitRule):
     then: Decide = field(default_factory=Never)
 
     def __post_init__(self) -> None:
-        at_least("Band", "pilot", self.pilot, 1)
+        at_least(1, "Band", pilot=self.pilot)
         if not 0 <= self.low < self.high <= 1:
             raise InputError("Band", f"low {self.low} and high {self.high}", "0 <= low < high <= 1 is needed")
 

@@ -1,7 +1,7 @@
-"""Weights that make the expected gradient that of a stated objective, whatever stopped the sampling.
+"""Weights whose expected gradient is that of a stated objective, whatever stopped the sampling.
 
 For binary rewards E[gradient of a prompt] = w(p) * grad p: stopping, selection and baseline only change the factor w, so each policy
-climbs f(p) = integral of w over its prompts. Here w is chosen, not inherited: w = f'(p).
+ascends f(p) = integral of w over its prompts. Here f is given, and the weights make w = f'(p).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from reinforce_ada.types import Group
 ObjectiveName: TypeAlias = Literal["as-published", "mean", "log", "power"]
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 
-_BASELINE = 0.5  # halfway between the rewards 0 and 1, so that the class weights are met by advantages of -1/2 and +1/2
+_BASELINE = 0.5  # halfway between the rewards 0 and 1, so that the class weights multiply advantages of -1/2 and +1/2
 
 
 @dataclass(frozen=True)
 class ObjectiveWeight(Weighting):
-    """Advantages whose expected gradient is that of f(p), summed over the prompts that entered.
+    """Set advantages whose expected gradient is that of f(p), summed over the prompts that entered.
 
         A+ = +t n / a,  A- = -t n / b,  t = f'(p~) * theta~;  0 where a or b is 0
         f' = 1 ("mean") | 1 / p ("log") | alpha p^(alpha - 1) ("power")
 
     with a correct and b wrong completions kept, n = group_size, and the unbiased estimates p~ of p and theta~ of p (1 - p) from the
     stopped pool (see `statistics.Terminal`). The sum over a group is t * (mean score of its correct - mean score of its wrong), whose
-    expectation given the pool is t * (1/p + 1/(1-p)) * grad p = t / (p (1-p)) * grad p; with "mean" that is grad p, exactly. "log" and
-    "power" plug p~ in, clipped from below at 1 / cap: the smallest rate a pool can tell from 0.
+    expectation given the pool is t * (1/p + 1/(1-p)) * grad p = t / (p (1-p)) * grad p; with "mean" that is exactly grad p. "log" and
+    "power" use p~, clipped from below at 1 / cap, the smallest rate that a pool can distinguish from 0.
 
-    The denominator is fixed: the advantages hold n where a group's mean would have a + b (the same for a full group), so the sum over
-    all kept tokens is to be divided by n * (prompts that entered). A group that voids have cut short then needs no care of its own,
-    and whether groups without signal are kept or dropped changes nothing. The trainer divides so; see `training.objectives`.
+    The denominator is fixed: the advantages contain n where a group's mean would have a + b (the same for a full group), so the sum
+    over all kept tokens must be divided by n * (prompts that entered). A group made smaller by voids then needs no special case, and
+    it makes no difference whether groups without signal are kept or dropped. The trainer divides so; see `training.loss`.
 
     Args:
         objective: "mean" | "log" | "power".
-        alpha: of "power", positive; 1 is "mean".
+        alpha: the positive exponent of "power"; 1 is "mean".
     Source: arXiv 2510.04996 v3 (non-linear objectives); the estimates, Girshick, Mosteller, Savage 1946.
     """
 
@@ -59,7 +59,7 @@ class ObjectiveWeight(Weighting):
             raise InputError("ObjectiveWeight", f"alpha {self.alpha} with objective {self.objective!r}", 'it belongs to objective "power"')
 
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec:
-        """Raises: InputError for a prompt whose own budget is one completion: it has no estimate of p (1 - p)."""
+        """Return the advantages. Raises: InputError for a prompt with a budget of one completion, which has no estimate of p (1 - p)."""
         if any(group.pool.cap < 2 for group in groups):
             raise InputError(f"Policy {policy.name!r}: objective {self.objective!r}", "a budget of 1 completion", "at least 2 are needed")
         weights = np.zeros((len(groups), 2))
@@ -72,17 +72,17 @@ class ObjectiveWeight(Weighting):
         return AdvantageSpec(np.full(len(groups), _BASELINE), "none", class_weights=weights, threshold=policy.positive_threshold)
 
     def slope(self, pass_rate: float, cap: int) -> float:
-        """f'(p) at an estimate of the pass rate, clipped to [1 / cap, 1]."""
+        """Return f'(p) at an estimate of the pass rate, clipped to [1 / cap, 1]."""
         p = max(pass_rate, 1 / cap)
         return {"mean": 1.0, "log": 1 / p}.get(self.objective, self.alpha * math.pow(p, self.alpha - 1))
 
     def check(self, policy: Policy) -> None:
-        """Raises: InputError where no unbiased estimate exists for this policy; it names what clashes."""
+        """Raise InputError if no unbiased estimate exists for this policy; the message names the part that prevents it."""
         where = f"Policy {policy.name!r}: objective {self.objective!r}"
         if policy.group_size < 2:
             raise InputError(where, f"group_size {policy.group_size}", "at least 2 is needed, to keep both classes")
         if policy.refills:
-            given = f"{type(policy.propose).__name__}, which lets prompts in because others were dropped"
+            given = f"{type(policy.propose).__name__}, which admits prompts because others were dropped"
             raise InputError(where, given, "a fixed number of prompts is needed")
         for cap in {policy.allocate.floor or policy.cap, policy.cap}:
             _check_rule(where, policy, stopping_table(policy, cap).terminals)
@@ -91,7 +91,7 @@ class ObjectiveWeight(Weighting):
 
 def _check_rule(where: str, policy: Policy, terminals: Sequence[Terminal]) -> None:
     if any(t.verdict is Verdict.DROP for t in terminals):
-        given = f"{type(policy.decide).__name__}, which drops prompts for their outcomes"
+        given = f"{type(policy.decide).__name__}, which drops prompts because of their outcomes"
         raise InputError(where, given, "a rule that keeps every prompt is needed")
     short = [t for t in terminals if t.count < 2]
     if short:
@@ -106,11 +106,11 @@ def _check_selection(where: str, policy: Policy) -> None:
             kept = policy.select(correct.astype(np.float64), correct, policy.group_size)
             if len(set(correct[list(kept)].tolist())) < 2:
                 given = f"{type(policy.select).__name__}, which keeps one class of {chars!r}"
-                raise InputError(where, given, "a selection that keeps both classes whenever both are there", "Balanced()")
+                raise InputError(where, given, "a selection that keeps both classes of every pool with both is needed", "Balanced()")
 
 
 def _small_pools(policy: Policy) -> Iterator[Counts]:
-    """Pools with both classes, around the sizes where a selection of `group_size` changes its mind."""
+    """Yield pools with both classes, around the sizes where a selection of `group_size` changes its choice."""
     n = policy.group_size
     sizes = sorted({1, 2, n // 2, n - n // 2, n - 1, n, n + 1, policy.cap - 1} - {0})
     yield from (Counts(k, w) for k in sizes for w in sizes if k + w <= policy.cap)

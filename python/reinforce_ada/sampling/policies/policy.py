@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.sampling.policies.contracts import (
@@ -24,9 +25,8 @@ from reinforce_ada.sampling.policies.contracts import (
 from reinforce_ada.sampling.policies.propose import AllPrompts
 from reinforce_ada.sampling.policies.select import All
 
-LARGEST_CAP = (
-    2048  # a window table has 8 MB and takes 5 s there, the statistics of a rule that never stops 10 s; twice that is 8 times as long
-)
+# A window table has 8 MB and takes 5 s there, the statistics of a rule that never stops 10 s; a cap twice as large takes 8 times as long.
+LARGEST_CAP = 2048
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,15 @@ class Policy:
     """A sampling policy: the five hooks and the numbers they share.
 
     Args:
-        name: for logs and tables.
+        name: shown in logs and tables.
         group_size: completions kept per prompt for the loss.
-        allocate: request budget per prompt; its cap is at least `group_size`.
-        decide: exit rule, asked when the committed count is a multiple of `decide_every` (or reaches the cap) and at least
-            `min_pool` of the committed completions are scored.
-        select: which completions of the pool are kept.
-        weight: advantage specification of the kept ones.
-        propose: which prompts enter the step.
-        decide_every: committed completions between two decisions.
-        min_pool: scored completions before the first decision.
+        allocate: sets the request budget of each prompt; its cap is at least `group_size`.
+        decide: the exit rule; `decide_every` and `min_pool` say when it is asked.
+        select: chooses which completions of the pool are kept.
+        weight: specifies the advantages of the kept completions.
+        propose: chooses which prompts enter the step.
+        decide_every: committed completions between two decisions; a decision is also due at the cap.
+        min_pool: scored completions needed before the exit rule is asked.
         positive_threshold: a completion is correct when its reward is strictly greater.
         degenerate: "drop" leaves pools with max == min out of the groups; "keep" leaves them in, with zero advantage.
     Raises: InputError when the parts or numbers cannot go together, and for a part that is not hashable.
@@ -64,9 +63,8 @@ class Policy:
     def __post_init__(self) -> None:
         where = f"Policy {self.name!r}"
         self._check_forms(where)
-        at_least(where, "group_size", self.group_size, 1)
-        at_least(where, "decide_every", self.decide_every, 1)
-        at_least(where, "min_pool", self.min_pool, 0)
+        at_least(1, where, group_size=self.group_size, decide_every=self.decide_every)
+        at_least(0, where, min_pool=self.min_pool)
         cap = self.allocate.cap
         if cap < self.group_size:
             needed = f"at least group_size {self.group_size} is needed"
@@ -81,14 +79,14 @@ class Policy:
             raise InputError(where, f"an exit rule that needs {sum(self.needs)} completions", needed)
         if not math.isfinite(self.positive_threshold):
             raise InputError(where, f"positive_threshold {self.positive_threshold}", "a finite number is needed")
-        if self.degenerate not in ("keep", "drop"):
-            raise unknown_name(where, "value of degenerate", self.degenerate, ("keep", "drop"))
+        if self.degenerate not in get_args(Degenerate):
+            raise unknown_name(where, "value of degenerate", self.degenerate, get_args(Degenerate))
         self._check_together(where)
         if isinstance(self.weight, Weighting):
             self.weight.check(self)
 
     def _check_forms(self, where: str) -> None:
-        """Decide, select and weight may be plain functions; allocate and propose answer more than one question."""
+        """Check that each part has the methods of its hook. Decide, select and weight may be plain functions; the others need more."""
         for hook, names, wrapper in (
             ("allocate", ("budgets()", "cap", "round_size", "__call__()", *Allocation.__annotations__), "Budgeted wraps a function"),
             ("propose", ("choose()", "candidates_per_prompt", "__call__()", "needs_memory"), "see AllPrompts"),
@@ -96,7 +94,7 @@ class Policy:
             part = getattr(self, hook)
             if missing := [name for name in names if not hasattr(part, name.removesuffix("()"))]:
                 raise InputError(where, f"{hook} {part!r}", f"an object with .{missing[0]} is needed", wrapper)
-        # Answers of a part that is not derived from the class that asks for them would count for nothing.
+        # These attributes are read only from a part derived from the base class; on any other part they would be ignored.
         for hook, base, names in (("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check",))):
             part = getattr(self, hook)
             if unheard := [name for name in names if hasattr(part, name) and not isinstance(part, base)]:
@@ -109,7 +107,7 @@ class Policy:
                 raise InputError(where, f"{hook} {part!r}", needed, "@dataclass(frozen=True), and tuples for lists") from None
 
     def _check_together(self, where: str) -> None:
-        """Parts that are sound alone and make no sense together."""
+        """Reject parts that are each valid alone but contradict each other."""
         pilot, floor = promises_of(self.decide).pilot, self.allocate.floor
         if pilot is not None:
             if pilot > self.cap:
@@ -117,7 +115,7 @@ class Policy:
             if pilot < self.min_pool:
                 raise InputError(where, f"a pilot of {pilot} completions with min_pool {self.min_pool}", "at least min_pool is needed")
             if pilot % self.decide_every and pilot != self.cap:
-                needed = f"a multiple of decide_every {self.decide_every} is needed, or it is never looked at"
+                needed = f"a multiple of decide_every {self.decide_every} is needed, or the rule is never asked after it"
                 raise InputError(where, f"a pilot of {pilot} completions", needed)
         if floor is not None and floor < self.group_size and not isinstance(self.select, All):
             needed = f"at least group_size {self.group_size} is needed to fill every group"
@@ -128,39 +126,39 @@ class Policy:
 
     @property
     def refills(self) -> bool:
-        """Whether a dropped prompt may be replaced."""
-        many = 1_000_000  # a factor of 1.01 refills nothing among ten
+        """Return whether a dropped prompt may be replaced."""
+        many = 1_000_000  # among ten prompts a factor of 1.01 refills none
         return self.propose(many, many) > many
 
     @property
     def cap(self) -> int:
-        """Most completions any prompt may use in a step."""
+        """Return the most completions that any prompt may use in a step."""
         return self.allocate.cap
 
     @property
     def needs(self) -> tuple[int, int]:
-        """(correct, wrong) completions without which the exit rule never stops; (0, 0) where it does not say."""
+        """Return the least (correct, wrong) counts at which the exit rule can stop; (0, 0) if it promises nothing."""
         return promises_of(self.decide).needs
 
     @property
     def needs_memory(self) -> bool:
-        """Whether a hook looks at what earlier steps say of a prompt."""
+        """Return whether a hook reads the histories of prompts."""
         return self.propose.needs_memory or self.allocate.needs_memory
 
     def verdict(self, counts: Counts, cap: int | None = None) -> Verdict:
-        """What happens to a prompt with these committed counts: the exit rule where it is due, CONTINUE elsewhere.
+        """Return the exit rule's verdict on a prompt with these committed counts if the rule is due, and CONTINUE otherwise.
 
-        `cap` is the prompt's own, where `allocate` gives each its budget; None is the policy's.
+        `cap` is the prompt's budget, if `allocate` gives each its own; None means the policy's cap.
         """
         is_asked = self.is_asked(counts.scored, counts.committed, self.cap if cap is None else cap)
         return self.decide(counts) if is_asked else Verdict.CONTINUE
 
     def is_asked(self, scored: int, committed: int, cap: int) -> bool:
-        """Whether the exit rule is asked of a prompt with so many scored and committed completions and this cap."""
+        """Return whether the exit rule is due for a prompt with these numbers of scored and committed completions and this cap."""
         return scored >= self.min_pool and (committed % self.decide_every == 0 or committed == cap)
 
     @property
     def num_always_drawn(self) -> int:
-        """Completions every prompt draws before any decision, at most one round: their mean reward is unbiased."""
+        """Return how many completions every prompt draws before any decision, at most one round; their mean reward is unbiased."""
         first_multiple = -(-max(self.min_pool, 1) // self.decide_every) * self.decide_every
         return min(self.allocate.round_size, first_multiple, self.cap)

@@ -1,4 +1,4 @@
-"""Which completions of a pool train."""
+"""The select hook: which completions of a pool are trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class First:
-    """The first `group_size` scored completions."""
+    """Keep the first `group_size` scored completions."""
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
         return list(range(min(len(rewards), group_size)))
@@ -18,7 +18,7 @@ class First:
 
 @dataclass(frozen=True)
 class All:
-    """Every scored completion."""
+    """Keep every scored completion."""
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
         return list(range(len(rewards)))
@@ -26,7 +26,7 @@ class All:
 
 @dataclass(frozen=True)
 class Balanced:
-    """n//2 correct and n - n//2 wrong completions, the earliest of each; a short class is filled from the other."""
+    """Keep n//2 correct and n - n//2 wrong completions, the earliest of each; if one class is short, the other fills its places."""
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
         right, wrong = np.flatnonzero(correct).tolist(), np.flatnonzero(~correct).tolist()
@@ -36,10 +36,10 @@ class Balanced:
 
 @dataclass(frozen=True)
 class MaxVariance:
-    """The `group_size` completions whose rewards have the largest variance (PODS).
+    """Keep the `group_size` completions whose rewards have the largest variance (PODS).
 
-    Of n rewards these are the i highest and the group_size - i lowest, for the best i: a sort and running sums, O(n log n). Ties go to the
-    smallest i and to the earliest in request order. Source: Xu et al. 2025, arXiv 2504.13818.
+    They are the i highest and the group_size - i lowest rewards for the best i, found by a sort and running sums in O(n log n). Ties go to
+    the smallest i and to the earliest in request order. Source: Xu et al. 2025, arXiv 2504.13818.
     """
 
     def __call__(self, rewards: NDArray[np.float64], correct: NDArray[np.bool_], group_size: int, /) -> list[int]:
@@ -57,5 +57,5 @@ class MaxVariance:
 
 
 def _running_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[2, n + 1]: sums of the first k values and of their squares, k = 0 .. n."""
+    """Return the sums of the first k values and of their squares, k = 0 .. n: [2, n + 1]."""
     return np.cumsum(np.pad([values, values**2], [(0, 0), (1, 0)]), axis=1)

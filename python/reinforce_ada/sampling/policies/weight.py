@@ -1,11 +1,11 @@
-"""The advantage of each kept completion."""
+"""The weight hook: the advantage of each kept completion."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Centered(Weighting):
-    """advantage = (reward - baseline) / (std + eps) * class weight, the same rule for every group.
+    """Set advantage = (reward - baseline) / (std + eps) * class weight, by the same rule for every group.
 
     `class_weights` are the factors for advantages below 0 (the wrong ones, for rewards of 0 and 1) and for the others.
     """
@@ -31,10 +31,9 @@ class Centered(Weighting):
     class_weights: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.baseline not in ("pool", "group", "leave-one-out"):
-            raise unknown_name("Centered", "baseline", self.baseline, ("pool", "group", "leave-one-out"))
-        if self.scale not in ("none", "pool", "group", "batch"):
-            raise unknown_name("Centered", "scale", self.scale, ("none", "pool", "group", "batch"))
+        for name, known in (("baseline", get_args(Baseline)), ("scale", get_args(Scale))):
+            if getattr(self, name) not in known:
+                raise unknown_name("Centered", name, getattr(self, name), known)
         weights = self.class_weights
         if weights is not None and not (len(weights) == 2 and all(0 <= w < math.inf for w in weights)):
             raise InputError("Centered", f"class_weights {weights}", "two finite numbers of at least 0 are needed: wrong, correct")

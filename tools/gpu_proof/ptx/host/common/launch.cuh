@@ -4,7 +4,6 @@
 
 #include <dlfcn.h>
 
-#include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -13,34 +12,14 @@
 #include <vector>
 
 #include "common/device.cuh"
+#include "common/launch_words.h"
 
 namespace reinforce_ada {
-
-struct Size {
-    const char* name;
-    std::int64_t value;
-};
-
-struct Grid {
-    std::int64_t x, y = 1;
-};
-
-struct Queue {
-    int device;
-    std::uintptr_t stream;
-};
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 using Arguments = std::vector<std::string>;  // the bytes of each
 
 // In ptx_host.cpp.
 void run_ptx(const char* symbol, std::int64_t grid_x, std::int64_t grid_y, unsigned threads, const Arguments& arguments);
-
-template <class T>
-struct Exactly {
-    using type = T;
-};
 
 template <class T>
 std::string bytes_of(const T& value) {

@@ -16,11 +16,11 @@ from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
-from reinforce_ada.ops.policy_loss.own import loss_of
-from reinforce_ada.ops.policy_loss.settings import OwnLoss
+from reinforce_ada.ops.policy_loss.custom import loss_of
+from reinforce_ada.ops.policy_loss.settings import CustomLoss
 from reinforce_ada.sampling import ObjectiveWeight, Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
-from reinforce_ada.training.language_model import LanguageModel
+from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.types import SamplingResult
 
 
@@ -73,10 +73,10 @@ def inexact(config: Config, policy: Policy) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class RunLoss:
     """The loss of the configuration, exact under gradient accumulation: denominators are those of the whole minibatch."""
 
-    loss: str | OwnLoss
+    loss: str | CustomLoss
     loss_agg: str
     clip_low: float
     clip_high: float
@@ -86,14 +86,14 @@ class Objective:
     norm_length: int
 
     @classmethod
-    def from_config(cls, config: Config) -> Objective:
-        """Return the objective that a configuration describes. Raises: InputError for settings that the loss refuses."""
+    def from_config(cls, config: Config) -> RunLoss:
+        """Return the loss that a configuration describes. Raises: InputError for settings that the loss refuses."""
         t = config.training
         correction = None
         if t.rollout_correction != "none":
             level, mode = t.rollout_correction.split("-")
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
-        objective = cls(
+        loss = cls(
             loss=loss_of("train", t.loss),
             loss_agg=loss_agg_of(config),
             clip_low=t.clip_low,
@@ -103,13 +103,13 @@ class Objective:
             temperature=config.sampling.temperature,
             norm_length=config.sampling.max_tokens,
         )
-        objective._check(t.loss)
-        return objective
+        loss._check(t.loss)
+        return loss
 
     def _check(self, named: str) -> None:
         """Compute the loss and gradient of some tokens, so that a refused setting or a failing loss is known before sampling.
 
-        Raises: InputError, which names a loss of one's own as it was `named`.
+        Raises: InputError, which names a custom loss as it was `named`.
         """
         settings = {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high", "rollout_correction")}
         drift = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0])  # ratios of 1, and clipped ones, for advantages of both signs and of 0
@@ -152,9 +152,7 @@ class Objective:
         }
         mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
         if not model.use_head:
-            out = ops.token_logprobs(model.logits(batch), batch.token_ids, temperature=self.temperature)
-            assert isinstance(out, Tensor)
-            return ops.policy_loss(out, batch.advantages, mask, **settings)
+            return ops.policy_loss(token_logprobs(model, batch, self.temperature), batch.advantages, mask, **settings)
         hidden, head = model.hidden(batch), model.head()
         settings["entropy_coef"] = self.entropy_coef
         form: dict[str, Any] = {"bias": head.bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}

@@ -1,4 +1,4 @@
-"""A loss of one's own: in the place of a built-in one it gives the same, and what is wrong with it is said in one line."""
+"""A custom loss: in the place of a built-in one it gives the same, and what is wrong with it is said in one line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from policy_loss_truth import draw, padded, run
+from conformance import padded
+from policy_loss_truth import draw, run
 from torch import Tensor
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.ops import RolloutCorrection, _dispatch, linear_policy_loss, policy_loss
 from reinforce_ada.ops._dispatch import BackendError
-from reinforce_ada.ops.policy_loss import LOSS_AGGS
+from reinforce_ada.ops.policy_loss import LOSS_AGGS, reference
 
 
 def ppo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -135,9 +136,21 @@ def test_a_native_form_does_not_take_it(operator: str, call: Any, monkeypatch: p
         {name: {b: replace(f, missing=lambda: None, devices=None) for b, f in forms.items()} for name, forms in _dispatch._forms.items()},
     )
     for backend in set(_dispatch.forms(operator)) - {"reference"}:
-        needed = rf'^{operator}: backend "{backend}" cannot run here: it does not take a loss of one\'s own. Usable: reference\.'
+        needed = rf'^{operator}: backend "{backend}" cannot run here: it does not take a loss written in PyTorch. Usable: reference\.'
         with pytest.raises(BackendError, match=needed):
             call(loss=ppo, backend=backend)
+
+
+def test_a_built_in_loss_of_the_reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry of one file makes it known: "auto" takes the reference for it, and a native form refuses it."""
+    monkeypatch.setitem(reference.BUILT_IN, "hinge", lambda logp, d, adv, seqs, settings: reference.Terms(-adv * d.clamp(max=1), d.exp()))
+    leaf, old = torch.zeros(2, 3, requires_grad=True), torch.full((2, 3), -0.5)
+    tokens = (leaf, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
+    value, metrics = policy_loss(*tokens, old_logprobs=old, loss="hinge")
+    assert torch.autograd.grad(value, leaf)[0].flatten().tolist() == pytest.approx([-1 / 6] * 3 + [1 / 6] * 3)
+    assert metrics["ratio_mean"].item() == pytest.approx(math.exp(0.5))
+    with pytest.raises(BackendError, match=r'backend "cpu" cannot run here: it does not take a loss written in PyTorch'):
+        policy_loss(*tokens, old_logprobs=old, loss="hinge", backend="cpu")
 
 
 class Raises:

@@ -1,4 +1,4 @@
-"""A loss of one's own: a function of each token's logprob in plain PyTorch, in the place of a built-in loss.
+"""A custom loss: a function of each token's logprob in plain PyTorch, in the place of a built-in loss.
 
 It is called as `loss(logprobs, old_logprobs, advantages, mask)` and returns one loss a token. Everything around it stays as it is:
 rollout correction, KL, entropy bonus, aggregation and metrics.
@@ -15,17 +15,17 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.loading import load
 from reinforce_ada.ops._checks import describe
 from reinforce_ada.ops._torch import is_eager, run_when_traced
-from reinforce_ada.ops.policy_loss.settings import WHERE, OwnLoss
+from reinforce_ada.ops.policy_loss.settings import LOSSES, WHERE, CustomLoss
 from reinforce_ada.outside import one_line
 
-OWN_LOSS = "a loss of one's own"  # as `Form.lacks` lists it
+IN_PYTORCH = "a loss written in PyTorch"  # as `Form.lacks` lists it: a custom loss, or one that only the reference has
 
 
-_loaded: dict[str, OwnLoss] = {}
+_loaded: dict[str, CustomLoss] = {}
 
 
-def loss_of(where: str, loss: str | OwnLoss) -> str | OwnLoss:
-    """The name of a built-in loss as it is; the function that "module:function" or "file.py:function" names; a function as it is."""
+def loss_of(where: str, loss: str | CustomLoss) -> str | CustomLoss:
+    """Return the function that "module:function" or "file.py:function" names; the name of a built-in loss, or a function, as it is."""
     if not isinstance(loss, str):
         _check(where, loss, loss)
         return loss
@@ -48,22 +48,22 @@ def _check(where: str, named: object, loss: object) -> None:
         raise InputError(where, given, "a function of (logprobs, old_logprobs, advantages, mask)")
 
 
-def needs_of(loss: str | OwnLoss) -> tuple[str, ...]:
-    """What a form has to support for it, as `resolve` takes it."""
-    return () if isinstance(loss, str) else (OWN_LOSS,)
+def needs_of(loss: str | CustomLoss) -> tuple[str, ...]:
+    """Return what a form has to support for this loss, as `resolve` takes it."""
+    return () if loss in LOSSES else (IN_PYTORCH,)
 
 
-def shown(loss: str | OwnLoss) -> str:
-    """A loss, for messages."""
+def shown(loss: str | CustomLoss) -> str:
+    """Return a loss as messages show it."""
     return repr(loss) if isinstance(loss, str) else str(getattr(loss, "__qualname__", type(loss).__name__))
 
 
-def evaluate(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
-    """The loss of each token, checked; tensors of one value a token, 0 where the mask is False.
+def evaluate(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
+    """Return the checked loss of each token; all tensors have one value per token, 0 where the mask is False.
 
     Raises:
-        InputError: for anything but one loss a token in the dtype of `logp`, and for one that `logp` has no part in. The backward raises
-            it too, on the CPU, for a gradient that is not finite at a token whose inputs are.
+        InputError: for anything but one loss per token in the dtype of `logp`, and for a loss that does not depend on `logp`. On the CPU
+            the backward raises it too, for a gradient that is not finite at a token whose inputs are.
     """
     differentiable = torch.is_grad_enabled() and logp.requires_grad
     # Elsewhere the values are not looked at: a GPU would have to be waited for, a traced tensor has none.
@@ -81,8 +81,8 @@ def evaluate(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor
     return out
 
 
-def _watch(loss: OwnLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Lets the backward raise where the loss makes a gradient that is not finite out of an incoming one that is."""
+def _watch(loss: CustomLoss, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Make the backward raise if the loss turns a finite incoming gradient into one that is not finite."""
     incoming: list[Tensor] = []
 
     def check(grad: Tensor) -> None:
