@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from importlib.metadata import version
 
@@ -13,7 +14,22 @@ pytest.importorskip("trl", reason="TRL is not installed")
 import pandas
 import trl
 from peft import LoraConfig
-from trl_runs import RecordedAdaptive, RecordedPlain, data, logged, none, tenth, third, trained, trainer_of, void_for_some, weights
+from trl_runs import (
+    RecordedAdaptive,
+    RecordedPlain,
+    data,
+    grpo_trainer,
+    logged,
+    none,
+    tenth,
+    third,
+    trained,
+    trainer_of,
+    void_for_some,
+    weights,
+)
+
+from reinforce_ada.integrations.trl import adaptive
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +223,26 @@ def test_a_checkpoint_of_trl_itself_can_be_gone_on_from(model_folder, tmp_path):
     guest = trainer_of(model_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     guest.train(resume_from_checkpoint=True)
     assert guest.sampling_result.pools[0].outcomes[0].id.step == 0
+
+
+# -------------------- classes that others put in the place of TRL's
+
+
+def test_a_class_that_was_put_in_the_place_of_trls(model_folder, tmp_path, monkeypatch):
+    """As unsloth does it: TRL's source is compiled anew, under another name and with another signature, and replaces the class."""
+    source = inspect.getsource(grpo_trainer.GRPOTrainer).replace("class GRPOTrainer(", "class _UnslothGRPOTrainer(")
+    names = dict(vars(grpo_trainer))
+    exec(compile(source, "unsloth_compiled_cache", "exec", dont_inherit=True), names)
+
+    class UnslothGRPOTrainer(names["_UnslothGRPOTrainer"]):
+        def __init__(self, model, args=None, reward_funcs=None, train_dataset=None, **kwargs):
+            super().__init__(model=model, args=args, reward_funcs=reward_funcs, train_dataset=train_dataset, **kwargs)
+
+    monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
+    monkeypatch.setattr(grpo_trainer, "GRPOTrainer", UnslothGRPOTrainer)
+    cls = adaptive(trl.GRPOTrainer)
+    assert cls.__name__ == "AdaptiveUnslothGRPOTrainer"
+    patched = trained(model_folder, tmp_path, cls=cls)
+    monkeypatch.undo()
+    assert torch.equal(weights(patched), weights(trained(model_folder, tmp_path)))
+    assert logged(patched, "sampling/samples_per_prompt") >= [8.0, 8.0]

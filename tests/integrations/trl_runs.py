@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL says at import which vLLM it was tested with
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import grpo_trainer as grpo_trainer  # for those who import this
 
     from reinforce_ada.integrations.trl import adaptive
 
