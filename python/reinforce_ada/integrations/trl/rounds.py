@@ -57,7 +57,10 @@ class Rounds:
         rewards = self._score(inputs, [row["prompt"] for row in inputs], [r.completion for r in rows], [r.completion_ids for r in rows])
         logs = self._extra_logs(len(rows))
         gathered = gather_object([replace(row, extra_logs=log) for row, log in zip(rows, logs, strict=True)])
-        return [self._rewarded(row, scores) for row, scores in zip(gathered, rewards.cpu(), strict=True)][: len(requests)]
+        return [
+            replace(row, rewards=tuple(scores), reward=total)
+            for row, scores, total in zip(gathered, rewards.tolist(), self._totals(rewards), strict=True)
+        ][: len(requests)]
 
     @contextmanager
     def _one_generation_a_row(self) -> Iterator[None]:
@@ -75,11 +78,10 @@ class Rounds:
         pending.clear()
         return logs
 
-    def _rewarded(self, row: Row, scores: torch.Tensor) -> Row:
-        """Return the row with the rewards of each function and TRL's sum of them, in float32 as TRL adds them."""
-        is_void = bool(scores.isnan().all())
-        total = math.nan if is_void else (scores * self._trainer.reward_weights.cpu()).nansum().item()
-        return replace(row, rewards=tuple(scores.tolist()), reward=total)
+    def _totals(self, rewards: torch.Tensor) -> list[float]:
+        """Return the weighted sum of each row's rewards, in float32 as TRL adds them; nan where no function gave any."""
+        sums = (rewards * self._trainer.reward_weights.to(rewards.device)).nansum(1)
+        return torch.where(rewards.isnan().all(1), math.nan, sums).tolist()  # type: ignore[no-any-return]
 
 
 def _event(request: Request, row: Row) -> Event:
