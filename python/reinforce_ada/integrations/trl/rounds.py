@@ -81,7 +81,7 @@ class Rounds:
     def _totals(self, rewards: torch.Tensor) -> list[float]:
         """Return the weighted sum of each row's rewards, in float32 as TRL adds them; nan where no function gave any."""
         sums = (rewards * self._trainer.reward_weights.to(rewards.device)).nansum(1)
-        return torch.where(rewards.isnan().all(1), math.nan, sums).tolist()  # type: ignore[no-any-return]
+        return torch.where(rewards.isnan().all(1), math.nan, sums).tolist()
 
 
 def _event(request: Request, row: Row) -> Event:
