@@ -97,6 +97,20 @@ def test_nothing_sleeps_on_a_cpu(fake_vllm: None) -> None:
     assert calls == []
 
 
+def test_an_llm_of_somebody_else(fake_vllm: None) -> None:
+    """What a real one makes of it, the scenes at other temperatures, slots and stops say."""
+    llm = FakeLLM("m")
+    settings = types.SimpleNamespace(logprobs_mode="raw_logprobs", max_model_len=64)
+    llm.llm_engine = types.SimpleNamespace(vllm_config=types.SimpleNamespace(model_config=settings))
+    line = "vllm: an LLM with logprobs_mode 'raw_logprobs'; 'processed_logprobs' is needed"
+    assert refusal(lambda: VllmEngine.around(llm, max_tokens=4, max_num_seqs=8)) == line
+    settings.logprobs_mode = "processed_logprobs"
+    engine = VllmEngine.around(llm, max_tokens=4, max_num_seqs=8)
+    assert engine.free_slots == 8
+    engine.sleep()
+    assert llm.calls == []  # its owner says when
+
+
 def test_conformance(in_process: dict[str, Any]) -> None:
     engine_conformance.check(in_process, in_process)
 

@@ -5,7 +5,6 @@ A process of its own because vLLM makes torch.set_num_threads a no-op and change
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -27,10 +26,9 @@ def load(model: Path) -> Any:
 
 def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None, stop: list[str] | None = None) -> Any:
     """The same vLLM with other settings: a second engine would cost another start."""
-    other = copy.copy(engine)
-    other._temperature, other._stop = temperature, stop or []
-    other._max_num_seqs = max_num_seqs or other._max_num_seqs
-    return other
+    return VllmEngine.around(
+        engine._llm, max_tokens=scenes.MAX_TOKENS, max_num_seqs=max_num_seqs or 32, temperature=temperature, stop=stop or []
+    )
 
 
 def played(engine: VllmEngine, module: Any) -> dict[str, Any]:

@@ -66,21 +66,17 @@ class VllmEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        llm, self._sampling_params, output_kinds = _imported()
-        self._final_only = output_kinds.FINAL_ONLY
-        self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
-        self._max_num_seqs, self._stop = max_num_seqs, list(stop)
-        self._on_gpu = device == "cuda"
-        self._sleeps = sleeps and self._on_gpu
+        new_llm, _, _ = _imported()
+        on_gpu = device == "cuda"
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": sleeps, "tensor_parallel_size": tensor_parallel}
-            if self._on_gpu
+            if on_gpu
             # Only whole blocks of a prompt are cached. The default of 128 tokens on a CPU holds no short prompt at all, and every request
             # of a group would compute its prompt again.
             else {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True, "block_size": 32}
         )
         try:
-            self._llm: Any = llm(
+            llm = new_llm(
                 model,
                 dtype=dtype,
                 seed=0,
@@ -89,7 +85,7 @@ class VllmEngine(Engine):
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 # A seeded request whose prefill is split across steps rewinds its generator, and a CPU generator cannot do that (0.32).
-                enable_chunked_prefill=self._on_gpu,
+                enable_chunked_prefill=on_gpu,
                 max_num_batched_tokens=max(8192, max_model_len),
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
@@ -99,9 +95,36 @@ class VllmEngine(Engine):
             )
         except (ValueError, RuntimeError, OSError) as e:  # an unsupported model, limits it does not have, no memory
             raise InputError("vllm", f"it cannot serve {model}: {one_line(str(e))}", "a model it can", "--engine transformers") from e
-        self._engine: Any = self._llm.llm_engine
-        self._tokenizer: Any = self._llm.get_tokenizer()
-        self._vocab_size: int = self._llm.model_config.get_vocab_size()
+        self._drive(llm, max_tokens, max_model_len, max_num_seqs, temperature, stop)
+        self._sleeps = sleeps and on_gpu
+
+    @classmethod
+    def around(cls, llm: Any, *, max_tokens: int, max_num_seqs: int, temperature: float = 1.0, stop: Sequence[str] = ()) -> VllmEngine:
+        """Return an engine around a `vllm.LLM` of this process that somebody else has made, and that does nothing meanwhile.
+
+        Its owner keeps its memory and its end: the engine does not `sleep`, and need not be closed.
+
+        Args:
+            llm: the LLM.
+            max_tokens, max_num_seqs, temperature, stop: as for an engine of our own.
+        Raises: InputError for an LLM whose logprobs are not those of the sampling distribution.
+        """
+        config = llm.llm_engine.vllm_config.model_config
+        if config.logprobs_mode != "processed_logprobs":
+            raise InputError("vllm", f"an LLM with logprobs_mode {config.logprobs_mode!r}", "'processed_logprobs' is needed")
+        engine = cls.__new__(cls)
+        engine._drive(llm, max_tokens, config.max_model_len, max_num_seqs, temperature, stop)
+        return engine
+
+    def _drive(self, llm: Any, max_tokens: int, max_model_len: int, max_num_seqs: int, temperature: float, stop: Sequence[str]) -> None:
+        """Take an LLM and what is asked of it."""
+        _, self._sampling_params, output_kinds = _imported()
+        self._final_only = output_kinds.FINAL_ONLY
+        self._llm, self._engine, self._tokenizer = llm, llm.llm_engine, llm.get_tokenizer()
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
+        self._max_num_seqs, self._stop = max_num_seqs, list(stop)
+        self._sleeps = False
         self._running: dict[str, Request] = {}
         self._name_of: dict[CompletionId, str] = {}
         self._num_submitted = 0
