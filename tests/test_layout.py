@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "engines.serve": {*FOUNDATION, "config", "engines"},
     "ops": {*FOUNDATION, "_cpu", "_cuda"},
     "advantages": {*FOUNDATION, "sampling", "ops"},
-    "integrations": {*FOUNDATION, "sampling", "advantages"},
+    "integrations": {*FOUNDATION, "sampling", "rewards", "engines", "driver", "advantages"},
     "driver": {*FOUNDATION, "sampling", "rewards", "engines"},
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},

@@ -20,6 +20,7 @@ from reinforce_ada.integrations.trl import metrics
 from reinforce_ada.integrations.trl.checks import Adaptive, check, check_no_images, policy_of
 from reinforce_ada.integrations.trl.playback import Playback, kept_rows
 from reinforce_ada.integrations.trl.rounds import Rounds
+from reinforce_ada.integrations.trl.stream import Stream, can_stream
 from reinforce_ada.sampling import AdaptiveSampler, Memory
 from reinforce_ada.types import Prompt, SamplingResult
 
@@ -44,7 +45,7 @@ class AdaptiveSampling(GRPOTrainer):  # type: ignore[misc]  # TRL has no types
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        rounds = Rounds(self, super()._generate, super()._calculate_rewards)
+        rounds = (Stream if can_stream(self) else Rounds)(self, super()._generate, super()._calculate_rewards)
         result = self._sample(inputs, rounds)
         kept = kept_rows(result, self._sampling_policy, rounds.rows)
         self._playback = playback = Playback(kept, rounds, len(inputs), self.accelerator.process_index)
@@ -69,10 +70,11 @@ class AdaptiveSampling(GRPOTrainer):  # type: ignore[misc]  # TRL has no types
     def _sample(self, inputs: Sequence[Mapping[str, Any]], rounds: Rounds) -> SamplingResult:
         """Return the pools of a step, the same on every process."""
         state = self._sampling_state
-        prompts = _prompts(gather_object(list(inputs)), self.num_generations)
+        prompts = rounds.tokenized(_prompts(gather_object(list(inputs)), self.num_generations))
         sampler = AdaptiveSampler(
-            prompts, self._sampling_policy, step=state.step, schedule="rounds", seed=self.args.seed, memory=state.memory
-        )
+            prompts, self._sampling_policy, step=state.step, schedule=rounds.schedule, window=rounds.window(self._sampling_policy),
+            seed=self.args.seed, memory=state.memory,
+        )  # fmt: skip
         result = rounds.run(sampler)
         state.finish(result if self._sampling_policy.needs_memory else None)
         self.sampling_result = result
