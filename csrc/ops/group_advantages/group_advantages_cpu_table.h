@@ -129,6 +129,17 @@ int64_t any_rows(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t
 // A table of so many groups is small whatever the number of rows.
 constexpr int64_t kFewGroups = 65536;
 
+// Ranks in place of group numbers, which name the same groups; returns how many there are.
+__attribute__((noinline)) int64_t rank(const int64_t* ids, int64_t count, std::vector<int64_t>& ranks) {
+    std::vector<int64_t> numbers(ids, ids + count);
+    std::sort(numbers.begin(), numbers.end());
+    numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+    ranks.resize(static_cast<std::size_t>(count));
+    std::transform(ids, ids + count, ranks.begin(),
+                   [&](int64_t id) { return std::lower_bound(numbers.begin(), numbers.end(), id) - numbers.begin(); });
+    return static_cast<int64_t>(numbers.size());
+}
+
 // The same where num_groups may be -1.
 int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids, int64_t num_groups, int num_threads) {
     if (num_groups >= 0) return any_rows(rule, rows, ids, num_groups, false, num_threads);
@@ -137,15 +148,11 @@ int64_t rows_in_any_order(const Rule& rule, const Rows& rows, const int64_t* ids
     if (roomy && any_rows(rule, rows, ids, rows.count, false, num_threads) < 0) return -1;
     const std::uint64_t most = largest(ids, rows.count);
     if (static_cast<int64_t>(most) < 0) return first_outside(ids, rows.count, std::numeric_limits<int64_t>::max());
-    if (static_cast<int64_t>(most) < 4 * rows.count + kFewGroups)
-        return any_rows(rule, rows, ids, static_cast<int64_t>(most) + 1, true, num_threads);
-    // Numbers like hashes, of which a table would not fit any memory: their ranks name the same groups.
-    std::vector<int64_t> numbers(ids, ids + rows.count), ranks(static_cast<std::size_t>(rows.count));
-    std::sort(numbers.begin(), numbers.end());
-    numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
-    std::transform(ids, ids + rows.count, ranks.begin(),
-                   [&](int64_t id) { return std::lower_bound(numbers.begin(), numbers.end(), id) - numbers.begin(); });
-    return any_rows(rule, rows, ranks.data(), static_cast<int64_t>(numbers.size()), true, num_threads);
+    // A table for numbers like hashes would not fit any memory.
+    const bool like_hashes = static_cast<int64_t>(most) >= 4 * rows.count + kFewGroups;
+    std::vector<int64_t> ranks;
+    const int64_t room = like_hashes ? rank(ids, rows.count, ranks) : static_cast<int64_t>(most) + 1;
+    return any_rows(rule, rows, like_hashes ? ranks.data() : ids, room, true, num_threads);
 }
 
 }  // namespace

@@ -86,7 +86,11 @@ def group_advantages(
     Source: arXiv 2510.04996 (pool mean), 2402.03300 (group mean and std), 2402.14740 (leave-one-out), 2503.20783 (no std).
     """
     if class_weights is None and (backend == "auto" or backend == "cpu"):
-        common = cpu.common_case(rewards, group_of, cu_seqlens, pool, baseline, scale, ddof, eps, singleton)
+        common = None
+        if cu_seqlens is None:
+            common = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton, pool=pool)
+        elif group_of is None:
+            common = cpu.common_case(rewards, cu_seqlens, baseline, scale, ddof, eps, singleton, by_offsets=True, pool=pool)
         if common is not None:
             return common
     check_rows(rewards, group_of, cu_seqlens)
