@@ -83,6 +83,17 @@ def test_balance_trains_on_rewards_less_the_mean_of_the_pool(model_folder, tmp_p
     assert more  # a pool of two rounds or more, or nothing was adaptive
 
 
+def test_the_exact_objective_is_divided_by_a_fixed_number(model_folder, tmp_path):
+    """By the rows and the longest completion there may be; a ratio of 1 leaves each token its row's advantage."""
+    options = {"adaptive": "reinforce-ada-exact"}
+    trainer = trained(model_folder, tmp_path, cls=RecordedAdaptive, reward_funcs=tenth, loss_type="dr_grpo", max_steps=1, options=options)
+    (batch,), (result,) = trainer.batches, trainer.results
+    assert len({len(pool.outcomes) for pool in result.pools}) > 1
+    tokens = batch["completion_mask"].sum(1)
+    assert logged(trainer, "loss") == pytest.approx([-(batch["advantages"] * tokens).sum().item() / (16 * 6)], abs=1e-4)
+    assert logged(trainer, "sampling/waste_fraction")[0] > 0  # a round that ends within
+
+
 def test_what_the_logs_say(model_folder, tmp_path):
     trainer = trained(model_folder, tmp_path, cls=RecordedAdaptive, log_completions=True, num_completions_to_print=0, max_steps=1)
     (result,), (log, *_) = trainer.results, trainer.state.log_history
