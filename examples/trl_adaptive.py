@@ -37,6 +37,11 @@ def model_folder(folder: Path, seed: int) -> str:
     return str(folder)
 
 
+def held_out_reward(trainer: Any) -> float:
+    trainer.evaluate()
+    return trainer.state.log_history[-1]["eval_reward"]
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train, and return the held-out reward before and after, the share of prompts with a signal, and the tokens generated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,9 +73,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 adaptive=given.preset,  # a preset's name, ("name", {keyword: value}), or a Policy
             )
             # -------------------------------------------------------------------------------------------------
-        before = trainer.evaluate()["eval_reward"]
+        before = held_out_reward(trainer)
         trainer.train()
-        after = trainer.evaluate()["eval_reward"]
+        after = held_out_reward(trainer)
     steps = [entry for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
     signal = sum(1 - entry["frac_reward_zero_std"] for entry in steps) / len(steps)
     found = {"before": before, "after": after, "signal": signal, "tokens": steps[-1]["num_tokens"]}
