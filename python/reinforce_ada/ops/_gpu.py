@@ -21,6 +21,8 @@ from reinforce_ada.ops._torch import run_when_traced
 if TYPE_CHECKING:
     from reinforce_ada import _cuda as cuda
 
+_OLDEST_TRITON = (3, 3)  # 3.3.1, 3.4.0 and 3.5.1 ran in the interpreter, 3.2.0 did not
+
 __all__ = ["cuda", "cuda_devices", "cuda_missing", "guard", "stream", "triton_devices", "triton_missing"]
 
 
@@ -77,9 +79,11 @@ def _triton_missing() -> str | None:
     if not _interpreted() and (reason := _no_device()):
         return reason
     try:
-        import_module("triton")
+        version = str(import_module("triton").__version__)
     except ImportError as error:
         return f"triton does not import: {error}"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton {version} is too old: the kernels need 3.3, which takes records as arguments"
     return None
 
 
