@@ -16,13 +16,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TURNS = 15
 TURN_S = 0.03  # at least this long, so that one interruption by the system is not the whole turn
 
 
 def serve(pattern: str) -> None:
-    """One build's process: each line of stdin is a case's number (prepare it) or "time"; each answer is a line of JSON."""
+    """Run one build's process: a line of stdin is the number of a case to prepare, or "time"; each answer is a line of JSON."""
     from reinforce_ada.bench.case import Case, Setup
     from reinforce_ada.bench.catalogue import choose
     from reinforce_ada.bench.measure import Session, settings
@@ -48,7 +49,7 @@ def serve(pattern: str) -> None:
 
 
 def answer(value: object) -> None:
-    """One line to the process that asked."""
+    """Print one line for the process that asked."""
     print(json.dumps(value), flush=True)
 
 
@@ -60,13 +61,20 @@ class Build:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.cases: list[str] = self._answer()
 
-    def ask(self, question: str) -> float:
-        """The answer to one line."""
+    def prepare(self, case: int) -> None:
+        """Wait until the inputs of a case are in memory and its results are checked."""
+        self._ask(str(case))
+
+    def seconds(self) -> float:
+        """Return the seconds of a call of the prepared case."""
+        return float(self._ask("time"))
+
+    def _ask(self, question: str) -> Any:
         assert self.process.stdin is not None
         print(question, file=self.process.stdin, flush=True)
-        return float(answer) if isinstance(answer := self._answer(), float) else 0.0
+        return self._answer()
 
-    def _answer(self) -> object:
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -76,7 +84,7 @@ class Build:
 
 @contextmanager
 def both(python: str, pattern: str) -> Iterator[tuple[Build, Build]]:
-    """(the other build, this one), on one core."""
+    """Yield (the other build, this one), on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     builds = Build(python, pattern), Build(sys.executable, pattern)
     try:
@@ -87,7 +95,7 @@ def both(python: str, pattern: str) -> Iterator[tuple[Build, Build]]:
 
 
 def main() -> int:
-    """Prints a line a case; 1 if any is slower than the limit."""
+    """Print a line per case; return 1 if any is slower than the limit, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", nargs="?", help="the interpreter of an environment with the other build")
     parser.add_argument("--case", default="", help="only cases with this in their names")
@@ -105,8 +113,8 @@ def main() -> int:
             parser.error("the two builds have different cases; choose common ones by --case")
         for i, case in enumerate(this.cases):
             for build in (other, this):
-                build.ask(str(i))
-            turns = [(other.ask("time"), this.ask("time")) for _ in range(TURNS)]
+                build.prepare(i)
+            turns = [(other.seconds(), this.seconds()) for _ in range(TURNS)]
             before, now = (statistics.median(side) for side in zip(*turns, strict=True))
             low, ratio, high = statistics.quantiles([b / a for a, b in turns], n=4)
             slower += ratio > args.limit
