@@ -67,77 +67,91 @@ class Call(NamedTuple):
         return [x.detach() for x in (*results, *grads) if x is not None]
 
 
+class Corpus:
+    """The calls by name, and the tensors they share; `dtype` is that of logits, heads, logprobs and rewards."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.calls = dtype, dict[str, Call]()
+        self._g = torch.Generator().manual_seed(7)
+        self.ids = self.whole(V, T)
+        self.ids[2] = -100
+        self.head = {"hidden": self.normal(T, D).to(dtype), "weight": self.normal(V, D).to(dtype), "bias": self.normal(V).to(dtype)}
+        self.temperatures = {"temperature": self.uniform(T) + 0.5}
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._g, dtype=torch.float32, device="cpu")
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self._g, dtype=torch.float32, device="cpu")
+
+    def whole(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self._g, dtype=torch.int64, device="cpu")
+
+    def add(self, name: str, operator: str, tensors: Mapping[str, Tensor], **options: Any) -> None:
+        self.calls[f"{operator} {name}"] = Call(operator, dict(tensors), options)
+
+
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
-    """The corpus, by name; `dtype` is that of logits, heads, logprobs and rewards."""
-    g = torch.Generator().manual_seed(7)
+    """The corpus, by name."""
+    corpus = Corpus(dtype)
+    for add in (_scores, _advantages, _losses):
+        add(corpus)
+    return corpus.calls
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float32, device="cpu")
 
-    def whole(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=g, dtype=torch.int64, device="cpu")
+def _scores(c: Corpus) -> None:
+    head = {**c.head, "token_ids": c.ids}
+    for operator, scored in (
+        ("token_logprobs", {"logits": c.normal(T, V).to(c.dtype), "token_ids": c.ids}),
+        ("linear_token_logprobs", head),
+    ):
+        c.add("plain", operator, scored)
+        c.add("everything", operator, scored, temperature=0.7, logit_scale=0.5, soft_cap=3.0, entropy=True, sum_p2=True)
+        c.add("temperatures", operator, {**scored, **c.temperatures}, entropy=True)
+    c.add("in chunks", "linear_token_logprobs", head, entropy=True, max_extra_bytes=3 * V * 80)
 
-    ids = whole(V, T)
-    ids[2] = -100
-    scores = {"logits": normal(T, V).to(dtype), "token_ids": ids}
-    head = {"hidden": normal(T, D).to(dtype), "weight": normal(V, D).to(dtype), "bias": normal(V).to(dtype), "token_ids": ids}
-    temperatures = {"temperature": torch.rand(T, generator=g, dtype=torch.float32, device="cpu") + 0.5}
-    logprobs = -normal(T).abs().to(dtype)
 
-    def near() -> Tensor:
-        return logprobs.float() + 0.2 * normal(T)
-
-    packed = {
-        "advantages": normal(N),
-        "mask": torch.rand(T, generator=g, dtype=torch.float32, device="cpu") > 0.2,
-        "cu_seqlens": torch.tensor([0, 2, 2, 5, 9], dtype=torch.int64, device="cpu"),
-    }
-    others = {"old_logprobs": near(), "rollout_logprobs": near(), "ref_logprobs": near()}
-    group_of = whole(G, T)
-    pool = dict(zip(POOL, (whole(5, G) + 4, normal(G), normal(G).abs() + 1, -normal(G).abs() - 4, normal(G).abs() + 4), strict=True))
-    pool = {name: x.double() for name, x in pool.items()}
-    rewards = {"rewards": normal(T).to(dtype)}
-
-    found: dict[str, Call] = {}
-
-    def add(name: str, operator: str, tensors: Mapping[str, Tensor], **options: Any) -> None:
-        found[f"{operator} {name}"] = Call(operator, dict(tensors), options)
-
-    for operator, scored in (("token_logprobs", scores), ("linear_token_logprobs", head)):
-        add("plain", operator, scored)
-        add("everything", operator, scored, temperature=0.7, logit_scale=0.5, soft_cap=3.0, entropy=True, sum_p2=True)
-        add("temperatures", operator, {**scored, **temperatures}, entropy=True)
-    add("in chunks", "linear_token_logprobs", head, entropy=True, max_extra_bytes=3 * V * 80)
-
+def _advantages(c: Corpus) -> None:
+    rewards = {"rewards": c.normal(T).to(c.dtype)}
+    grouped = {**rewards, "group_of": c.whole(G, T)}
     for baseline in ("pool", "group", "leave-one-out"):
         for scale in ("none", "pool", "group", "batch"):
-            add(f"{baseline} {scale}", "group_advantages", {**rewards, "group_of": group_of}, baseline=baseline, scale=scale)
-    add("pool given", "group_advantages", {**rewards, "group_of": group_of, **pool}, scale="pool")
-    weights = {"class_weights": normal(G, 2), "baseline": normal(G)}
-    add("weights", "group_advantages", {**rewards, "group_of": group_of, **weights}, scale="batch", ddof=0)
+            c.add(f"{baseline} {scale}", "group_advantages", grouped, baseline=baseline, scale=scale)
+    stats = (c.whole(5, G) + 4, c.normal(G), c.normal(G).abs() + 1, -c.normal(G).abs() - 4, c.normal(G).abs() + 4)
+    pool = {name: x.double() for name, x in zip(POOL, stats, strict=True)}
+    c.add("pool given", "group_advantages", {**grouped, **pool}, scale="pool")
+    weights = {"class_weights": c.normal(G, 2), "baseline": c.normal(G)}
+    c.add("weights", "group_advantages", {**grouped, **weights}, scale="batch", ddof=0)
     offsets = {"cu_seqlens": torch.tensor([0, 4, 4, 9], dtype=torch.int64, device="cpu")}
-    add("offsets", "group_advantages", {**rewards, **offsets}, scale="group", singleton="reward")
+    c.add("offsets", "group_advantages", {**rewards, **offsets}, scale="group", singleton="reward")
 
-    padded = torch.rand(N, L, generator=g, dtype=torch.float32, device="cpu") > 0.2
-    for operator, scored in (("policy_loss", {"logprobs": logprobs}), ("linear_policy_loss", {**head, "token_ids": ids.clamp(min=0)})):
+
+def _losses(c: Corpus) -> None:
+    logprobs = -c.normal(T).abs().to(c.dtype)
+    packed = {
+        "advantages": c.normal(N),
+        "mask": c.uniform(T) > 0.2,
+        "cu_seqlens": torch.tensor([0, 2, 2, 5, 9], dtype=torch.int64, device="cpu"),
+    }
+    old, rollout, ref = ({name: logprobs.float() + 0.2 * c.normal(T)} for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs"))
+    head = {**c.head, "token_ids": c.ids.clamp(min=0)}
+    for operator, scored in (("policy_loss", {"logprobs": logprobs}), ("linear_policy_loss", head)):
         tensors = {**scored, **packed}
-        old = {name: others[name] for name in ("old_logprobs",)}
         for loss in LOSSES:
-            add(loss, operator, {**tensors, **old}, loss=loss)
-            add(f"{loss} on policy", operator, tensors, loss=loss)
+            c.add(loss, operator, {**tensors, **old}, loss=loss)
+            c.add(f"{loss} on policy", operator, tensors, loss=loss)
         for loss_agg in LOSS_AGGS:
-            add(loss_agg, operator, {**tensors, **old}, loss_agg=loss_agg)
-            add(f"{loss_agg} gspo", operator, {**tensors, **old}, loss="gspo", loss_agg=loss_agg)
+            c.add(loss_agg, operator, {**tensors, **old}, loss_agg=loss_agg)
+            c.add(f"{loss_agg} gspo", operator, {**tensors, **old}, loss="gspo", loss_agg=loss_agg)
         for kl in KL_ESTIMATORS:
-            add(kl, operator, {**tensors, **old, "ref_logprobs": others["ref_logprobs"]}, kl=kl, kl_coef=0.1, kl_weighting="ratio")
+            c.add(kl, operator, {**tensors, **old, **ref}, kl=kl, kl_coef=0.1, kl_weighting="ratio")
         for level in ("token", "sequence"):
-            corrected = {**tensors, **old, "rollout_logprobs": others["rollout_logprobs"]}
-            add(f"corrected {level}", operator, corrected, rollout_correction=RolloutCorrection(level), ratio_level=level, dual_clip=3.0)
-        add("per token", operator, {**tensors, **old, "advantages": normal(T)}, num_tokens_global=20.0)
-    add("entropy", "policy_loss", {"logprobs": logprobs, **packed, "entropy": normal(T).abs().to(dtype)}, entropy_coef=0.1)
-    add("entropy", "linear_policy_loss", {**head, "token_ids": ids.clamp(min=0), **packed, **temperatures}, entropy_coef=0.1)
-    rows = {"advantages": normal(N), "mask": padded}
-    add("padded", "policy_loss", {"logprobs": -normal(N, L).abs().to(dtype), "old_logprobs": -normal(N, L).abs(), **rows})
-    wide = {"hidden": normal(N, L, D).to(dtype), "weight": head["weight"], "token_ids": whole(V, N, L), "old_logprobs": -normal(N, L).abs()}
-    add("padded", "linear_policy_loss", {**wide, **rows})
-    return found
+            correction = {"rollout_correction": RolloutCorrection(level), "ratio_level": level, "dual_clip": 3.0}
+            c.add(f"corrected {level}", operator, {**tensors, **old, **rollout}, **correction)
+        c.add("per token", operator, {**tensors, **old, "advantages": c.normal(T)}, num_tokens_global=20.0)
+    c.add("entropy", "policy_loss", {"logprobs": logprobs, **packed, "entropy": c.normal(T).abs().to(c.dtype)}, entropy_coef=0.1)
+    c.add("entropy", "linear_policy_loss", {**head, **packed, **c.temperatures}, entropy_coef=0.1)
+    rows = {"advantages": c.normal(N), "mask": c.uniform(N, L) > 0.2, "old_logprobs": -c.normal(N, L).abs()}
+    c.add("padded", "policy_loss", {"logprobs": -c.normal(N, L).abs().to(c.dtype), **rows})
+    wide = {"hidden": c.normal(N, L, D).to(c.dtype), "weight": head["weight"], "token_ids": c.whole(V, N, L)}
+    c.add("padded", "linear_policy_loss", {**wide, **rows})

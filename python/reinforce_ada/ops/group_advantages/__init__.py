@@ -88,9 +88,9 @@ def group_advantages(
     if class_weights is None and (backend == "auto" or backend == "cpu"):
         common = None
         if cu_seqlens is None:
-            common = cpu.common_case(rewards, group_of, baseline, scale, ddof, eps, singleton, pool=pool)
+            common = cpu.common_case(rewards, group_of, False, pool, baseline, scale, ddof, eps, singleton)
         elif group_of is None:
-            common = cpu.common_case(rewards, cu_seqlens, baseline, scale, ddof, eps, singleton, by_offsets=True, pool=pool)
+            common = cpu.common_case(rewards, cu_seqlens, True, pool, baseline, scale, ddof, eps, singleton)
         if common is not None:
             return common
     check_rows(rewards, group_of, cu_seqlens)

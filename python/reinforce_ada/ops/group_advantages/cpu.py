@@ -19,20 +19,20 @@ _CODES = {  # (baseline, scale, singleton) as the kernel takes them
     for s, scale in enumerate(SCALES)
     for singleton in SINGLETONS
 }
-_num_threads, _int64 = torch.get_num_threads, torch.int64
+_num_threads, _empty_like, _int64 = torch.get_num_threads, torch.empty_like, torch.int64
 _DOUBLE = np.dtype(np.float64)
 
 
 def common_case(
     rewards: Tensor,
     index: Tensor | None,
+    by_offsets: bool,
+    pool: PoolStats | None,
     baseline: str | Tensor,
     scale: str,
     ddof: int,
     eps: float,
     singleton: str,
-    by_offsets: bool = False,
-    pool: PoolStats | None = None,
 ) -> Tensor | None:
     """Return the result of an eager call on plain contiguous tensors; None for any other call, which the long way looks at.
 
@@ -55,7 +55,7 @@ def common_case(
         return _with_statistics(rewards, dtype, index, codes, ddof, eps, by_offsets, pool)
     if index.numel() != rows:
         return None
-    out = torch.empty_like(rewards)
+    out = _empty_like(rewards)
     wrong = cpu.group_advantages(
         rewards.data_ptr(), dtype, index.data_ptr(), 0, rows, -1, 0, 0, 0, 0, 0, 0, 0, codes[0], codes[1], ddof, eps, codes[2],
         out.data_ptr(), _num_threads(),

@@ -119,7 +119,7 @@ def incoming_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor
 def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
     """Return the operator of a backend's kernels: (*Scores, *normalizers) of `Inputs`, differentiable in the logits."""
     normalizers = ", ".join(f"Tensor {name}" for name in kernels.NORMALIZERS)
-    count = len(GradientInputs._fields)
+    new_gradient, over_logits, into = _gradient_operators(backend, kernels, normalizers)
 
     def forward(*given: Any) -> tuple[Tensor, ...]:
         x = Inputs(*given)
@@ -127,41 +127,9 @@ def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
         kernels.forward(x, out, *saved)
         return *out, *saved
 
-    def write_gradient(grad: Tensor, *given: Any) -> None:
-        kernels.gradient(grad, GradientInputs(*given[:count]), *given[count:])
-
-    def gradient(logits: Tensor, *rest: Any) -> Tensor:
-        grad = logits.new_empty(logits.shape)
-        write_gradient(grad, logits, *rest)
-        return grad
-
     def fake(*given: Any) -> tuple[Tensor, ...]:
         x = Inputs(*given)
         return *empty_scores(x.logits, x.entropy, x.sum_p2), *kernels.empty_normalizers(x.logits)
-
-    gradient_op = NativeOp(
-        f"{WHERE}_gradient",
-        backend,
-        f"({parameters(GradientInputs)}, {normalizers}) -> Tensor",
-        gradient,
-        lambda logits, *_: logits.new_empty(logits.shape),
-    )
-    over_logits = NativeOp(
-        f"{WHERE}_gradient_over_logits",
-        backend,
-        f"({parameters(GradientInputs, written='logits')}, {normalizers}) -> ()",
-        lambda logits, *rest: write_gradient(logits, logits, *rest),
-        lambda *_: None,
-        mutates=("logits",),
-    )
-    into = NativeOp(
-        f"{WHERE}_gradient_into",
-        backend,
-        f"(Tensor(a!) grad, {parameters(GradientInputs)}, {normalizers}) -> ()",
-        write_gradient,
-        lambda *_: None,
-        mutates=("grad",),
-    )
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         logits, token_ids, temperatures, entropy, grad_out, *saved = ctx.saved_tensors
@@ -173,12 +141,51 @@ def torch_operator(backend: str, kernels: Kernels) -> NativeOp:
             grad = grad_out.detach()  # an alias that nothing else holds, which a leaf takes as its gradient without a copy
             into(grad, logits, *rest)
         else:
-            grad = gradient_op(logits, *rest)
+            grad = new_gradient(logits, *rest)
         return grad, *(None,) * 9
 
     results = f"Tensor logprobs, Tensor entropy, Tensor sum_p2, {normalizers}"
     schema = f"({parameters(Inputs)}) -> ({results})"
     return NativeOp(WHERE, backend, schema, forward, fake, setup_context=_setup_context, backward=backward)
+
+
+def _gradient_operators(backend: str, kernels: Kernels, normalizers: str) -> tuple[NativeOp, NativeOp, NativeOp]:
+    """Return the operators of the gradient: one that returns it, one that writes it over the logits, and one that writes it elsewhere."""
+    count = len(GradientInputs._fields)
+
+    def write(grad: Tensor, *given: Any) -> None:
+        kernels.gradient(grad, GradientInputs(*given[:count]), *given[count:])
+
+    def gradient(logits: Tensor, *rest: Any) -> Tensor:
+        grad = logits.new_empty(logits.shape)
+        write(grad, logits, *rest)
+        return grad
+
+    return (
+        NativeOp(
+            f"{WHERE}_gradient",
+            backend,
+            f"({parameters(GradientInputs)}, {normalizers}) -> Tensor",
+            gradient,
+            lambda logits, *_: logits.new_empty(logits.shape),
+        ),
+        NativeOp(
+            f"{WHERE}_gradient_over_logits",
+            backend,
+            f"({parameters(GradientInputs, written='logits')}, {normalizers}) -> ()",
+            lambda logits, *rest: write(logits, logits, *rest),
+            lambda *_: None,
+            mutates=("logits",),
+        ),
+        NativeOp(
+            f"{WHERE}_gradient_into",
+            backend,
+            f"(Tensor(a!) grad, {parameters(GradientInputs)}, {normalizers}) -> ()",
+            write,
+            lambda *_: None,
+            mutates=("grad",),
+        ),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
