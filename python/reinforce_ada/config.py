@@ -60,7 +60,9 @@ class TaskConfig:
 class SamplingConfig:
     """How the rollout budget is spent."""
 
-    preset: str = option("reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-{pos,balance,est,exact}; docs/policies.md")
+    preset: str = option(
+        "reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-{pos,balance,est,exact,memory}; docs/policies.md"
+    )
     schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
     prompts_per_step: int = option(12, "prompts entering each step")
     group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
@@ -70,6 +72,13 @@ class SamplingConfig:
     min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
+    num_completions: int | None = option(None, "pods: completions per prompt, of which group_size are kept (default: the preset's)")
+    baseline: Literal["pool", "group", "leave-one-out", "memory"] | None = option(
+        None, "mean that a reward is compared with; memory: posterior mean of the prompt's pass rate (default: the preset's)"
+    )
+    scale: Literal["none", "pool", "group", "batch"] | None = option(
+        None, "rewards whose standard deviation divides the advantages (default: the preset's)"
+    )
     degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
     objective: Literal["as-published", "mean", "log", "power"] | None = option(
         None, "objective of the expected gradient: mean, log or power of the pass rate, or as published (default: the preset's)"
@@ -92,8 +101,8 @@ class SamplingConfig:
 
 # The keys that make the policy, besides the name of its preset. Keys that are not set keep the preset's values.
 POLICY_KEYS = (
-    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "mean_budget", "degenerate", "objective",
-    "alpha", "propose",
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "mean_budget", "num_completions",
+    "baseline", "scale", "degenerate", "objective", "alpha", "propose",
 )  # fmt: skip
 
 
@@ -377,8 +386,8 @@ _SECONDS = Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, whic
 RANGES: Mapping[str, Range] = {
     "num_examples": Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": Range(1, 2048), "eval_every": _STEPS,
     "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
-    "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "positive_threshold": Range(-1e30, 1e30), "alpha": Range(0, 100, above=True),
-    "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
+    "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "num_completions": _COUNT, "positive_threshold": Range(-1e30, 1e30),
+    "alpha": Range(0, 100, above=True), "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
     "temperature": Range(0.01, 100),  # below, vLLM samples at another temperature than requested
     "replicas": Range(1, 1024), "cpus_per_replica": Range(1, 4096), "tensor_parallel": Range(1, 1024),
     "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": Range(0, 10**6),

@@ -141,6 +141,7 @@ class Pool:
     num_issued: int  # requests handed out, committed or not
     exit: ExitReason
     cap: int  # the most completions that this prompt could have used
+    prior: tuple[float, float] = (1.0, 1.0)  # Beta(a, b) of the pass rate before the first draw, for a policy that reads it
 
     @property
     def count(self) -> int:

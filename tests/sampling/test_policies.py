@@ -359,7 +359,7 @@ def test_whatever_else_goes_together(allocate, decide, select_rule, propose) -> 
 
 
 def test_presets_that_look_back_say_so() -> None:
-    assert {name for name in PRESETS if preset(name).needs_memory} == {"reinforce-ada-est", "knapsack"}
+    assert {name for name in PRESETS if preset(name).needs_memory} == {"reinforce-ada-est", "reinforce-ada-memory", "knapsack"}
     assert {name for name in PRESETS if preset(name).refills} == {"dapo"}
     with pytest.raises(InputError, match=r"policy 'knapsack' without memory; .*memory=Memory"):
         AdaptiveSampler(prompts_of("ab"), preset("knapsack"))

@@ -191,6 +191,16 @@ def test_killed_and_resumed_with_a_memory(toy_run: Runner, undisturbed_est: Path
     assert remembered(out) == remembered(undisturbed_est)
 
 
+def test_killed_and_resumed_with_a_baseline_that_remembers(toy_run: Runner, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    memory = {"preset": "reinforce-ada-memory", "group_size": 2, "round_size": None, "max_rounds": None}
+    assert toy_run(whole, **memory) == 0
+    assert toy_run(out, kill=("between log and checkpoint", 2), **memory) == -9
+    assert toy_run(out, resume=True, **memory) == 0
+    check_like(out, whole)
+    assert same_weights(out, whole)
+
+
 def test_killed_and_resumed_with_chosen_prompts(toy_run: Runner, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     chosen = {"propose": "nearest-rate"}
@@ -234,7 +244,14 @@ def test_memory_settings_belong_to_the_run_and_are_no_news_at_their_defaults(und
     with pytest.raises(InputError, match=r"was made with sampling.memory_decay=0.99 \(now 0.5\)"):
         toy_trainer(toy_config(undisturbed, memory_decay=0.5), undisturbed, resume=True)
     kept = fingerprint(toy_config(undisturbed))
-    for name in ("memory_decay", "memory_from", "mean_budget"):  # a store of an earlier version does not have them
+    for name in (
+        "memory_decay",
+        "memory_from",
+        "mean_budget",
+        "baseline",
+        "scale",
+        "num_completions",
+    ):  # a store of an earlier version does not have them
         del kept["sampling"][name]
     assert compared(kept) == fingerprint(toy_config(undisturbed))
 

@@ -7,14 +7,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
+from reinforce_ada.explain.ranking import Costs, ranking_page, ranking_record
 from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
-_LARGEST = 1e6  # limit on Beta parameters and class weights
+_LARGEST = 1e6  # limit on Beta parameters, class weights, cost ratios and variances
+_MOST_REMEMBERED = 256  # the numbers of a group of 1 take 1 ms for each
 
 
 def run(
@@ -23,10 +26,11 @@ def run(
     *,
     class_weights: str | None = None,
     populations: Sequence[str] = (),
+    costs: Costs | None = None,
     as_json: bool = False,
     figure: Path | None = None,
 ) -> int:
-    """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset.
+    """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset; with `costs`, rank them.
 
     Raises: InputError for a policy, argument or file that cannot be read, combined or drawn.
     """
@@ -34,11 +38,29 @@ def run(
     explanations = _explanations(what, overrides, class_weights)
     if figure is not None:
         _draw(explanations, figure)
+    if costs is not None:
+        _check(costs)
     if as_json:
-        show(json.dumps([e.record(over) for e in explanations], allow_nan=False))
+        show(json.dumps([_record(e, over, costs) for e in explanations], allow_nan=False))
+    elif costs is not None:
+        show(ranking_page(explanations, over, costs), end="")
     else:
         show(comparison_page(explanations, over) if what is None else page(explanations[0], over), end="")
     return 0
+
+
+def _check(costs: Costs) -> None:
+    for flag, value, most in (
+        ("--cost-ratio", costs.cost_ratio, _LARGEST),
+        ("--score-variance", costs.score_variance, _LARGEST),
+        ("--remembered", costs.remembered, _MOST_REMEMBERED),
+    ):
+        if not 0 <= value <= most:
+            raise InputError("explain", f"{flag} {value}", f"a number of at least 0 and at most {most:g} is needed")
+
+
+def _record(e: Explanation, over: Sequence[tuple[float, float]], costs: Costs | None) -> dict[str, Any]:
+    return e.record(over) if costs is None else {**e.record(over), "efficiency": ranking_record(e, over, costs)}
 
 
 def _explanations(what: str | None, overrides: Mapping[str, str], class_weights: str | None) -> list[Explanation]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.sampling import AdvantageSpec, Counts, ObjectiveWeight, Policy, Verdict, stopping_table
+from reinforce_ada.sampling import AdvantageSpec, Counts, Policy, Verdict, stopping_table
 from reinforce_ada.sampling.pool import only_reward
 from reinforce_ada.sampling.statistics import Terminal, live_sequences
 from reinforce_ada.types import Group, Pool, Prompt
@@ -27,7 +27,7 @@ class EffectiveWeight:
         plus = a A+ / d,  minus = -b A- / d
 
     for k correct and l wrong in the pool, a correct and b wrong kept with advantages A+ and A-, and the denominator d = a + b, or
-    group_size under an `ObjectiveWeight`. It holds because the policy sees only the class of a completion: the expected score of a
+    group_size for a policy with an objective. It holds because the policy sees only the class of a completion: the expected score of a
     correct one is grad p / p, and that of a wrong one is -grad p / (1-p).
 
     Each field is [S] float64, one value per terminal state.
@@ -39,6 +39,7 @@ class EffectiveWeight:
     plus: Array
     minus: Array
     noise_terms: Array  # (a A+^2 + b A-^2) / d^2
+    kept: Array  # a + b
     simulated: bool  # plus and minus are means over drawn sequences, since the selection depends on their order
 
     def __call__(self, p: Array) -> Array:
@@ -71,12 +72,13 @@ class EffectiveWeight:
         return np.asarray(terms.sum(-1))
 
 
-def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
+def effective_weight(policy: Policy, cap: int | None = None, prior: tuple[float, float] = (1.0, 1.0)) -> EffectiveWeight:
     """Return the effective weight of a policy. It is exact if the selection depends only on the counts of the pool, else marked simulated.
 
     Args:
         policy: any policy; a prompt that it drops contributes nothing, and w is per prompt that enters.
         cap: the prompt's budget; None means the policy's cap.
+        prior: Beta(a, b) of the prompt's pass rate, for a weight that reads it.
     Raises: InputError for a scale over the batch, which couples prompts, and for a threshold that is not between rewards of 0 and 1.
     """
     where = f"explain {policy.name!r}"
@@ -91,11 +93,11 @@ def effective_weight(policy: Policy, cap: int | None = None) -> EffectiveWeight:
     num = _NUM_SEQUENCES // len(terminals) + 1
     live = live_sequences(policy, cap) if simulated else {}
     sequences = [_sequences(live, t, num, rng) if simulated else [_canonical(t)] for t in terminals]
-    terms = _terms(policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap)
+    terms = _terms(policy, [(t, s) for t, drawn in zip(terminals, sequences, strict=True) for s in drawn], cap, prior)
     starts = np.cumsum([0, *map(len, sequences)])[:-1]
-    plus, minus, noise = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
+    plus, minus, noise, kept = (np.add.reduceat(x, starts) / np.diff([*starts, len(x)]) if len(x) else x for x in terms)
     k, w, paths = (np.array([float(getattr(t, name)) for t in terminals]) for name in ("correct", "wrong", "num_paths"))
-    return EffectiveWeight(k, w, paths, plus, minus, noise, simulated)
+    return EffectiveWeight(k, w, paths, plus, minus, noise, kept, simulated)
 
 
 def binary_advantages(spec: AdvantageSpec, correct: Array, wrong: Array, kept_correct: Array, kept_wrong: Array) -> tuple[Array, Array]:
@@ -139,26 +141,28 @@ def _divisor(spec: AdvantageSpec, k: Array, w: Array) -> Array:
 # -------------------- the hooks at a terminal state
 
 
-def _terms(policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int) -> tuple[Array, Array, Array]:
-    """Return `plus`, `minus` and the noise term of each draw sequence."""
-    groups = [_group(policy, terminal, chars, cap) for terminal, chars in drawn]
+def _terms(
+    policy: Policy, drawn: Sequence[tuple[Terminal, str]], cap: int, prior: tuple[float, float]
+) -> tuple[Array, Array, Array, Array]:
+    """Return `plus`, `minus`, the noise term and the number kept of each draw sequence."""
+    groups = [_group(policy, terminal, chars, cap, prior) for terminal, chars in drawn]
     if not groups:
-        return np.zeros(0), np.zeros(0), np.zeros(0)
+        return np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0)
     a = np.array([sum(s.reward for s in g.kept) for g in groups])
     b = np.array([float(len(g.kept)) for g in groups]) - a
     k, w = (np.array([float(n) for n in counts]) for counts in zip(*((t.correct, t.wrong) for t, _ in drawn), strict=True))
     up, down = binary_advantages(policy.weight(groups, policy), k, w, a, b)
-    d = np.full(len(a), float(policy.group_size)) if isinstance(policy.weight, ObjectiveWeight) else np.maximum(a + b, 1)
-    return a * up / d, -b * down / d, (a * up**2 + b * down**2) / d**2
+    d = np.full(len(a), float(policy.group_size)) if policy.objective is not None else np.maximum(a + b, 1)
+    return a * up / d, -b * down / d, (a * up**2 + b * down**2) / d**2, a + b
 
 
-def _group(policy: Policy, terminal: Terminal, chars: str, cap: int) -> Group:
+def _group(policy: Policy, terminal: Terminal, chars: str, cap: int, prior: tuple[float, float]) -> Group:
     """Return the group that a policy keeps of a pool with these outcomes."""
     outcomes = tuple(only_reward(float(c == "+")) for c in chars)
     k, n = terminal.correct, len(chars)
     exit_ = "exhausted" if terminal.verdict is Verdict.CONTINUE else "satisfied"
     low, high = float(k == n), float(k > 0)
-    pool = Pool(Prompt("p"), outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap)  # type: ignore[arg-type]
+    pool = Pool(Prompt("p"), outcomes, k, n - k, 0, k / n, k * (n - k) / n, low, high, n, exit_, cap, prior)  # type: ignore[arg-type]
     return Group(pool, tuple(outcomes[i] for i in _kept(policy, chars)))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.effective import EffectiveWeight, effective_weight
-from reinforce_ada.sampling import PRESETS, All, Balanced, Centered, History, Never, ObjectiveWeight, Policy, preset, stopping_table
+from reinforce_ada.sampling import PRESETS, All, Balanced, Centered, History, Never, Policy, preset, stopping_table
 from reinforce_ada.sampling.statistics import pool_mean, samples, signal
 
 WEIGHT_RATES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
@@ -24,6 +24,7 @@ _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("grpo", {"group_size": 4, "scale": "none"}),
     ("grpo", {"group_size": 16}),
     ("grpo", {"group_size": 32}),
+    ("reinforce-ada-memory", {"group_size": 2}),
     ("reinforce-ada-pos", {"decide_every": 1}),
     ("reinforce-ada-pos", {"decide_every": 1, "min_pool": 0}),
     ("reinforce-ada-pos", {"objective": "mean"}),
@@ -112,9 +113,11 @@ def _notes(policy: Policy, cap: int) -> Iterator[str]:
     weight = policy.weight
     if policy.refills:
         yield "refill: w is per prompt that enters; per group that is trained on it is larger by one factor, 1 / fraction kept"
-    if policy.needs_memory:
+    if policy.weight_needs_memory:
+        yield "the baseline depends on earlier steps: variance and noise are those of a prompt not seen before, w(p) is the same for all"
+    elif policy.needs_memory:
         yield f"budgets or prompts depend on earlier steps; these numbers are for a prompt not seen before, up to {cap} completions"
-    if isinstance(weight, ObjectiveWeight):
+    if policy.objective is not None:
         yield "w holds with loss_agg seq-mean-token-sum or -norm, one minibatch, and rewards that count as 0 or 1 by the threshold"
     if isinstance(weight, Centered) and weight.scale == "pool" and isinstance(policy.select, Balanced):
         yield "the std is the pool's and the group is balanced: prompts far from 1/2 are multiplied by 1 / sqrt(p (1 - p)) once more"
@@ -157,7 +160,7 @@ def page(e: Explanation, populations: Sequence[tuple[float, float]]) -> str:
     lines += ["", "  population      P(signal)       E[N]"]
     for a, b in populations:
         row = e.population(a, b)
-        lines.append(f"  {_beta(a, b):<14} {_FORMAT['signal'](row['signal']):>10} {_FORMAT['samples'](row['samples']):>10}")
+        lines.append(f"  {beta_name(a, b):<14} {_FORMAT['signal'](row['signal']):>10} {_FORMAT['samples'](row['samples']):>10}")
     lines += ["", *(f"  note: {note}" for note in e.notes)] if e.notes else []
     return "\n".join(lines) + "\n"
 
@@ -174,7 +177,7 @@ def comparison_page(rows: Sequence[Explanation], populations: Sequence[tuple[flo
             cells = ["-"] * len(rates) if values is None else [_FORMAT[name](v) for v in values]
             mark = "*" if name == "w" and e.notes else " "
             lines.append(f"{e.label + mark:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
-    lines += ["", f"{'P(signal), E[N]':<{width}}" + "".join(f"{_beta(a, b):>16}" for a, b in populations)]
+    lines += ["", f"{'P(signal), E[N]':<{width}}" + "".join(f"{beta_name(a, b):>16}" for a, b in populations)]
     for e in rows:
         found = [e.population(a, b) for a, b in populations]
         cells = [f"{_FORMAT['signal'](r['signal'])}, {_FORMAT['samples'](r['samples'])}" for r in found]
@@ -207,5 +210,6 @@ _FORMAT = {
 }
 
 
-def _beta(a: float, b: float) -> str:
+def beta_name(a: float, b: float) -> str:
+    """Return the name of a population."""
     return f"Beta({a:g}, {b:g})"

@@ -9,6 +9,7 @@ from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Allocation,
 from reinforce_ada.sampling.policies.decide import Balance, Band, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveWeight
 from reinforce_ada.sampling.policies.policy import Policy
+from reinforce_ada.sampling.policies.posterior_mean import PosteriorMean
 from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
 from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
 from reinforce_ada.sampling.policies.weight import Centered
@@ -43,6 +44,7 @@ __all__ = [
     "ObjectiveWeight",
     "Policy",
     "Positive",
+    "PosteriorMean",
     "PosteriorWindow",
     "Progress",
     "Refill",

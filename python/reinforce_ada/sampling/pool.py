@@ -90,7 +90,7 @@ class GrowingPool:
             self._count(answer, -1)
         return removed
 
-    def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int) -> Pool:
+    def freeze(self, prompt: Prompt, num_issued: int, reason: ExitReason, cap: int, prior: tuple[float, float] = (1.0, 1.0)) -> Pool:
         """Return the finished pool, with the statistics of its raw rewards."""
         outcomes = tuple(answer for answer in self.answers[: self.committed] if answer is not None)
         mean, m2, low, high = reward_statistics([o.reward for o in outcomes if isinstance(o, Scored)])
@@ -107,6 +107,7 @@ class GrowingPool:
             num_issued=num_issued,
             exit=reason,
             cap=cap,
+            prior=prior,
         )
 
 

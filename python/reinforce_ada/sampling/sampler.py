@@ -99,6 +99,7 @@ class AdaptiveSampler:
         self._keep_completions = keep_completions
         self._fixed_window = None if callable(window) else window
         self._window_of = window if callable(window) else None
+        self._is_history_read_again = self._window_of is not None or policy.weight_needs_memory
         self._num_wanted = _num_wanted(prompts, policy, num_prompts)
         self._source: Iterator[Prompt] = iter(prompts)
 
@@ -401,7 +402,7 @@ class AdaptiveSampler:
         for prompt, history, cap in zip(prompts, histories, budgets_of(self._policy, histories), strict=True):
             if prompt.prompt_id in self._states:
                 raise InputError(_WHERE, f"two prompts with id {prompt.prompt_id!r}", "distinct ids are needed")
-            seen = history if self._window_of is not None else _UNKNOWN  # only a window function reads it again
+            seen = history if self._is_history_read_again else _UNKNOWN
             state = PromptState(len(self._by_order), prompt, seen, cap, self._policy.positive_threshold)
             self._states[prompt.prompt_id] = state
             self._by_order.append(state)
@@ -433,7 +434,7 @@ class AdaptiveSampler:
         if not self.done:
             given = f"{self._num_active} of {self.num_admitted} prompts still active"
             raise InputError(f"{_WHERE}.result", given, "every prompt must have exited", "drive the sampler until .done")
-        pools = tuple(s.freeze(s.prompt, s.num_issued, s.exit, s.cap) for s in self._by_order if s.exit is not None)
+        pools = tuple(s.freeze(s.prompt, s.num_issued, s.exit, s.cap, s.history[:2]) for s in self._by_order if s.exit is not None)
         groups = tuple(group for pool in pools if (group := self._group(pool)) is not None)
         return SamplingResult(pools, groups, sampling_metrics(pools, groups, self._policy, self._num_wanted, self._tally))
 

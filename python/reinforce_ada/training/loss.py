@@ -18,7 +18,7 @@ from reinforce_ada.loading import described
 from reinforce_ada.ops import RolloutCorrection
 from reinforce_ada.ops.policy_loss.custom import loss_of
 from reinforce_ada.ops.policy_loss.settings import CustomLoss
-from reinforce_ada.sampling import ObjectiveWeight, Policy, configured
+from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.types import SamplingResult
@@ -33,11 +33,11 @@ def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
     """Return the number of completions by which a minibatch's loss is divided, if it averages over them.
 
-    It is the minibatch's own count; under an `ObjectiveWeight` it is group_size * prompts that entered / minibatches, whatever was kept:
-    with a denominator that depends on the outcomes the mean of the quotient is not the quotient of the means. The gradients of a step's
+    It is the minibatch's own count; for a policy with an objective it is group_size * prompts that entered / minibatches, whatever was
+    kept: if the denominator depends on the outcomes, the mean of the quotient is not the quotient of the means. The gradients of a step's
     minibatches add up to `num_minibatches` times that of the whole, however many groups there are and wherever each falls.
     """
-    if isinstance(policy.weight, ObjectiveWeight):
+    if policy.objective is not None:
         return policy.group_size * len(result.pools) / num_minibatches
     return len(minibatch)
 
@@ -46,16 +46,16 @@ _NO_CLIPPING = 1e6  # a max_grad_norm from here on counts as none
 
 
 def loss_agg_of(config: Config) -> str:
-    """Return the configured aggregation. By default it is token-mean, or one with a fixed denominator under an `ObjectiveWeight`."""
+    """Return the configured aggregation. By default it is token-mean, or one with a fixed denominator for a policy with an objective."""
     if config.training.loss_agg is not None:
         return config.training.loss_agg
-    return "seq-mean-token-sum-norm" if isinstance(configured(config.sampling).weight, ObjectiveWeight) else "token-mean"
+    return "seq-mean-token-sum-norm" if configured(config.sampling).objective is not None else "token-mean"
 
 
 def inexact(config: Config, policy: Policy) -> str:
     """Return in one line what keeps objective "mean" from being exact in this configuration; "" if nothing does."""
-    t, weight = config.training, policy.weight
-    if not (isinstance(weight, ObjectiveWeight) and weight.objective == "mean"):
+    t = config.training
+    if policy.objective != "mean":
         return ""
     causes = []
     loss_agg = loss_agg_of(config)

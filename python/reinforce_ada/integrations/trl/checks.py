@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.integrations.trl import hooks
-from reinforce_ada.sampling import PRESETS, All, Centered, ObjectiveWeight, Policy, preset
+from reinforce_ada.sampling import PRESETS, All, Centered, Policy, preset
 
 Adaptive: TypeAlias = str | Policy | tuple[str, Mapping[str, Any]]
 
@@ -47,7 +47,7 @@ def check(trainer: Any, policy: Policy) -> None:
 
 def _check_policy(policy: Policy, num_generations: int) -> None:
     where = f"{_WHERE}: policy {policy.name!r}"
-    if isinstance(policy.select, All):
+    if isinstance(policy.select, All) and policy.cap > policy.group_size:
         raise InputError(where, "it keeps every completion", f"num_generations {num_generations} rows of each prompt are needed")
     if policy.group_size != num_generations:
         raise InputError(where, f"it keeps {policy.group_size} completions of a prompt", f"num_generations {num_generations} is needed")
@@ -77,10 +77,10 @@ def _check_advantages(trainer: Any, policy: Policy) -> None:
     if getattr(args, "multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
         given = f"multi_objective_aggregation {args.multi_objective_aggregation!r}"
         raise InputError(_WHERE, given, "a completion has one reward, the weighted sum", "sum_then_normalize")
-    scale = weight.scale if isinstance(weight, Centered) else "none" if isinstance(weight, ObjectiveWeight) else args.scale_rewards
+    scale = weight.scale if isinstance(weight, Centered) else "none" if policy.objective is not None else args.scale_rewards
     if args.scale_rewards not in ("group", scale):  # "group" is TRL's default
         given = f"scale_rewards {args.scale_rewards!r} with policy {policy.name!r}, whose scale is {scale!r}"
         raise InputError(_WHERE, given, "the policy sets the advantages", "leave scale_rewards out")
-    if isinstance(weight, ObjectiveWeight) and args.loss_type not in _FIXED_DENOMINATOR:
-        given = f"objective {weight.objective!r} with loss_type {args.loss_type!r}, whose denominator depends on the outcomes"
+    if policy.objective is not None and args.loss_type not in _FIXED_DENOMINATOR:
+        given = f"objective {policy.objective!r} with loss_type {args.loss_type!r}, whose denominator depends on the outcomes"
         raise InputError(_WHERE, given, "a fixed denominator is needed", f"loss_type={_FIXED_DENOMINATOR[0]!r}")

@@ -214,7 +214,14 @@ class Weight(Protocol):
 
 
 class Weighting:
-    """A weight that checks, when a policy is made, that it fits the policy."""
+    """A weight that checks, when a policy is made, that it fits the policy, and may promise more.
+
+    A weight with an `objective` gives advantages with which the sum over a group's completions, divided by group_size, has the gradient of
+    that objective as its expectation. The denominator is fixed: the trainer divides by group_size * prompts that entered.
+    """
+
+    objective: str | None = None  # "mean", "log" or "power" of the pass rate
+    needs_memory: bool = False  # it reads Pool.prior
 
     def check(self, policy: Policy) -> None:
         """Raise InputError if the weight does not fit the policy."""

@@ -95,7 +95,9 @@ class Policy:
             if missing := [name for name in names if not hasattr(part, name.removesuffix("()"))]:
                 raise InputError(where, f"{hook} {part!r}", f"an object with .{missing[0]} is needed", wrapper)
         # These attributes are read only from a part derived from the base class; on any other part they would be ignored.
-        for hook, base, names in (("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check",))):
+        for hook, base, names in (
+            ("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check", "objective", "needs_memory")),
+        ):  # fmt: skip
             part = getattr(self, hook)
             if unheard := [name for name in names if hasattr(part, name) and not isinstance(part, base)]:
                 raise InputError(where, f"{hook} {part!r} with .{unheard[0]}", f"a class derived from {base.__name__} is needed")
@@ -143,7 +145,17 @@ class Policy:
     @property
     def needs_memory(self) -> bool:
         """Return whether a hook reads the histories of prompts."""
-        return self.propose.needs_memory or self.allocate.needs_memory
+        return self.propose.needs_memory or self.allocate.needs_memory or self.weight_needs_memory
+
+    @property
+    def weight_needs_memory(self) -> bool:
+        """Return whether the weight reads what is remembered of a prompt, `Pool.prior`."""
+        return isinstance(self.weight, Weighting) and self.weight.needs_memory
+
+    @property
+    def objective(self) -> str | None:
+        """Return the objective whose gradient the advantages have as their expectation; None for one that is a result of the rules."""
+        return self.weight.objective if isinstance(self.weight, Weighting) else None
 
     def verdict(self, counts: Counts, cap: int | None = None) -> Verdict:
         """Return the exit rule's verdict on a prompt with these committed counts if the rule is due, and CONTINUE otherwise.

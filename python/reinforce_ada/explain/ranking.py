@@ -1,0 +1,92 @@
+"""Which policy makes the most progress for its cost: the exact efficiencies of policies side by side, for a cost of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reinforce_ada.explain.efficiency import Efficiency, efficiency
+from reinforce_ada.explain.page import Explanation, beta_name
+from reinforce_ada.sampling import preset
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What efficiencies depend on besides the policy and the pass rates."""
+
+    cost_ratio: float  # cost of training on a completion / cost of generating one
+    remembered: int = 8  # earlier completions of each prompt, for baseline "memory"
+    score_variance: float = 1.0  # of a completion's score within its class, in units of |grad p|^2 / (p (1 - p))^2
+
+
+def ranking_record(e: Explanation, populations: Sequence[tuple[float, float]], costs: Costs) -> list[dict[str, float]]:
+    """Return the efficiencies of a policy over each population, relative to GRPO with groups of 8 without a scale."""
+    rows = []
+    for population, (found, reference) in zip(populations, _with_reference(e, populations, costs), strict=True):
+        rows.append(
+            {
+                "a": population[0],
+                "b": population[1],
+                "generated": found.generated,
+                "trained": found.trained,
+                "per_generated": found.per_generated() / reference.per_generated(),
+                "per_trained": found.per_trained() / reference.per_trained(),
+                "per_cost": found.per_cost(costs.cost_ratio) / reference.per_cost(costs.cost_ratio),
+            }
+        )
+    return rows
+
+
+def ranking_page(explanations: Sequence[Explanation], populations: Sequence[tuple[float, float]], costs: Costs) -> str:
+    """Return the printout: policies by their mean efficiency at the cost ratio, the best first, and which leads on each axis."""
+    found = {e.label: ranking_record(e, populations, costs) for e in explanations if e.weight is not None}
+    left_out = [e.label for e in explanations if e.weight is None]
+    order = sorted(found, key=lambda label: -_mean(found[label], "per_cost"))
+    title = "best first by the mean of C"
+    width = max(map(len, [title, *found])) + 2
+    lines = [
+        "Progress at equal cost along the gradient of the mean pass rate, relative to grpo (groups of 8) with scale none.",
+        "  G  per generated completion",
+        "  T  per trained completion",
+        f"  C  at the cost of both, if training on a completion costs {costs.cost_ratio:g} times as much as generating one",
+        "",
+        f"{'':<{width}}" + "".join(f"{beta_name(a, b):>22}" for a, b in populations),
+        f"{title:<{width}}" + "".join(f"{'G':>8}{'T':>7}{'C':>7}" for _ in populations),
+    ]
+    for label in order:
+        cells = "".join(f"{row['per_generated']:>8.2f}{row['per_trained']:>7.2f}{row['per_cost']:>7.2f}" for row in found[label])
+        lines.append(f"{label:<{width}}" + cells)
+    if len(order) > 1:
+        lines += ["", *_leaders(found)]
+    lines += ["", *(f"  {label}: no w(p), so that it has no efficiency" for label in left_out), *_assumptions(costs)]
+    return "\n".join(lines) + "\n"
+
+
+def _leaders(found: dict[str, list[dict[str, float]]]) -> list[str]:
+    axes = {"per_generated": "generated completion", "per_trained": "trained completion", "per_cost": "cost of both"}
+    return [f"  most progress per {axis}: {max(found, key=lambda label: _mean(found[label], key))}" for key, axis in axes.items()]
+
+
+def _assumptions(costs: Costs) -> list[str]:
+    return [
+        f"  Assumed: scores of variance {costs.score_variance:g} within a class (--score-variance), where |grad p| = p (1 - p);",
+        f"  {costs.remembered} earlier completions of each prompt where the baseline is the memory (--remembered);",
+        "  gradients of different prompts that have little in common.",
+        "  A budget that depends on earlier steps is that of a prompt not seen before.",
+    ]
+
+
+def _with_reference(e: Explanation, populations: Sequence[tuple[float, float]], costs: Costs) -> list[tuple[Efficiency, Efficiency]]:
+    remembered = costs.remembered if e.policy.weight_needs_memory else 0
+    reference = preset("grpo", scale="none")
+    return [
+        (
+            efficiency(e.policy, a, b, remembered=remembered, score_variance=costs.score_variance),
+            efficiency(reference, a, b, score_variance=costs.score_variance),
+        )
+        for a, b in populations
+    ]
+
+
+def _mean(rows: Sequence[dict[str, float]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
