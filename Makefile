@@ -82,6 +82,7 @@ test-sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  NATIVE_BUILD=sanitize $(WITH_OTHER_BUILD) tests/ops --capture=sys $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow tests/gpu/test_cuda_on_cpu.py::test_every_case_passes_sanitized $(PYTEST_FLAGS)
 
 # The avx512 build on a processor with AVX2 only: its code, with each intrinsic done by tests/ops/avx512/emulated.h.
 test-avx512: $(VENV)/.dev

@@ -39,6 +39,7 @@ def test_every_case_passes(result: list[str]) -> None:
     assert_files_took_part(result, FILES)
 
 
+@pytest.mark.slow  # a tenth of the whole suite's time
 @pytest.mark.process(sanitized, CASES)
 def test_every_case_passes_sanitized(result: list[str]) -> None:
     assert_files_took_part(result, FILES)
