@@ -32,6 +32,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _panel(axes: Any, axis: str, arms: Sequence[Arm], target: float | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for i, arm in enumerate(arms):
         x, mean, error = curve(arm.runs, axis)
         color, style = _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)]
@@ -43,6 +45,7 @@ def _panel(axes: Any, axis: str, arms: Sequence[Arm], target: float | None) -> N
     axes.set_title(f"Held-out reward against {axis_label(axis)}", loc="left", fontsize=11, color=_INK, pad=8)
     axes.set_xlabel(axis_label(axis), fontsize=9.5, color=_INK)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
