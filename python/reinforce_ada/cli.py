@@ -19,6 +19,10 @@ from reinforce_ada.outside import one_line
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
 _LONGEST_ARGUMENT = 100_000  # characters
+_GOES_ON = {
+    "train": "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on",
+    "study": "; nothing is lost, the same command goes on",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as e:
         return _fail(f"reinforce-ada: {InputError('memory', str(e) or 'there is no more', 'a smaller size of what was asked for')}")
     except KeyboardInterrupt as e:
-        goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is train.run else ""
-        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}", first="\n")
+        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{_GOES_ON.get(given.command, '')}", first="\n")
         return 130
 
 

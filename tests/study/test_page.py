@@ -43,7 +43,7 @@ def test_the_tables() -> None:
     assert rows(text, "Costs until a held-out reward of 0.5") == [
         ["arm", "steps", "generated completions", "generated tokens", "trained completions", "trained tokens", "seconds"],
         ["grpo-8", *["not reached by 1 of 3"] * 6],
-        ["balance", "14.0", "28", "280", "7", "70", "1"],  # after 15, 15 and 12 steps
+        ["balance", "14", "28", "280", "7", "70", "1.4"],  # after 15, 15 and 12 steps
     ]
     assert rows(text, "Learning rates")[1:] == [
         ["grpo-8", "1e-05", "3", "0.200", ""], ["grpo-8", "3e-05", "3", "0.500", "best"], ["grpo-8", "0.0001", "3", "0.000", ""],
@@ -54,6 +54,20 @@ def test_the_tables() -> None:
     assert "![held-out reward against steps and against generated tokens](figure.png)" in text
     assert "figure.png" not in page(results(RUNS, RATES), has_figure=False)
     assert "Costs until" not in page(results(RUNS, RATES, target=None), has_figure=False)
+
+
+def test_the_same_cost() -> None:
+    """A step of grpo-8 costs 1 of everything; one of balance 2 completions, 20 tokens and so on, and its first ten reach .4."""
+    found = {row[0]: row[1:] for row in rows(page(results(RUNS, RATES), has_figure=False), "Held-out reward at the same cost")}
+    assert found == {
+        "cost": ["amount", "grpo-8", "balance"],
+        "steps": ["20", "0.500", "0.700 (+0.200, +0.100 to +0.300)"],
+        "generated completions": ["20", "0.500", "0.400 (-0.100, -0.200 to +0.000)"],
+        "generated tokens": ["20", "0.500", "0.130 (-0.370, -0.470 to -0.270)"],
+        "trained completions": ["10", "0.300", "0.700 (+0.400, +0.300 to +0.600)"],
+        "trained tokens": ["20", "0.500", "0.220 (-0.280, -0.380 to -0.180)"],
+        "seconds": ["2", "0.140", "0.700 (+0.560, +0.460 to +0.760)"],
+    }
 
 
 def warned(found: Results) -> str:

@@ -114,16 +114,24 @@ def test_the_shards_have_every_run_once(study: Study, num_shards: int) -> None:
     assert sorted(cell.run.name for cell in found) == sorted(cell.run.name for cell in cells(study))
 
 
+def begin(out: Path, study: Study) -> None:
+    for cell in cells(study):
+        (out / cell.run.name).mkdir(parents=True)
+        (out / cell.run.name / "config.toml").touch()
+
+
 def test_a_study_may_grow_but_not_change(study: Study, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    keep(out, [cell.run for cell in cells(study)])
+    keep(out, [cell.run for cell in cells(study, 6)])
+    keep(out, [cell.run for cell in cells(study)])  # nothing has begun
+    begin(out, study)
     keep(out, [cell.run for cell in cells(study)])
     kept = (out / "plan.json").read_text()
     larger = study_of(tmp_path, changed(("seeds = [0, 1]", "seeds = [0, 1, 2]"), ("1e-2]", "1e-2, 1e-1]")))
     keep(out, [cell.run for cell in cells(larger)])
     assert (out / "plan.json").read_text() != kept
     other = study_of(tmp_path, changed(("steps = 3", "steps = 4")))
-    with pytest.raises(InputError, match=r"grpo-8/lr0.001/seed0 in .* was planned with steps=3 \(now 4\); the settings as they were"):
+    with pytest.raises(InputError, match=r"grpo-8/lr0.001/seed0 in .* has begun with steps=3 \(now 4\); the settings as they were"):
         keep(out, [cell.run for cell in cells(other)])
     with pytest.raises(InputError, match=r"prompts_per_step=5 \(now 6\)"):
         keep(out, [cell.run for cell in cells(study, 6)])

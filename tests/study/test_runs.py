@@ -181,4 +181,4 @@ def test_a_configuration_that_cannot_be_trained(world: Path, tmp_path: Path, cap
 def test_another_study_in_the_folder(world: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "other.toml").write_text(FILE.format(world=world).replace("steps = 3", "steps = 4"))
     assert study(world, undisturbed, file="other.toml") == 2
-    assert "was planned with steps=3 (now 4)" in capsys.readouterr().err
+    assert "has begun with steps=3 (now 4)" in capsys.readouterr().err

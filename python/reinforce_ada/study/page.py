@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from reinforce_ada.study.plan import Prediction
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import mean_and_half
-from reinforce_ada.study.summary import Arm, arms_of, axis_label, difference, finals_by_rate, mean_cost, mean_until, warnings_of
+from reinforce_ada.study.summary import (
+    Arm,
+    arms_of,
+    axis_label,
+    common_cost,
+    difference,
+    finals_by_rate,
+    mean_cost,
+    mean_until,
+    warnings_of,
+)
 from reinforce_ada.training.costs import COSTS
 
 FIGURE = "figure.png"
@@ -21,6 +31,11 @@ def page(results: Results, *, has_figure: bool) -> str:
     parts = [f"# {results.name}", _about(results)]
     parts += ["\n".join(f"- {warning}" for warning in warnings_of(results, arms))]
     parts += ["## Held-out reward at the end", _table(*_rewards(arms, baseline))]
+    about = (
+        "Each row compares all arms at the largest cost that every one of these runs reached, interpolated linearly between evaluations: "
+        f"the mean, and the paired difference to {baseline.name} with its 95 % bootstrap interval."
+    )
+    parts += ["## Held-out reward at the same cost", about, _table(*_equal(arms, baseline))]
     if has_figure:
         parts.append(f"![held-out reward against steps and against generated tokens]({FIGURE})")
     parts += ["## Costs of a run", "Means over the seeds; evaluations cost nothing.", _table(*_costs(arms))]
@@ -57,27 +72,41 @@ def _rewards(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[s
     for arm in arms:
         mean, half = mean_and_half(list(arm.finals().values()))
         row = [arm.name, _rate(arm.rate), str(len(arm.runs)), _number(mean), _interval(mean - half, mean + half)]
-        d = difference(arm, baseline)
+        d = difference(arm.finals(), baseline.finals())
         rows.append([*row, "–", "–"] if arm is baseline else [*row, _number(d.mean, "+.3f"), _interval(d.low, d.high, "+.3f")])
     return heads, rows
 
 
+def _equal(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name in COSTS:
+        most = common_cost(arms, name)
+        row = [axis_label(name), _amount(most)]
+        for arm in arms:
+            rewards = arm.rewards_at(name, most)
+            d = difference(rewards, baseline.rewards_at(name, most))
+            found = "" if arm is baseline else f" ({_number(d.mean, '+.3f')}, {_interval(d.low, d.high, '+.3f')})"
+            row.append(_number(mean_and_half(list(rewards.values()))[0]) + (found if rewards else ""))
+        rows.append(row)
+    return ["cost", "amount", *(arm.name for arm in arms)], rows
+
+
 def _costs(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
-    return ["arm", *map(axis_label, COSTS)], [[arm.name, *(_number(mean_cost(arm, name), ",.0f") for name in COSTS)] for arm in arms]
+    return ["arm", *map(axis_label, COSTS)], [[arm.name, *(_amount(mean_cost(arm, name)) for name in COSTS)] for arm in arms]
 
 
 def _until(arms: Sequence[Arm], target: float) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm in arms:
         found = mean_until(arm, target)
-        rows.append([arm.name, *(_reached(*found[name], len(arm.runs), ",.1f" if name == "steps" else ",.0f") for name in COSTS)])
+        rows.append([arm.name, *(_reached(*found[name], len(arm.runs)) for name in COSTS)])
     return ["arm", *map(axis_label, COSTS)], rows
 
 
-def _reached(mean: float, num_reached: int, num_seeds: int, form: str) -> str:
+def _reached(mean: float, num_reached: int, num_seeds: int) -> str:
     if math.isnan(mean):
         return f"not reached by {num_seeds - num_reached} of {num_seeds}" if num_reached else "not reached"
-    return format(mean, form)
+    return _amount(mean)
 
 
 def _rates(results: Results, arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
@@ -105,6 +134,10 @@ def _rate(rate: float | None) -> str:
 
 def _number(value: float, form: str = ".3f") -> str:
     return "–" if math.isnan(value) else format(value, form)
+
+
+def _amount(cost: float) -> str:
+    return _number(cost, ",.0f" if cost >= 100 else ".3g")
 
 
 def _interval(low: float, high: float, form: str = ".3f") -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from reinforce_ada.study.results import Results, RunResult
 from reinforce_ada.study.statistics import best_rate, bootstrap, cost_until, is_at_edge, mean_and_half, most_coverage, paired
 from reinforce_ada.training.costs import COSTS
@@ -29,14 +31,22 @@ class Arm:
         """Return one cost of every whole run."""
         return [run.final.costs[name] for run in self.runs]
 
+    def rewards_at(self, name: str, amount: float) -> dict[int, float]:
+        """Return the held-out reward of every seed at one cost, interpolated linearly between evaluations."""
+        return {run.seed: _reward_at(run, name, amount) for run in self.runs}
+
     def until(self, name: str, target: float) -> list[float]:
         """Return the cost until the target of every seed, nan where it was not reached."""
         return [cost_until([e.costs[name] for e in run.evaluations], [e.reward for e in run.evaluations], target) for run in self.runs]
 
 
+def _reward_at(run: RunResult, name: str, amount: float) -> float:
+    return float(np.interp(amount, [e.costs[name] for e in run.evaluations], [e.reward for e in run.evaluations]))
+
+
 @dataclass(frozen=True)
 class Difference:
-    """The final held-out reward of an arm minus that of the baseline, over the seeds of both; nan where there is nothing to say."""
+    """The held-out reward of an arm minus that of the baseline, over the seeds of both; nan where there is nothing to say."""
 
     mean: float
     low: float
@@ -61,9 +71,9 @@ def finals_by_rate(results: Results, arm: str) -> dict[float, list[float]]:
     }
 
 
-def difference(arm: Arm, baseline: Arm) -> Difference:
-    """Return the paired difference of an arm to the baseline."""
-    differences = paired(arm.finals(), baseline.finals())
+def difference(rewards: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Return the paired difference of the rewards of two arms, which are given by seed."""
+    differences = paired(rewards, baseline)
     low, high = bootstrap(differences)
     return Difference(mean_and_half(differences)[0], low, high, len(differences))
 
@@ -74,13 +84,11 @@ def curve(runs: Sequence[RunResult], axis: str, num_points: int = 200) -> tuple[
     The curve ends where the first seed ends, so that every point is a mean over the same seeds. On the axis of steps the points are the
     evaluations that all seeds have.
     """
-    import numpy as np
-
     if axis == "steps":
         x = np.array(sorted(set.intersection(*({float(e.step) for e in run.evaluations} for run in runs))))
     else:
         x = np.linspace(0, min(run.final.costs[axis] for run in runs), num_points)
-    y = np.array([np.interp(x, [e.costs[axis] for e in run.evaluations], [e.reward for e in run.evaluations]) for run in runs])
+    y = np.array([[_reward_at(run, axis, amount) for amount in x] for run in runs])
     error = y.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros(len(x))
     return x.tolist(), y.mean(axis=0).tolist(), error.tolist()
 
@@ -122,6 +130,11 @@ def _warnings_of_arm(results: Results, arm: Arm) -> Iterator[str]:
 def axis_label(name: str) -> str:
     """Return a cost in words."""
     return name.replace("_", " ")
+
+
+def common_cost(arms: Sequence[Arm], name: str) -> float:
+    """Return the largest cost that every run of every arm reached; nan without runs."""
+    return min((cost for arm in arms for cost in arm.costs(name)), default=math.nan)
 
 
 def mean_cost(arm: Arm, name: str) -> float:
