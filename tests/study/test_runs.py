@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_killed_and_resumed(world: Path, undisturbed: Path, tmp_path: Path, in_t
     run = out / "balance/lr0.001/seed0"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(8)]
+        said = [process.stdout.readline() for _ in range(9)]
         assert said[-1] == "[1/3] balance/lr0.001/seed0 begins\n"
         while not (run / "config.toml").exists():
             assert not select.select([process.stdout], [], [], 0.02)[0]  # it says nothing more before the run ends
@@ -168,6 +169,21 @@ def test_an_arm_that_fails(world: Path, undisturbed: Path, tmp_path: Path, capsy
     whole = without_times(undisturbed)["runs"]
     assert without_times(out)["runs"] == [run for run in whole if run["arm"] == "grpo"]
     assert "2 of 4 runs are not finished" in (out / "page.md").read_text()
+
+
+@pytest.mark.parametrize("lost", ['"kind": "step", "step": 2', '"kind": "eval"'])
+def test_a_log_that_lost_a_line(world: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str) -> None:
+    """The last line with this text is damaged: neither the costs nor the end of such a run are known."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    log = out / "grpo/lr0.001/seed1/log.jsonl"
+    before, found, after = log.read_text().rpartition(lost)
+    assert found
+    log.write_text(before + lost[:-4] + after)
+    assert study(world, out) == 0
+    assert "grpo/lr0.001/seed1 is left out: its log lacks a step or the last evaluation" in capsys.readouterr().out
+    whole = without_times(undisturbed)["runs"]
+    assert without_times(out)["runs"] == [run for run in whole if (run["arm"], run["seed"]) != ("grpo", 1)]
 
 
 def test_a_configuration_that_cannot_be_trained(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

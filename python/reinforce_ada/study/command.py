@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from reinforce_ada.errors import InputError, needs
@@ -34,6 +35,8 @@ def run(path: Path, *, out: Path | None = None, shard: str = "1/1", report: bool
     _show_plan(study, cells, predictions)
     num_failed = execute_all(out, shard_of(cells, part), show)
     results = result_files.collect(study, predictions, cells, out)
+    for name in result_files.damaged(results, cells, out):
+        show(f"{name} is left out: its log lacks a step or the last evaluation; without its folder the same command trains it again")
     show(str(result_files.write(results, out)))
     _write_page(results, out)
     if num_failed:
@@ -62,6 +65,7 @@ def _predictions(study: Study, out: Path) -> list[Prediction]:
             WHERE, f"the untrained model cannot be evaluated: {e}", "a configuration that `reinforce-ada train` accepts"
         ) from None
     rates = pass_rates(out, untrained)
+    show(f"held-out reward of the untrained model: {math.fsum(rates) / len(rates):.3f} on {len(rates)} prompts")
     return [predict(study, arm, rates) for arm in study.arms]
 
 

@@ -10,7 +10,7 @@ from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.settings import WHERE
-from reinforce_ada.study.summary import Arm, arms_of, axis_label, curve
+from reinforce_ada.study.summary import ArmResult, arms_of, axis_label, curve
 
 _COLORS = ("#1f6cb0", "#d1661e", "#2a8c55", "#9a5fb4", "#b3343a", "#6b7480", "#c2a11c", "#17808f")
 _STYLES = ("-", "--", ":")
@@ -31,7 +31,7 @@ def draw(results: Results, path: Path) -> None:
         replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}), where=WHERE)
 
 
-def _panel(axes: Any, axis: str, arms: Sequence[Arm], target: float | None) -> None:
+def _panel(axes: Any, axis: str, arms: Sequence[ArmResult], target: float | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for i, arm in enumerate(arms):

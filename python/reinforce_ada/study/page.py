@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from reinforce_ada.study.plan import Prediction
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import mean_and_half
 from reinforce_ada.study.summary import (
-    Arm,
+    ArmResult,
     arms_of,
     axis_label,
     common_cost,
@@ -66,7 +66,7 @@ def _about(results: Results) -> str:
     )
 
 
-def _rewards(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[str]]]:
+def _rewards(arms: Sequence[ArmResult], baseline: ArmResult) -> tuple[list[str], list[list[str]]]:
     heads = ["arm", "learning rate", "seeds", "held-out reward", "95 % interval", f"difference to {baseline.name}", "95 % interval"]
     rows = []
     for arm in arms:
@@ -77,7 +77,7 @@ def _rewards(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[s
     return heads, rows
 
 
-def _equal(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[str]]]:
+def _equal(arms: Sequence[ArmResult], baseline: ArmResult) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in COSTS:
         most = common_cost(arms, name)
@@ -91,11 +91,11 @@ def _equal(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[str
     return ["cost", "amount", *(arm.name for arm in arms)], rows
 
 
-def _costs(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+def _costs(arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
     return ["arm", *map(axis_label, COSTS)], [[arm.name, *(_amount(mean_cost(arm, name)) for name in COSTS)] for arm in arms]
 
 
-def _until(arms: Sequence[Arm], target: float) -> tuple[list[str], list[list[str]]]:
+def _until(arms: Sequence[ArmResult], target: float) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm in arms:
         found = mean_until(arm, target)
@@ -109,7 +109,7 @@ def _reached(mean: float, num_reached: int, num_seeds: int) -> str:
     return _amount(mean)
 
 
-def _rates(results: Results, arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+def _rates(results: Results, arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm in arms:
         for rate, finals in finals_by_rate(results, arm.name).items():
@@ -119,13 +119,10 @@ def _rates(results: Results, arms: Sequence[Arm]) -> tuple[list[str], list[list[
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(_lines(heads, rows, lambda cells: f"| {' | '.join(cells)} |"))
-
-
-def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]], line: Callable[[Sequence[str]], str]) -> Iterator[str]:
-    yield line(heads)
-    yield line(["---"] * len(heads))
-    yield from map(line, rows)
+    """Return a table in Markdown whose columns are aligned, so that a terminal can show it too."""
+    widths = [max(3, *map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines)
 
 
 def _rate(rate: float | None) -> str:

@@ -75,9 +75,19 @@ def collect(study: Study, predictions: Sequence[Prediction], cells: Sequence[Cel
     )  # fmt: skip
 
 
+def damaged(results: Results, cells: Sequence[Cell], out: Path) -> list[str]:
+    """Return the finished runs that are not among the results."""
+    there = {(run.arm, run.learning_rate, run.seed) for run in results.runs}
+    return [c.run.name for c in cells if is_finished(out, c.run) and (c.arm, c.learning_rate, c.seed) not in there]
+
+
 def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
+    """Return the evaluations of a run; none if its log lacks a step or the last evaluation, since its costs or its end are then unknown."""
     records = read_log(folder / "log.jsonl")
     evaluations = sorted((r for r in records if r["kind"] == "eval" and r.get("avg_at_k") is not None), key=lambda r: r["step"])
+    steps = sorted(r["step"] for r in records if r["kind"] == "step")
+    if not evaluations or steps != list(range(1, evaluations[-1]["step"] + 1)):
+        return ()
     return tuple(Evaluation(r["step"], float(r["avg_at_k"]), costs_until(records, r["step"])) for r in evaluations)
 
 

@@ -12,11 +12,12 @@ from reinforce_ada.study.results import Results, RunResult
 from reinforce_ada.study.statistics import best_rate, bootstrap, cost_until, is_at_edge, mean_and_half, most_coverage, paired
 from reinforce_ada.training.costs import COSTS
 
+_UNEQUAL = 1.1  # a larger quotient of costs is worth a line
 _FEW_SEEDS = 6  # from here on the bootstrap interval can cover 95 %
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResult:
     """The runs of an arm at its best learning rate, one for each finished seed; no rate and no runs if none is finished."""
 
     name: str
@@ -54,13 +55,13 @@ class Difference:
     num_seeds: int
 
 
-def arms_of(results: Results) -> list[Arm]:
+def arms_of(results: Results) -> list[ArmResult]:
     """Return every arm at its best learning rate."""
     found = []
     for name in results.arms:
         rate = best_rate(finals_by_rate(results, name))
         runs = tuple(sorted((r for r in results.runs if r.arm == name and r.learning_rate == rate), key=lambda r: r.seed))
-        found.append(Arm(name, rate, runs))
+        found.append(ArmResult(name, rate, runs))
     return found
 
 
@@ -93,13 +94,14 @@ def curve(runs: Sequence[RunResult], axis: str, num_points: int = 200) -> tuple[
     return x.tolist(), y.mean(axis=0).tolist(), error.tolist()
 
 
-def warnings_of(results: Results, arms: Sequence[Arm]) -> Iterator[str]:
+def warnings_of(results: Results, arms: Sequence[ArmResult]) -> Iterator[str]:
     """Yield what a reader must know before believing the tables."""
     missing = results.num_planned - len(results.runs)
     if missing:
         yield f"{missing} of {results.num_planned} runs are not finished, and not in these numbers."
     for arm in arms:
         yield from _warnings_of_arm(results, arm)
+    yield from _warnings_of_costs(results, arms)
     few = len(results.seeds)
     if 1 < few < _FEW_SEEDS:
         yield (
@@ -112,7 +114,7 @@ def warnings_of(results: Results, arms: Sequence[Arm]) -> Iterator[str]:
         yield "The best learning rate was chosen on the same seeds that are reported, which flatters every arm that tried several."
 
 
-def _warnings_of_arm(results: Results, arm: Arm) -> Iterator[str]:
+def _warnings_of_arm(results: Results, arm: ArmResult) -> Iterator[str]:
     grid = results.learning_rates[arm.name]
     if arm.rate is None:
         yield f"{arm.name}: no run is finished."
@@ -127,22 +129,34 @@ def _warnings_of_arm(results: Results, arm: Arm) -> Iterator[str]:
         yield f"{arm.name}: {len(short)} runs ended at the limit of steps, before the budget of {results.budget} was spent."
 
 
+def _warnings_of_costs(results: Results, arms: Sequence[ArmResult]) -> Iterator[str]:
+    generated = {arm.name: mean_cost(arm, "generated_completions") for arm in arms if arm.runs}
+    if results.budget_unit != "steps" or not generated:
+        return
+    least, most = min(generated, key=generated.__getitem__), max(generated, key=generated.__getitem__)
+    if generated[most] > _UNEQUAL * generated[least] > 0:
+        yield (
+            f"In the same number of steps {most} generated {generated[most] / generated[least]:.1f} times as many completions as {least}: "
+            "the rewards at the end do not compare them at the same cost."
+        )
+
+
 def axis_label(name: str) -> str:
     """Return a cost in words."""
     return name.replace("_", " ")
 
 
-def common_cost(arms: Sequence[Arm], name: str) -> float:
+def common_cost(arms: Sequence[ArmResult], name: str) -> float:
     """Return the largest cost that every run of every arm reached; nan without runs."""
     return min((cost for arm in arms for cost in arm.costs(name)), default=math.nan)
 
 
-def mean_cost(arm: Arm, name: str) -> float:
+def mean_cost(arm: ArmResult, name: str) -> float:
     """Return the mean cost of a whole run of an arm."""
     return mean_and_half(arm.costs(name))[0]
 
 
-def mean_until(arm: Arm, target: float) -> Mapping[str, tuple[float, int]]:
+def mean_until(arm: ArmResult, target: float) -> Mapping[str, tuple[float, int]]:
     """Return, for each cost, its mean until the target (nan unless every seed reached it) and the number of seeds that did."""
     found = {name: arm.until(name, target) for name in COSTS}
     return {name: (mean_and_half(costs)[0], sum(not math.isnan(c) for c in costs)) for name, costs in found.items()}
