@@ -99,6 +99,14 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def copy_without(undisturbed: Path, out: Path, *runs: str) -> None:
+    """A study as it was before these runs."""
+    shutil.copytree(undisturbed, out)
+    (out / "results.json").unlink()
+    for run in runs:
+        shutil.rmtree(out / run)
+
+
 def test_the_results(undisturbed: Path) -> None:
     assert {"plan.json", "results.json", "page.md", "figure.png", "untrained", "grpo", "balance"} <= {p.name for p in undisturbed.iterdir()}
     found = without_times(undisturbed)
@@ -130,7 +138,7 @@ def test_a_finished_study_trains_nothing(world: Path, undisturbed: Path, in_this
 def test_killed_and_resumed(world: Path, undisturbed: Path, tmp_path: Path, in_this_process: list[Sequence[str]]) -> None:
     """The study is killed while it trains the second of its runs; that run's process ends with it."""
     out = tmp_path / "out"
-    assert study(world, out, "--shard", "1/4") == 0
+    copy_without(undisturbed, out, "grpo/lr0.001/seed1", "balance")
     command = [sys.executable, "-m", "reinforce_ada", "study", str(world / "s.toml"), "--out", str(out)]
     run = out / "balance/lr0.001/seed0"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -150,7 +158,8 @@ def test_killed_and_resumed(world: Path, undisturbed: Path, tmp_path: Path, in_t
 
 
 def test_shards_share_a_folder(world: Path, undisturbed: Path, tmp_path: Path) -> None:
-    for i, num_finished in ((2, 2), (1, 4)):
+    copy_without(undisturbed, tmp_path / "out", "grpo/lr0.001/seed1", "balance/lr0.001/seed0")
+    for i, num_finished in ((2, 3), (1, 4)):
         assert study(world, tmp_path / "out", "--shard", f"{i}/2") == 0
         assert len(without_times(tmp_path / "out")["runs"]) == num_finished
     assert without_times(tmp_path / "out") == without_times(undisturbed)
@@ -160,10 +169,11 @@ def test_an_arm_that_fails(world: Path, undisturbed: Path, tmp_path: Path, capsy
     text = FILE.format(world=world).replace('preset = "reinforce-ada-balance"', f'preset = "grpo"\nloss = "{world}/gone.py:loss"')
     (world / "fails.toml").write_text(text)
     out = tmp_path / "out"
+    copy_without(undisturbed, out, "balance")
     assert study(world, out, file="fails.toml") == 1
     said = capsys.readouterr().out
     failed = [line for line in said.splitlines() if " failed: " in line]
-    assert [line.split(" failed: ")[0] for line in failed] == ["[2/4] balance/lr0.001/seed0", "[4/4] balance/lr0.001/seed1"]
+    assert [line.split(" failed: ")[0] for line in failed] == ["[1/2] balance/lr0.001/seed0", "[2/2] balance/lr0.001/seed1"]
     assert all("exit status 2: reinforce-ada: " in line and "gone.py" in line for line in failed)
     assert "2 runs failed; the same command tries them again" in said
     whole = without_times(undisturbed)["runs"]
