@@ -101,6 +101,7 @@ EARLY = {
     "serve": ["./gone", "--host", "203.0.113.1"],  # an address that no machine has: it cannot listen there
     "bench": ["--case", "no such case"],
     "doctor": ["--json"],
+    "study": ["gone.toml"],
 }
 LATER = {"task", "task-options", "reward", "out", "model", "memory-from", "num-examples", "eval-prompts", "preset", "engine", "track"}
 POSITIONAL: dict[str, list[str]] = {
@@ -112,6 +113,7 @@ POSITIONAL: dict[str, list[str]] = {
     "serve": ["--host", "203.0.113.1"],
     "bench": ["--list"],
     "doctor": ["--json"],
+    "study": ["--report"],
 }
 
 
@@ -149,7 +151,7 @@ def lines(seed: int, count: int) -> list[list[str]]:
 
 
 def _line(rng: random.Random, flags: dict[str, list[str]]) -> list[str]:
-    command = rng.choices(list(EARLY), weights=[6, 2, 4, 6, 2, 2, 1, 0.3])[0]
+    command = rng.choices(list(EARLY), weights=[6, 2, 4, 6, 2, 2, 1, 0.3, 2])[0]
     value = rng.choice(VALUES)
     if rng.random() < 0.2:
         return [command, *POSITIONAL[command], "--", value] if rng.random() < 0.5 else [command, value, *POSITIONAL[command]]

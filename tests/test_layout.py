@@ -52,8 +52,9 @@ MAY_IMPORT = {
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config"},
+    "study": {*FOUNDATION, "sampling", "config", "training"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
-    "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "bench", "doctor", "engines.serve", "training.launch"},
+    "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", "training.launch"},
     "cli": {*FOUNDATION, "commands"},
     "__main__": {"cli"},
 }
@@ -221,6 +222,7 @@ def test_what_needs_no_torch_imports_none():
         "rollouts",
         "report",
         "explain.command",
+        "study.command",
     ]
     code = f"""
 import importlib, json, sys

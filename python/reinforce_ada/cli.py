@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import reinforce_ada
-from reinforce_ada.commands import bench, doctor, evaluate, explain, report, serve, simulate, train
+from reinforce_ada.commands import bench, doctor, evaluate, explain, report, serve, simulate, study, train
 from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, not_installed
 from reinforce_ada.outside import one_line
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
 _LONGEST_ARGUMENT = 100_000  # characters
+_GOES_ON = {
+    "train": "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on",
+    "study": "; nothing is lost, the same command goes on",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as e:
         return _fail(f"reinforce-ada: {InputError('memory', str(e) or 'there is no more', 'a smaller size of what was asked for')}")
     except KeyboardInterrupt as e:
-        goes_on = "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on" if given.run is train.run else ""
-        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{goes_on}", first="\n")
+        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{_GOES_ON.get(given.command, '')}", first="\n")
         return 130
 
 
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command", parser_class=_Parser)
-    for command in (train, evaluate, explain, report, simulate, serve, bench, doctor):
+    for command in (train, evaluate, study, explain, report, simulate, serve, bench, doctor):
         command.add(commands)
     return parser
 

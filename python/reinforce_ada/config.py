@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -139,6 +140,7 @@ class TrainingConfig:
     """How the kept completions become a gradient."""
 
     steps: int = option(30, "total number of steps; a resumed run continues to this number")
+    budget: str = option("", 'end after the step in which this is spent, such as "20000 generated completions"; steps stays the limit')
     learning_rate: float = option(1e-5, "AdamW, after warm-up")
     warmup_steps: int = option(2, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW")
@@ -210,6 +212,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError("config", f"{path} is nested too deeply", "a valid TOML file") from e
     except ValueError as e:  # TOMLDecodeError, and Python's error for an integer of 5000 digits
         raise InputError("config", f"{path} is not TOML: {one_line(str(e))}", "a valid TOML file") from e
+
+
+class Budget(NamedTuple):
+    """The amount that a run may spend of what `unit` counts, one of BUDGET_UNITS."""
+
+    amount: int
+    unit: str
+
+
+BUDGET_UNITS = ("generated_completions", "generated_tokens", "trained_completions", "trained_tokens")
+
+
+def budget_of(training: TrainingConfig) -> Budget | None:
+    """Return the budget of a run; None if `steps` alone ends it. Raises: InputError for a text that is no budget."""
+    if not training.budget:
+        return None
+    found = re.fullmatch(r"0*([1-9][0-9]{0,14}) ((?:generated|trained) (?:completions|tokens))", training.budget)
+    if found is None:
+        needed = 'a number of generated or trained completions or tokens, such as "20000 generated completions"'
+        raise InputError("config", f"budget = {_shown(training.budget)}", needed)
+    return Budget(int(found[1]), found[2].replace(" ", "_"))
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -408,6 +431,7 @@ def _check(config: Config) -> None:
             _check_text(key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
             raise InputError("config", f"{key} = {_shown(value)}", needed)
+    budget_of(config.training)
     sampling = config.sampling
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")

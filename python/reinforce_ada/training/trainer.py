@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinforce_ada.config import Config, EngineConfig
+from reinforce_ada.config import Config, EngineConfig, budget_of
 from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.engines.traced import no_span
@@ -32,6 +32,7 @@ from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.checkpoint import Checkpoint
+from reinforce_ada.training.costs import cost
 from reinforce_ada.training.display import Display, step_line
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
@@ -75,6 +76,8 @@ class Trainer:
         self.device = self.learner.device
         self.step = 0  # finished steps; also the policy version
         self.position = 0
+        self.budget = budget_of(config.training)
+        self.spent = 0.0  # of the budget, in the finished steps
         self.memory = self._remembered()
         self.meter = EngineMeter(parts.engine)
         self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
@@ -83,14 +86,14 @@ class Trainer:
     # -------------------- the run
 
     def run(self) -> None:
-        """Train from the current step to `steps`, with an evaluation before and after."""
+        """Train from the current step to `steps`, or until the budget is spent, with an evaluation before and after."""
         self.learner.align()
         self.check_model()
         if warning := inexact(self.config, self.parts.policy):
             self.display.line(warning)
         if self.step == 0 or self._is_due(self.config.task.eval_every):
             self.evaluate()
-        while self.step < self.config.training.steps:
+        while not self._is_over():
             self.train_step()
             if self._is_due(self.config.run.checkpoint_every):
                 self.save_checkpoint()
@@ -99,7 +102,14 @@ class Trainer:
         checkpoint.write_folder(self.out / "model", self.parts.model.save)
 
     def _is_due(self, every: int) -> bool:
-        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
+        return self._is_over() or bool(every and self.step % every == 0)
+
+    def _is_over(self) -> bool:
+        return self.step >= self.config.training.steps or (self.budget is not None and self.spent >= self.budget.amount)
+
+    def _spend(self, records: Sequence[Mapping[str, Any]]) -> None:
+        if self.budget is not None:
+            self.spent += cost(records, self.budget.unit)
 
     def resume(self) -> None:
         """Load the newest complete checkpoint that the journal covers; without one the journal rebuilds the run.
@@ -120,6 +130,7 @@ class Trainer:
         self.display.line(f"resuming after step {self.step}; the journal reaches step {journaled}")
         for line in self.log.resume(self.step, journaled):
             self.display.line(line)
+        self._spend(self.log.records)
 
     def _usable_checkpoint(self) -> Checkpoint | None:
         """Return the newest checkpoint from which the run can continue. Set newer ones aside, with a line for each."""
@@ -219,6 +230,7 @@ class Trainer:
             "training_s": time.monotonic() - sampled,
         }
         self.log.write(record)
+        self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
 
     def _sample(self, step: int) -> SamplingResult:
@@ -290,9 +302,10 @@ class Trainer:
             for samples in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))
         ]
         learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
-        with self.display.training(f"step {step} training", sum(m.num_tokens for m in minibatches)) as advance:
+        num_tokens = sum(m.num_tokens for m in minibatches)
+        with self.display.training(f"step {step} training", num_tokens) as advance:
             trained = self.learner.update(minibatches, learning_rate, advance)
-        return {**trained, "learning_rate": learning_rate}
+        return {**trained, "tokens_trained": float(num_tokens), "learning_rate": learning_rate}
 
     # -------------------- evaluation
 
@@ -347,7 +360,7 @@ def earlier_store(run_dir: str) -> RolloutStore:
 
 # A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
-    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "tokens_per_pass"},
+    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass"},
     "run": {"out", "checkpoint_every", "track", "profile"},
     "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
 }  # fmt: skip

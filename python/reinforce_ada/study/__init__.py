@@ -1,0 +1,1 @@
+"""Studies: many training runs of several arms, learning rates and seeds at the same cost, and the page that compares them."""
