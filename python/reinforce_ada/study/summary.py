@@ -52,7 +52,6 @@ class Difference:
     mean: float
     low: float
     high: float
-    num_seeds: int
 
 
 def arms_of(results: Results) -> list[ArmResult]:
@@ -76,7 +75,7 @@ def difference(rewards: Mapping[int, float], baseline: Mapping[int, float]) -> D
     """Return the paired difference of the rewards of two arms, which are given by seed."""
     differences = paired(rewards, baseline)
     low, high = bootstrap(differences)
-    return Difference(mean_and_half(differences)[0], low, high, len(differences))
+    return Difference(mean_and_half(differences)[0], low, high)
 
 
 def curve(runs: Sequence[RunResult], axis: str, num_points: int = 200) -> tuple[list[float], list[float], list[float]]:
