@@ -18,6 +18,7 @@ from reinforce_ada.engines.function import FunctionEngine
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.sampling import AdaptiveSampler, preset
 from reinforce_ada.simulate.command import settings
+from reinforce_ada.study.settings import read_study
 from reinforce_ada.training.models import tiny_tokenizer
 from reinforce_ada.training.tasks import load_task
 from reinforce_ada.types import Prompt
@@ -106,13 +107,18 @@ def test_simulations_have_settings(line, monkeypatch):
 
 def test_readme_shows_every_command():
     shown = {line.values[0].split()[1] for line in COMMANDS if line.id.startswith("README")}
-    assert shown == {"train", "eval", "explain", "simulate", "report", "bench", "doctor"}
+    assert shown == {"train", "eval", "study", "explain", "simulate", "report", "bench", "doctor"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files(page):
     targets = [t for t in re.findall(r"\]\(([^)#]+)", page.read_text()) if not t.startswith("http")]
     assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_the_example_study_loads():
+    study = read_study(EXAMPLES / "study.toml")
+    assert [arm.name for arm in study.arms] == ["grpo-8", "balance", "memory"]
 
 
 def test_the_example_configuration_loads_and_gives_a_task(monkeypatch):
