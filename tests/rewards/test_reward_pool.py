@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pool_rewards
@@ -401,6 +401,18 @@ if __name__ == "__main__":
 """
 
 
+def _pids(stdout: IO[str], names: set[str]) -> list[int]:
+    """The processes that say "NAME PID", whatever else is said between."""
+    said, found = [], dict[str, int]()
+    while found.keys() != names:
+        said.append(stdout.readline())
+        assert said[-1], said  # the parent has ended
+        name, _, pid = said[-1].strip().partition(" ")
+        if name in names:
+            found[name] = int(pid)
+    return list(found.values())
+
+
 @pytest.mark.parametrize(("how", "exit_code"), [("killed", -signal.SIGKILL), ("left open", 0)])
 def test_the_end_of_the_parent_ends_the_workers_and_what_they_started(tmp_path: Path, how: str, exit_code: int) -> None:
     script = tmp_path / "parent.py"
@@ -411,8 +423,7 @@ def test_the_end_of_the_parent_ends_the_workers_and_what_they_started(tmp_path: 
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as parent:
         assert parent.stdout
-        pids = [int(parent.stdout.readline().split()[1]) for _ in ("idle", "hung", "grandchild")]
-        processes = [os.pidfd_open(pid) for pid in set(pids)]
+        processes = [os.pidfd_open(pid) for pid in set(_pids(parent.stdout, {"idle", "hung", "grandchild"}))]
         parent.communicate("go\n", timeout=LONG_S)
         assert parent.returncode == exit_code
     wait_gone(*processes)
