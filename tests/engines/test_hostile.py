@@ -61,7 +61,7 @@ def patience_s(mode: Mode | None, *, is_alone: bool) -> float:
     """`hung_after_s`: short only where it is waited for, since the good server has to answer in that time too."""
     if mode is None or not mode.hangs:
         return 10.0
-    return 1.0 if is_alone and mode.outcome == "silent" else 3.0
+    return 1.0 if is_alone and mode.outcome == "silent" else 6.0
 
 
 class Clock:
