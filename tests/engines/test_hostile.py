@@ -28,9 +28,6 @@ from reinforce_ada.outside import one_line
 from reinforce_ada.sampling import AdaptiveSampler, preset
 from reinforce_ada.types import Prompt, SamplingResult
 
-# httpcore leaves the socket of a connection that is given up to the garbage collector, which warns in whatever test it runs.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 MAX_TOKENS, VOCAB_SIZE, VERSION = 12, 1000, 7
 PROMPTS = [Prompt(f"p{i}", (5, 6, 7 + i)) for i in range(3)]
 GIVE_UP_S, LOAD_S = 0.6, 15.0  # no second attempt of a server that is alone: that comes after 1 s
@@ -168,6 +165,8 @@ def test_beside_a_good_one(name: str, played: Runs) -> None:
         assert found.pools == played["", True].result().pools
 
 
+# httpcore leaves the socket of a handshake that is given up to the garbage collector, which warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_handshake_that_hangs(tmp_path: Path) -> None:
     with loop_in_a_thread() as loop:
         found = play(loop, tmp_path / "run", HANDSHAKE, is_alone=True)
