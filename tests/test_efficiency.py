@@ -19,7 +19,7 @@ REFERENCE = preset("grpo", scale="none")
 
 
 def relative(policy: Policy, axis: str, remembered: int = 0) -> list[float]:
-    rows = [(efficiency(policy, *ab, remembered=remembered), efficiency(REFERENCE, *ab)) for ab in POPULATIONS]
+    rows = [(efficiency(policy, {ab: 1.0}, remembered=remembered), efficiency(REFERENCE, {ab: 1.0})) for ab in POPULATIONS]
     return [round(getattr(found, axis)() / getattr(reference, axis)(), 2) for found, reference in rows]
 
 
@@ -72,7 +72,7 @@ def test_against_an_enumeration_of_outcomes_and_memories(n: int, remembered: int
     density /= density.sum()
     w, second = np.array([enumerated(n, remembered, x, score_variance) for x in p[::8]]).T
     s2 = (p * (1 - p)) ** 2
-    found = efficiency(preset("reinforce-ada-memory", group_size=n), a, b, remembered=remembered, score_variance=score_variance)
+    found = efficiency(preset("reinforce-ada-memory", group_size=n), {(a, b): 1.0}, remembered=remembered, score_variance=score_variance)
     assert w == pytest.approx(1.0, abs=1e-12)
     assert found.progress == pytest.approx(math.sqrt((density * s2).sum()), rel=1e-5)
     assert found.second_moment == pytest.approx((density[::8] * second).sum() / density[::8].sum(), rel=3e-3)
@@ -87,9 +87,22 @@ def test_against_quadrature_over_the_pass_rates(name: str) -> None:
     density /= density.sum()
     weight, s2 = effective_weight(policy), (p * (1 - p)) ** 2
     w = weight(p)
-    found = efficiency(policy, a, b, score_variance=2.0)
+    found = efficiency(policy, {(a, b): 1.0}, score_variance=2.0)
     assert found.progress == pytest.approx((density * w * s2).sum() / math.sqrt((density * s2).sum()), rel=1e-6)
     assert found.second_moment == pytest.approx((density * (2 * weight.noise(p) + (weight.variance(p) + w**2) * s2)).sum(), rel=1e-6)
+
+
+def test_a_mixture_of_populations() -> None:
+    """Everything but the length of the gradient of the mean pass rate is a mean over the prompts."""
+    policy, one, other = preset("reinforce-ada-balance"), (2.0, 3.0), (0.5, 4.0)
+    alone = [efficiency(policy, {ab: 1.0}) for ab in (one, other)]
+    mixed = efficiency(policy, {one: 0.25, other: 0.75})
+    for name in ("generated", "trained", "second_moment"):
+        assert getattr(mixed, name) == pytest.approx(0.25 * getattr(alone[0], name) + 0.75 * getattr(alone[1], name), rel=1e-12)
+    s2 = [math.exp(math.lgamma(a + 2) + math.lgamma(b + 2) + math.lgamma(a + b) - math.lgamma(a + b + 4) - math.lgamma(a) - math.lgamma(b))
+          for a, b in (one, other)]  # fmt: skip
+    along = 0.25 * alone[0].progress * math.sqrt(s2[0]) + 0.75 * alone[1].progress * math.sqrt(s2[1])
+    assert mixed.progress == pytest.approx(along / math.sqrt(0.25 * s2[0] + 0.75 * s2[1]), rel=1e-12)
 
 
 def test_drawn_at_random_from_the_sampler_itself() -> None:
@@ -105,7 +118,7 @@ def test_drawn_at_random_from_the_sampler_itself() -> None:
         along[i] = (advantages * np.where(pool[kept], 1 / p, -1 / (1 - p))).mean() * p * (1 - p)
         across[i] = (advantages**2).sum() / 16
         generated[i], trained[i], s2[i] = n, 4, (p * (1 - p)) ** 2
-    found = efficiency(policy, 1.0, 2.0)
+    found = efficiency(policy, {(1.0, 2.0): 1.0})
     assert found.generated == pytest.approx(generated.mean(), rel=0.02)
     assert found.trained == pytest.approx(4)
     assert found.progress == pytest.approx((along * np.sqrt(s2)).mean() / math.sqrt(s2.mean()), rel=0.03)
@@ -135,6 +148,13 @@ def test_the_cost_ratio_weighs_generated_against_trained(capsys: pytest.CaptureF
         assert (round(row["per_generated"], 2), round(row["per_trained"], 2)) == (0.43, 1.57)
     assert ratios == pytest.approx([row["per_generated"], ratios[1], row["per_trained"]], rel=1e-4)
     assert row["per_generated"] < ratios[1] < row["per_trained"]
+
+
+def test_a_policy_without_weight_has_no_efficiency(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "grpo", "--scale", "batch", "--cost-ratio", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["efficiency"] is None
+    assert main(["explain", "grpo", "--scale", "batch", "--cost-ratio", "1"]) == 0
+    assert "no w(p), so that it has no efficiency" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

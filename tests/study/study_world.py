@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reinforce_ada.study.plan import Prediction
+from reinforce_ada.study.prediction import Prediction
 from reinforce_ada.study.results import Evaluation, Results, RunResult
 from reinforce_ada.training.costs import COSTS
 
@@ -40,10 +40,10 @@ def changed(*changes: tuple[str, str]) -> str:
 
 
 def result(arm: str, rate: float, seed: int, rewards: Sequence[float], per_step: Mapping[str, float] | None = None) -> RunResult:
-    """A run that is evaluated after 0, 10, 20, .. steps; a step costs 1 of everything, or what `per_step` says."""
+    """A run that is evaluated after 0, 10, 20, .. steps, on two prompts; a step costs 1 of everything, or what `per_step` says."""
     each = {**dict.fromkeys(COSTS, 1.0), **(per_step or {})}
     evaluations = [Evaluation(10 * i, reward, {name: 10 * i * each[name] for name in COSTS}) for i, reward in enumerate(rewards)]
-    return RunResult(arm, rate, seed, tuple(evaluations))
+    return RunResult(arm, rate, seed, tuple(evaluations), (rewards[-1], rewards[-1]))
 
 
 def results(runs: Sequence[RunResult], rates: Mapping[str, tuple[float, ...]], seeds: Sequence[int] = (0, 1, 2), **changes: Any) -> Results:

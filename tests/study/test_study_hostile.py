@@ -10,7 +10,8 @@ from study_world import STUDY
 
 from cli_fuzz import TOML_FILES, TOML_VALUES
 from reinforce_ada.errors import InputError
-from reinforce_ada.study.plan import Prediction, cells_of, keep, untrained_run
+from reinforce_ada.study.plan import cells_of, keep, untrained_run
+from reinforce_ada.study.prediction import Prediction
 from reinforce_ada.study.settings import read_study
 
 KEYS = re.findall(r"^\w+ = .*$", STUDY, re.MULTILINE)

@@ -49,7 +49,7 @@ def test_the_tables() -> None:
         ["grpo-8", "1e-05", "3", "0.200", ""], ["grpo-8", "3e-05", "3", "0.500", "best"], ["grpo-8", "0.0001", "3", "0.000", ""],
         ["balance", "3e-05", "3", "0.700", "best"],
     ]  # fmt: skip
-    assert rows(text, "Predicted before the runs")[1:] == [[arm, "12", "8.0", "96", "0.250"] for arm in RATES]
+    assert rows(text, "Predicted before the runs")[1:] == [[arm, "12", "8.0", "96", "0.250", "–", "–"] for arm in RATES]
     assert "12 of 12 runs are finished" in text
     assert "![held-out reward against steps and against generated tokens](figure.png)" in text
     assert "figure.png" not in page(results(RUNS, RATES), has_figure=False)
@@ -130,7 +130,7 @@ def test_the_results_survive_the_file(tmp_path: Path) -> None:
     found = results(RUNS, RATES)
     assert result_files.read(result_files.write(found, tmp_path).parent) == found
     raw = json.loads((tmp_path / "results.json").read_text())
-    assert set(raw["runs"][0]) == {"arm", "learning_rate", "seed", "evaluations"}
+    assert set(raw["runs"][0]) == {"arm", "learning_rate", "seed", "evaluations", "per_prompt"}
     assert set(raw["runs"][0]["evaluations"][0]) == {"step", "reward", "costs"}
 
 
@@ -141,7 +141,7 @@ def test_a_report_needs_the_results_alone(tmp_path: Path, monkeypatch: pytest.Mo
     out.mkdir(parents=True)
     result_files.write(results(RUNS, RATES), out)
     assert cli.main(["study", "s.toml", "--report"]) == 0
-    assert {path.name for path in out.iterdir()} == {"results.json", "page.md", "figure.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "page.md", "figure.png", "progress.png"}
     assert (out / "page.md").read_text() == page(results(RUNS, RATES), has_figure=True)
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    assert capsys.readouterr().out == "studies/sums/figure.png\nstudies/sums/page.md\n"
+    assert capsys.readouterr().out == "studies/sums/figure.png\nstudies/sums/progress.png\nstudies/sums/page.md\n"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from study_world import STUDY, changed
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.page import explain
 from reinforce_ada.sampling import Counts, Policy, Verdict, preset
-from reinforce_ada.study.plan import Cell, Prediction, cells_of, expected, keep, predict, untrained_run
+from reinforce_ada.study.plan import Cell, cells_of, keep, untrained_run
+from reinforce_ada.study.prediction import Prediction, expected_pool, posteriors, predict
 from reinforce_ada.study.runs import shard_of
 from reinforce_ada.study.settings import Study, read_study
 
@@ -29,11 +33,19 @@ def study_of(folder: Path, text: str) -> Study:
 # -------------------- predictions
 
 
+def exactly(*rates: float) -> dict[tuple[float, float], float]:
+    """Prompts with these pass rates, each but for a variance of 1e-7."""
+    return {(1e6 * p + 1e-9, 1e6 * (1 - p) + 1e-9): count / len(rates) for p, count in Counter(rates).items()}
+
+
 @pytest.mark.parametrize("name", ["grpo", "pods", "reinforce-ada-pos", "reinforce-ada-balance", "reinforce-ada-exact", "reinforce-ada-est"])
 def test_the_prediction_is_what_explain_prints(name: str) -> None:
-    rates = [0.01, 0.125, 0.125, 0.5, 0.95]
+    rates = [0.01, 0.125, 0.5, 0.95]
     found = explain(preset(name)).at(rates)
-    assert expected(preset(name), rates) == pytest.approx((sum(found["samples"]) / 5, sum(found["signal"]) / 5))
+    wanted = sum(found["samples"]) / 4, sum(found["signal"]) / 4
+    assert expected_pool(preset(name), exactly(*rates)) == pytest.approx(wanted, rel=1e-4)
+    found = explain(preset(name)).population(1.0, 2.0)
+    assert expected_pool(preset(name), {(1.0, 2.0): 1.0}) == pytest.approx((found["samples"], found["signal"]), rel=1e-12)
 
 
 def test_the_prediction_by_brute_force() -> None:
@@ -45,7 +57,7 @@ def test_the_prediction_by_brute_force() -> None:
         probability = p ** sum(draws) * (1 - p) ** (8 - sum(draws))
         completions += n * probability
         with_signal += (0 < sum(draws[:n]) < n) * probability
-    assert expected(policy, [p]) == pytest.approx((completions, with_signal))
+    assert expected_pool(policy, exactly(p)) == pytest.approx((completions, with_signal), rel=1e-4)
 
 
 def stop_of(policy: Policy, draws: tuple[bool, ...]) -> int:
@@ -64,7 +76,7 @@ def stop_of(policy: Policy, draws: tuple[bool, ...]) -> int:
     ],
 )
 def test_replaced_prompts_count(rates: list[float], completions: float) -> None:
-    assert expected(preset("dapo"), rates)[0] == pytest.approx(completions)
+    assert expected_pool(preset("dapo"), exactly(*rates))[0] == pytest.approx(completions, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +87,50 @@ def test_prompts_per_step(tmp_path: Path, per_step: str, prompts: tuple[int, int
     """With pass rates of 0 balance uses its cap of 32, grpo 8."""
     own = "" if per_step else "\nprompts_per_step = 7"
     study = study_of(tmp_path, changed(("steps = 3", f"steps = 3\n{per_step}"), ('model = "tiny"', f'model = "tiny"{own}')))
-    assert [predict(study, arm, [0.0, 0.0]) for arm in study.arms] == [
-        Prediction("grpo-8", prompts[0], 8.0, 0.0), Prediction("balance", prompts[1], 32.0, 0.0),
-    ]  # fmt: skip
+    found = [predict(study, arm, exactly(0.0)) for arm in study.arms]
+    assert [(p.arm, p.prompts_per_step) for p in found] == [("grpo-8", prompts[0]), ("balance", prompts[1])]
+    assert [p.completions_per_prompt for p in found] == pytest.approx([8.0, 32.0])
+
+
+@pytest.mark.parametrize(
+    ("arm", "remembered", "per_generated"),
+    [
+        ('preset = "reinforce-ada-balance"', 8, 0.43),
+        ('preset = "reinforce-ada-memory"', 8, 2.03),
+        ('preset = "reinforce-ada-memory"', 0, 1.71),
+        ('preset = "grpo"\nscale = "batch"', 8, None),
+    ],
+)
+def test_the_predicted_efficiency_is_that_of_explain(tmp_path: Path, arm: str, remembered: int, per_generated: float | None) -> None:
+    changes = [('preset = "grpo"', 'preset = "grpo"\nscale = "none"'), ('preset = "reinforce-ada-balance"', arm)]
+    study = study_of(tmp_path, changed(*changes, ('name = "sums"', f'name = "sums"\nremembered = {remembered}')))
+    reference, found = (predict(study, arm, {(1.0, 2.0): 1.0}).efficiency for arm in study.arms)
+    assert reference is not None
+    relative = None if found is None else round(found.per_generated() / reference.per_generated(), 2)
+    assert relative == per_generated
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 2.5), (1.0, 2.0), (2.5, 0.6), (30.0, 30.0)])
+def test_the_posteriors_have_the_population_that_was_measured(a: float, b: float) -> None:
+    """Of 40 000 prompts measured with 8 completions each: the mean, the spread, and what a rule costs."""
+    rng = np.random.default_rng(0)
+    measured = (rng.binomial(8, rng.beta(a, b, 40_000)) / 8).tolist()
+    found = posteriors(measured, 8)
+    assert math.fsum(found.values()) == pytest.approx(1.0)
+    mean = math.fsum(share * x / (x + y) for (x, y), share in found.items())
+    square = math.fsum(share * x * (x + 1) / ((x + y) * (x + y + 1)) for (x, y), share in found.items())
+    assert mean == pytest.approx(a / (a + b), rel=0.03)
+    assert square == pytest.approx(a * (a + 1) / ((a + b) * (a + b + 1)), rel=0.04)
+    truth, ours, as_measured = (expected_pool(preset("reinforce-ada-balance"), r)[0] for r in ({(a, b): 1.0}, found, exactly(*measured)))
+    assert ours == pytest.approx(truth, rel=0.02)
+    assert abs(as_measured - truth) > 3 * abs(ours - truth)  # 0 of 8 is taken for never
+
+
+@pytest.mark.parametrize("measured", [[0.0] * 5, [1.0] * 5, [0.5] * 5, [0.0, 1.0], [0.5]])
+def test_posteriors_of_extreme_measurements(measured: list[float]) -> None:
+    found = posteriors(measured, 2)
+    assert all(0 < x < math.inf for ab in found for x in ab)
+    assert math.fsum(found.values()) == pytest.approx(1.0)
 
 
 # -------------------- runs

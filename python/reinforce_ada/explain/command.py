@@ -60,7 +60,9 @@ def _check(costs: Costs) -> None:
 
 
 def _record(e: Explanation, over: Sequence[tuple[float, float]], costs: Costs | None) -> dict[str, Any]:
-    return e.record(over) if costs is None else {**e.record(over), "efficiency": ranking_record(e, over, costs)}
+    if costs is None:
+        return e.record(over)
+    return {**e.record(over), "efficiency": None if e.weight is None else ranking_record(e, over, costs)}
 
 
 def _explanations(what: str | None, overrides: Mapping[str, str], class_weights: str | None) -> list[Explanation]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from reinforce_ada.explain.effective import Array, effective_weight
 from reinforce_ada.sampling import History, Policy, stopping_table
-from reinforce_ada.sampling.statistics import log_beta, samples
+from reinforce_ada.sampling.statistics import StoppingTable, Terminal, log_beta, samples
+
+PassRates = Mapping[tuple[float, float], float]  # (a, b) -> share of the prompts whose pass rates are Beta(a, b); the shares add up to 1
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What a prompt costs and gives on average, over prompts whose pass rates are Beta(a, b).
+    """What a prompt costs and gives on average, over prompts with given pass rates.
 
         per cost = progress^2 / (second_moment * cost),   cost = generated + cost_ratio * trained
 
@@ -44,7 +47,7 @@ class Efficiency:
         return self.progress**2 / (self.second_moment * cost) if self.second_moment and cost else 0.0
 
 
-def efficiency(policy: Policy, a: float, b: float, *, remembered: int = 0, score_variance: float = 1.0) -> Efficiency:
+def efficiency(policy: Policy, rates: PassRates, *, remembered: int = 0, score_variance: float = 1.0) -> Efficiency:
     """Return the exact efficiency of a policy for rewards of 0 and 1, in units in which |grad p| = p (1 - p).
 
         progress      = E[w(p) s^2] / sqrt(E[s^2]),   s = p (1 - p)
@@ -54,34 +57,42 @@ def efficiency(policy: Policy, a: float, b: float, *, remembered: int = 0, score
 
     Args:
         policy: any policy that has a w(p); its budget is that of a prompt never seen.
-        a, b: the pass rates of the prompts are Beta(a, b).
+        rates: the pass rates of the prompts.
         remembered: earlier completions of each prompt that the memory holds, for a weight that reads it.
         score_variance: variance of a completion's score within its class.
     Raises: InputError for a policy without w(p).
     """
     cap = policy.allocate.budgets([History()])[0]
-    parts = [_at(policy, cap, a, b, seen, remembered, score_variance) for seen in range(remembered + 1)] if remembered else []
-    parts = parts or [_at(policy, cap, a, b, 0, 0, score_variance)]
+    parts = [_at(policy, cap, rates, seen, remembered, score_variance) for seen in range(remembered + 1)]
     trained, along, second = np.sum(parts, axis=0).tolist()
-    generated = stopping_table(policy, cap).expect_beta(samples, a, b)
-    length = math.sqrt(_moments(a, b, np.array(2.0), np.array(2.0)))
-    return Efficiency(generated, trained, along / length, second)
+    generated = expected(stopping_table(policy, cap), samples, rates)
+    length = math.sqrt(_moments(rates, np.array(2.0), np.array(2.0)))
+    return Efficiency(generated, trained, along / length if length else 0.0, second)
 
 
-def _at(policy: Policy, cap: int, a: float, b: float, seen: int, remembered: int, score_variance: float) -> tuple[float, float, float]:
+def expected(table: StoppingTable, value: Callable[[Terminal], float], rates: PassRates) -> float:
+    """Return E[value] over the prompts and over the outcomes of each."""
+    return math.fsum(share * table.expect_beta(value, a, b) for (a, b), share in rates.items())
+
+
+def _at(policy: Policy, cap: int, rates: PassRates, seen: int, remembered: int, score_variance: float) -> tuple[float, float, float]:
     """Return the part of (trained, E[w s^2], second moment) with `seen` correct completions among those remembered."""
     found = effective_weight(policy, cap, (1.0 + seen, 1.0 + remembered - seen))
     k, w, times = found.correct + seen, found.wrong + remembered - seen, found.paths * math.comb(remembered, seen)
-    here = _moments(a, b, k, w)
-    along = found.plus * _moments(a, b, k + 1, w + 2) + found.minus * _moments(a, b, k + 2, w + 1)
-    squares = found.plus**2 * _moments(a, b, k, w + 2) + found.minus**2 * _moments(a, b, k + 2, w)
-    squares += 2 * found.plus * found.minus * _moments(a, b, k + 1, w + 1)
+    here = _moments(rates, k, w)
+    along = found.plus * _moments(rates, k + 1, w + 2) + found.minus * _moments(rates, k + 2, w + 1)
+    squares = found.plus**2 * _moments(rates, k, w + 2) + found.minus**2 * _moments(rates, k + 2, w)
+    squares += 2 * found.plus * found.minus * _moments(rates, k + 1, w + 1)
     second = score_variance * found.noise_terms * here + squares
     trained, projection, second_moment = (float((times * x).sum()) for x in (found.kept * here, along, second))
     return trained, projection, second_moment
 
 
-def _moments(a: float, b: float, i: Array, j: Array) -> Array:
-    """Return E[p^i (1 - p)^j] for p ~ Beta(a, b)."""
-    logs = [log_beta(a + x, b + y) - log_beta(a, b) for x, y in zip(np.ravel(i).tolist(), np.ravel(j).tolist(), strict=True)]
-    return np.asarray(np.exp(np.array(logs)).reshape(np.shape(i)))
+def _moments(rates: PassRates, i: Array, j: Array) -> Array:
+    """Return E[p^i (1 - p)^j] over the prompts."""
+    powers = list(zip(np.ravel(i).tolist(), np.ravel(j).tolist(), strict=True))
+    found = np.zeros(len(powers))
+    for (a, b), share in rates.items():
+        whole = log_beta(a, b)
+        found += share * np.exp([log_beta(a + x, b + y) - whole for x, y in powers])
+    return found.reshape(np.shape(i))

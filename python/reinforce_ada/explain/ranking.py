@@ -81,10 +81,10 @@ def _with_reference(e: Explanation, populations: Sequence[tuple[float, float]], 
     reference = preset("grpo", scale="none")
     return [
         (
-            efficiency(e.policy, a, b, remembered=remembered, score_variance=costs.score_variance),
-            efficiency(reference, a, b, score_variance=costs.score_variance),
+            efficiency(e.policy, {population: 1.0}, remembered=remembered, score_variance=costs.score_variance),
+            efficiency(reference, {population: 1.0}, score_variance=costs.score_variance),
         )
-        for a, b in populations
+        for population in populations
     ]
 
 

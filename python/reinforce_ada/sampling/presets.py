@@ -156,8 +156,8 @@ _ROWS = (
         Balanced(),
     ),
     # One completion per prompt, or a few; advantage = reward - posterior mean of the pass rate, given earlier steps and other completions.
-    # With 8 completions remembered a group of 1 makes 1.8 to 2.0 times the progress of GRPO with groups of 8 for the same completions; a
-    # prompt never seen needs a group of 2 (docs/statistics.md has the numbers).
+    # With 8 completions remembered a group of 1 makes 1.8 to 2.0 times the progress of GRPO with groups of 8 for the same completions; with
+    # none a group of 2 makes more progress than a group of 1 (docs/statistics.md has the numbers).
     Preset(
         "reinforce-ada-memory",
         {"group_size": 1, "positive_threshold": 0.7, "degenerate": "keep"},

@@ -9,8 +9,9 @@ from reinforce_ada.errors import InputError, needs
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import is_installed, one_line, show
 from reinforce_ada.study import results as result_files
-from reinforce_ada.study.page import FIGURE, page, prediction_table
-from reinforce_ada.study.plan import Cell, Prediction, cells_of, keep, predict, untrained_run
+from reinforce_ada.study.page import FIGURE, PROGRESS_FIGURE, page, prediction_table
+from reinforce_ada.study.plan import Cell, cells_of, keep, untrained_run
+from reinforce_ada.study.prediction import Prediction, posteriors, predict
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.runs import RunError, execute_all, execute_once, is_finished, pass_rates, shard_of
 from reinforce_ada.study.settings import WHERE, Study, read_study
@@ -66,14 +67,15 @@ def _predictions(study: Study, out: Path) -> list[Prediction]:
         ) from None
     rates = pass_rates(out, untrained)
     show(f"held-out reward of the untrained model: {math.fsum(rates) / len(rates):.3f} on {len(rates)} prompts")
-    return [predict(study, arm, rates) for arm in study.arms]
+    population = posteriors(rates, untrained.config(out).task.eval_k)
+    return [predict(study, arm, population) for arm in study.arms]
 
 
 def _show_plan(study: Study, cells: list[Cell], predictions: list[Prediction]) -> None:
     rates = sum(len(arm.learning_rates) for arm in study.arms)
     show(f"{study.name}: {len(study.arms)} arms, {rates} pairs of arm and learning rate, {len(study.seeds)} seeds: {len(cells)} runs")
     show(f"every run ends after the step in which it reaches {study.budget}; baseline {study.baseline}")
-    show(prediction_table(predictions))
+    show(prediction_table(predictions, study.baseline))
 
 
 def _write_page(results: Results, out: Path) -> None:
@@ -81,8 +83,9 @@ def _write_page(results: Results, out: Path) -> None:
     if has_figure:
         from reinforce_ada.study import figure
 
-        figure.draw(results, out / FIGURE)
-        show(str(out / FIGURE))
+        for name, draw in ((FIGURE, figure.draw), (PROGRESS_FIGURE, figure.draw_progress)):
+            draw(results, out / name)
+            show(str(out / name))
     elif results.runs:
         show('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then --report')
     replace_file(out / PAGE, page(results, has_figure=has_figure), where=WHERE)

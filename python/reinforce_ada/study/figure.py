@@ -1,13 +1,15 @@
-"""The figure of a study: held-out reward against steps and against generated tokens. It needs matplotlib."""
+"""The figures of a study: held-out reward against costs, and predicted against observed progress. They need matplotlib."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names
+from reinforce_ada.study.progress import AXES, observed, predicted
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.settings import WHERE
 from reinforce_ada.study.summary import ArmResult, arms_of, axis_label, curve
@@ -31,6 +33,51 @@ def draw(results: Results, path: Path) -> None:
         replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}), where=WHERE)
 
 
+def draw_progress(results: Results, path: Path) -> None:
+    """Draw the quotients of costs that were predicted and observed, a point for each arm, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    with literal_names():
+        figure = Figure(figsize=_SIZE_IN, dpi=_DPI, layout="constrained", facecolor="white")
+        axes = [axis for axis, name in AXES.items() if name]
+        for panel, axis in zip(figure.subplots(1, len(axes)), axes, strict=True):
+            _progress_panel(panel, axis, results)
+        replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}), where=WHERE)
+
+
+def _progress_panel(axes: Any, axis: str, results: Results) -> None:
+    arms = {arm.name: arm for arm in arms_of(results) if arm.runs}
+    expectations = predicted(results, axis)
+    shown = []
+    for i, (name, arm) in enumerate(arms.items()):
+        found = observed(arm, arms[results.baseline], axis, results.target) if results.baseline in arms else None
+        x = expectations.get(name, math.nan)
+        if found is None or not (0 < x < math.inf and 0 < found.mean < math.inf):
+            continue
+        shown += [x, found.mean]
+        color = _COLORS[i % len(_COLORS)]
+        if found.low > 0 and found.high < math.inf:
+            axes.plot([x, x], [found.low, found.high], color=color, linewidth=1.5)
+        axes.plot(x, found.mean, "o", color=color, markersize=6)
+        axes.annotate(name, (x, found.mean), textcoords="offset points", xytext=(7, -3), fontsize=8.5, color=_INK)
+    if shown:
+        ends = [min(shown) / 1.2, max(shown) * 1.2]
+        axes.plot(ends, ends, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_title(f"Progress per {axis_label(axis).removesuffix('s')}", loc="left", fontsize=11, color=_INK, pad=8)
+    axes.set_xlabel(f"predicted, relative to {results.baseline}", fontsize=9.5, color=_INK)
+    axes.set_ylabel("observed", fontsize=9.5, color=_INK)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GREY)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=_INK)
+
+
 def _panel(axes: Any, axis: str, arms: Sequence[ArmResult], target: float | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -47,9 +94,6 @@ def _panel(axes: Any, axis: str, arms: Sequence[ArmResult], target: float | None
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GREY)
-    axes.tick_params(length=0, labelsize=9.5, labelcolor=_INK)
+    _plain(axes)
     if arms:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", title="mean ± standard error over seeds", title_fontsize=8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reinforce_ada.study.plan import Prediction
+from reinforce_ada.explain.efficiency import Efficiency
+from reinforce_ada.study.prediction import Prediction
+from reinforce_ada.study.progress import AXES, Quotient, observed, predicted, rank_correlation
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import mean_and_half
 from reinforce_ada.study.summary import (
@@ -14,6 +16,7 @@ from reinforce_ada.study.summary import (
     axis_label,
     common_cost,
     difference,
+    difference_at_the_end,
     finals_by_rate,
     mean_cost,
     mean_until,
@@ -22,6 +25,7 @@ from reinforce_ada.study.summary import (
 from reinforce_ada.training.costs import COSTS
 
 FIGURE = "figure.png"
+PROGRESS_FIGURE = "progress.png"
 
 
 def page(results: Results, *, has_figure: bool) -> str:
@@ -33,7 +37,7 @@ def page(results: Results, *, has_figure: bool) -> str:
     parts += ["## Held-out reward at the end", _table(*_rewards(arms, baseline))]
     about = (
         "Each row compares all arms at the largest cost that every one of these runs reached, interpolated linearly between evaluations: "
-        f"the mean, and the paired difference to {baseline.name} with its 95 % bootstrap interval."
+        f"the mean, and the paired difference to {baseline.name} with its 95 % bootstrap interval over the seeds."
     )
     parts += ["## Held-out reward at the same cost", about, _table(*_equal(arms, baseline))]
     if has_figure:
@@ -42,19 +46,32 @@ def page(results: Results, *, has_figure: bool) -> str:
     if results.target is not None:
         about = "Means over the seeds, interpolated linearly between evaluations; a mean needs every seed to reach it."
         parts += [f"## Costs until a held-out reward of {results.target:g}", about, _table(*_until(arms, results.target))]
+    parts += ["## Predicted and observed progress", _about_progress(results), _table(*_progress(results, arms, baseline))]
+    parts += [*_correlations(results, arms, baseline)]
+    if has_figure and results.runs:
+        parts.append(f"![predicted and observed quotients of costs]({PROGRESS_FIGURE})")
     parts += ["## Learning rates", _table(*_rates(results, arms))]
-    about = "The expectations are exact for prompts with the held-out pass rates of the untrained model."
-    parts += ["## Predicted before the runs", about, prediction_table(results.predictions)]
+    about = "The expectations are exact for prompts with the pass rates that the untrained model showed on the held-out prompts."
+    parts += ["## Predicted before the runs", about, prediction_table(results.predictions, results.baseline)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def prediction_table(predictions: Sequence[Prediction]) -> str:
-    """Return the predictions as a table."""
+def prediction_table(predictions: Sequence[Prediction], baseline: str) -> str:
+    """Return the predictions as a table; the last two columns are efficiencies relative to that of the baseline."""
+    heads = ["arm", "prompts per step", "completions per prompt", "completions per step", "P(signal)"]
     rows = []
+    reference = next((p.efficiency for p in predictions if p.arm == baseline), None)
     for p in predictions:
         per_step = p.prompts_per_step * p.completions_per_prompt
-        rows.append([p.arm, str(p.prompts_per_step), f"{p.completions_per_prompt:.1f}", f"{per_step:.0f}", f"{p.signal:.3f}"])
-    return _table(["arm", "prompts per step", "completions per prompt", "completions per step", "P(signal)"], rows)
+        row = [p.arm, str(p.prompts_per_step), f"{p.completions_per_prompt:.1f}", f"{per_step:.0f}", f"{p.signal:.3f}"]
+        rows.append([*row, *_relative(p.efficiency, reference)])
+    return _table([*heads, "progress per generated", "per trained completion"], rows)
+
+
+def _relative(found: Efficiency | None, reference: Efficiency | None) -> tuple[str, str]:
+    if found is None or reference is None or not reference.second_moment:
+        return "–", "–"
+    return f"{found.per_generated() / reference.per_generated():.2f}", f"{found.per_trained() / reference.per_trained():.2f}"
 
 
 def _about(results: Results) -> str:
@@ -62,7 +79,7 @@ def _about(results: Results) -> str:
         f"Every run ended after the step in which it had reached {results.budget}. {len(results.runs)} of {results.num_planned} runs are "
         f"finished: {len(results.arms)} arms with seeds {', '.join(map(str, results.seeds))}. The reward is Avg@k on the held-out "
         f"questions, at the learning rate at which the arm's mean is highest. Its interval is Student's t over the seeds; differences to "
-        f"{results.baseline} are paired by seed, with 95 % bootstrap intervals over the seeds."
+        f"{results.baseline} are paired by seed, with 95 % bootstrap intervals over the seeds and the questions."
     )
 
 
@@ -72,7 +89,7 @@ def _rewards(arms: Sequence[ArmResult], baseline: ArmResult) -> tuple[list[str],
     for arm in arms:
         mean, half = mean_and_half(list(arm.finals().values()))
         row = [arm.name, _rate(arm.rate), str(len(arm.runs)), _number(mean), _interval(mean - half, mean + half)]
-        d = difference(arm.finals(), baseline.finals())
+        d = difference_at_the_end(arm, baseline)
         rows.append([*row, "–", "–"] if arm is baseline else [*row, _number(d.mean, "+.3f"), _interval(d.low, d.high, "+.3f")])
     return heads, rows
 
@@ -107,6 +124,42 @@ def _reached(mean: float, num_reached: int, num_seeds: int) -> str:
     if math.isnan(mean):
         return f"not reached by {num_seeds - num_reached} of {num_seeds}" if num_reached else "not reached"
     return _amount(mean)
+
+
+def _about_progress(results: Results) -> str:
+    target = f"{results.target:g}" if results.target is not None else f"that of {results.baseline} at its end"
+    return (
+        f"Observed is the cost of {results.baseline} divided by that of the arm until the mean over the seeds reaches a held-out reward, "
+        f"{target}, with its 95 % bootstrap interval over the seeds; 0 means that the arm does not reach it. Predicted is the exact "
+        "efficiency for the pass rates of the untrained model, relative to that of the baseline. The training changes the pass rates."
+    )
+
+
+def _progress(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> tuple[list[str], list[list[str]]]:
+    heads, rows = ["arm"], [[arm.name] for arm in arms]
+    for axis, name in AXES.items():
+        heads += [*(["predicted"] if name else []), axis_label(axis)]
+        expectations = predicted(results, axis)
+        for arm, row in zip(arms, rows, strict=True):
+            found = observed(arm, baseline, axis, results.target)
+            row += [*([_number(expectations.get(arm.name, math.nan), ".2f")] if name else []), _quotient(found, is_one=arm is baseline)]
+    return heads, rows
+
+
+def _quotient(found: Quotient, *, is_one: bool) -> str:
+    return "1" if is_one else f"{_number(found.mean, '.2f')} ({_interval(found.low, found.high, '.2f')})"
+
+
+def _correlations(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> list[str]:
+    """Return a sentence for each axis on which at least three arms have both numbers."""
+    said = []
+    for axis in (axis for axis, name in AXES.items() if name):
+        expectations = predicted(results, axis)
+        pairs = [(expectations.get(arm.name, math.nan), observed(arm, baseline, axis, results.target).mean) for arm in arms]
+        correlation = rank_correlation(pairs)
+        if not math.isnan(correlation):
+            said.append(f"Rank correlation of predicted and observed, {axis_label(axis)}: {correlation:.2f}.")
+    return said
 
 
 def _rates(results: Results, arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:

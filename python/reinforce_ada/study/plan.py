@@ -1,9 +1,8 @@
-"""The plan of a study: its runs, the prediction for each arm, and the record that keeps both the same when a study goes on."""
+"""The plan of a study: its runs, and the record that keeps them the same when a study goes on."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from reinforce_ada.config import POLICY_KEYS, Config
 from reinforce_ada.errors import InputError, differences
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, parse_json, read_text
-from reinforce_ada.sampling import History, Policy, Verdict, stopping_table
-from reinforce_ada.sampling.statistics import Terminal, samples, signal
-from reinforce_ada.study.settings import UNTRAINED, WHERE, Arm, Study, policy_of
+from reinforce_ada.study.prediction import Prediction
+from reinforce_ada.study.settings import UNTRAINED, WHERE, Arm, Study
 
 PLAN = "plan.json"
 _MOST_BYTES = 1 << 28
@@ -44,49 +42,10 @@ class Cell:
     run: Run
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the exact statistics say of an arm before it has trained; each number is a mean over the held-out prompts."""
-
-    arm: str
-    prompts_per_step: int
-    completions_per_prompt: float
-    signal: float  # probability that both classes are in a pool
-
-
 def untrained_run(study: Study) -> Run:
     """Return the run without a step that evaluates the untrained model."""
     shared = {key: value for key, value in study.shared.items() if key not in POLICY_KEYS or key == "positive_threshold"}
     return Run(UNTRAINED, {**shared, "preset": "grpo", "steps": 0, "seed": min(study.seeds)})
-
-
-def predict(study: Study, arm: Arm, pass_rates: Sequence[float]) -> Prediction:
-    """Return the prediction for an arm over prompts with these pass rates, and its prompts per step."""
-    completions, with_signal = expected(policy_of(study.shared, arm), pass_rates)
-    if study.budget.completions_per_step is None:
-        num_prompts = configuration.load(None, {**study.shared, **arm.keys}).sampling.prompts_per_step
-    else:
-        num_prompts = max(1, round(study.budget.completions_per_step / completions))
-    return Prediction(arm.name, num_prompts, completions, with_signal)
-
-
-def expected(policy: Policy, pass_rates: Sequence[float]) -> tuple[float, float]:
-    """Return the expected completions per wanted prompt, and P(both classes in the pool), as means over the pass rates.
-
-    If dropped prompts are replaced, the completions of the replacements are included: 1 / P(kept) prompts enter for each that is wanted,
-    up to the policy's limit.
-    """
-    table = stopping_table(policy, policy.allocate.budgets([History()])[0])
-    found = {p: (table.expect(samples, p), table.expect(signal, p), table.expect(_is_dropped, p)) for p in set(pass_rates)}
-    completions, with_signal, dropped = (math.fsum(found[p][i] for p in pass_rates) / len(pass_rates) for i in range(3))
-    if policy.refills:
-        most = float(getattr(policy.propose, "max_prompts_factor", math.inf))
-        completions *= min(1 / (1 - dropped) if dropped < 1 else math.inf, most)
-    return completions, with_signal
-
-
-def _is_dropped(terminal: Terminal) -> float:
-    return float(terminal.verdict is Verdict.DROP)
 
 
 def cells_of(study: Study, predictions: Sequence[Prediction]) -> list[Cell]:

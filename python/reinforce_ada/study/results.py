@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.explain.efficiency import Efficiency
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, finite, one_line, parse_json, read_text
-from reinforce_ada.study.plan import Cell, Prediction
+from reinforce_ada.study.plan import Cell
+from reinforce_ada.study.prediction import Prediction
 from reinforce_ada.study.runs import is_finished
 from reinforce_ada.study.settings import WHERE, Study
 from reinforce_ada.training.costs import COSTS, costs_until
@@ -38,6 +41,7 @@ class RunResult:
     learning_rate: float
     seed: int
     evaluations: tuple[Evaluation, ...]
+    per_prompt: tuple[float, ...]  # final reward of each held-out prompt; nan where no completion could be scored
 
     @property
     def final(self) -> Evaluation:
@@ -67,7 +71,7 @@ class Results:
 
 def collect(study: Study, predictions: Sequence[Prediction], cells: Sequence[Cell], out: Path) -> Results:
     """Return the results of every finished run, from its log."""
-    runs = [RunResult(c.arm, c.learning_rate, c.seed, _evaluations(out / c.run.name)) for c in cells if is_finished(out, c.run)]
+    runs = [RunResult(c.arm, c.learning_rate, c.seed, *_evaluations(out / c.run.name)) for c in cells if is_finished(out, c.run)]
     return Results(
         study.name, str(study.budget), study.budget.unit, study.budget.amount, study.baseline, study.target, study.seeds,
         tuple(arm.name for arm in study.arms), {arm.name: arm.learning_rates for arm in study.arms}, tuple(predictions),
@@ -81,14 +85,22 @@ def damaged(results: Results, cells: Sequence[Cell], out: Path) -> list[str]:
     return [c.run.name for c in cells if is_finished(out, c.run) and (c.arm, c.learning_rate, c.seed) not in there]
 
 
-def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
-    """Return the evaluations of a run; none if its log lacks a step or the last evaluation, since its costs or its end are then unknown."""
+def _evaluations(folder: Path) -> tuple[tuple[Evaluation, ...], tuple[float, ...]]:
+    """Return the evaluations of a run and the final reward of each prompt.
+
+    There are none if its log lacks a step or the last evaluation, since its costs or its end are then unknown.
+    """
     records = read_log(folder / "log.jsonl")
     evaluations = sorted((r for r in records if r["kind"] == "eval" and r.get("avg_at_k") is not None), key=lambda r: r["step"])
     steps = sorted(r["step"] for r in records if r["kind"] == "step")
     if not evaluations or steps != list(range(1, evaluations[-1]["step"] + 1)):
-        return ()
-    return tuple(Evaluation(r["step"], float(r["avg_at_k"]), costs_until(records, r["step"])) for r in evaluations)
+        return (), ()
+    found = tuple(Evaluation(r["step"], float(r["avg_at_k"]), costs_until(records, r["step"])) for r in evaluations)
+    return found, _per_prompt(evaluations[-1].get("per_prompt") or ())
+
+
+def _per_prompt(given: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if reward is None else float(reward) for reward in given)
 
 
 def write(results: Results, out: Path) -> Path:
@@ -116,12 +128,20 @@ def read(out: Path) -> Results:
 
 def _results(found: Mapping[str, Any]) -> Results:
     runs = tuple(
-        RunResult(str(r["arm"]), float(r["learning_rate"]), int(r["seed"]), tuple(_evaluation(e) for e in r["evaluations"]))
+        RunResult(
+            str(r["arm"]),
+            float(r["learning_rate"]),
+            int(r["seed"]),
+            tuple(_evaluation(e) for e in r["evaluations"]),
+            _per_prompt(r["per_prompt"]),
+        )
         for r in found["runs"]
     )
     arms, rates = tuple(map(str, found["arms"])), found["learning_rates"]
     if not all(run.evaluations and run.arm in arms for run in runs) or found["baseline"] not in arms:
         raise ValueError("a run without evaluations, or of no arm")
+    if len({len(run.per_prompt) for run in runs}) > 1:
+        raise ValueError("runs with different numbers of held-out prompts")
     return Results(
         str(found["name"]), str(found["budget"]), str(found["budget_unit"]), int(found["budget_amount"]), str(found["baseline"]),
         None if found["target"] is None else float(found["target"]), tuple(map(int, found["seeds"])), arms,
@@ -134,6 +154,7 @@ def _evaluation(found: Mapping[str, Any]) -> Evaluation:
 
 
 def _prediction(found: Mapping[str, Any]) -> Prediction:
-    return Prediction(
-        str(found["arm"]), int(found["prompts_per_step"]), float(found["completions_per_prompt"]), float(found["signal"])
-    )  # fmt: skip
+    known = found["efficiency"]
+    efficiency = None if known is None else Efficiency(*(float(known[f.name]) for f in fields(Efficiency)))
+    numbers = float(found["completions_per_prompt"]), float(found["signal"])
+    return Prediction(str(found["arm"]), int(found["prompts_per_step"]), *numbers, efficiency)

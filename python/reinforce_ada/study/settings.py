@@ -17,12 +17,19 @@ from reinforce_ada.sampling import Policy, configured
 WHERE = "study"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNTRAINED = "untrained"  # the folder of the evaluation of the untrained model
-_RESERVED = (UNTRAINED, "plan.json", "results.json", "page.md", "figure.png")  # in the folder of the study, beside those of the arms
+_RESERVED = (
+    UNTRAINED,
+    "plan.json",
+    "results.json",
+    "page.md",
+    "figure.png",
+    "progress.png",
+)  # in the folder of the study, beside those of the arms
 _MOST = 1000  # seeds, learning rates or arms
 _LARGEST = 10**15 - 1
 _STEPS_LIMIT = 10_000  # of a run that another budget ends, unless [shared] sets it
 _BUDGETS = ("steps", *configuration.BUDGET_UNITS)
-_TABLES = {"name", "seeds", "learning_rates", "budget", "target", "baseline", "shared", "arm"}
+_TABLES = {"name", "seeds", "learning_rates", "remembered", "budget", "target", "baseline", "shared", "arm"}
 _OF_THE_STUDY = {"out", "seed", "learning_rate", "budget", "preset", "profile"}  # the study sets these, or they name one run's file
 # What the held-out reward depends on must be the same for all arms.
 _OF_THE_EVALUATION = {"positive_threshold", "temperature", "max_tokens", "stop"}
@@ -64,6 +71,7 @@ class Study:
     budget: Budget
     target: float | None  # held-out reward
     baseline: str
+    remembered: int  # earlier completions of each prompt, in the predictions for arms with baseline "memory"
     shared: Mapping[str, Any]
     arms: tuple[Arm, ...]
 
@@ -81,7 +89,8 @@ def read_study(path: Path) -> Study:
     if given["baseline"] not in [arm.name for arm in arms]:
         raise unknown_name(WHERE, "baseline", str(given["baseline"]), [arm.name for arm in arms])
     seeds = _seeds(given["seeds"])
-    return Study(_name("name", given["name"]), seeds, budget, _target(given), given["baseline"], shared, arms)
+    remembered = _integer("remembered", given.get("remembered", 8), 0, 64)
+    return Study(_name("name", given["name"]), seeds, budget, _target(given), given["baseline"], remembered, shared, arms)
 
 
 def policy_of(shared: Mapping[str, Any], arm: Arm) -> Policy:
@@ -121,6 +130,8 @@ def _shared(table: Mapping[str, Any], budget: Budget) -> Mapping[str, Any]:
     _known("[shared]", table, configuration.section_of())
     if table.get("eval_prompts", 1) == 0:
         raise InputError(WHERE, "[shared] eval_prompts = 0", "held-out prompts, whose reward is compared")
+    if table.get("eval_k", 2) == 1:
+        raise InputError(WHERE, "[shared] eval_k = 1", "at least 2, without which the spread of the pass rates is unknown")
     return table
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 _NUM_RESAMPLES = 10_000
 # Student's t at 0.975, for 1, 2, .. degrees of freedom; rounded to the fourth digit.
@@ -41,16 +43,25 @@ def paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> list[flo
     return [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
 
 
-def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean when seeds are drawn with replacement; nan below two seeds.
+@lru_cache(maxsize=4)
+def resamples(num: int, seed: int = 0) -> NDArray[np.float64]:
+    """Return weights [10 000, num] of a bootstrap: each row is a draw with replacement, divided by `num`."""
+    return np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=_NUM_RESAMPLES) / num
 
-    The generator is seeded with 0, so the interval depends on the differences alone.
+
+def bootstrap(differences: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a mean when seeds are drawn with replacement; nan below two seeds.
+
+    Args:
+        differences: one for each seed; or [S, Q], of every prompt too, and prompts are drawn with replacement as well.
     """
-    if len(differences) < 2:
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
         return math.nan, math.nan
-    values = np.array(differences, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(_NUM_RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    means = resamples(len(values)) @ values
+    if values.ndim == 2:
+        means = (means * resamples(values.shape[1], seed=1)).sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reinforce_ada.study.results import Results, RunResult
 from reinforce_ada.study.statistics import best_rate, bootstrap, cost_until, is_at_edge, mean_and_half, most_coverage, paired
@@ -34,15 +35,16 @@ class ArmResult:
 
     def rewards_at(self, name: str, amount: float) -> dict[int, float]:
         """Return the held-out reward of every seed at one cost, interpolated linearly between evaluations."""
-        return {run.seed: _reward_at(run, name, amount) for run in self.runs}
+        return {run.seed: float(rewards_along(run, name, amount)) for run in self.runs}
 
     def until(self, name: str, target: float) -> list[float]:
         """Return the cost until the target of every seed, nan where it was not reached."""
         return [cost_until([e.costs[name] for e in run.evaluations], [e.reward for e in run.evaluations], target) for run in self.runs]
 
 
-def _reward_at(run: RunResult, name: str, amount: float) -> float:
-    return float(np.interp(amount, [e.costs[name] for e in run.evaluations], [e.reward for e in run.evaluations]))
+def rewards_along(run: RunResult, name: str, amounts: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the held-out reward at amounts of one cost, interpolated linearly between evaluations, in their shape."""
+    return np.asarray(np.interp(amounts, [e.costs[name] for e in run.evaluations], [e.reward for e in run.evaluations]))
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,18 @@ def finals_by_rate(results: Results, arm: str) -> dict[float, list[float]]:
 
 
 def difference(rewards: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Return the paired difference of the rewards of two arms, which are given by seed."""
+    """Return the paired difference of the rewards of two arms, which are given by seed; the interval is over seeds."""
     differences = paired(rewards, baseline)
     low, high = bootstrap(differences)
     return Difference(mean_and_half(differences)[0], low, high)
+
+
+def difference_at_the_end(arm: ArmResult, baseline: ArmResult) -> Difference:
+    """Return the paired difference of the final rewards; the interval is over seeds and held-out prompts."""
+    ours, theirs = ({run.seed: run.per_prompt for run in side.runs} for side in (arm, baseline))
+    pairs = np.array([np.subtract(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())], ndmin=2)
+    low, high = bootstrap(pairs[:, ~np.isnan(pairs).any(axis=0)])
+    return Difference(mean_and_half(paired(arm.finals(), baseline.finals()))[0], low, high)
 
 
 def curve(runs: Sequence[RunResult], axis: str, num_points: int = 200) -> tuple[list[float], list[float], list[float]]:
@@ -88,7 +98,7 @@ def curve(runs: Sequence[RunResult], axis: str, num_points: int = 200) -> tuple[
         x = np.array(sorted(set.intersection(*({float(e.step) for e in run.evaluations} for run in runs))))
     else:
         x = np.linspace(0, min(run.final.costs[axis] for run in runs), num_points)
-    y = np.array([[_reward_at(run, axis, amount) for amount in x] for run in runs])
+    y = np.array([rewards_along(run, axis, x) for run in runs])
     error = y.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros(len(x))
     return x.tolist(), y.mean(axis=0).tolist(), error.tolist()
 

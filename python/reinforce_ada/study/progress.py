@@ -1,0 +1,101 @@
+"""How much less an arm costs than the baseline until the same held-out reward: predicted before the runs, and observed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reinforce_ada.explain.efficiency import Efficiency
+from reinforce_ada.study.results import Results
+from reinforce_ada.study.statistics import resamples
+from reinforce_ada.study.summary import ArmResult, rewards_along
+
+Array = NDArray[np.float64]
+
+# The axes of an observed quotient of costs, and the efficiency that predicts each (steps have none: they differ in size).
+AXES: Mapping[str, str | None] = {"steps": None, "generated_completions": "per_generated", "trained_completions": "per_trained"}
+_NUM_POINTS = 400  # of a curve, between which the target is interpolated
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """Cost of the baseline / cost of an arm until the target, with its 95 % bootstrap interval over seeds; nan if there is none.
+
+    An arm that does not reach the target has 0, and inf stands where the baseline alone does not.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def predicted(results: Results, axis: str) -> dict[str, float]:
+    """Return the predicted efficiency of each arm relative to the baseline, nan for those without one."""
+    name = AXES[axis]
+    found = {p.arm: _per(p.efficiency, name) for p in results.predictions}
+    reference = found.get(results.baseline, math.nan)
+    return {arm: value / reference if reference else math.nan for arm, value in found.items()}
+
+
+def _per(efficiency: Efficiency | None, name: str | None) -> float:
+    return math.nan if efficiency is None or name is None else float(getattr(efficiency, name)())
+
+
+def observed(arm: ArmResult, baseline: ArmResult, axis: str, target: float | None) -> Quotient:
+    """Return the quotient of the costs until the mean over seeds reaches the target, by the seeds that both have.
+
+    Args:
+        target: a held-out reward; None is the baseline's own mean at its end, which every resample computes anew.
+    """
+    seeds = sorted(arm.finals().keys() & baseline.finals().keys())
+    if not seeds:
+        return Quotient(math.nan, math.nan, math.nan)
+    weights = np.vstack([np.full(len(seeds), 1 / len(seeds)), resamples(len(seeds)) if len(seeds) > 1 else np.empty((0, len(seeds)))])
+    x, y = _curves(baseline, axis, seeds)
+    theirs, targets = weights @ y, np.full(len(weights), target)
+    if target is None:
+        targets = theirs[:, -1]
+    base = _costs_until(x, theirs, targets)
+    x, y = _curves(arm, axis, seeds)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = base / _costs_until(x, weights @ y, targets)
+    if len(seeds) < 2 or math.isnan(found[0]):
+        return Quotient(float(found[0]), math.nan, math.nan)
+    low, high = np.quantile(found[1:][~np.isnan(found[1:])], (0.025, 0.975), method="nearest")  # others would subtract inf from inf
+    return Quotient(float(found[0]), float(low), float(high))
+
+
+def _curves(arm: ArmResult, axis: str, seeds: Sequence[int]) -> tuple[Array, Array]:
+    """Return costs [X] and held-out rewards [S, X] of these seeds, up to the cost that all of them reached."""
+    runs = [run for run in arm.runs if run.seed in seeds]
+    x = np.linspace(0, min(run.final.costs[axis] for run in runs), _NUM_POINTS)
+    return x, np.array([rewards_along(run, axis, x) for run in runs])
+
+
+def _costs_until(x: Array, curves: Array, targets: Array) -> Array:
+    """Return where each curve [R, X] first reaches its target; inf if it never does."""
+    reached = curves >= targets[:, None]
+    first = reached.argmax(axis=1)
+    rows, before = np.arange(len(curves)), np.maximum(first - 1, 0)
+    low, high = curves[rows, before], curves[rows, first]
+    share = np.divide(targets - low, high - low, out=np.ones(len(curves)), where=high > low)
+    return np.where(reached.any(axis=1), x[before] + (x[first] - x[before]) * share, np.inf)
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return Spearman's rank correlation of (predicted, observed), equal values with their mean rank; nan for fewer than three pairs."""
+    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    if len(known) < 3:
+        return math.nan
+    a, b = (_ranks(np.array(column)) for column in zip(*known, strict=True))
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: Array) -> Array:
+    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
