@@ -13,12 +13,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 
 from reinforce_ada import cli
 from reinforce_ada.study import runs
+from reinforce_ada.study.plan import cells_of
+from reinforce_ada.study.prediction import Prediction
+from reinforce_ada.study.settings import read_study
 from reinforce_ada.training import launch, models
 from reinforce_ada.training.log import read_log
 
@@ -69,13 +73,14 @@ def in_this_process() -> Iterator[list[Sequence[str]]]:
     """Runs are trained in this process, which has imported everything, and draw no figure; the test of the kill starts a real one."""
     begun: list[Sequence[str]] = []
 
-    def train(arguments: Sequence[str], output: int) -> int:
+    def start(arguments: Sequence[str], output: int, num_jobs: int) -> Mock:
         begun.append(arguments)
         with os.fdopen(os.dup(output), "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            return cli.main(arguments)
+            status = cli.main(arguments)
+        return Mock(poll=lambda: status, wait=lambda: status)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "train", train)
+        patch.setattr(runs, "start", start)
         patch.setattr(launch, "finish", lambda out, display: None)
         yield begun
 
@@ -155,6 +160,58 @@ def test_killed_and_resumed(world: Path, undisturbed: Path, tmp_path: Path, in_t
     assert study(world, out) == 0
     assert [arguments[1] for arguments in in_this_process[num_begun:]] == ["--resume", "--config", "--config"]
     assert without_times(out) == without_times(undisturbed)
+
+
+class FakeProcess:
+    """A process that runs until it has been asked three times, or is killed."""
+
+    now: ClassVar[list[FakeProcess]] = []
+    most = 0
+
+    def __init__(self, folder: Path, status: int) -> None:
+        self.folder, self.status, self.left = folder, status, 3
+        self.now.append(self)
+        FakeProcess.most = max(FakeProcess.most, len(self.now))
+
+    def poll(self) -> int | None:
+        self.left -= 1
+        return None if self.left else self.wait()
+
+    def wait(self) -> int:
+        if self in self.now:
+            self.kill()
+            if self.status == 0:
+                (self.folder / "model").mkdir(parents=True)
+        return self.status
+
+    def kill(self) -> None:
+        self.now.remove(self)
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2, 3, 9])
+def test_runs_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_jobs: int) -> None:
+    """Four runs, of which the last fails; then the last again, and the user loses patience."""
+    (tmp_path / "s.toml").write_text(FILE.format(world=tmp_path))
+    cells = cells_of(found := read_study(tmp_path / "s.toml"), [Prediction(arm.name, 1, 8.0, 0.5) for arm in found.arms])
+    names = [cell.run.name for cell in cells]
+
+    def start(arguments: Sequence[str], output: int, jobs: int) -> FakeProcess:
+        assert jobs == num_jobs
+        folder = Path(arguments[-1]).with_suffix("")
+        return FakeProcess(folder, int(str(folder).endswith(names[-1])))
+
+    FakeProcess.most, said = 0, list[str]()
+    monkeypatch.setattr(runs, "start", start)
+    assert runs.execute_all(tmp_path, cells, said.append, num_jobs) == 1
+    assert FakeProcess.most == min(num_jobs, 4)
+    assert [line for line in said if " begins" in line] == [f"[{i}/4] {name} begins" for i, name in enumerate(names, 1)]
+    assert sum(" finished · " in line for line in said) == 3
+    assert [line for line in said if " failed: " in line] == [line for line in said if f"{names[-1]} failed: exit status 1: " in line]
+    monkeypatch.setattr(runs.time, "sleep", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runs.execute_all(tmp_path, cells, said.append, num_jobs)
+    assert said[-1] == f"[1/1] {names[-1]} begins"
+    assert FakeProcess.now == []
 
 
 def test_shards_share_a_folder(world: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ examples:
   reinforce-ada study sums.toml                            every run, then results.json, page.md and figure.png in studies/<name>
   reinforce-ada study sums.toml                            the same command goes on after a kill, or with more seeds, rates or arms
   reinforce-ada study sums.toml --shard 1/2                every second run; another machine that shares the folder takes --shard 2/2
+  reinforce-ada study sums.toml --jobs 2                   two runs at a time, which suits small models
   reinforce-ada study sums.toml --report                   only the page and the figure, from results.json
 
 a study file:
@@ -51,6 +52,9 @@ def add(commands: Any) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.toml", help="the file of the study")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: studies/<name>)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="train only every N-th run, from the I-th on (default: 1/1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the CPU's threads (default: 1)"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: write the page and the figure again, from results.json")
     parser.set_defaults(run=run)
 
@@ -59,4 +63,4 @@ def run(given: argparse.Namespace) -> int:
     """Run or report the study, and return the exit status."""
     from reinforce_ada.study import command
 
-    return command.run(given.study, out=given.out, shard=given.shard, report=given.report)
+    return command.run(given.study, out=given.out, shard=given.shard, num_jobs=given.jobs, report=given.report)

@@ -17,14 +17,17 @@ from reinforce_ada.study.runs import RunError, execute_all, execute_once, is_fin
 from reinforce_ada.study.settings import WHERE, Study, read_study
 
 PAGE = "page.md"
+_MOST_JOBS = 1024
 
 
-def run(path: Path, *, out: Path | None = None, shard: str = "1/1", report: bool = False) -> int:
+def run(path: Path, *, out: Path | None = None, shard: str = "1/1", num_jobs: int = 1, report: bool = False) -> int:
     """Run or report a study, and return 0, or 1 if a run failed.
 
     Raises: InputError for a study that cannot be run, before anything runs.
     """
     study, part = read_study(path), _shard(shard)
+    if not 1 <= num_jobs <= _MOST_JOBS:
+        raise InputError(WHERE, f"--jobs {num_jobs}", f"a number from 1 to {_MOST_JOBS}")
     out = out or Path("studies") / study.name
     if report:
         _write_page(result_files.read(out), out)
@@ -34,7 +37,7 @@ def run(path: Path, *, out: Path | None = None, shard: str = "1/1", report: bool
     cells = cells_of(study, predictions)
     keep(out, [cell.run for cell in cells])
     _show_plan(study, cells, predictions)
-    num_failed = execute_all(out, shard_of(cells, part), show)
+    num_failed = execute_all(out, shard_of(cells, part), show, num_jobs)
     results = result_files.collect(study, predictions, cells, out)
     for name in result_files.damaged(results, cells, out):
         show(f"{name} is left out: its log lacks a step or the last evaluation; without its folder the same command trains it again")

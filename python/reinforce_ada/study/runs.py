@@ -24,6 +24,7 @@ from reinforce_ada.training.log import read_log
 _PR_SET_PDEATHSIG = 1
 _LOCK = ".lock"  # held by the process that evaluates the untrained model
 _TAIL_BYTES = 1 << 16
+_POLL_S = 0.05
 
 
 class RunError(Exception):
@@ -35,26 +36,34 @@ def is_finished(out: Path, run: Run) -> bool:
     return (out / run.name / "model").is_dir()
 
 
-def execute(out: Path, run: Run) -> None:
-    """Train a run to its end, from the start or from where it was. Raises: RunError with the last line that it printed."""
-    folder = out / run.name
-    printed = folder.with_name(f"{folder.name}.txt")
-    if (folder / "config.toml").is_file():
-        arguments = ["train", "--resume", str(folder)]
-    else:
-        file = folder.with_name(f"{folder.name}.toml")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, configuration.dump(run.config(out)), where=WHERE)
-        arguments = ["train", "--config", str(file)]
-    with printed.open("ab") as output:
-        began = output.tell()
-        status = train(arguments, output.fileno())
-    if status != 0 or not is_finished(out, run):
-        raise RunError(f"{_how(status)}: {_last_line(printed, began)} (all that it printed: {printed})")
+class Training:
+    """A run that is trained to its end, from the start or from where it was, in a process of its own that ends with this one."""
+
+    def __init__(self, out: Path, run: Run, num_jobs: int = 1) -> None:
+        self._out, self._run = out, run
+        folder = out / run.name
+        self._printed = folder.with_name(f"{folder.name}.txt")
+        if (folder / "config.toml").is_file():
+            arguments = ["train", "--resume", str(folder)]
+        else:
+            file = folder.with_name(f"{folder.name}.toml")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, configuration.dump(run.config(out)), where=WHERE)
+            arguments = ["train", "--config", str(file)]
+        with self._printed.open("ab") as output:
+            self._began = output.tell()
+            self.process = start(arguments, output.fileno(), num_jobs)
+
+    def error(self) -> str:
+        """Return why the run, whose process has ended, is not finished, with the last line that it printed; "" if it is."""
+        status = self.process.wait()
+        if status == 0 and is_finished(self._out, self._run):
+            return ""
+        return f"{_how(status)}: {_last_line(self._printed, self._began)} (all that it printed: {self._printed})"
 
 
-def train(arguments: Sequence[str], output: int) -> int:
-    """Run a command of this package in a process of its own that ends with this one, and return its exit status."""
+def start(arguments: Sequence[str], output: int, num_jobs: int) -> subprocess.Popen[bytes]:
+    """Start a command of this package that ends with this process and has its share of the processor's threads."""
     command = [sys.executable, "-m", "reinforce_ada", *arguments]
     parent = os.getpid()
 
@@ -64,17 +73,21 @@ def train(arguments: Sequence[str], output: int) -> int:
         if os.getppid() != parent:
             os._exit(1)
 
-    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
+    threads = {} if num_jobs == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_jobs))}
+    environment = {**threads, **os.environ}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent, env=environment
+    )  # fmt: skip
 
 
 def execute_once(out: Path, run: Run) -> None:
-    """Train a run that every process of a study needs: one of them does, the others wait for its end."""
+    """Train a run that every process of a study needs: one of them does, the others wait for its end. Raises: RunError."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / _LOCK).open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks: the run's own folder refuses a second process
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_finished(out, run):
-            execute(out, run)
+        if not is_finished(out, run) and (error := Training(out, run).error()):
+            raise RunError(error)
 
 
 def pass_rates(out: Path, run: Run) -> list[float]:
@@ -93,24 +106,32 @@ def shard_of(cells: Sequence[Cell], shard: tuple[int, int]) -> list[Cell]:
     return list(cells[shard[0] - 1 :: shard[1]])
 
 
-def execute_all(out: Path, cells: Sequence[Cell], tell: Callable[[str], None]) -> int:
-    """Train every run that is not finished, and return how many failed; each end is told with the time that is left."""
-    open_cells = [cell for cell in cells if not is_finished(out, cell.run)]
-    tell(f"{len(cells)} runs: {len(cells) - len(open_cells)} are finished, {len(open_cells)} to go")
-    started, num_failed = time.monotonic(), 0
-    for number, cell in enumerate(open_cells, 1):
-        began = time.monotonic()
-        what = f"[{number}/{len(open_cells)}] {cell.run.name}"
-        tell(f"{what} {'goes on' if (out / cell.run.name / 'config.toml').is_file() else 'begins'}")
-        try:
-            execute(out, cell.run)
-            how = "finished"
-        except RunError as e:
-            num_failed += 1
-            how = f"failed: {e}"
-        now = time.monotonic()
-        left = (now - started) / number * (len(open_cells) - number)
-        tell(f"{what} {how} · {_clock(now - began)} · elapsed {_clock(now - started)}, about {_clock(left)} left")
+def execute_all(out: Path, cells: Sequence[Cell], tell: Callable[[str], None], num_jobs: int = 1) -> int:
+    """Train every run that is not finished, `num_jobs` at a time, and return how many failed; each end is told, with the time left."""
+    waiting = [cell.run for cell in cells if not is_finished(out, cell.run)]
+    num_runs, num_ended, num_failed, started = len(waiting), 0, 0, time.monotonic()
+    tell(f"{len(cells)} runs: {len(cells) - num_runs} are finished, {num_runs} to go")
+    running: dict[str, tuple[Training, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_jobs:
+                run = waiting.pop(0)
+                what = f"[{num_runs - len(waiting)}/{num_runs}] {run.name}"
+                tell(f"{what} {'goes on' if (out / run.name / 'config.toml').is_file() else 'begins'}")
+                running[what] = Training(out, run, num_jobs), time.monotonic()
+            for what, (training, began) in list(running.items()):
+                if training.process.poll() is None:
+                    continue
+                del running[what]
+                error, num_ended, now = training.error(), num_ended + 1, time.monotonic()
+                num_failed += error != ""
+                left = (now - started) / num_ended * (num_runs - num_ended)
+                how = f"failed: {error}" if error else "finished"
+                tell(f"{what} {how} · {_clock(now - began)} · elapsed {_clock(now - started)}, about {_clock(left)} left")
+            time.sleep(_POLL_S if running else 0)
+    finally:
+        for training, _ in running.values():
+            training.process.kill()
     return num_failed
 
 
