@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config"},
-    "study": {*FOUNDATION, "sampling", "config", "training"},
+    "study": {*FOUNDATION, "sampling", "config", "explain", "training"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
     "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", "training.launch"},
     "cli": {*FOUNDATION, "commands"},
