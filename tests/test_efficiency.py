@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from reinforce_ada.cli import main
 from reinforce_ada.explain.effective import effective_weight
-from reinforce_ada.explain.efficiency import efficiency
+from reinforce_ada.explain.efficiency import efficiency, posteriors
 from reinforce_ada.sampling import Policy, preset
 
 POPULATIONS = ((0.5, 2.5), (1.0, 2.0), (2.5, 0.6))
@@ -174,3 +176,67 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], line: str, sa
     assert captured.out == ""
     assert says in captured.err
     assert captured.err.count("\n") == 1
+
+
+# -------------------- of a run
+
+
+def run_folder(folder: Path, records: list[dict[str, Any]]) -> Path:
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def step(number: int, sampling_s: float, training_s: float) -> dict[str, Any]:
+    return {"kind": "step", "step": number, "sampling_s": sampling_s, "training_s": training_s, "num_completions_issued": 40,
+            "num_completions_kept": 10}  # fmt: skip
+
+
+def evaluated(number: int, rates: list[float | None], k: int = 4) -> dict[str, Any]:
+    return {"kind": "eval", "step": number, "k": k, "avg_at_k": 0.5, "stderr": 0.1, "pass_at_k": {}, "per_prompt": rates}
+
+
+EARLY, LATE = [0.0] * 6, [0.0, 0.25, 0.25, 0.5, None, 1.0]
+
+
+def test_a_run_says_what_training_costs_and_how_hard_its_prompts_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """30 s for 80 generated completions, 9 s for 20 trained ones: a ratio of 1.2."""
+    run = run_folder(tmp_path, [evaluated(0, EARLY), step(1, 10.0, 4.0), step(2, 20.0, 5.0), evaluated(2, LATE)])
+    assert main(["explain", "reinforce-ada-balance", "--of", str(run), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)[0]["efficiency"]
+    found, reference = (efficiency(p, posteriors([0.0, 0.25, 0.25, 0.5, 1.0], 4)) for p in (preset("reinforce-ada-balance"), REFERENCE))
+    assert row["population"] == "this run"
+    assert row["per_cost"] == pytest.approx(found.per_cost(1.2) / reference.per_cost(1.2), rel=1e-12)
+    assert main(["explain", "--of", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "Training on a completion took 1.2 times as long as generating one." in out
+    assert "The held-out pass rate after step 2 was 0.4" in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+    assert main(["explain", "reinforce-ada-balance", "--of", str(run), "--cost-ratio", "1e6", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)[0]["efficiency"]
+    assert row["per_cost"] == pytest.approx(row["per_trained"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("records", "flags", "says"),
+    [
+        ([step(1, 1.0, 1.0)], "", "no evaluation of at least 2 completions a prompt"),
+        ([step(1, 1.0, 1.0), evaluated(1, [None, None])], "", "no evaluation of at least 2 completions a prompt"),
+        ([step(1, 1.0, 1.0), evaluated(1, LATE, k=1)], "", "no evaluation of at least 2 completions a prompt"),
+        ([evaluated(0, LATE)], "", "no step that sampled and trained"),
+        ([step(1, 1.0, 1.0), evaluated(1, LATE)], "--population 1,2", "--population with --of; one of the two"),
+        ([step(1, 1.0, 1.0), evaluated(1, LATE)], "--remembered 300", "--remembered 300"),
+    ],
+)
+def test_runs_that_say_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], records: list[dict[str, Any]], flags: str, says: str
+) -> None:
+    run = run_folder(tmp_path, records)
+    assert main(["explain", "--of", str(run), *flags.split()]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--of", str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

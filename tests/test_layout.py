@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "report"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
-    "explain": {*FOUNDATION, "sampling", "config"},
+    "explain": {*FOUNDATION, "sampling", "config", "training"},
     "study": {*FOUNDATION, "sampling", "config", "explain", "training"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
     "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", "training.launch"},

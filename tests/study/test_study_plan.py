@@ -12,10 +12,11 @@ import pytest
 from study_world import STUDY, changed
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.explain.efficiency import posteriors
 from reinforce_ada.explain.page import explain
 from reinforce_ada.sampling import Counts, Policy, Verdict, preset
 from reinforce_ada.study.plan import Cell, cells_of, keep, untrained_run
-from reinforce_ada.study.prediction import Prediction, expected_pool, posteriors, predict
+from reinforce_ada.study.prediction import Prediction, expected_pool, predict
 from reinforce_ada.study.runs import shard_of
 from reinforce_ada.study.settings import Study, read_study
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from reinforce_ada import config as configuration
 from reinforce_ada.commands.flags import add_command, add_key_flags, overrides
-from reinforce_ada.errors import InputError
 
 _EXAMPLES = """\
 examples:
@@ -18,6 +17,7 @@ examples:
   reinforce-ada explain reinforce-ada-balance --objective mean --population 1,2 2.5,0.6
   reinforce-ada explain runs/mine --figure curves.png
   reinforce-ada explain --cost-ratio 3                     which preset is best where training costs three times what generating does
+  reinforce-ada explain --of runs/mine                     which preset is best for what this run has measured
 
 The numbers are exact for rewards of 0 and 1: each is a sum over all states in which the stopping rule can end.
 w(p) says which prompts a policy learns from. With a mean baseline and a fixed size it is the same for all. With adaptive rules hard
@@ -39,12 +39,13 @@ def add(commands: Any) -> None:
         "--cost-ratio", type=float, metavar="X",
         help="rank policies by their progress for the cost, if training on a completion costs X times as much as generating one",
     )  # fmt: skip
+    parser.add_argument("--of", type=Path, metavar="RUN", help="the same, with the cost and the held-out pass rates that this run measured")
     parser.add_argument(
-        "--remembered", type=int, metavar="N", help="with --cost-ratio: earlier completions of a prompt in the memory (default: 8)"
+        "--remembered", type=int, metavar="N", help="of a ranking: earlier completions of a prompt in the memory (default: 8)"
     )
     parser.add_argument(
         "--score-variance", type=float, metavar="V",
-        help="with --cost-ratio: variance of the scores of completions within a class (default: 1)",
+        help="of a ranking: variance of the scores of completions within a class (default: 1)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the unrounded numbers as JSON, one object per policy")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw w(p), f(p), E[N] and P(signal) into this PNG")
@@ -56,20 +57,8 @@ def run(given: argparse.Namespace) -> int:
     """Print the policy's cost and implied objective, and return the exit status."""
     from reinforce_ada.explain import command
 
+    costs = {name: value for name in ("cost_ratio", "remembered", "score_variance") if (value := getattr(given, name)) is not None}
     return command.run(
-        given.what, overrides(given), class_weights=given.class_weights, populations=given.population, costs=_costs(given),
+        given.what, overrides(given), class_weights=given.class_weights, populations=given.population, costs=costs, of=given.of,
         as_json=given.json, figure=given.figure,
     )  # fmt: skip
-
-
-def _costs(given: argparse.Namespace) -> Any:
-    """Return the costs of a ranking; None without --cost-ratio, which the other flags need."""
-    from reinforce_ada.explain.ranking import Costs
-
-    others = {name: value for name in ("remembered", "score_variance") if (value := getattr(given, name)) is not None}
-    if given.cost_ratio is not None:
-        return Costs(given.cost_ratio, **others)
-    if others:
-        flag = next(iter(others)).replace("_", "-")
-        raise InputError("explain", f"--{flag} without --cost-ratio", "it belongs to the ranking by cost")
-    return None

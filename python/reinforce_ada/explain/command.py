@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError, needs
-from reinforce_ada.explain.page import POPULATIONS, Explanation, comparison, comparison_page, explain, page
-from reinforce_ada.explain.ranking import Costs, ranking_page, ranking_record
+from reinforce_ada.explain.measured import Measured, measured
+from reinforce_ada.explain.page import POPULATIONS, Explanation, beta_name, comparison, comparison_page, explain, page
+from reinforce_ada.explain.ranking import Costs, Populations, ranking_page, ranking_record
 from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
@@ -26,27 +28,57 @@ def run(
     *,
     class_weights: str | None = None,
     populations: Sequence[str] = (),
-    costs: Costs | None = None,
+    costs: Mapping[str, float] = MappingProxyType({}),
+    of: Path | None = None,
     as_json: bool = False,
     figure: Path | None = None,
 ) -> int:
-    """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset; with `costs`, rank them.
+    """Explain a preset, the policy of a configuration file or of a run's folder, or (None) every preset.
 
+    Args:
+        costs: fields of `Costs`; with a cost ratio, or with a run `of` which measured one, policies are ranked.
     Raises: InputError for a policy, argument or file that cannot be read, combined or drawn.
     """
     over = [_pair("--population", text, least=1e-6) for text in populations] or list(POPULATIONS)
     explanations = _explanations(what, overrides, class_weights)
     if figure is not None:
         _draw(explanations, figure)
-    if costs is not None:
-        _check(costs)
-    if as_json:
-        show(json.dumps([_record(e, over, costs) for e in explanations], allow_nan=False))
-    elif costs is not None:
-        show(ranking_page(explanations, over, costs), end="")
+    if of is not None or costs:
+        ranked, prompts, about = _ranking(over, costs, of, has_populations=bool(populations))
+        if as_json:
+            show(json.dumps([_record(e, over, prompts, ranked) for e in explanations], allow_nan=False))
+        else:
+            show(about + ranking_page(explanations, prompts, ranked), end="")
+    elif as_json:
+        show(json.dumps([e.record(over) for e in explanations], allow_nan=False))
     else:
         show(comparison_page(explanations, over) if what is None else page(explanations[0], over), end="")
     return 0
+
+
+def _ranking(
+    over: Sequence[tuple[float, float]], given: Mapping[str, float], of: Path | None, *, has_populations: bool
+) -> tuple[Costs, Populations, str]:
+    """Return what policies are ranked by, over which prompts, and the lines that say where a run's numbers come from."""
+    if of is not None and has_populations:
+        raise InputError("explain", "--population with --of", "one of the two: the run has pass rates of its own")
+    found = None if of is None else measured(of)
+    if found is None and "cost_ratio" not in given:
+        raise InputError("explain", f"--{next(iter(given)).replace('_', '-')} without --cost-ratio", "it belongs to the ranking by cost")
+    costs = Costs(**{**({} if found is None else {"cost_ratio": found.cost_ratio}), **given})  # type: ignore[arg-type]
+    _check(costs)
+    if of is None or found is None:
+        return costs, {beta_name(a, b): {(a, b): 1.0} for a, b in over}, ""
+    return costs, {"this run": found.rates}, _about(of, found)
+
+
+def _about(run: Path, found: Measured) -> str:
+    mean = math.fsum(share * a / (a + b) for (a, b), share in found.rates.items())
+    return (
+        f"{run}\n"
+        f"  Training on a completion took {found.cost_ratio:.3g} times as long as generating one.\n"
+        f"  The held-out pass rate after step {found.step} was {mean:.3f}; each prompt has its posterior.\n\n"
+    )
 
 
 def _check(costs: Costs) -> None:
@@ -59,10 +91,8 @@ def _check(costs: Costs) -> None:
             raise InputError("explain", f"{flag} {value}", f"a number of at least 0 and at most {most:g} is needed")
 
 
-def _record(e: Explanation, over: Sequence[tuple[float, float]], costs: Costs | None) -> dict[str, Any]:
-    if costs is None:
-        return e.record(over)
-    return {**e.record(over), "efficiency": None if e.weight is None else ranking_record(e, over, costs)}
+def _record(e: Explanation, over: Sequence[tuple[float, float]], prompts: Populations, costs: Costs) -> dict[str, Any]:
+    return {**e.record(over), "efficiency": None if e.weight is None else ranking_record(e, prompts, costs)}
 
 
 def _explanations(what: str | None, overrides: Mapping[str, str], class_weights: str | None) -> list[Explanation]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from reinforce_ada.sampling import History, Policy, stopping_table
 from reinforce_ada.sampling.statistics import StoppingTable, Terminal, log_beta, samples
 
 PassRates = Mapping[tuple[float, float], float]  # (a, b) -> share of the prompts whose pass rates are Beta(a, b); the shares add up to 1
+_CONCENTRATIONS = (0.1, 1000.0)  # bounds of a + b where measured rates leave it open: all of them 0 or 1, or all alike
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,26 @@ class Efficiency:
 
     def _per(self, cost: float) -> float:
         return self.progress**2 / (self.second_moment * cost) if self.second_moment and cost else 0.0
+
+
+def posteriors(measured: Sequence[float], k: int) -> PassRates:
+    """Return the posterior pass rate of every prompt, given that Avg@k measured `measured`.
+
+    Each is Beta(a + correct, b + k - correct). The prior Beta(a, b) is that with the mean and the spread of the prompts themselves,
+    estimated without bias: E[p^2] by the mean of correct (correct - 1) / (k (k - 1)). With large k the posteriors are the measured rates,
+    with small k a prompt of which none was correct is not taken for one that is never solved.
+
+    Args:
+        k: completions of each prompt, at least 2.
+    """
+    correct = [round(rate * k) for rate in measured]
+    mean = (math.fsum(correct) + 0.5) / (k * len(correct) + 1)
+    square = math.fsum(c * (c - 1) for c in correct) / (k * (k - 1) * len(correct))
+    variance = square - mean**2
+    least, most = _CONCENTRATIONS
+    both = min(max(mean * (1 - mean) / variance - 1, least), most) if variance > 0 else most
+    found = Counter((both * mean + c, both * (1 - mean) + k - c) for c in correct)
+    return {ab: count / len(correct) for ab, count in found.items()}
 
 
 def efficiency(policy: Policy, rates: PassRates, *, remembered: int = 0, score_variance: float = 1.0) -> Efficiency:

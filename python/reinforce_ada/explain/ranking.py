@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from reinforce_ada.explain.efficiency import Efficiency, efficiency
-from reinforce_ada.explain.page import Explanation, beta_name
+from reinforce_ada.explain.efficiency import PassRates, efficiency
+from reinforce_ada.explain.page import Explanation
 from reinforce_ada.sampling import preset
 
 
@@ -19,27 +19,34 @@ class Costs:
     score_variance: float = 1.0  # of a completion's score within its class, in units of |grad p|^2 / (p (1 - p))^2
 
 
-def ranking_record(e: Explanation, populations: Sequence[tuple[float, float]], costs: Costs) -> list[dict[str, float]]:
+Populations = Mapping[str, PassRates]  # name -> pass rates of its prompts
+
+
+def ranking_record(e: Explanation, populations: Populations, costs: Costs) -> list[dict[str, str | float]]:
     """Return the efficiencies of a policy over each population, relative to GRPO with groups of 8 without a scale."""
-    rows = []
-    for population, (found, reference) in zip(populations, _with_reference(e, populations, costs), strict=True):
-        rows.append(
-            {
-                "a": population[0],
-                "b": population[1],
-                "generated": found.generated,
-                "trained": found.trained,
-                "per_generated": found.per_generated() / reference.per_generated(),
-                "per_trained": found.per_trained() / reference.per_trained(),
-                "per_cost": found.per_cost(costs.cost_ratio) / reference.per_cost(costs.cost_ratio),
-            }
-        )
-    return rows
+    return [{"population": name, **_relative(e, rates, costs)} for name, rates in populations.items()]
 
 
-def ranking_page(explanations: Sequence[Explanation], populations: Sequence[tuple[float, float]], costs: Costs) -> str:
+def _relative(e: Explanation, rates: PassRates, costs: Costs) -> dict[str, float]:
+    remembered = costs.remembered if e.policy.weight_needs_memory else 0
+    found = efficiency(e.policy, rates, remembered=remembered, score_variance=costs.score_variance)
+    reference = efficiency(preset("grpo", scale="none"), rates, score_variance=costs.score_variance)
+    return {
+        "generated": found.generated,
+        "trained": found.trained,
+        "per_generated": _quotient(found.per_generated(), reference.per_generated()),
+        "per_trained": _quotient(found.per_trained(), reference.per_trained()),
+        "per_cost": _quotient(found.per_cost(costs.cost_ratio), reference.per_cost(costs.cost_ratio)),
+    }
+
+
+def _quotient(value: float, reference: float) -> float:
+    return value / reference if reference else 0.0
+
+
+def ranking_page(explanations: Sequence[Explanation], populations: Populations, costs: Costs) -> str:
     """Return the printout: policies by their mean efficiency at the cost ratio, the best first, and which leads on each axis."""
-    found = {e.label: ranking_record(e, populations, costs) for e in explanations if e.weight is not None}
+    found = {e.label: [_relative(e, rates, costs) for rates in populations.values()] for e in explanations if e.weight is not None}
     left_out = [e.label for e in explanations if e.weight is None]
     order = sorted(found, key=lambda label: -_mean(found[label], "per_cost"))
     title = "best first by the mean of C"
@@ -48,9 +55,9 @@ def ranking_page(explanations: Sequence[Explanation], populations: Sequence[tupl
         "Progress at equal cost along the gradient of the mean pass rate, relative to grpo (groups of 8) with scale none.",
         "  G  per generated completion",
         "  T  per trained completion",
-        f"  C  at the cost of both, if training on a completion costs {costs.cost_ratio:g} times as much as generating one",
+        f"  C  at the cost of both, if training on a completion costs {costs.cost_ratio:.3g} times as much as generating one",
         "",
-        f"{'':<{width}}" + "".join(f"{beta_name(a, b):>22}" for a, b in populations),
+        f"{'':<{width}}" + "".join(f"{name:>22}" for name in populations),
         f"{title:<{width}}" + "".join(f"{'G':>8}{'T':>7}{'C':>7}" for _ in populations),
     ]
     for label in order:
@@ -73,18 +80,6 @@ def _assumptions(costs: Costs) -> list[str]:
         f"  {costs.remembered} earlier completions of each prompt where the baseline is the memory (--remembered);",
         "  gradients of different prompts that have little in common.",
         "  A budget that depends on earlier steps is that of a prompt not seen before.",
-    ]
-
-
-def _with_reference(e: Explanation, populations: Sequence[tuple[float, float]], costs: Costs) -> list[tuple[Efficiency, Efficiency]]:
-    remembered = costs.remembered if e.policy.weight_needs_memory else 0
-    reference = preset("grpo", scale="none")
-    return [
-        (
-            efficiency(e.policy, {population: 1.0}, remembered=remembered, score_variance=costs.score_variance),
-            efficiency(reference, {population: 1.0}, score_variance=costs.score_variance),
-        )
-        for population in populations
     ]
 
 

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 from reinforce_ada.errors import InputError, needs
+from reinforce_ada.explain.efficiency import posteriors
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import is_installed, one_line, show
 from reinforce_ada.study import results as result_files
 from reinforce_ada.study.page import FIGURE, PROGRESS_FIGURE, page, prediction_table
 from reinforce_ada.study.plan import Cell, cells_of, keep, untrained_run
-from reinforce_ada.study.prediction import Prediction, posteriors, predict
+from reinforce_ada.study.prediction import Prediction, predict
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.runs import RunError, execute_all, execute_once, is_finished, pass_rates, shard_of
 from reinforce_ada.study.settings import WHERE, Study, read_study

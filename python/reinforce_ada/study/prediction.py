@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reinforce_ada import config as configuration
@@ -13,8 +11,6 @@ from reinforce_ada.explain.efficiency import Efficiency, PassRates, efficiency, 
 from reinforce_ada.sampling import History, Policy, Verdict, stopping_table
 from reinforce_ada.sampling.statistics import Terminal, samples, signal
 from reinforce_ada.study.settings import Arm, Study, policy_of
-
-_CONCENTRATIONS = (0.1, 1000.0)  # bounds of a + b, where the measured rates leave it open: all of them 0 or 1, or all alike
 
 
 @dataclass(frozen=True)
@@ -26,26 +22,6 @@ class Prediction:
     completions_per_prompt: float
     signal: float  # probability that both classes are in a pool
     efficiency: Efficiency | None = None  # None for an arm without w(p)
-
-
-def posteriors(measured: Sequence[float], k: int) -> PassRates:
-    """Return the posterior pass rate of every prompt, given that Avg@k measured `measured`.
-
-    Each is Beta(a + correct, b + k - correct). The prior Beta(a, b) is that with the mean and the spread of the prompts themselves,
-    estimated without bias: E[p^2] by the mean of correct (correct - 1) / (k (k - 1)). With large k the posteriors are the measured rates,
-    with small k a prompt of which none was correct is not taken for one that is never solved.
-
-    Args:
-        k: completions of each prompt, at least 2.
-    """
-    correct = [round(rate * k) for rate in measured]
-    mean = (math.fsum(correct) + 0.5) / (k * len(correct) + 1)
-    square = math.fsum(c * (c - 1) for c in correct) / (k * (k - 1) * len(correct))
-    variance = square - mean**2
-    least, most = _CONCENTRATIONS
-    both = min(max(mean * (1 - mean) / variance - 1, least), most) if variance > 0 else most
-    found = Counter((both * mean + c, both * (1 - mean) + k - c) for c in correct)
-    return {ab: count / len(correct) for ab, count in found.items()}
 
 
 def predict(study: Study, arm: Arm, rates: PassRates) -> Prediction:
