@@ -15,7 +15,7 @@ from reinforce_ada.sampling import (
     Centered,
     Counts,
     History,
-    InverseSqrtRate,
+    InversePowerRate,
     Knapsack,
     Never,
     Policy,
@@ -287,8 +287,8 @@ class Remembered:
         return self.histories[int(prompt.prompt_id)]
 
 
-def est(mean: int = 8, floor: int = 4, cap: int = 32) -> InverseSqrtRate:
-    return InverseSqrtRate(mean=mean, floor=floor, cap=cap, round_size=cap)
+def est(mean: int = 8, floor: int = 4, cap: int = 32, **others) -> InversePowerRate:
+    return InversePowerRate(mean=mean, floor=floor, cap=cap, round_size=cap, **others)
 
 
 def bag(mean: int = 8, floor: int = 2, cap: int = 128, **others) -> Knapsack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from reinforce_ada.sampling import (
     Refill,
     SkipStreaks,
     Verdict,
+    preset,
 )
 
 GO, STOP, DROP = Verdict.CONTINUE, Verdict.STOP, Verdict.DROP
@@ -50,6 +52,26 @@ def seen(correct: float, wrong: float) -> History:
 )
 def test_budgets_by_the_inverse_square_root_of_the_rate(histories: list[History], budgets: list[int]) -> None:
     assert est().budgets(histories) == budgets
+
+
+@pytest.mark.parametrize(
+    ("counts", "budgets"),
+    [
+        ([(0, 0), (8, 0), (0, 8)], [9, 2, 13]),  # 17, 25/9 and 25 times 24 / 44.78: 9.11, 1.49 and 13.40
+        ([(0, 0)] * 3, [8, 8, 8]),
+        ([(16, 0), (0, 16)], [1, 15]),  # 33/17 and 33 times 16 / 34.94: .89 and 15.11
+    ],
+)
+def test_budgets_by_the_rate_itself_with_the_prior_of_the_authors_code(counts: list[tuple[int, int]], budgets: list[int]) -> None:
+    allocate = est(floor=1, exponent=1.0, prior=(1.0, 16.0))
+    assert allocate.budgets([seen(*c) for c in counts]) == budgets
+    assert preset("reinforce-ada-est", exponent=1.0, prior=(1.0, 16.0)).allocate == est(exponent=1.0, prior=(1.0, 16.0))
+
+
+@pytest.mark.parametrize("others", [{"exponent": 0.0}, {"exponent": math.nan}, {"prior": (0.0, 1.0)}, {"prior": (1.0, math.inf)}])
+def test_exponents_and_priors_that_make_no_budget(others: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="InversePowerRate: "):
+        est(**others)
 
 
 rates = st.integers(1, 9999).map(lambda n: n / 10_000)  # apart by more than a rounding of 1/sqrt(p)

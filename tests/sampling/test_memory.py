@@ -17,7 +17,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import (
     AdaptiveSampler,
     History,
-    InverseSqrtRate,
+    InversePowerRate,
     Memory,
     NearestRate,
     Policy,
@@ -252,7 +252,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "all of it": lambda: replace(
         preset("reinforce-ada-balance"),
         propose=NearestRate(),
-        allocate=InverseSqrtRate(mean=12, floor=4, cap=32, round_size=4),
+        allocate=InversePowerRate(mean=12, floor=4, cap=32, round_size=4),
         decide_every=4,
     ),
 }

@@ -26,7 +26,7 @@ from reinforce_ada.sampling import (
     Counts,
     DropOneClass,
     First,
-    InverseSqrtRate,
+    InversePowerRate,
     Knapsack,
     MaxVariance,
     NearestRate,
@@ -257,13 +257,13 @@ def test_preset_overrides() -> None:
         (lambda: NearestRate(max_prompts_factor=0.5), "NearestRate: max_prompts_factor 0.5; a finite number of at least 1"),
         (lambda: SkipStreaks(explore_easy=-0.1), "SkipStreaks: explore_easy -0.1; a number from 0 to 1"),
         (lambda: SkipStreaks(explore_hard=float("nan")), "SkipStreaks: explore_hard nan"),
-        (lambda: est(mean=3), "InverseSqrtRate: mean 3; an integer of at least 4"),
-        (lambda: est(mean=33), "InverseSqrtRate: cap 32; an integer of at least 33"),
+        (lambda: est(mean=3), "InversePowerRate: mean 3; an integer of at least 4"),
+        (lambda: est(mean=33), "InversePowerRate: cap 32; an integer of at least 33"),
         (lambda: bag(floor=0), "Knapsack: floor 0; an integer of at least 1"),
         (lambda: bag(confidence=1.0), "Knapsack: confidence 1.0; a number between 0 and 1"),
-        (lambda: InverseSqrtRate(mean=8, floor=4, cap=32, round_size=33), "InverseSqrtRate: cap 32; an integer of at least 33"),
+        (lambda: InversePowerRate(mean=8, floor=4, cap=32, round_size=33), "InversePowerRate: cap 32; an integer of at least 33"),
         (lambda: Budgeted(function=len, cap=4, round_size=8), "Budgeted: cap 4; an integer of at least 8"),
-        (lambda: preset("reinforce-ada-est", mean_budget=2), "InverseSqrtRate: mean 2; an integer of at least 4"),
+        (lambda: preset("reinforce-ada-est", mean_budget=2), "InversePowerRate: mean 2; an integer of at least 4"),
         (lambda: preset("pods", num_completions=8), "Policy 'pods': a cap of 8 completions per prompt; at least group_size 16"),
     ],
 )
@@ -367,7 +367,7 @@ def test_presets_that_look_back_say_so() -> None:
 
 def test_presets_of_budgets_and_selection() -> None:
     est_preset = preset("reinforce-ada-est", group_size=6, max_budget=24)
-    assert est_preset.allocate == InverseSqrtRate(mean=8, floor=6, cap=24, round_size=24)
+    assert est_preset.allocate == InversePowerRate(mean=8, floor=6, cap=24, round_size=24)
     assert (est_preset.decide, est_preset.select, est_preset.weight) == (Never(), Balanced(), Centered("pool", "none"))
     pods = preset("pods")
     assert (pods.group_size, pods.cap, pods.select, pods.weight) == (16, 64, MaxVariance(), Centered("group", "group"))

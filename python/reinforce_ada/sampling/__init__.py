@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reinforce_ada.sampling.memory import Memory
 from reinforce_ada.sampling.metrics import Progress
-from reinforce_ada.sampling.policies.allocate import Budgeted, InverseSqrtRate, Knapsack, Rounds
+from reinforce_ada.sampling.policies.allocate import Budgeted, InversePowerRate, Knapsack, Rounds
 from reinforce_ada.sampling.policies.contracts import AdvantageSpec, Allocation, Counts, ExitRule, History, Verdict, Weighting
 from reinforce_ada.sampling.policies.decide import Balance, Band, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveWeight
@@ -35,7 +35,7 @@ __all__ = [
     "ExitRule",
     "First",
     "History",
-    "InverseSqrtRate",
+    "InversePowerRate",
     "Knapsack",
     "MaxVariance",
     "Memory",

@@ -12,7 +12,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
-from reinforce_ada.sampling.policies.allocate import InverseSqrtRate, Knapsack, Rounds
+from reinforce_ada.sampling.policies.allocate import InversePowerRate, Knapsack, Rounds
 from reinforce_ada.sampling.policies.contracts import Allocate, Decide, Propose, Select, Weight, at_least
 from reinforce_ada.sampling.policies.decide import Balance, DropOneClass, Never, Positive
 from reinforce_ada.sampling.policies.objective_weight import ObjectiveName, ObjectiveWeight
@@ -91,9 +91,11 @@ def _balance(k: Any) -> Balance:
     return Balance(correct, wrong)
 
 
-def _inverse_sqrt_rate(k: Any) -> InverseSqrtRate:
+def _inverse_power_rate(k: Any) -> InversePowerRate:
     floor = k.group_size if k.min_budget is None else k.min_budget
-    return InverseSqrtRate(mean=k.mean_budget, floor=floor, cap=k.max_budget, round_size=k.max_budget)
+    return InversePowerRate(
+        mean=k.mean_budget, floor=floor, cap=k.max_budget, round_size=k.max_budget, exponent=k.exponent, prior=k.prior
+    )  # fmt: skip
 
 
 _GROUP = {"baseline": "group", "scale": "group"}
@@ -151,8 +153,8 @@ _ROWS = (
     # budget is the cost of GRPO with groups of 8, the largest the cap of the other presets. Source: Reinforce-Ada, arXiv 2510.04996v3.
     Preset(
         "reinforce-ada-est",
-        {"group_size": 4, "mean_budget": 8, "min_budget": None, "max_budget": 32, **_ALL, **_POOL},
-        _inverse_sqrt_rate,
+        {"group_size": 4, "mean_budget": 8, "min_budget": None, "max_budget": 32, "exponent": 0.5, "prior": (1.0, 1.0), **_ALL, **_POOL},
+        _inverse_power_rate,
         Balanced(),
     ),
     # One completion per prompt, or a few; advantage = reward - posterior mean of the pass rate, given earlier steps and other completions.

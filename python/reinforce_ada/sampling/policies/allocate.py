@@ -92,19 +92,31 @@ class BatchBudget(Allocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSqrtRate(BatchBudget):
-    """Set budgets in proportion to 1/sqrt(pass rate) (Reinforce-Ada-Est).
+class InversePowerRate(BatchBudget):
+    """Set budgets in proportion to a negative power of the pass rate (Reinforce-Ada-Est).
 
-        budget_i = clip(s / sqrt(p_i), floor, cap),  p_i = a_i / (a_i + b_i),  s such that the sum is mean * prompts
+        budget_i = clip(s / p_i^exponent, floor, cap),  s such that the sum is mean * prompts
+        p_i = (a + correct_i) / (a + b + correct_i + wrong_i)  by the counts of the memory and the prior Beta(a, b)
 
     They are rounded to integers by largest remainder, ties to the earlier prompt. Source: Reinforce-Ada, arXiv 2510.04996v3 (the
-    estimation-based variant, at the total budget of uniform sampling).
+    estimation-based variant, at the total budget of uniform sampling: exponent 1/2). The authors' own code has exponent 1 and the prior
+    Beta(1, 16).
     """
 
+    exponent: float = 0.5
+    prior: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.exponent <= 4:
+            raise InputError("InversePowerRate", f"exponent {self.exponent}", "a number above 0 and up to 4 is needed")
+        if not all(0 < x <= 1e6 for x in self.prior):
+            raise InputError("InversePowerRate", f"prior {self.prior}", "Beta(a, b) with a and b above 0 and up to 1e6 is needed")
+
     def budgets(self, histories: Sequence[History], /) -> Sequence[int]:
-        total = self.mean * len(histories)
-        weights = 1 / np.sqrt([h.mean for h in histories])
-        return _rounded(_scaled(weights, total, self.floor, self.cap), total) if total else []
+        total, (a, b) = self.mean * len(histories), self.prior
+        rates = np.array([(h.a - 1 + a) / (h.a + h.b - 2 + a + b) for h in histories])
+        return _rounded(_scaled(rates**-self.exponent, total, self.floor, self.cap), total) if total else []
 
 
 @dataclass(frozen=True, kw_only=True)
