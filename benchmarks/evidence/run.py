@@ -31,6 +31,7 @@ ARMS = {
     "balance": 'preset = "reinforce-ada-balance"',
     "exact": 'preset = "reinforce-ada-exact"',
     "memory-1": 'preset = "reinforce-ada-memory"',
+    "predicted-1": 'preset = "reinforce-ada-memory"\nbaseline = "predicted"',
     "memory-2": 'preset = "reinforce-ada-memory"\ngroup_size = 2',
 }
 STUDY = """\

@@ -74,8 +74,10 @@ class SamplingConfig:
     positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
     mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
     num_completions: int | None = option(None, "pods: completions per prompt, of which group_size are kept (default: the preset's)")
-    baseline: Literal["pool", "group", "leave-one-out", "memory"] | None = option(
-        None, "mean that a reward is compared with; memory: posterior mean of the prompt's pass rate (default: the preset's)"
+    baseline: Literal["pool", "group", "leave-one-out", "memory", "predicted"] | None = option(
+        None,
+        "mean that a reward is compared with; memory: posterior mean of the prompt's pass rate; predicted: the same, with a prior from the "
+        "model's own state at the prompt's end (default: the preset's)",
     )
     scale: Literal["none", "pool", "group", "batch"] | None = option(
         None, "rewards whose standard deviation divides the advantages (default: the preset's)"

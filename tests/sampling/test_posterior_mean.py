@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from reinforce_ada import advantages_of
+from reinforce_ada.advantages import advantages_before_prediction
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.effective import effective_weight
 from reinforce_ada.sampling import (
@@ -129,7 +130,9 @@ def test_the_baseline_of_the_command_line_is_the_preset() -> None:
         (lambda: replace(preset(MEMORY), allocate=Rounds(4, 1), decide_every=4), "4 completions a prompt, of which 1 are kept"),
         (lambda: replace(preset(MEMORY, group_size=4), select=lambda rewards, correct, n: [0]), "which leaves completions out"),
         (lambda: AdaptiveSampler([Prompt("p")], preset(MEMORY)), "without memory"),
-        (lambda: preset(MEMORY, scale="none"), "unknown override 'scale'"),
+        (lambda: preset(MEMORY, scale="pool"), "baseline 'memory' with scale 'pool'; scale \"none\" is needed"),
+        (lambda: preset("grpo", baseline="predicted"), "baseline 'predicted' with scale 'group'; scale \"none\" is needed"),
+        (lambda: preset("pods", baseline="predicted", scale="none"), "baseline 'predicted': 64 completions a prompt"),
     ],
 )
 def test_refusals(make: object, says: str) -> None:
@@ -142,3 +145,67 @@ def test_refusals(make: object, says: str) -> None:
 def test_what_keeps_all_of_a_fixed_number_is_accepted() -> None:
     policy = replace(preset(MEMORY, group_size=4), select=Balanced(), propose=NearestRate())
     assert policy.needs_memory
+
+
+# -------------------- with a predicted prior
+
+
+def completed(rewards: list[float | None], memory: Memory, rate: float) -> list[float]:
+    """The advantages of a step on one prompt whose predicted pass rate is `rate`."""
+    result, _ = sampled(rewards, memory)
+    (advantages,), (weight,) = advantages_before_prediction(result, preset(MEMORY, group_size=len(rewards), baseline="predicted"))
+    return [a - weight * rate for a in advantages]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "before", "rate", "advantages"),
+    [
+        ([1.0], (0, 0), 0.9, [0.1]),  # a single completion of a prompt never seen: the prediction alone
+        ([0.0], (0, 0), 0.9, [-0.9]),
+        ([1.0], (6, 2), 0.9, [1 - 7.8 / 10]),  # it counts as much as two completions
+        ([1.0, 0.0], (0, 0), 0.9, [1 - 1.8 / 3, -2.8 / 3]),
+        ([1.0, None], (0, 0), 0.25, [2 * 0.75]),
+    ],
+)
+def test_advantages_with_a_prediction(rewards: list[float | None], before: tuple[int, int], rate: float, advantages: list[float]) -> None:
+    assert completed(rewards, remembering(*before), rate) == pytest.approx(advantages, abs=1e-12)
+
+
+@pytest.mark.parametrize("before", [(0, 0), (9, 1), (1, 30)])
+@pytest.mark.parametrize("rewards", [[1.0], [0.0], [1.0, 0.0, 0.0], [1.0, None]])
+def test_a_prediction_of_one_half_is_the_memory(rewards: list[float | None], before: tuple[int, int]) -> None:
+    assert completed(rewards, remembering(*before), 0.5) == pytest.approx(sampled(rewards, remembering(*before))[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("before", [(0, 0), (9, 1)])
+@pytest.mark.parametrize("void", [False, True])
+def test_no_prediction_biases_the_gradient(n: int, rate: float, before: tuple[int, int], void: bool) -> None:
+    """E[g] = grad p by enumeration of all outcomes, whatever is predicted."""
+    for p in (0.05, 0.8):
+        total = 0.0
+        for outcomes in product((1.0, 0.0), repeat=n):
+            rewards = [*outcomes, None] if void else list(outcomes)
+            scores = [1 / p if r else -1 / (1 - p) for r in outcomes]
+            chance = math.prod(p if r else 1 - p for r in outcomes)
+            advantages = completed(rewards, remembering(*before), rate)
+            total += chance * sum(a * s for a, s in zip(advantages, scores, strict=True)) / len(rewards)
+        assert total == pytest.approx(1.0, abs=1e-12)
+
+
+def test_without_the_prediction_there_are_no_advantages() -> None:
+    result, _ = sampled([1.0], Memory())
+    policy = preset(MEMORY, baseline="predicted")
+    assert policy.needs_prediction
+    assert not preset(MEMORY).needs_prediction
+    with pytest.raises(InputError, match="whose baseline is predicted; a trainer that predicts pass rates"):
+        advantages_of(result, policy)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_it_is_explained_as_what_knows_nothing(n: int) -> None:
+    predicted, memory = (effective_weight(preset(MEMORY, group_size=n, baseline=name)) for name in ("predicted", "memory"))
+    np.testing.assert_allclose(predicted.plus, memory.plus, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(predicted.minus, memory.minus, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(predicted.noise_terms, memory.noise_terms, rtol=0, atol=1e-15)

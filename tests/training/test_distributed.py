@@ -182,6 +182,19 @@ def test_a_run_of_two_is_that_of_one(toy_run: Runner, undisturbed: Path, tmp_pat
     check_like(tmp_path / "two", undisturbed)
 
 
+def test_the_predictions_of_two_are_those_of_one(toy_run: Runner, tmp_path: Path) -> None:
+    predicted = {"preset": "reinforce-ada-memory", "baseline": "predicted", "group_size": 2, "round_size": None, "max_rounds": None}
+    assert toy_run(tmp_path / "one", dtype="float32", **predicted) == 0
+    assert toy_run.several(2, tmp_path / "two", dtype="float32", **predicted) == [0, 0]
+    check_like(tmp_path / "two", tmp_path / "one")
+    errors, others = (
+        [r["prediction_error"] for r in read_log(tmp_path / name / "log.jsonl") if r["kind"] == "step"] for name in ("one", "two")
+    )
+    assert others == pytest.approx(errors, rel=1e-5)
+    assert errors[0] == 0.25  # nothing known: 1/2 for every prompt
+    assert len(set(errors)) == len(errors)
+
+
 def test_half_precision_keeps_its_masters_on_every_rank(toy_run: Runner, tmp_path: Path) -> None:
     assert toy_run(tmp_path / "one", dtype="bfloat16") == 0
     assert toy_run.several(2, tmp_path / "two", dtype="bfloat16") == [0, 0]

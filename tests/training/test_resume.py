@@ -191,9 +191,10 @@ def test_killed_and_resumed_with_a_memory(toy_run: Runner, undisturbed_est: Path
     assert remembered(out) == remembered(undisturbed_est)
 
 
-def test_killed_and_resumed_with_a_baseline_that_remembers(toy_run: Runner, tmp_path: Path) -> None:
+@pytest.mark.parametrize("baseline", ["memory", "predicted"])
+def test_killed_and_resumed_with_a_baseline_that_remembers(toy_run: Runner, tmp_path: Path, baseline: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    memory = {"preset": "reinforce-ada-memory", "group_size": 2, "round_size": None, "max_rounds": None}
+    memory = {"preset": "reinforce-ada-memory", "group_size": 2, "round_size": None, "max_rounds": None, "baseline": baseline}
     assert toy_run(whole, **memory) == 0
     assert toy_run(out, kill=("between log and checkpoint", 2), **memory) == -9
     assert toy_run(out, resume=True, **memory) == 0

@@ -103,6 +103,8 @@ def effective_weight(policy: Policy, cap: int | None = None, prior: tuple[float,
 def binary_advantages(spec: AdvantageSpec, correct: Array, wrong: Array, kept_correct: Array, kept_wrong: Array) -> tuple[Array, Array]:
     """Return the advantages of `ops.group_advantages` for correct (reward 1) and wrong (reward 0) completions, each [G] float64.
 
+    A predicted pass rate counts as 1/2, which is what a prediction says that knows nothing.
+
     Args:
         spec: the result of a weight hook.
         correct, wrong: [G] counts of the pools.
@@ -117,6 +119,8 @@ def binary_advantages(spec: AdvantageSpec, correct: Array, wrong: Array, kept_co
         advantages = advantages / _divisor(spec, *(pool if spec.scale == "pool" else group))[:, None]
     if spec.class_weights is not None:
         advantages = advantages * np.take_along_axis(spec.class_weights, (advantages >= 0).astype(int), axis=1)
+    if spec.prediction_weights is not None:
+        advantages -= 0.5 * spec.prediction_weights[:, None]
     if isinstance(spec.baseline, str):
         k, w = group if spec.baseline == "group" else pool
         advantages[(k == 0) | (w == 0)] = 0.0

@@ -26,13 +26,13 @@ _WITHOUT_KEYWORD = {"decide_every": None, "min_pool": None, "degenerate": "drop"
 
 
 def _weight(k: Any) -> Weight:
-    """Return the weight of a baseline and a scale; baseline "memory" has no scale."""
-    if k.baseline != "memory":
+    """Return the weight of a baseline and a scale; baselines "memory" and "predicted" have no scale."""
+    if k.baseline not in ("memory", "predicted"):
         return Centered(k.baseline, k.scale)
     if k.scale != "none":
-        given = f"baseline 'memory' with scale {k.scale!r}"
+        given = f"baseline {k.baseline!r} with scale {k.scale!r}"
         raise InputError(f"preset {k.name!r}", given, 'scale "none" is needed: its expected gradient is that of the mean pass rate')
-    return PosteriorMean()
+    return PosteriorMean(predicted=k.baseline == "predicted")
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,9 @@ _ROWS = (
     # none a group of 2 makes more progress than a group of 1 (docs/statistics.md has the numbers).
     Preset(
         "reinforce-ada-memory",
-        {"group_size": 1, "positive_threshold": 0.7, "degenerate": "keep"},
+        {"group_size": 1, "baseline": "memory", "scale": "none", **_ALL},
         _fixed,
         All(),
-        weight=lambda k: PosteriorMean(),
     ),
     # Sample `num_completions`, train on the `group_size` whose rewards vary most, centred and scaled among themselves.
     # Source: Xu et al. 2025, arXiv 2504.13818 (64 completions, 16 kept).

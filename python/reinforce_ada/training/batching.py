@@ -25,6 +25,7 @@ class Sample(NamedTuple):
     prompt: Prompt
     completion: Completion
     advantage: float
+    prediction_weight: float = 0.0  # factor of the predicted pass rate that is still to be subtracted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +40,7 @@ class Batch:
     token_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [N + 1] int64
     advantages: Tensor  # [N] fp32
+    prediction_weights: Tensor  # [N] fp32
     rollout_logprobs: Tensor  # [T] fp32
 
     @property
@@ -155,5 +157,6 @@ def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
         token_ids=torch.from_numpy(np.concatenate([s.completion.token_ids for s in samples]).astype(np.int64)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        prediction_weights=torch.tensor([s.prediction_weight for s in samples], dtype=torch.float32),
         rollout_logprobs=torch.from_numpy(np.concatenate([s.completion.rollout_logprobs for s in samples]).astype(np.float32)),
     )

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from reinforce_ada.config import Config
+from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.training.loss import RunLoss, combine_metrics
 from reinforce_ada.training.optimizer import MasterAdamW
+from reinforce_ada.training.predictor import PassRatePredictor
 from reinforce_ada.types import Prompt
 
 
@@ -65,7 +67,30 @@ class Learner:
             max_grad_norm=config.training.max_grad_norm,
         )
         self.device = next(model.module.parameters()).device
+        self.predictor: PassRatePredictor | None = None
+        if configured(config.sampling).needs_prediction:
+            self.predictor = PassRatePredictor(model.head().weight.shape[1], config.sampling.memory_decay, self.device)
         self._tokens_per_pass = config.training.tokens_per_pass
+
+    # -------------------- state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything needed to resume, by name."""
+        return {**self.optimizer.tensors(), **(self.predictor.tensors() if self.predictor else {})}
+
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+        """Return in a few words why `load` cannot take these tensors; "" if it can."""
+        if self.predictor is None:
+            return self.optimizer.misfit(tensors)
+        own = self.predictor.tensors()
+        others = {name: tensor for name, tensor in tensors.items() if name not in own}
+        return self.predictor.misfit(tensors) or self.optimizer.misfit(others)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned (no `misfit`)."""
+        self.optimizer.load(tensors)
+        if self.predictor is not None:
+            self.predictor.load(tensors)
 
     # -------------------- on rank 0
 
@@ -73,7 +98,7 @@ class Learner:
         """Send this rank's weights and moments to every rank."""
         if self.ranks.size == 1:
             return
-        tensors = {name: tensor.cpu() for name, tensor in self.optimizer.tensors().items()}
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
         self.ranks.send([Align({name: (t.shape, t.dtype) for name, t in tensors.items()})] * self.ranks.size)
         for tensor in tensors.values():
             self.ranks.copy_from_first(tensor)
@@ -95,7 +120,8 @@ class Learner:
             return [minibatch]
         # Only what the loss needs: a prompt's record may be large, or of a class that another process does not have.
         bare = [
-            Sample(Prompt(s.prompt.prompt_id, s.prompt.token_ids), replace(s.completion, text=""), s.advantage) for s in minibatch.samples
+            s._replace(prompt=Prompt(s.prompt.prompt_id, s.prompt.token_ids), completion=replace(s.completion, text=""))
+            for s in minibatch.samples
         ]
         return [replace(minibatch, samples=share) for share in shares_of(bare, self.ranks.size)]
 
@@ -109,7 +135,7 @@ class Learner:
                     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
                     for tensor in tensors.values():
                         self.ranks.copy_from_first(tensor)
-                    self.optimizer.load(tensors)
+                    self.load(tensors)
                 case Work():
                     self.model.share_prompts, self.model.use_head = order.share_prompts, order.use_head
                     self._train(order, lambda count: None)
@@ -129,7 +155,8 @@ class Learner:
             norms.append(self.optimizer.step(work.learning_rate))
             losses.append(sum(r.loss for r in reports))
             parts += [part for r in reports for part in r.parts]
-        return {**combine_metrics(parts), "loss": sum(losses) / max(len(losses), 1), "grad_norm": max(norms, default=0.0)}
+        predicted = {} if self.predictor is None else self.predictor.update(ranks.add_up)
+        return {**combine_metrics(parts), **predicted, "loss": sum(losses) / max(len(losses), 1), "grad_norm": max(norms, default=0.0)}
 
     @torch.no_grad()
     def _prepare(self, minibatches: Sequence[Minibatch]) -> list[tuple[list[Batch], list[Tensor | None]]]:
@@ -150,7 +177,7 @@ class Learner:
         parts: list[tuple[Mapping[str, Tensor], int]] = []
         losses: list[Tensor] = []
         for batch, old_logprobs in zip(passes, old, strict=True):
-            loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs)
+            loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs, self.predictor)
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
             losses.append(loss.detach())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reinforce_ada import ops
-from reinforce_ada.advantages import advantages_of
+from reinforce_ada.advantages import advantages_before_prediction
 from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
@@ -21,13 +21,18 @@ from reinforce_ada.ops.policy_loss.settings import CustomLoss
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
+from reinforce_ada.training.predictor import PassRatePredictor
 from reinforce_ada.types import SamplingResult
 
 
 def samples_with_advantages(result: SamplingResult, policy: Policy) -> list[list[Sample]]:
-    """Return the groups that kept something, with an advantage on each completion; see `advantages_of`."""
-    rows = zip(result.groups, advantages_of(result, policy), strict=True)
-    return [[Sample(g.pool.prompt, s.completion, a) for s, a in zip(g.kept, advantages, strict=True)] for g, advantages in rows if g.kept]
+    """Return the groups that kept something, with an advantage on each completion; see `advantages_before_prediction`."""
+    rows = zip(result.groups, *advantages_before_prediction(result, policy), strict=True)
+    return [
+        [Sample(g.pool.prompt, s.completion, a, factor) for s, a in zip(g.kept, advantages, strict=True)]
+        for g, advantages, factor in rows
+        if g.kept
+    ]
 
 
 def num_seqs_of(minibatch: Sequence[Sample], result: SamplingResult, policy: Policy, num_minibatches: int) -> float:
@@ -128,13 +133,15 @@ class RunLoss:
             raise InputError("train", f"loss {named}: {described(error)}", needed) from error
 
     def __call__(
-        self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        self, model: LanguageModel, batch: Batch, old_logprobs: Tensor | None, num_tokens: int, num_seqs: float,
+        predictor: PassRatePredictor | None = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:  # fmt: skip
         """Return loss and metrics of one micro-batch.
 
         Args:
             old_logprobs: [T] of the weights before the step's first update; None while the weights are still these (ratio 1).
             num_tokens, num_seqs: of the whole minibatch (see `num_seqs_of`); micro-batch losses then sum to its loss.
+            predictor: completes the advantages, where the policy's baseline is predicted.
         """
         settings: dict[str, Any] = {
             "old_logprobs": old_logprobs,
@@ -154,15 +161,16 @@ class RunLoss:
         if not model.use_head:
             return ops.policy_loss(token_logprobs(model, batch, self.temperature), batch.advantages, mask, **settings)
         hidden, head = model.hidden(batch), model.head()
+        advantages = batch.advantages if predictor is None else predictor.complete(batch, hidden)
         settings["entropy_coef"] = self.entropy_coef
         form: dict[str, Any] = {"bias": head.bias, "logit_scale": head.logit_scale, "soft_cap": head.soft_cap}
         form["temperature"] = self.temperature
         if isinstance(self.loss, str):
-            return ops.linear_policy_loss(hidden, head.weight, batch.token_ids, batch.advantages, mask, **form, **settings)
+            return ops.linear_policy_loss(hidden, head.weight, batch.token_ids, advantages, mask, **form, **settings)
         # linear_policy_loss has only the reference for it, which keeps all logits.
         scored = ops.linear_token_logprobs(hidden, head.weight, batch.token_ids, entropy=self.entropy_coef != 0, **form)
         logprobs, entropy = (scored, None) if isinstance(scored, Tensor) else (scored.logprobs, scored.entropy)
-        return ops.policy_loss(logprobs, batch.advantages, mask, entropy=entropy, **settings)
+        return ops.policy_loss(logprobs, advantages, mask, entropy=entropy, **settings)
 
 
 def combine_metrics(parts: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:

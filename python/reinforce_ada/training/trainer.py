@@ -123,7 +123,7 @@ class Trainer:
         if found is not None:
             tensors = dict(found.tensors)
             torch.set_rng_state(tensors.pop(_RNG))
-            self.learner.optimizer.load(tensors)
+            self.learner.load(tensors)
             self.step, self.position = found.step, found.position
             self.memory = self._remembered()
         journaled = self.parts.store.last_step() or 0
@@ -165,7 +165,7 @@ class Trainer:
         rng, own = tensors.pop(_RNG, None), torch.get_rng_state()
         if rng is None or rng.shape != own.shape or rng.dtype != own.dtype:
             raise checkpoint.UnusableError(f"{_RNG} is no state of torch's generator")
-        if why := self.learner.optimizer.misfit(tensors):
+        if why := self.learner.misfit(tensors):
             raise checkpoint.UnusableError(why)
         return found
 
@@ -182,7 +182,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write weights, master copy, moments, random state and data position."""
-        tensors = {**self.learner.optimizer.tensors(), _RNG: torch.get_rng_state()}
+        tensors = {**self.learner.tensors(), _RNG: torch.get_rng_state()}
         with self._span("checkpoint"):
             self.parts.store.flush()
             root, run_id = self.out / "checkpoints", self.parts.store.id
@@ -200,6 +200,8 @@ class Trainer:
         self._say_form("a row per prompt", sharing.ok, sharing.max_diff, "every completion gets a row of its own")
         if not head.ok and self.learner.loss.entropy_coef:
             raise InputError("train", "entropy_coef with a model the linear operators do not fit", "entropy_coef 0")
+        if not head.ok and self.learner.predictor is not None:
+            raise InputError("train", "baseline 'predicted' with a model the linear operators do not fit", "baseline 'memory'")
 
     def _say_form(self, what: str, ok: bool, max_diff: float, otherwise: str) -> None:
         verdict = "agrees with the model's logits" if ok else f"does not agree with the model's logits: {otherwise}"

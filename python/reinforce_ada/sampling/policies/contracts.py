@@ -87,6 +87,7 @@ class AdvantageSpec:
     eps: float = 1e-6
     class_weights: NDArray[np.float64] | None = None  # [G, 2]: factors for advantages < 0 and >= 0
     threshold: float | None = None  # rewards become 1 above it and 0 elsewhere; None leaves them as they are
+    prediction_weights: NDArray[np.float64] | None = None  # [G]: factors of the predicted pass rates, still to be subtracted
 
     def rewards(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the rewards after `threshold`, [N] float64."""
@@ -222,6 +223,7 @@ class Weighting:
 
     objective: str | None = None  # "mean", "log" or "power" of the pass rate
     needs_memory: bool = False  # it reads Pool.prior
+    needs_prediction: bool = False  # its advantages lack predicted pass rates, see AdvantageSpec.prediction_weights
 
     def check(self, policy: Policy) -> None:
         """Raise InputError if the weight does not fit the policy."""

@@ -96,7 +96,7 @@ class Policy:
                 raise InputError(where, f"{hook} {part!r}", f"an object with .{missing[0]} is needed", wrapper)
         # These attributes are read only from a part derived from the base class; on any other part they would be ignored.
         for hook, base, names in (
-            ("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check", "objective", "needs_memory")),
+            ("decide", ExitRule, ("needs", "pilot")), ("weight", Weighting, ("check", "objective", "needs_memory", "needs_prediction")),
         ):  # fmt: skip
             part = getattr(self, hook)
             if unheard := [name for name in names if hasattr(part, name) and not isinstance(part, base)]:
@@ -151,6 +151,11 @@ class Policy:
     def weight_needs_memory(self) -> bool:
         """Return whether the weight reads what is remembered of a prompt, `Pool.prior`."""
         return isinstance(self.weight, Weighting) and self.weight.needs_memory
+
+    @property
+    def needs_prediction(self) -> bool:
+        """Return whether the trainer has to complete the advantages by predicted pass rates."""
+        return isinstance(self.weight, Weighting) and self.weight.needs_prediction
 
     @property
     def objective(self) -> str | None:

@@ -31,22 +31,39 @@ class PosteriorMean(Weighting):
 
     All completions have to be kept, and their number must not depend on their outcomes.
     Source: the leave-one-out baseline, arXiv 2402.14740; one that remembers, arXiv 2509.13232.
+
+    Args:
+        predicted: the prior is not Beta(1, 1) but Beta(2 m, 2 (1 - m)), with the pass rate m that the trainer predicts for the prompt
+            without its outcomes. The advantages are those for m = 0; 2 m / (a + b + n - 1) * N / n is still to be subtracted from them.
     """
+
+    predicted: bool = False
 
     objective = "mean"
     needs_memory = True
 
+    @property
+    def needs_prediction(self) -> bool:  # type: ignore[override]
+        return self.predicted
+
     def __call__(self, groups: Sequence[Group], policy: Policy, /) -> AdvantageSpec:
-        weights = np.zeros((len(groups), 2))
-        for row, pool in zip(weights, (group.pool for group in groups), strict=True):
+        weights, predictions = np.zeros((len(groups), 2)), np.zeros(len(groups))
+        prior = float(self.predicted)  # what the memory's Beta(1, 1) counts as correct, and counts as wrong at m = 0
+        for i, pool in enumerate(group.pool for group in groups):
             (a, b), k, n = pool.prior, pool.num_correct, pool.count
             if n:
-                row[:] = np.array([a + k, b + n - k]) / (a + b + n - 1) * policy.group_size / n / _BASELINE
-        return AdvantageSpec(np.full(len(groups), _BASELINE), "none", class_weights=weights, threshold=policy.positive_threshold)
+                scale = policy.group_size / n / (a + b + n - 1)
+                weights[i] = np.array([a - prior + k, b + prior + n - k]) * scale / _BASELINE
+                predictions[i] = 2 * scale
+        return AdvantageSpec(
+            np.full(len(groups), _BASELINE), "none", class_weights=weights, threshold=policy.positive_threshold,
+            prediction_weights=predictions if self.predicted else None,
+        )  # fmt: skip
 
     def check(self, policy: Policy) -> None:
         """Raise InputError where the number or choice of kept completions depends on outcomes."""
-        where, needed = f"Policy {policy.name!r}: baseline 'memory'", "a fixed number of completions is needed, all of them kept"
+        where = f"Policy {policy.name!r}: baseline {'predicted' if self.predicted else 'memory'!r}"
+        needed = "a fixed number of completions is needed, all of them kept"
         if not isinstance(policy.decide, Never):
             raise InputError(where, f"{type(policy.decide).__name__}, which stops because of outcomes", needed)
         if policy.cap != policy.group_size:
