@@ -13,6 +13,15 @@ import pytest
 from gpu_proof import launches
 
 
+_PROCESS_S = 1200  # of a test that is a process: on a busy machine it waits for minutes until the others before it are done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("process") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_PROCESS_S))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _launches_are_in_the_catalogue() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -42,6 +42,11 @@ CASES = [
         "propose=AllPrompts()",
     ),
     (
+        {"adaptive": ("reinforce-ada-memory", {"baseline": "predicted"})}, {},
+        "adaptive: policy 'reinforce-ada-memory': a baseline that is predicted; TRL's loss does not give the states it needs; "
+        "baseline 'memory'",
+    ),
+    (
         {"adaptive": replace(preset("grpo", group_size=4), propose=NearestRate())}, {},
         "adaptive: policy 'grpo': NearestRate, which draws further prompts; TRL's data loader gives exactly those of a step; "
         "propose=AllPrompts()",
