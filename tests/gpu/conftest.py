@@ -12,7 +12,6 @@ import pytest
 
 from gpu_proof import launches
 
-
 _PROCESS_S = 1200  # of a test that is a process: on a busy machine it waits for minutes until the others before it are done
 
 
