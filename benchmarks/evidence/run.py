@@ -1,7 +1,8 @@
 """Trains the arms of docs/evidence.md: `python benchmarks/evidence/run.py sort rotate`, some forty minutes a task on two cores.
 
-For each task a first study tries every learning rate with two seeds of its own, and a second one trains every arm at its best rate with
-eight other seeds. Both can be killed and go on. Their runs are in `--work`; study files and results stay here, in a folder for each task.
+For each task a first study tries learning rates with two seeds of its own, further ones while an arm's best lies at the edge of what it has
+tried, and a second study trains every arm at its best rate with eight other seeds. Both can be killed and go on. Their runs are in `--work`;
+study files and results stay here, in a folder for each study.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 
 from reinforce_ada.study import command
 from reinforce_ada.study import results as result_files
+from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import best_rate
 from reinforce_ada.study.summary import finals_by_rate
 
 HERE = Path(__file__).resolve().parent
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = slice(2, 5)  # every arm is run with these
 RATE_SEEDS, SEEDS = (100, 101), tuple(range(8))
 ARMS = {
     "grpo-8": 'preset = "grpo"',
@@ -86,23 +89,38 @@ def study_file(name: str, task: Path, seeds: tuple[int, ...], rates: dict[str, t
     return "\n".join([STUDY.format(name=name, task=task.name, seeds=list(seeds)), *arms])
 
 
-def run(task: str, work: Path, num_jobs: int) -> None:
-    """Run both studies of a task."""
-    file = work / f"{task}.jsonl"
+def run(task: str, num_jobs: int) -> None:
+    """Run both studies of a task, in this folder."""
+    file = Path(f"{task}.jsonl")
     file.write_text("".join(json.dumps(question) + "\n" for question in questions(task)))
-    every = dict.fromkeys(ARMS, LEARNING_RATES)
-    best: dict[str, tuple[float, ...]] = {}
-    for name, seeds in ((f"{task}-rates", RATE_SEEDS), (task, SEEDS)):
-        study = work / f"{name}.toml"
-        study.write_text(study_file(name, file, seeds, best or every))
-        if command.run(study, out=work / name, num_jobs=num_jobs):
-            raise SystemExit(f"runs of {name} failed")
-        kept = HERE / name
-        kept.mkdir(exist_ok=True)
-        shutil.copy(study, kept / "study.toml")
-        shutil.copy(work / name / result_files.RESULTS, kept / result_files.RESULTS)
-        found = result_files.read(work / name)
-        best = {arm: (best_rate(finals_by_rate(found, arm)) or LEARNING_RATES[1],) for arm in ARMS}
+    tried = dict.fromkeys(ARMS, LEARNING_RATES[FIRST])
+    while True:
+        found = run_study(f"{task}-rates", study_file(f"{task}-rates", file, RATE_SEEDS, tried), num_jobs)
+        best = {arm: best_rate(finals_by_rate(found, arm)) or LEARNING_RATES[FIRST][0] for arm in ARMS}
+        wider = {arm: with_neighbours(best[arm], tried[arm]) for arm in ARMS}
+        if wider == tried:
+            break
+        tried = wider
+    run_study(task, study_file(task, file, SEEDS, {arm: (rate,) for arm, rate in best.items()}), num_jobs)
+
+
+def with_neighbours(best: float, tried: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the rates with those below and above the best one."""
+    i = LEARNING_RATES.index(best)
+    return tuple(sorted({*tried, *LEARNING_RATES[max(i - 1, 0) : i + 2]}))
+
+
+def run_study(name: str, text: str, num_jobs: int) -> Results:
+    """Run a study and keep its file and results beside this script."""
+    file = Path(f"{name}.toml")
+    file.write_text(text)
+    if command.run(file, out=Path(name), num_jobs=num_jobs):
+        raise SystemExit(f"runs of {name} failed")
+    kept = HERE / name
+    kept.mkdir(exist_ok=True)
+    shutil.copy(file, kept / "study.toml")
+    shutil.copy(Path(name) / result_files.RESULTS, kept / result_files.RESULTS)
+    return result_files.read(Path(name))
 
 
 def main() -> None:
@@ -115,7 +133,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     os.chdir(given.work)  # a study file names its task by a path from here
     for task in given.tasks:
-        run(task, Path("."), given.jobs)
+        run(task, given.jobs)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def test_the_bootstrap_of_few_seeds() -> None:
     assert bootstrap([0.2, 0.2, 0.2]) == pytest.approx((0.2, 0.2))
     assert all(map(math.isnan, bootstrap([0.1])))
     assert all(map(math.isnan, bootstrap([])))
+    assert all(map(math.isnan, bootstrap(np.zeros((3, 0)))))  # no prompt was scored in every run
     assert [most_coverage(n) for n in (2, 3, 6)] == [0.5, 0.75, 0.96875]
 
 

@@ -50,13 +50,13 @@ def resamples(num: int, seed: int = 0) -> NDArray[np.float64]:
 
 
 def bootstrap(differences: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a mean when seeds are drawn with replacement; nan below two seeds.
+    """Return the 95 % percentile interval of a mean when seeds are drawn with replacement; nan below two seeds, or without prompts.
 
     Args:
         differences: one for each seed; or [S, Q], of every prompt too, and prompts are drawn with replacement as well.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
+    if len(values) < 2 or values.size == 0:
         return math.nan, math.nan
     means = resamples(len(values)) @ values
     if values.ndim == 2:
