@@ -1,8 +1,8 @@
-"""Trains the arms of docs/evidence.md: `python benchmarks/evidence/run.py sort rotate`, some forty minutes a task on two cores.
+"""Trains the arms of docs/evidence.md: `python benchmarks/evidence/run.py sort rotate`, about an hour a task on two cores.
 
 For each task a first study tries learning rates with two seeds of its own, further ones while an arm's best lies at the edge of what it has
-tried, and a second study trains every arm at its best rate with eight other seeds. Both can be killed and go on. Their runs are in `--work`;
-study files and results stay here, in a folder for each study.
+tried, and a second study trains every arm at its best rate with eight other seeds. Both can be killed and go on. Their runs are in
+`--work`; study files and results stay here, in a folder for each study.
 """
 
 from __future__ import annotations
