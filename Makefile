@@ -18,7 +18,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
-  test-trl test-engine-kills engines-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
+  test-trl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -57,6 +57,12 @@ simulate-scale: $(VENV)/.dev
 # Every study of docs/simulator.md, its tables and its figure; about five minutes on one core.
 simulate-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/write_simulator.py
+
+# The studies of docs/evidence.md, about an hour a task on two cores, and the page's tables and figures. They can be killed and go on.
+EVIDENCE_TASKS ?= sort
+evidence-docs: $(VENV)/.dev
+	$(BIN)/python benchmarks/evidence/run.py $(EVIDENCE_TASKS)
+	$(BIN)/python benchmarks/evidence/write.py
 
 # vLLM in this process beside LLM.generate, and schedules beside the simulator; about a quarter of an hour on two quiet cores.
 engines-docs: $(VENV)/.dev

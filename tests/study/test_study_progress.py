@@ -29,6 +29,7 @@ SLOW = [[0.0, 0.2, 0.4, 0.6], [0.0, 0.2, 0.4, 0.6]]
     [
         ([[0.0, 0.4, 0.8, 0.8]] * 2, 0.4, 2.0),  # after 20 steps and after 10
         ([[0.0, 0.4, 0.8, 0.8]] * 2, None, 2.0),  # .6 after 30 and after 15
+        ([[0.0, 0.1, 0.2, 0.3]] * 2, None, 0.5),  # .3 after 15 and after 30
         ([[0.0, 0.8, 0.8, 0.8], [0.0, 0.0, 0.0, 0.0]], 0.4, 2.0),  # the mean over the seeds, although one of them never has it
         ([[0.0, 0.1, 0.1, 0.1]] * 2, 0.4, 0.0),
         ([[0.0, 0.4]] * 2, 0.4, 2.0),  # it ends there
@@ -66,7 +67,8 @@ def test_the_interval_by_a_program_of_the_obvious_kind() -> None:
     quotients = []
     for draw in draws:
         theirs, mine = base[draw].mean(0), ours[draw].mean(0)
-        quotients.append(cost_until(theirs, theirs[-1], 1.0) / cost_until(mine, theirs[-1], 3.0))
+        target = min(theirs[-1], mine[-1])
+        quotients.append(cost_until(theirs, target, 1.0) / cost_until(mine, target, 3.0))
     assert found.mean == pytest.approx(quotients[0], rel=0.01)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(quotients[1:], (0.025, 0.975))), rel=0.03)
     assert found.low < found.mean < found.high

@@ -17,8 +17,9 @@ from reinforce_ada.study.summary import ArmResult, arms_of, axis_label, curve
 _COLORS = ("#1f6cb0", "#d1661e", "#2a8c55", "#9a5fb4", "#b3343a", "#6b7480", "#c2a11c", "#17808f")
 _STYLES = ("-", "--", ":")
 _INK, _GREY, _GRID = "#2b2f36", "#9aa1ab", "#e6e8eb"
-_SIZE_IN, _DPI = (10.5, 4.2), 150
+_SIZE_IN, _DPI = (10.5, 4.6), 110
 _AXES = ("steps", "generated_tokens")
+_MOST_COLUMNS = 5  # of the legend
 
 
 def draw(results: Results, path: Path) -> None:
@@ -30,6 +31,11 @@ def draw(results: Results, path: Path) -> None:
         arms = [arm for arm in arms_of(results) if arm.runs]
         for panel, axis in zip(figure.subplots(1, 2, sharey=True), _AXES, strict=True):
             _panel(panel, axis, arms, results.target)
+        if arms:
+            figure.legend(
+                *panel.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), _MOST_COLUMNS), frameon=False,
+                fontsize=8.5, labelcolor=_INK, title="mean ± standard error over seeds", title_fontsize=8,
+            )  # fmt: skip
         replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}), where=WHERE)
 
 
@@ -46,6 +52,8 @@ def draw_progress(results: Results, path: Path) -> None:
 
 
 def _progress_panel(axes: Any, axis: str, results: Results) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     arms = {arm.name: arm for arm in arms_of(results) if arm.runs}
     expectations = predicted(results, axis)
     shown = []
@@ -65,6 +73,10 @@ def _progress_panel(axes: Any, axis: str, results: Results) -> None:
         axes.plot(ends, ends, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_locator(LogLocator(base=2))
+            side.set_major_formatter(lambda value, _: f"{value:g}")
+            side.set_minor_locator(NullLocator())
     axes.set_title(f"Progress per {axis_label(axis).removesuffix('s')}", loc="left", fontsize=11, color=_INK, pad=8)
     axes.set_xlabel(f"predicted, relative to {results.baseline}", fontsize=9.5, color=_INK)
     axes.set_ylabel("observed", fontsize=9.5, color=_INK)
@@ -95,5 +107,3 @@ def _panel(axes: Any, axis: str, arms: Sequence[ArmResult], target: float | None
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     _plain(axes)
-    if arms:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", title="mean ± standard error over seeds", title_fontsize=8)

@@ -127,7 +127,7 @@ def _reached(mean: float, num_reached: int, num_seeds: int) -> str:
 
 
 def _about_progress(results: Results) -> str:
-    target = f"{results.target:g}" if results.target is not None else f"that of {results.baseline} at its end"
+    target = f"{results.target:g}" if results.target is not None else "the lower of those at which the two end"
     return (
         f"Observed is the cost of {results.baseline} divided by that of the arm until the mean over the seeds reaches a held-out reward, "
         f"{target}, with its 95 % bootstrap interval over the seeds; 0 means that the arm does not reach it. Predicted is the exact "

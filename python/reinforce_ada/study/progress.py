@@ -49,20 +49,16 @@ def observed(arm: ArmResult, baseline: ArmResult, axis: str, target: float | Non
     """Return the quotient of the costs until the mean over seeds reaches the target, by the seeds that both have.
 
     Args:
-        target: a held-out reward; None is the baseline's own mean at its end, which every resample computes anew.
+        target: a held-out reward; None is the lower of the two means at their ends, which every resample computes anew.
     """
     seeds = sorted(arm.finals().keys() & baseline.finals().keys())
     if not seeds:
         return Quotient(math.nan, math.nan, math.nan)
     weights = np.vstack([np.full(len(seeds), 1 / len(seeds)), resamples(len(seeds)) if len(seeds) > 1 else np.empty((0, len(seeds)))])
-    x, y = _curves(baseline, axis, seeds)
-    theirs, targets = weights @ y, np.full(len(weights), target)
-    if target is None:
-        targets = theirs[:, -1]
-    base = _costs_until(x, theirs, targets)
-    x, y = _curves(arm, axis, seeds)
+    (x, theirs), (z, ours) = ((costs, weights @ rewards) for costs, rewards in (_curves(side, axis, seeds) for side in (baseline, arm)))
+    targets = np.minimum(theirs[:, -1], ours[:, -1]) if target is None else np.full(len(weights), target)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = base / _costs_until(x, weights @ y, targets)
+        found = _costs_until(x, theirs, targets) / _costs_until(z, ours, targets)
     if len(seeds) < 2 or math.isnan(found[0]):
         return Quotient(float(found[0]), math.nan, math.nan)
     low, high = np.quantile(found[1:][~np.isnan(found[1:])], (0.025, 0.975), method="nearest")  # others would subtract inf from inf
