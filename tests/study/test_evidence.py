@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,18 +9,14 @@ import pytest
 from reinforce_ada.study import results as result_files
 from reinforce_ada.study.statistics import best_rate, is_at_edge
 from reinforce_ada.study.summary import finals_by_rate
+from scripts import BENCHMARKS, loaded
 
-FOLDER = Path(__file__).parents[2] / "benchmarks/evidence"
+FOLDER = BENCHMARKS / "evidence"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_evidence", FOLDER / "write.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("evidence/write.py")
 
 
 def test_the_tables_are_those_of_the_results(script: ModuleType) -> None:
