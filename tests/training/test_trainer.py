@@ -371,7 +371,8 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
     start = [p.detach().clone() for p in trainer.parts.model.module.parameters()]
     loss, seen = trainer.learner.loss, []
 
-    def spy(model: Any, batch: Any, old: Any, num_tokens: int, num_seqs: int) -> Any:
+    def spy(model: Any, batch: Any, old: Any, num_tokens: int, num_seqs: int, predictor: Any) -> Any:
+        assert predictor is None
         seen.append((batch, old, num_tokens, num_seqs))
         return loss(model, batch, old, num_tokens, num_seqs)
 
