@@ -26,7 +26,7 @@ def batch_of(outcomes: list[bool], num_tokens: list[int], factor: float = 1.0) -
 
 def states(num_tokens: list[int], first: Tensor) -> Tensor:
     """Hidden states of all tokens: those that predict a first token, and others that must not matter."""
-    out = torch.full((sum(num_tokens), first.shape[1]), 99.0)
+    out = torch.full((sum(num_tokens), first.shape[1]), 99.0, dtype=torch.float32)
     starts = np.cumsum([0, *num_tokens])[:-1]
     for i, n in enumerate(num_tokens):
         if n:
@@ -132,3 +132,36 @@ def test_features_have_no_scale() -> None:
     h = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(features(h), features(1000 * h), rtol=1e-5, atol=1e-5)
     assert features(torch.zeros(1, WIDTH)).tolist() == [[0.0] * WIDTH + [1.0]]
+
+
+def test_a_state_that_is_not_finite_is_not_remembered() -> None:
+    predictor = PassRatePredictor(WIDTH, 1.0, CPU)
+    first = torch.ones(3, WIDTH)
+    first[1, 2] = torch.nan
+    first[2, 0] = torch.inf
+    found = predictor.complete(batch_of([True, True, False], [1, 1, 1]), states([1, 1, 1], first))
+    predictor.update(alone)
+    assert found.tolist() == [0.5, 0.5, -0.5]
+    alike = PassRatePredictor(WIDTH, 1.0, CPU)
+    alike.complete(batch_of([True], [1]), first[:1])
+    alike.update(alone)
+    for name, tensor in alike.tensors().items():
+        assert torch.equal(predictor.tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            predictor = PassRatePredictor(WIDTH, 0.9, CPU)
+            first = torch.arange(2.0 * WIDTH, dtype=torch.float32).reshape(2, WIDTH)
+            for _ in range(2):
+                advantages = predictor.complete(batch_of([True, False], [1, 1]), states([1, 1], first))
+                predictor.update(alone)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(advantages)
+    assert found[1].dtype == torch.float32
+    assert torch.equal(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,11 +32,10 @@ class PassRatePredictor:
 
     def __init__(self, width: int, decay: float, device: torch.device) -> None:
         self._decay = decay
-        self._moments = torch.zeros(width + 1, width + 1, device=device)
-        self._targets = torch.zeros(width + 1, device=device)
-        self._weights = torch.zeros(width + 1, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
+        self._moments, self._targets, self._weights = zeros(width + 1, width + 1), zeros(width + 1), zeros(width + 1)
         self._new = [torch.zeros_like(self._moments), torch.zeros_like(self._targets)]
-        self._errors = torch.zeros(2, device=device)  # of this step: sum of squares, number of completions
+        self._errors = zeros(2)  # of this step: sum of squares, number of completions
 
     @torch.no_grad()
     def complete(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -96,7 +96,11 @@ class PassRatePredictor:
 
 
 def features(hidden: Tensor) -> Tensor:
-    """Return the features [N, D + 1] fp32 of states [N, D]: scaled to a mean square of 1, and a constant."""
+    """Return the features [N, D + 1] fp32 of states [N, D]: scaled to a mean square of 1, and a constant.
+
+    Those of a state that is not finite are 0, so that one bad step does not stay in the sums for ever.
+    """
     h = hidden.detach().float()
     scaled = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + 1e-6)
-    return torch.cat([scaled, torch.ones(len(h), 1, device=h.device)], dim=1)
+    found = torch.cat([scaled, torch.ones_like(h[:, :1])], dim=1)
+    return torch.where(found.isfinite().all(dim=1, keepdim=True), found, 0.0)
