@@ -237,6 +237,19 @@ def test_runs_that_say_nothing(
     assert captured.err.count("\n") == 1
 
 
+def test_a_log_with_other_values_than_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rates outside [0, 1] and seconds that are no numbers are left out."""
+    odd = {**step(2, 10.0, 4.0), "sampling_s": "ten", "training_s": None}
+    run = run_folder(tmp_path, [step(1, 10.0, 5.0), odd, evaluated(2, [0.25, 7.0, -1.0, 1e300])])
+    assert main(["explain", "--of", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "took 2 times as long" in out  # 5 s for 20 trained completions, 10 s for 80 generated: the odd step still counts its completions
+    assert "The held-out pass rate after step 2 was 0.300" in out  # one prompt, 1 of 4: the prior is (1 + .5) / (4 + 1)
+    (run / "log.jsonl").write_text(json.dumps(step(1, -1.0, 1.0)) + "\n" + json.dumps(evaluated(1, LATE)) + "\n")
+    assert main(["explain", "--of", str(run)]) == 2
+    assert "no step that sampled and trained" in capsys.readouterr().err
+
+
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--of", str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

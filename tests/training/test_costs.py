@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from toy_runs import Runner, evaluations, trained
 from reinforce_ada import config
 from reinforce_ada.config import BUDGET_UNITS, Budget
 from reinforce_ada.errors import InputError
-from reinforce_ada.training.costs import COSTS, cost, costs_until
+from reinforce_ada.training.costs import COSTS, cost, costs_until, number
 from reinforce_ada.training.log import read_log
 
 
@@ -101,3 +102,12 @@ def test_a_finished_run_goes_on_with_a_larger_budget(toy_run: Runner, whole: Pat
     assert len(steps(out)) == 1
     assert toy_run(out, resume=True, **{**SETTINGS, "steps": 4}) == 0
     assert trained(out) == trained(whole)
+
+
+@pytest.mark.parametrize("value", [None, "1", True, [], {}, math.nan, math.inf, -math.inf, 10**400, -(10**400)])
+def test_what_is_no_number_counts_as_nothing(value: Any) -> None:
+    assert number(value) == 0.0
+    assert (
+        cost([{"kind": "step", "step": 1, "tokens_trained": value}, {"kind": "step", "step": 2, "tokens_trained": 3}], "trained_tokens")
+        == 3
+    )

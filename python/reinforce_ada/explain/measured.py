@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.efficiency import PassRates, posteriors
-from reinforce_ada.training.costs import cost
+from reinforce_ada.training.costs import cost, number
 from reinforce_ada.training.log import read_log
 
 
@@ -38,12 +38,13 @@ def measured(run: Path) -> Measured:
 
 
 def _known(rates: Sequence[float | None]) -> list[float]:
-    return [rate for rate in rates if rate is not None]
+    return [rate for rate in rates if rate is not None and 0 <= rate <= 1]
 
 
 def _cost_ratio(records: Sequence[Mapping[str, Any]], where: str) -> float:
-    sampling, training = (math.fsum(r.get(name) or 0.0 for r in records if r["kind"] == "step") for name in ("sampling_s", "training_s"))
+    steps = [r for r in records if r["kind"] == "step"]
+    sampling, training = (math.fsum(number(r.get(name)) for r in steps) for name in ("sampling_s", "training_s"))
     generated, trained = (cost(records, name) for name in ("generated_completions", "trained_completions"))
-    if not (sampling and generated and trained):
+    if not (sampling > 0 and training >= 0 and generated > 0 and trained > 0):
         raise InputError(where, "no step that sampled and trained", "a run folder whose log has some")
     return (training / trained) / (sampling / generated)

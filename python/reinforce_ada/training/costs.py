@@ -20,7 +20,7 @@ COSTS: Mapping[str, tuple[str, ...]] = {
 def cost(records: Iterable[Mapping[str, Any]], name: str) -> float:
     """Return one cost of all steps among `records`; a number that the log lacks counts as 0."""
     steps = [r for r in records if r["kind"] == "step"]
-    return math.fsum(_number(r.get(key)) for r in steps for key in COSTS[name]) if COSTS[name] else float(len(steps))
+    return math.fsum(number(r.get(key)) for r in steps for key in COSTS[name]) if COSTS[name] else float(len(steps))
 
 
 def costs_until(records: Iterable[Mapping[str, Any]], step: int) -> dict[str, float]:
@@ -29,5 +29,8 @@ def costs_until(records: Iterable[Mapping[str, Any]], step: int) -> dict[str, fl
     return {name: cost(until, name) for name in COSTS}
 
 
-def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else 0.0
+def number(value: Any) -> float:
+    """Return a value of a log as a number, 0 for anything that is none."""
+    if type(value) not in (int, float) or not abs(value) < 2**1000:  # an integer of a file may be too large for a float
+        return 0.0
+    return float(value)
