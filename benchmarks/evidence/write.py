@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reinforce_ada.study import results as result_files
-from reinforce_ada.study.progress import Quotient, observed, predicted, rank_correlation
+from reinforce_ada.study.progress import Progress, progress_of, rank_correlation
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import mean_and_half
-from reinforce_ada.study.summary import ArmResult, arms_of, common_cost, difference, difference_at_the_end
+from reinforce_ada.study.summary import ArmResult, Difference, arms_of, common_cost, difference, difference_at_the_end, mean_cost
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
@@ -26,77 +26,51 @@ def studies() -> dict[str, Results]:
 
 def tables(found: dict[str, Results]) -> dict[str, str]:
     """Return every generated part of the page by the name of its mark."""
-    parts = {}
+    parts, correlations = {}, []
     for name, results in found.items():
         arms = arms_of(results)
-        baseline = next(arm for arm in arms if arm.name == results.baseline)
-        parts[f"{name}-generated"] = _generated(results, arms, baseline)
-        parts[f"{name}-trained"] = _trained(results, arms, baseline)
-    parts["correlations"] = "\n".join(_correlations(found))
-    return parts
+        progress = progress_of(results, arms)
+        for axis, mark, table in ((GENERATED, "generated", _generated), (TRAINED, "trained", _trained)):
+            on_axis = [p for p in progress if p.axis == axis]
+            parts[f"{name}-{mark}"] = table(results, arms, {p.arm: p for p in on_axis})
+            known = sum(not math.isnan(p.predicted) for p in on_axis)
+            correlations.append(f"- {name}, per {mark} completion: {rank_correlation(on_axis):.2f} over {known} arms")
+    return {**parts, "correlations": "\n".join(correlations)}
 
 
-def _generated(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> str:
+def _generated(results: Results, arms: Sequence[ArmResult], progress: Mapping[str, Progress]) -> str:
     per_step = {p.arm: p.prompts_per_step for p in results.predictions}
+    baseline = next(arm for arm in arms if arm.name == results.baseline)
     rows = []
     for arm in arms:
         mean, half = mean_and_half(list(arm.finals().values()))
-        d = difference_at_the_end(arm, baseline)
         row = [arm.name, f"{arm.rate:g}", str(per_step[arm.name]), f"{mean:.3f} ± {half:.3f}"]
-        rows.append([*row, *_versus(results, arm, baseline, GENERATED, (d.mean, d.low, d.high))])
-    heads = [
-        "arm",
-        "learning rate",
-        "prompts per step",
-        "held-out reward",
-        f"minus {baseline.name}",
-        "times fewer to the same reward",
-        "predicted",
-    ]
-    return _markdown(heads, rows)
+        rows.append([*row, *_versus(difference_at_the_end(arm, baseline), progress[arm.name], is_baseline=arm is baseline)])
+    return _markdown(["arm", "learning rate", "prompts per step", "held-out reward", *_heads(baseline)], rows)
 
 
-def _trained(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> str:
+def _trained(results: Results, arms: Sequence[ArmResult], progress: Mapping[str, Progress]) -> str:
     amount = common_cost(arms, TRAINED)
-    theirs = baseline.rewards_at(TRAINED, amount)
+    baseline = next(arm for arm in arms if arm.name == results.baseline)
     rows = []
     for arm in arms:
         ours = arm.rewards_at(TRAINED, amount)
-        d = difference(ours, theirs)
-        whole = mean_and_half(arm.costs(TRAINED))[0]
-        row = [arm.name, f"{whole:,.0f}", f"{mean_and_half(list(ours.values()))[0]:.3f}"]
-        rows.append([*row, *_versus(results, arm, baseline, TRAINED, (d.mean, d.low, d.high))])
-    heads = [
-        "arm",
-        "trained in all",
-        f"reward after {amount:,.0f}",
-        f"minus {baseline.name}",
-        "times fewer to the same reward",
-        "predicted",
-    ]
-    return _markdown(heads, rows)
+        row = [arm.name, f"{mean_cost(arm, TRAINED):,.0f}", f"{mean_and_half(list(ours.values()))[0]:.3f}"]
+        d = difference(ours, baseline.rewards_at(TRAINED, amount))
+        rows.append([*row, *_versus(d, progress[arm.name], is_baseline=arm is baseline)])
+    return _markdown(["arm", "trained in all", f"reward after {amount:,.0f}", *_heads(baseline)], rows)
 
 
-def _versus(results: Results, arm: ArmResult, baseline: ArmResult, axis: str, d: tuple[float, float, float]) -> list[str]:
-    if arm is baseline:
+def _heads(baseline: ArmResult) -> list[str]:
+    return [f"minus {baseline.name}", "times fewer to the same reward", "predicted"]
+
+
+def _versus(d: Difference, progress: Progress, *, is_baseline: bool) -> list[str]:
+    if is_baseline:
         return ["–", "1", "1"]
-    expected = predicted(results, axis)[arm.name]
-    return [f"{d[0]:+.3f} ({d[1]:+.3f} to {d[2]:+.3f})", _quotient(observed(arm, baseline, axis, results.target)), f"{expected:.2f}"]
-
-
-def _quotient(found: Quotient) -> str:
-    return "not reached" if found.mean == 0 else f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
-
-
-def _correlations(found: dict[str, Results]) -> Iterator[str]:
-    for axis, words in ((GENERATED, "generated"), (TRAINED, "trained")):
-        for name, results in found.items():
-            arms = arms_of(results)
-            baseline = next(arm for arm in arms if arm.name == results.baseline)
-            expected = predicted(results, axis)
-            pairs = [(expected[arm.name], observed(arm, baseline, axis, results.target).mean) for arm in arms]
-            pairs = [pair for pair in pairs if not math.isnan(pair[0])]
-            yield f"- {name}, per {words} completion: {rank_correlation(pairs):.2f} over {len(pairs)} arms"
+    found = progress.observed
+    quotient = f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return [f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})", quotient, f"{progress.predicted:.2f}"]
 
 
 def _markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

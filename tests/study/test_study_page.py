@@ -129,7 +129,9 @@ def test_the_curves() -> None:
 def test_the_results_survive_the_file(tmp_path: Path) -> None:
     found = results(RUNS, RATES)
     assert result_files.read(result_files.write(found, tmp_path).parent) == found
-    raw = json.loads((tmp_path / "results.json").read_text())
+    text = (tmp_path / "results.json").read_text()
+    assert sum(line.startswith('  {"arm": ') for line in text.splitlines()) == len(RUNS)  # a run is a line
+    raw = json.loads(text)
     assert set(raw["runs"][0]) == {"arm", "learning_rate", "seed", "evaluations", "per_prompt"}
     assert set(raw["runs"][0]["evaluations"][0]) == {"step", "reward", "costs"}
 

@@ -11,8 +11,8 @@ from study_world import result, results
 
 from reinforce_ada.explain.efficiency import Efficiency
 from reinforce_ada.study.page import page
-from reinforce_ada.study.prediction import Prediction
-from reinforce_ada.study.progress import observed, predicted, rank_correlation
+from reinforce_ada.study.prediction import Prediction, relative
+from reinforce_ada.study.progress import Progress, Quotient, observed, progress_of, rank_correlation
 from reinforce_ada.study.results import RunResult
 from reinforce_ada.study.summary import ArmResult, arms_of, difference_at_the_end
 
@@ -107,7 +107,17 @@ def test_the_interval_over_seeds_and_questions() -> None:
     ],
 )
 def test_the_rank_correlation(pairs: list[tuple[float, float]], correlation: float) -> None:
-    assert rank_correlation(pairs) == pytest.approx(correlation, nan_ok=True)
+    progress = [Progress("arm", "steps", x, Quotient(y, math.nan, math.nan)) for x, y in pairs]
+    assert rank_correlation(progress) == pytest.approx(correlation, nan_ok=True)
+
+
+@pytest.mark.parametrize("reference", [None, Efficiency(8.0, 8.0, 0.0, 1.0), Efficiency(0.0, 0.0, 1.0, 0.0)])
+def test_a_baseline_without_progress(reference: Efficiency | None) -> None:
+    """Nothing is relative to it, and the page says so."""
+    predictions = (Prediction("slow", 12, 8.0, 0.25, reference), Prediction("fast", 12, 8.0, 0.25, Efficiency(8.0, 8.0, 1.0, 1.0)))
+    assert all(map(math.isnan, relative(predictions, "slow", "per_generated").values()))
+    found = results([], dict.fromkeys(("slow", "fast"), (1e-5,)), predictions=predictions)
+    assert "| fast | 12               | 8.0                    | 96                   | 0.250     | –" in page(found, has_figure=False)
 
 
 def test_on_the_page() -> None:
@@ -121,11 +131,11 @@ def test_on_the_page() -> None:
         runs, dict.fromkeys(names, (1e-5,)), (0, 1), target=None,
         predictions=tuple(Prediction(n, 12, 8.0, 0.25, e) for n, e in zip(names, efficiencies, strict=True)),
     )  # fmt: skip
-    assert predicted(found, "generated_completions") == {"slow": 1.0, "fast": 4.0, "other": 0.5}
-    assert predicted(found, "trained_completions") == {"slow": 1.0, "fast": 8.0, "other": 2.0}
-    assert [observed(a, arms_of(found)[0], "generated_completions", None).mean for a in arms_of(found)] == pytest.approx(
-        [1.0, 2.0, 0.4], rel=0.01
-    )
+    assert relative(found.predictions, "slow", "per_generated") == {"slow": 1.0, "fast": 4.0, "other": 0.5}
+    assert relative(found.predictions, "slow", "per_trained") == {"slow": 1.0, "fast": 8.0, "other": 2.0}
+    progress = progress_of(found, arms_of(found))
+    assert [p.observed.mean for p in progress if p.axis == "generated_completions"] == pytest.approx([1.0, 2.0, 0.4], rel=0.01)
+    assert [p.predicted for p in progress if p.axis == "trained_completions"] == [1.0, 8.0, 2.0]
     text = page(found, has_figure=True)
     assert "| fast  | 2.00 (2.00 to 2.00) | 4.00      | 2.00 (2.00 to 2.00)" in text
     assert "Rank correlation of predicted and observed, generated completions: 1.00." in text

@@ -9,7 +9,7 @@ from typing import Any
 
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names
-from reinforce_ada.study.progress import AXES, observed, predicted
+from reinforce_ada.study.progress import AXES, Progress, progress_of
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.settings import WHERE
 from reinforce_ada.study.summary import ArmResult, arms_of, axis_label, curve
@@ -45,29 +45,26 @@ def draw_progress(results: Results, path: Path) -> None:
 
     with literal_names():
         figure = Figure(figsize=_SIZE_IN, dpi=_DPI, layout="constrained", facecolor="white")
+        progress = progress_of(results, arms_of(results))
         axes = [axis for axis, name in AXES.items() if name]
         for panel, axis in zip(figure.subplots(1, len(axes)), axes, strict=True):
-            _progress_panel(panel, axis, results)
+            _progress_panel(panel, axis, [p for p in progress if p.axis == axis], results.baseline)
         replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}), where=WHERE)
 
 
-def _progress_panel(axes: Any, axis: str, results: Results) -> None:
+def _progress_panel(axes: Any, axis: str, progress: Sequence[Progress], baseline: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    arms = {arm.name: arm for arm in arms_of(results) if arm.runs}
-    expectations = predicted(results, axis)
     shown = []
-    for i, (name, arm) in enumerate(arms.items()):
-        found = observed(arm, arms[results.baseline], axis, results.target) if results.baseline in arms else None
-        x = expectations.get(name, math.nan)
-        if found is None or not (0 < x < math.inf and 0 < found.mean < math.inf):
+    for i, p in enumerate(progress):
+        x, y, color = p.predicted, p.observed.mean, _COLORS[i % len(_COLORS)]
+        if not (0 < x < math.inf and 0 < y < math.inf):
             continue
-        shown += [x, found.mean]
-        color = _COLORS[i % len(_COLORS)]
-        if found.low > 0 and found.high < math.inf:
-            axes.plot([x, x], [found.low, found.high], color=color, linewidth=1.5)
-        axes.plot(x, found.mean, "o", color=color, markersize=6)
-        axes.annotate(name, (x, found.mean), textcoords="offset points", xytext=(7, -3), fontsize=8.5, color=_INK)
+        shown += [x, y]
+        if p.observed.low > 0 and p.observed.high < math.inf:
+            axes.plot([x, x], [p.observed.low, p.observed.high], color=color, linewidth=1.5)
+        axes.plot(x, y, "o", color=color, markersize=6)
+        axes.annotate(p.arm, (x, y), textcoords="offset points", xytext=(7, -3), fontsize=8.5, color=_INK)
     if shown:
         ends = [min(shown) / 1.2, max(shown) * 1.2]
         axes.plot(ends, ends, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
@@ -78,7 +75,7 @@ def _progress_panel(axes: Any, axis: str, results: Results) -> None:
             side.set_major_formatter(lambda value, _: f"{value:g}")
             side.set_minor_locator(NullLocator())
     axes.set_title(f"Progress per {axis_label(axis).removesuffix('s')}", loc="left", fontsize=11, color=_INK, pad=8)
-    axes.set_xlabel(f"predicted, relative to {results.baseline}", fontsize=9.5, color=_INK)
+    axes.set_xlabel(f"predicted, relative to {baseline}", fontsize=9.5, color=_INK)
     axes.set_ylabel("observed", fontsize=9.5, color=_INK)
     _plain(axes)
 

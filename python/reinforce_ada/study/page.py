@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reinforce_ada.explain.efficiency import Efficiency
-from reinforce_ada.study.prediction import Prediction
-from reinforce_ada.study.progress import AXES, Quotient, observed, predicted, rank_correlation
+from reinforce_ada.study.prediction import Prediction, relative
+from reinforce_ada.study.progress import AXES, Progress, progress_of, rank_correlation
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import mean_and_half
 from reinforce_ada.study.summary import (
@@ -46,8 +45,9 @@ def page(results: Results, *, has_figure: bool) -> str:
     if results.target is not None:
         about = "Means over the seeds, interpolated linearly between evaluations; a mean needs every seed to reach it."
         parts += [f"## Costs until a held-out reward of {results.target:g}", about, _table(*_until(arms, results.target))]
-    parts += ["## Predicted and observed progress", _about_progress(results), _table(*_progress(results, arms, baseline))]
-    parts += [*_correlations(results, arms, baseline)]
+    progress = progress_of(results, arms)
+    parts += ["## Predicted and observed progress", _about_progress(results), _table(*_progress(results, progress))]
+    parts += _correlations(progress)
     if has_figure and results.runs:
         parts.append(f"![predicted and observed quotients of costs]({PROGRESS_FIGURE})")
     parts += ["## Learning rates", _table(*_rates(results, arms))]
@@ -59,19 +59,13 @@ def page(results: Results, *, has_figure: bool) -> str:
 def prediction_table(predictions: Sequence[Prediction], baseline: str) -> str:
     """Return the predictions as a table; the last two columns are efficiencies relative to that of the baseline."""
     heads = ["arm", "prompts per step", "completions per prompt", "completions per step", "P(signal)"]
+    axes = [relative(predictions, baseline, name) for name in ("per_generated", "per_trained")]
     rows = []
-    reference = next((p.efficiency for p in predictions if p.arm == baseline), None)
     for p in predictions:
         per_step = p.prompts_per_step * p.completions_per_prompt
         row = [p.arm, str(p.prompts_per_step), f"{p.completions_per_prompt:.1f}", f"{per_step:.0f}", f"{p.signal:.3f}"]
-        rows.append([*row, *_relative(p.efficiency, reference)])
+        rows.append([*row, *(_number(axis[p.arm], ".2f") for axis in axes)])
     return _table([*heads, "progress per generated", "per trained completion"], rows)
-
-
-def _relative(found: Efficiency | None, reference: Efficiency | None) -> tuple[str, str]:
-    if found is None or reference is None or not reference.second_moment:
-        return "–", "–"
-    return f"{found.per_generated() / reference.per_generated():.2f}", f"{found.per_trained() / reference.per_trained():.2f}"
 
 
 def _about(results: Results) -> str:
@@ -135,31 +129,26 @@ def _about_progress(results: Results) -> str:
     )
 
 
-def _progress(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> tuple[list[str], list[list[str]]]:
-    heads, rows = ["arm"], [[arm.name] for arm in arms]
+def _progress(results: Results, progress: Sequence[Progress]) -> tuple[list[str], list[list[str]]]:
+    heads, rows = ["arm"], {arm: [arm] for arm in results.arms}
     for axis, name in AXES.items():
         heads += [*(["predicted"] if name else []), axis_label(axis)]
-        expectations = predicted(results, axis)
-        for arm, row in zip(arms, rows, strict=True):
-            found = observed(arm, baseline, axis, results.target)
-            row += [*([_number(expectations.get(arm.name, math.nan), ".2f")] if name else []), _quotient(found, is_one=arm is baseline)]
-    return heads, rows
+    for p in progress:
+        found = (
+            "1" if p.arm == results.baseline else f"{_number(p.observed.mean, '.2f')} ({_interval(p.observed.low, p.observed.high, '.2f')})"
+        )
+        rows[p.arm] += [*([_number(p.predicted, ".2f")] if AXES[p.axis] else []), found]
+    return heads, list(rows.values())
 
 
-def _quotient(found: Quotient, *, is_one: bool) -> str:
-    return "1" if is_one else f"{_number(found.mean, '.2f')} ({_interval(found.low, found.high, '.2f')})"
-
-
-def _correlations(results: Results, arms: Sequence[ArmResult], baseline: ArmResult) -> list[str]:
+def _correlations(progress: Sequence[Progress]) -> list[str]:
     """Return a sentence for each axis on which at least three arms have both numbers."""
-    said = []
-    for axis in (axis for axis, name in AXES.items() if name):
-        expectations = predicted(results, axis)
-        pairs = [(expectations.get(arm.name, math.nan), observed(arm, baseline, axis, results.target).mean) for arm in arms]
-        correlation = rank_correlation(pairs)
-        if not math.isnan(correlation):
-            said.append(f"Rank correlation of predicted and observed, {axis_label(axis)}: {correlation:.2f}.")
-    return said
+    found = {axis: rank_correlation([p for p in progress if p.axis == axis]) for axis in AXES}
+    return [
+        f"Rank correlation of predicted and observed, {axis_label(axis)}: {correlation:.2f}."
+        for axis, correlation in found.items()
+        if not math.isnan(correlation)
+    ]
 
 
 def _rates(results: Results, arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reinforce_ada import config as configuration
@@ -33,6 +34,17 @@ def predict(study: Study, arm: Arm, rates: PassRates) -> Prediction:
     else:
         num_prompts = max(1, round(study.budget.completions_per_step / completions))
     return Prediction(arm.name, num_prompts, completions, with_signal, _efficiency(policy, rates, study.remembered))
+
+
+def relative(predictions: Sequence[Prediction], baseline: str, name: str) -> dict[str, float]:
+    """Return an efficiency of each arm relative to that of the baseline, nan where one of the two has none.
+
+    Args:
+        name: of the method of `Efficiency`, "per_generated" or "per_trained".
+    """
+    found = {p.arm: math.nan if p.efficiency is None else float(getattr(p.efficiency, name)()) for p in predictions}
+    reference = found.get(baseline, math.nan)
+    return {arm: value / reference if reference else math.nan for arm, value in found.items()}
 
 
 def expected_pool(policy: Policy, rates: PassRates) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforce_ada.explain.efficiency import Efficiency
+from reinforce_ada.study.prediction import relative
 from reinforce_ada.study.results import Results
 from reinforce_ada.study.statistics import resamples
 from reinforce_ada.study.summary import ArmResult, rewards_along
@@ -33,16 +33,26 @@ class Quotient:
     high: float
 
 
-def predicted(results: Results, axis: str) -> dict[str, float]:
-    """Return the predicted efficiency of each arm relative to the baseline, nan for those without one."""
-    name = AXES[axis]
-    found = {p.arm: _per(p.efficiency, name) for p in results.predictions}
-    reference = found.get(results.baseline, math.nan)
-    return {arm: value / reference if reference else math.nan for arm, value in found.items()}
+@dataclass(frozen=True)
+class Progress:
+    """The quotients of one arm on one axis."""
+
+    arm: str
+    axis: str
+    predicted: float  # nan where there is none
+    observed: Quotient
 
 
-def _per(efficiency: Efficiency | None, name: str | None) -> float:
-    return math.nan if efficiency is None or name is None else float(getattr(efficiency, name)())
+def progress_of(results: Results, arms: Sequence[ArmResult]) -> list[Progress]:
+    """Return the progress of every arm on every axis of `AXES`."""
+    baseline = next(arm for arm in arms if arm.name == results.baseline)
+    found = []
+    for axis, name in AXES.items():
+        expectations = relative(results.predictions, results.baseline, name) if name else {}
+        for arm in arms:
+            quotient = observed(arm, baseline, axis, results.target)
+            found.append(Progress(arm.name, axis, expectations.get(arm.name, math.nan), quotient))
+    return found
 
 
 def observed(arm: ArmResult, baseline: ArmResult, axis: str, target: float | None) -> Quotient:
@@ -82,9 +92,12 @@ def _costs_until(x: Array, curves: Array, targets: Array) -> Array:
     return np.where(reached.any(axis=1), x[before] + (x[first] - x[before]) * share, np.inf)
 
 
-def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Return Spearman's rank correlation of (predicted, observed), equal values with their mean rank; nan for fewer than three pairs."""
-    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+def rank_correlation(progress: Sequence[Progress]) -> float:
+    """Return Spearman's rank correlation of predicted and observed, equal values with their mean rank.
+
+    It is nan for fewer than three arms that have both, and where one of the two is the same for all.
+    """
+    known = [(p.predicted, p.observed.mean) for p in progress if not (math.isnan(p.predicted) or math.isnan(p.observed.mean))]
     if len(known) < 3:
         return math.nan
     a, b = (_ranks(np.array(column)) for column in zip(*known, strict=True))

@@ -106,7 +106,10 @@ def _per_prompt(given: Sequence[float | None]) -> tuple[float, ...]:
 def write(results: Results, out: Path) -> Path:
     """Write results.json, and return its path."""
     path = out / RESULTS
-    replace_file(path, json.dumps(finite(asdict(results)), indent=1) + "\n", where=WHERE)
+    planned = finite(asdict(results))
+    runs = ",\n  ".join(map(json.dumps, planned.pop("runs")))
+    text = json.dumps(planned, indent=1).removesuffix("\n}")
+    replace_file(path, f'{text},\n "runs": [\n  {runs}\n ]\n}}\n', where=WHERE)  # a run is a line
     return path
 
 
