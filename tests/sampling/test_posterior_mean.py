@@ -13,6 +13,7 @@ from reinforce_ada import advantages_of
 from reinforce_ada.advantages import advantages_before_prediction
 from reinforce_ada.errors import InputError
 from reinforce_ada.explain.effective import effective_weight
+from reinforce_ada.explain.page import explain
 from reinforce_ada.sampling import (
     AdaptiveSampler,
     Balance,
@@ -209,3 +210,7 @@ def test_it_is_explained_as_what_knows_nothing(n: int) -> None:
     np.testing.assert_allclose(predicted.plus, memory.plus, rtol=0, atol=1e-15)
     np.testing.assert_allclose(predicted.minus, memory.minus, rtol=0, atol=1e-15)
     np.testing.assert_allclose(predicted.noise_terms, memory.noise_terms, rtol=0, atol=1e-15)
+    notes = [explain(preset(MEMORY, group_size=n, baseline=name)).notes for name in ("predicted", "memory")]
+    assert [note for note in notes[0] if note not in notes[1]] == [
+        "a predicted pass rate counts as 1/2 in these numbers, as if nothing were known: they are those of baseline memory"
+    ]

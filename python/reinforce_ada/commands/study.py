@@ -10,17 +10,19 @@ from reinforce_ada.commands.flags import add_command
 
 _EXAMPLES = """\
 examples:
-  reinforce-ada study sums.toml                            every run, then results.json, page.md and figure.png in studies/<name>
+  reinforce-ada study sums.toml                            every run, then results.json, page.md and figures in studies/<name>
   reinforce-ada study sums.toml                            the same command goes on after a kill, or with more seeds, rates or arms
   reinforce-ada study sums.toml --shard 1/2                every second run; another machine that shares the folder takes --shard 2/2
   reinforce-ada study sums.toml --jobs 2                   two runs at a time, which suits small models
-  reinforce-ada study sums.toml --report                   only the page and the figure, from results.json
+  reinforce-ada study sums.toml --report                   only the page and the figures, from results.json
 
 a study file:
   name = "sums"
   baseline = "grpo-8"            # the arm that the others are compared with, seed by seed
   seeds = [0, 1, 2]              # of the training; base model, questions and split are the same for all
   learning_rates = [1e-5, 3e-5]  # every arm is run with each; an arm may have a list of its own
+
+  remembered = 8                 # optional: earlier completions of each prompt that predictions for baseline memory assume
 
   [budget]                       # one of steps, generated_completions, generated_tokens, trained_completions, trained_tokens
   steps = 60
@@ -55,7 +57,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at the same time, which share the CPU's threads (default: 1)"
     )
-    parser.add_argument("--report", action="store_true", help="train nothing: write the page and the figure again, from results.json")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the page and the figures again, from results.json")
     parser.set_defaults(run=run)
 
 

@@ -113,6 +113,8 @@ def _notes(policy: Policy, cap: int) -> Iterator[str]:
     weight = policy.weight
     if policy.refills:
         yield "refill: w is per prompt that enters; per group that is trained on it is larger by one factor, 1 / fraction kept"
+    if policy.needs_prediction:
+        yield "a predicted pass rate counts as 1/2 in these numbers, as if nothing were known: they are those of baseline memory"
     if policy.weight_needs_memory:
         yield "the baseline depends on earlier steps: variance and noise are those of a prompt not seen before, w(p) is the same for all"
     elif policy.needs_memory:
