@@ -119,6 +119,19 @@ def test_shards_that_are_none(
     assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1", "1025"])
+def test_jobs_that_are_no_number_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.toml").write_text(STUDY)
+    assert cli.main(["study", "s.toml", f"--jobs={jobs}"]) == 2
+    said = capsys.readouterr().err
+    assert "--jobs" in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"runs": []}', '{"runs": [{}]}', "\x00", '{"name": NaN}'])
 def test_a_report_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
     (tmp_path / "s.toml").write_text(STUDY)
