@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def completions(draw: st.DrawFn) -> Completion:
     length = draw(st.integers(0, 6))
     tokens = draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=length, max_size=length))
     logprobs = draw(st.lists(st.floats(width=32), min_size=length, max_size=length))  # NaN and infinities too
+    mask = draw(st.none() | st.lists(st.booleans(), min_size=length, max_size=length))
     text, finish = draw(reasons), draw(st.sampled_from(["stop", "length"]))
-    return Completion(draw(ids), np.array(tokens, np.int32), np.array(logprobs, np.float32), text, finish, draw(versions))
+    arrays = np.array(tokens, np.int32), np.array(logprobs, np.float32)
+    return Completion(draw(ids), *arrays, text, finish, draw(versions), token_mask=mask)
 
 
 events = st.one_of(
@@ -228,6 +231,23 @@ def test_a_store_of_version_2_keeps_its_rows_as_they_are(tmp_path: Path) -> None
         assert re.fullmatch("[0-9a-f]{32}", name)
 
 
+def test_a_store_of_version_3_takes_masks(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.sqlite"
+    old, tool = scored("a", 0, 1.0), scored("b", 0, 0.5, tokens=range(9))
+    tool = Scored(replace(tool.completion, token_mask=[1, 0, 0, 1, 1, 1, 1, 1, 0]), 0.5)
+    with RolloutStore(path) as store:
+        store.append([old])
+        name = store.id
+    change(path, "ALTER TABLE events DROP COLUMN token_mask")
+    change(path, "UPDATE meta SET value = '3' WHERE key = 'schema_version'")
+    with RolloutStore(path, read_only=True) as store:
+        assert_same(store.events(1), [old])
+    with RolloutStore(path) as store:
+        store.append([tool])
+        assert_same(store.events(1), [old, tool])
+        assert store.id == name
+
+
 def test_what_is_taken_back_is_open_again(store: RolloutStore) -> None:
     journal, result = finished_step()
     store.append(journal)
@@ -275,7 +295,9 @@ def change(path: Path, statement: str, *values: Any) -> None:
         ("UPDATE events SET num_tokens = 3", (), "event 1 is damaged"),
         ("UPDATE meta SET value = '[' WHERE key = 'run'", (), "does not say what it was made with"),
         ("UPDATE meta SET value = '[]' WHERE key = 'run'", (), "was made with nothing"),
-        ("UPDATE meta SET value = '4' WHERE key = 'schema_version'", (), "has schema version 4; a rollout store of version 3 is needed"),
+        ("UPDATE events SET token_mask = x''", (), "event 1 is damaged: a mask of 0 bytes for 2 tokens"),
+        ("UPDATE events SET token_mask = 'x'", (), "event 1 is damaged"),
+        ("UPDATE meta SET value = '5' WHERE key = 'schema_version'", (), "has schema version 5; a rollout store of version 4 is needed"),
         ("DROP TABLE events", (), "no such table: events"),
     ],
 )

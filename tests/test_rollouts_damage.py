@@ -53,7 +53,7 @@ def overwrite_the_middle(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(b"not a database" * 1000), "file is not a database; an undamaged rollout store is needed"),
-        (other_database, "has schema version None; a rollout store of version 3 is needed"),
+        (other_database, "has schema version None; a rollout store of version 4 is needed"),
         (overwrite_the_middle, "malformed; an undamaged rollout store is needed"),
         (Path.mkdir, "unable to open database file; a store that can be read and written is needed"),
     ],

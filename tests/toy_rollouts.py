@@ -22,7 +22,7 @@ def bits(event: Event) -> tuple[Any, ...]:
     """An event as something that is equal exactly when every bit is."""
     if isinstance(event, Scored):
         c = event.completion
-        arrays = tuple((a.dtype.str, a.shape, a.tobytes()) for a in (c.token_ids, c.rollout_logprobs))
+        arrays = tuple((a.dtype.str, a.shape, a.tobytes()) for a in (c.token_ids, c.rollout_logprobs, c.token_mask) if a is not None)
         return (Scored, c.id, *arrays, c.text, c.finish_reason, c.policy_version, struct.pack("d", event.reward))
     return (type(event), *(getattr(event, f.name) for f in fields(event)))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from reinforce_ada import ops
     from reinforce_ada.advantages import advantages_of
+    from reinforce_ada.async_driver import adaptive_group, arun
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
     from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
@@ -23,12 +24,26 @@ _HOME = {
     "FunctionEngine": "reinforce_ada.engines.function",
     "Policy": "reinforce_ada.sampling",
     "Prompt": "reinforce_ada.types",
+    "adaptive_group": "reinforce_ada.async_driver",
     "advantages_of": "reinforce_ada.advantages",
+    "arun": "reinforce_ada.async_driver",
     "preset": "reinforce_ada.sampling",
     "run": "reinforce_ada.driver",
 }
 
-__all__ = ["AdaptiveSampler", "FunctionEngine", "Policy", "Prompt", "__version__", "advantages_of", "ops", "preset", "run"]
+__all__ = [
+    "AdaptiveSampler",
+    "FunctionEngine",
+    "Policy",
+    "Prompt",
+    "__version__",
+    "adaptive_group",
+    "advantages_of",
+    "arun",
+    "ops",
+    "preset",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,6 +54,7 @@ def run(
         raise InputError("run", f"max_losses {max_losses}", "at least 1 is needed")
     runner = rewards if isinstance(rewards, RewardRunner) else InlineRewards(rewards)
     flights = _Flights(engine, request_timeout_s, max_losses, clock)
+    ledger = Ledger(sampler, journal, flights.stop, on_progress)
     scoring: set[CompletionId] = set()
     was_stalled = False
     try:
@@ -68,21 +69,55 @@ def run(
             events += flights.overdue()
             stalled = engine_idle and not scoring and not events
             if stalled and was_stalled:  # twice: a poll may be what frees the slots of aborted requests
-                raise RuntimeError(_stall(sampler, engine))
+                raise stall(sampler, f"neither the engine ({engine.free_slots} free slots) nor the rewards have anything in flight")
             was_stalled = stalled
-            if not events:
-                continue
             scoring.difference_update([event.id for event in events])
-            for event in journal.append(events) if journal is not None else events:
-                if dropped := sampler.receive(event):
-                    flights.stop(dropped)
-                    if journal is not None:  # so that a replay counts them as issued, and as waste
-                        journal.append([Aborted(i, event.policy_version) for i in dropped])
-            if on_progress is not None:
-                on_progress(sampler.progress())
+            ledger.enter(events)
     finally:
         flights.stop(list(flights.running))
     return sampler.result()
+
+
+class Ledger:
+    """What every driver does with events: the journal gets them first, then the sampler; requests that it no longer needs are stopped.
+
+    Args:
+        stop: is called with the requests that are not needed any more.
+        sampler, journal, on_progress: see `run`.
+    """
+
+    def __init__(
+        self,
+        sampler: AdaptiveSampler,
+        journal: Journal | None,
+        stop: Callable[[list[CompletionId]], None],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._sampler = sampler
+        self._journal = journal
+        self._stop = stop
+        self._on_progress = on_progress
+
+    def enter(self, events: Sequence[Event]) -> None:
+        """Enter the events of one poll, if there are any."""
+        if not events:
+            return
+        for event in self._journal.append(events) if self._journal is not None else events:
+            if dropped := self._sampler.receive(event):
+                self._stop(dropped)
+                if self._journal is not None:  # so that a replay counts them as issued, and as waste
+                    self._journal.append([Aborted(i, event.policy_version) for i in dropped])
+        if self._on_progress is not None:
+            self._on_progress(self._sampler.progress())
+
+
+def stall(sampler: AdaptiveSampler, idle: str) -> RuntimeError:
+    """Return the error for a step that cannot go on; `idle` says what has nothing to do."""
+    progress = sampler.progress()
+    return RuntimeError(
+        f"run: {progress.num_active} of {progress.num_prompts} prompts are open, {sampler.num_outstanding} requests unanswered, "
+        f"but {idle}; every request must be answered under the sampler's step and policy_version"
+    )
 
 
 def _sort(sampler: AdaptiveSampler, flights: _Flights, completions: list[Completion]) -> tuple[list[Completion], list[Event]]:
@@ -152,12 +187,3 @@ class _Flights:
             return event
         reason = event.reason if isinstance(event, Lost) else "dropped by the engine"
         return Failed(event.id, event.policy_version, f"{reason} ({self._num_losses[event.id]} times)")
-
-
-def _stall(sampler: AdaptiveSampler, engine: Engine) -> str:
-    progress = sampler.progress()
-    return (
-        f"run: {progress.num_active} of {progress.num_prompts} prompts are open, {sampler.num_outstanding} requests unanswered, "
-        f"but neither the engine ({engine.free_slots} free slots) nor the rewards have anything in flight; "
-        "every request must be answered under the sampler's step and policy_version"
-    )

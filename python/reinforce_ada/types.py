@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from reinforce_ada.errors import InputError
+
 
 class CompletionId(NamedTuple):
     """Identifies a completion: the step, the prompt, and the request's number within the prompt (from 0).
@@ -45,6 +47,12 @@ class Request:
     seed: int  # in [0, 2**63)
     policy_version: int
 
+    def completed(
+        self, token_ids: Any = (), rollout_logprobs: Any = (), *, text: str = "", finish_reason: str = "stop", **others: Any
+    ) -> Completion:
+        """Return this request's completion under its own policy_version, for a sample function of one's own; see `Completion`."""
+        return Completion(self.id, token_ids, rollout_logprobs, text, finish_reason, self.policy_version, **others)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
@@ -57,10 +65,26 @@ class Completion:
     finish_reason: str  # "stop" | "length" | "abort"
     policy_version: int
     num_cached_tokens: int | None = None  # prompt tokens that the engine had cached; None: it does not report them
+    token_mask: NDArray[np.bool_] | None = None  # [L], False for tokens that the policy did not write (of tools, users); None: all True
+    output: Any = None  # what the caller's own sample function returned, if that was no Completion; a store does not keep it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
         object.__setattr__(self, "rollout_logprobs", np.asarray(self.rollout_logprobs, dtype=np.float32))
+        if self.token_mask is not None:
+            object.__setattr__(self, "token_mask", _mask(self.token_mask, len(self.token_ids)))
+
+    @property
+    def num_written(self) -> int:
+        """Return how many of the tokens the policy wrote."""
+        return len(self.token_ids) if self.token_mask is None else int(self.token_mask.sum())
+
+
+def _mask(given: Any, length: int) -> NDArray[np.bool_]:
+    mask = np.asarray(given)
+    if mask.shape != (length,) or not np.isin(mask, (0, 1)).all():
+        raise InputError("Completion", f"a token_mask of shape {list(mask.shape)}", f"0 or 1 for each of {length} tokens is needed")
+    return mask.astype(np.bool_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

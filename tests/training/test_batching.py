@@ -1,9 +1,12 @@
 """Rows that share a prompt: layout, mask and minibatches, on literal tables."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.training.batching import PAD, Sample, attention_mask, collate, micro_batches, rows_of, shuffled_minibatches
 from reinforce_ada.types import Completion, CompletionId, Prompt
 
@@ -27,7 +30,23 @@ def test_layout_of_a_shared_row():
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 5]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 5]
     assert batch.advantages.tolist() == [0.5, -0.5, 1.0]
-    assert (batch.num_tokens, batch.num_seqs) == (5, 3)
+    assert batch.token_mask.tolist() == [True] * 5
+    assert (batch.num_written, batch.num_seqs) == (5, 3)
+
+
+def test_a_mask_travels_with_its_tokens():
+    tool = sample(A, 0, [1, 2, 3])
+    tool = tool._replace(completion=replace(tool.completion, token_mask=[1, 0, 1]))
+    batch = collate([[tool, sample(A, 1, [4])], [sample(B, 0, [5])]], pad_id=0)
+    assert batch.token_mask.tolist() == [True, False, True, True, True]
+    assert (batch.num_written, tool.completion.num_written) == (4, 2)
+    assert batch.to(torch.device("cpu")).num_written == 4
+
+
+@pytest.mark.parametrize("mask", [[1, 0], [1, 0, 2], [[1, 0, 1]], [0.5, 1, 1]])
+def test_a_mask_of_another_form_is_refused(mask):
+    with pytest.raises(InputError, match="0 or 1 for each of 3 tokens is needed"):
+        replace(sample(A, 0, [1, 2, 3]).completion, token_mask=mask)
 
 
 def test_completions_see_the_prompt_and_themselves_only():
@@ -42,7 +61,7 @@ def test_micro_batches_hold_every_sample_once_within_the_budget():
     for share in (True, False):
         batches = list(micro_batches(samples, 40, share_prompts=share, pad_id=0))
         assert sum(b.num_seqs for b in batches) == len(samples)
-        assert sum(b.num_tokens for b in batches) == sum(1 + k for _ in range(9) for k in range(3))
+        assert sum(b.num_written for b in batches) == sum(1 + k for _ in range(9) for k in range(3))
         assert all(b.input_ids.numel() <= 40 or b.input_ids.shape[0] == 1 for b in batches)
 
 

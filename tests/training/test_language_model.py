@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_the_cap_and_the_scales_matter() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_shared_rows_give_the_logprobs_and_gradients_of_separate_ones(model_type: str) -> None:
     model = make_model(model_type)
-    weights = torch.linspace(-1, 1, SHARED.num_tokens)
+    weights = torch.linspace(-1, 1, SHARED.num_written)
     truth = own_logprobs(model, SAMPLES)
     expected = gradients(model, (truth * weights).sum())
     got = token_logprobs(model, SHARED, TEMPERATURE)
@@ -169,16 +170,18 @@ def test_a_form_that_does_not_fit_is_not_used(spoil: Callable[[HuggingFaceModel]
     torch.testing.assert_close(token_logprobs(model, batch, TEMPERATURE), own_logprobs(model, SAMPLES), rtol=0, atol=1e-4)
 
 
-def reinforce_loss(model: HuggingFaceModel) -> Tensor:
-    """-sum A log pi / T over all completions, one row each."""
-    advantages = torch.cat([torch.full((s.completion.token_ids.size,), s.advantage) for s in SAMPLES])
-    return -(advantages * own_logprobs(model, SAMPLES)).sum() / SHARED.num_tokens
+def reinforce_loss(model: HuggingFaceModel, samples: list[Sample]) -> Tensor:
+    """-sum A log pi / T over the T tokens that the policy wrote, one row for each completion."""
+    masks = [np.ones(s.completion.token_ids.size) if s.completion.token_mask is None else s.completion.token_mask for s in samples]
+    factors = torch.cat([torch.as_tensor(mask * s.advantage) for mask, s in zip(masks, samples, strict=True)]).float()
+    return -(factors * own_logprobs(model, samples)).sum() / sum(mask.sum() for mask in masks)
 
 
 def loss_value(model: HuggingFaceModel, batches: list[Batch]) -> Tensor:
+    num_written, num_seqs = sum(b.num_written for b in batches), sum(b.num_seqs for b in batches)
     config = configuration.load(None, {"temperature": TEMPERATURE, "loss": "reinforce"})
     loss = RunLoss.from_config(config)
-    values = [loss(model, b, None, SHARED.num_tokens, SHARED.num_seqs)[0] for b in batches]
+    values = [loss(model, b, None, num_written, num_seqs)[0] for b in batches]
     return torch.stack(values).sum()
 
 
@@ -189,9 +192,32 @@ def test_the_loss_has_the_gradient_of_the_plain_loss(spoil: Callable[[HuggingFac
     if spoil is not None:
         spoil(model)
     check_forms(model, PLAIN, SHARED, TEMPERATURE)
-    truth = reinforce_loss(model)
+    truth = reinforce_loss(model, SAMPLES)
     expected = gradients(model, truth)
     batches = list(micro_batches(SAMPLES, tokens_per_pass, share_prompts=model.share_prompts, pad_id=0))
     value = loss_value(model, batches)
+    assert float(value.detach()) == pytest.approx(float(truth.detach()), abs=1e-4)
+    assert_same_gradients(gradients(model, value), expected, 2e-5)
+
+
+def with_tools(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Some tokens are a tool's, for which the engine gave no logprob; at least one is the policy's."""
+    ids = sample.completion.token_ids
+    mask = rng.random(ids.size) < 0.5
+    mask[rng.integers(ids.size)] = True
+    logprobs = np.where(mask, sample.completion.rollout_logprobs, np.nan)
+    return sample._replace(completion=replace(sample.completion, rollout_logprobs=logprobs, token_mask=mask))
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_tokens_that_the_policy_did_not_write_are_context_and_train_nothing(use_head: bool) -> None:
+    model, rng = make_model("llama"), np.random.default_rng(1)
+    if not use_head:
+        with_strange_head(model)
+    check_forms(model, PLAIN, SHARED, TEMPERATURE)
+    samples = [with_tools(s, rng) for s in SAMPLES]
+    truth = reinforce_loss(model, samples)
+    expected = gradients(model, truth)
+    value = loss_value(model, list(micro_batches(samples, 40, share_prompts=True, pad_id=0)))
     assert float(value.detach()) == pytest.approx(float(truth.detach()), abs=1e-4)
     assert_same_gradients(gradients(model, value), expected, 2e-5)

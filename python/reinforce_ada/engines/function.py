@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +24,9 @@ class FunctionEngine(LocalEngine):
     def __init__(self, generate: Callable[[Sequence[Prompt], Sequence[int]], Sequence[str]], *, batch_size: int = 64) -> None:
         if batch_size < 1:
             raise InputError("FunctionEngine", f"batch_size {batch_size}", "at least 1 is needed")
+        if any(map(inspect.iscoroutinefunction, (generate, getattr(generate, "__call__", None)))):  # noqa: B004 - the method itself
+            hint = "await it inside the sample function of reinforce_ada.arun"
+            raise InputError("FunctionEngine", "an async generate function", "nobody awaits it: one that returns texts is needed", hint)
         super().__init__("FunctionEngine", batch_size)
         self._generate = generate
 

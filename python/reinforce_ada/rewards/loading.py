@@ -68,7 +68,8 @@ def check_reward(reward: object, shown: str) -> None:
     for form in (reward, getattr(reward, "__call__", None), getattr(reward, "batch", None)):  # noqa: B004 - the method itself
         plain = form.func if isinstance(form, functools.partial) else form
         if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
-            raise InputError("RewardPool", f"reward {shown} is an async function", "one that returns a number is needed: nobody awaits it")
+            given, needed = f"reward {shown} is an async function", "one that returns a number is needed: nobody awaits it"
+            raise InputError("RewardPool", given, needed, "await it inside the sample function of reinforce_ada.arun")
         if inspect.isgeneratorfunction(plain):
             raise InputError("RewardPool", f"reward {shown} is a generator function", "one that returns a number is needed")
     try:

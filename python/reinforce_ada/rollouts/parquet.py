@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.rollouts.rows import arrays_of, utf8
+from reinforce_ada.rollouts.rows import TOKENS, arrays_of, utf8
 
 _EXPORT = """
 SELECT e.seq, e.num_tokens, {tokens}, e.step, e.prompt_id, e.idx, p.text, e.text, e.reward,
@@ -29,7 +29,8 @@ def write_parquet(connection: sqlite3.Connection, tokens: str, store: Path, path
     columns = {
         "step": pa.int64(), "prompt_id": pa.string(), "index": pa.int64(), "prompt_text": pa.string(), "text": pa.string(),
         "reward": pa.float64(), "kept": pa.bool_(), "committed": pa.bool_(), "policy_version": pa.int64(), "finish_reason": pa.string(),
-        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "data": pa.string(),
+        "token_ids": pa.list_(pa.int32()), "rollout_logprobs": pa.list_(pa.float32()), "token_mask": pa.list_(pa.bool_()),
+        "data": pa.string(),
     }  # fmt: skip
     schema = pa.schema(list(columns.items()))
     steps = [step for (step,) in connection.execute("SELECT DISTINCT step FROM events ORDER BY step")]
@@ -40,8 +41,8 @@ def write_parquet(connection: sqlite3.Connection, tokens: str, store: Path, path
 
 
 def _export_row(store: Path, seq: int, num_tokens: int | None, *row: Any) -> tuple[Any, ...]:
-    tokens, row = row[:3], row[3:]
+    tokens, row = row[: len(TOKENS)], row[len(TOKENS) :]
     step, prompt_id, index, prompt_text, text, reward, kept, committed, version, finish_reason, data = row
-    arrays = (None, None) if num_tokens is None else arrays_of(store, seq, num_tokens, *tokens)
+    arrays = (None, None, None) if num_tokens is None else arrays_of(store, seq, num_tokens, *tokens)
     texts = (utf8(prompt_text), utf8(text))
     return (step, utf8(prompt_id), index, *texts, reward, bool(kept), bool(committed), version, finish_reason, *arrays, data)

@@ -17,8 +17,8 @@ from reinforce_ada.rollouts.schema import UNDAMAGED
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Lost, Pool, Scored
 
 COLUMNS = "step, prompt_id, idx, kind, policy_version, reward, finish_reason, num_tokens, reason, text"
-INSERT = f"INSERT INTO events ({COLUMNS}, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-TOKENS = ("tokens", "token_ids", "rollout_logprobs")
+INSERT = f"INSERT INTO events ({COLUMNS}, tokens, token_mask) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+TOKENS = ("tokens", "token_ids", "rollout_logprobs", "token_mask")
 _POOL_COLUMNS = "step, position, prompt_id, num_correct, num_wrong, num_void, num_issued, exit, key, text, data"
 INSERT_POOL = f"INSERT INTO pools ({_POOL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -37,36 +37,49 @@ def row_of(event: Event) -> tuple[Any, ...]:
             given = f"{c.token_ids.size} token ids and {c.rollout_logprobs.size} logprobs for {tuple(event.id)}"
             raise InputError("RolloutStore.append", given, "as many logprobs as token ids")
         short = (c.policy_version, float(event.reward), c.finish_reason, len(c.token_ids))
-        return (*head, "scored", *short, None, sql_text(c.text), pack(c.token_ids, c.rollout_logprobs))
+        return (*head, "scored", *short, None, sql_text(c.text), pack(c.token_ids, c.rollout_logprobs), _bits_of(c.token_mask))
     if isinstance(event, Aborted):
-        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None)
+        return (*head, "aborted", event.policy_version, None, None, event.num_tokens, None, None, None, None)
     kind = "failed" if isinstance(event, Failed) else "lost"
-    return (*head, kind, event.policy_version, None, None, None, sql_text(event.reason), None, None)
+    return (*head, kind, event.policy_version, None, None, None, sql_text(event.reason), None, None, None)
 
 
-def event_of(path: Path, seq: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, *row: Any) -> Event:
-    """Return the event of a row of `COLUMNS`, which follow its place in the store and the three columns of tokens."""
+def event_of(path: Path, seq: int, *row: Any) -> Event:
+    """Return the event of a row: its place in the store, then `TOKENS`, then `COLUMNS`."""
+    tokens, row = row[: len(TOKENS)], row[len(TOKENS) :]
     step, prompt_id, index, kind, policy_version, reward, finish_reason, num_tokens, reason, text = row
     id_ = CompletionId(step, str_of(prompt_id), index)
     if kind == "scored":
-        arrays = arrays_of(path, seq, num_tokens, tokens, token_ids, logprobs)
-        return Scored(Completion(id_, *arrays, str_of(text), finish_reason, policy_version), reward)
+        ids, logprobs, mask = arrays_of(path, seq, num_tokens, *tokens)
+        return Scored(Completion(id_, ids, logprobs, str_of(text), finish_reason, policy_version, token_mask=mask), reward)
     if kind == "aborted":
         return Aborted(id_, policy_version, num_tokens)
     return (Failed if kind == "failed" else Lost)(id_, policy_version, str_of(reason))
 
 
 def arrays_of(
-    path: Path, seq: int, count: int, tokens: bytes | None, *plain: bytes | None
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return token ids and logprobs of an event, [count] each. Raises: InputError if the bytes do not hold that many."""
+    path: Path, seq: int, count: int, tokens: bytes | None, token_ids: bytes | None, logprobs: bytes | None, token_mask: bytes | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Return token ids, logprobs and mask of an event, [count] each. Raises: InputError if the bytes do not hold that many."""
     try:
+        mask = None if token_mask is None else _mask_of(token_mask, count)
         if tokens is not None:
-            return unpack(tokens, count)
-        ids, logprobs = (np.frombuffer(data or b"", dtype, count) for data, dtype in zip(plain, ("<i4", "<f4"), strict=True))
-        return ids.astype(np.int32), logprobs.astype(np.float32)
+            return *unpack(tokens, count), mask
+        plain = ((token_ids, "<i4"), (logprobs, "<f4"))
+        ids, floats = (np.frombuffer(data or b"", dtype, count) for data, dtype in plain)
+        return ids.astype(np.int32), floats.astype(np.float32), mask
     except (ValueError, TypeError) as e:
         raise InputError("RolloutStore", f"{path}: event {seq} is damaged: {e}", UNDAMAGED, "use a new folder") from e
+
+
+def _bits_of(mask: NDArray[np.bool_] | None) -> bytes | None:
+    return None if mask is None else np.packbits(mask).tobytes()
+
+
+def _mask_of(bits: bytes, count: int) -> NDArray[np.bool_]:
+    if len(bits) != -(-count // 8):
+        raise ValueError(f"a mask of {len(bits)} bytes for {count} tokens")
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(np.bool_)
 
 
 def pool_row(step: int, position: int, pool: Pool) -> tuple[Any, ...]:

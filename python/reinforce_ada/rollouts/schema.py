@@ -9,8 +9,8 @@ from pathlib import Path
 
 from reinforce_ada.errors import InputError
 
-VERSION = "3"
-READABLE = ("1", "2", VERSION)
+VERSION = "4"
+READABLE = ("1", "2", "3", VERSION)
 _REMEMBERED = "CREATE TABLE remembered (step INTEGER NOT NULL, key, num_correct INTEGER NOT NULL, num_wrong INTEGER NOT NULL)"
 # The long columns come last, so that a query on the short ones does not read through them.
 # `reward` and the texts have no affinity: a REAL column would turn -0.0 into 0.0, and a text with a lone surrogate is kept as bytes.
@@ -19,7 +19,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, prompt_id NOT NULL, idx INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('scored', 'failed', 'lost', 'aborted')),
-    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB);
+    policy_version INTEGER NOT NULL, reward, finish_reason TEXT, num_tokens INTEGER, reason, text, tokens BLOB, token_mask BLOB);
 CREATE INDEX events_by_step ON events (step);
 CREATE TABLE committed (seq INTEGER PRIMARY KEY REFERENCES events (seq), kept INTEGER NOT NULL);
 CREATE TABLE pools (
@@ -30,8 +30,12 @@ CREATE TABLE finished_steps (step INTEGER PRIMARY KEY);
 {_REMEMBERED};
 """
 # Version 1 has no keys: its prompts are identified by their ids. Up to version 2 token ids and logprobs are two columns, which are kept.
-FROM_1 = ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED)
-FROM_2 = ("ALTER TABLE events ADD COLUMN tokens BLOB",)
+# Up to version 3 there are no masks: the policy wrote every token.
+UPGRADES = {
+    "1": ("ALTER TABLE pools ADD COLUMN key", "UPDATE pools SET key = prompt_id", _REMEMBERED),
+    "2": ("ALTER TABLE events ADD COLUMN tokens BLOB",),
+    "3": ("ALTER TABLE events ADD COLUMN token_mask BLOB",),
+}
 # A row of 500 tokens takes 2.5 KB, of which only one fits on the default page of 4 KB. The write-ahead log holds 4 MB, as by default.
 PAGES = ("PRAGMA page_size = 32768", "PRAGMA journal_mode = WAL")
 _PAGES_IN_LOG = 128

@@ -22,7 +22,7 @@ from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, parse_json
 from reinforce_ada.rollouts.parquet import write_parquet
 from reinforce_ada.rollouts.rows import COLUMNS, INSERT, INSERT_POOL, TOKENS, event_of, pool_row, row_of, sql_text, str_of
-from reinforce_ada.rollouts.schema import FROM_1, FROM_2, PAGES, READABLE, SCHEMA, VERSION, connect, input_error, take_lock
+from reinforce_ada.rollouts.schema import PAGES, READABLE, SCHEMA, UPGRADES, VERSION, connect, input_error, take_lock
 from reinforce_ada.types import CompletionId, Event, SamplingResult
 
 _LAST_STEP = 2**63 - 1  # the largest of SQLite's integers
@@ -209,7 +209,7 @@ class RolloutStore:
         """Write one row per scored or void completion, by step, in journal order.
 
         Columns: step, prompt_id, index, prompt_text, text, reward, kept, committed, policy_version, finish_reason,
-        token_ids list<int32>, rollout_logprobs list<float>, data (the prompt's record as JSON). A void has no reward, text or tokens;
+        token_ids list<int32>, rollout_logprobs list<float>, token_mask list<bool> (null: the policy wrote every token), data (the prompt's record as JSON). A void has no reward, text or tokens;
         an unfinished step has no prompt_text or data, and nothing committed.
 
         Returns: the path. Raises: InputError when pyarrow is missing.
@@ -278,9 +278,9 @@ class RolloutStore:
     def _upgrade(self, version: str) -> None:
         """Upgrade from an earlier version, completely or not at all."""
         with self._transaction() as connection:
-            for statement in (*(FROM_1 if version == "1" else ()), *FROM_2):
+            for statement in (s for earlier, statements in UPGRADES.items() if earlier >= version for s in statements):
                 connection.execute(statement)
-            connection.execute("INSERT INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
+            connection.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))  # there are ids from version 3 on
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (VERSION,))
 
     def _create(self, run: Mapping[str, Any] | None) -> None:

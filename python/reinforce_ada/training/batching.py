@@ -7,11 +7,12 @@ the prompt's positions. A group of 4 short answers to a 96-token prompt therefor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reinforce_ada.types import Completion, Prompt
@@ -42,17 +43,16 @@ class Batch:
     advantages: Tensor  # [N] fp32
     prediction_weights: Tensor  # [N] fp32
     rollout_logprobs: Tensor  # [T] fp32
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_ids.numel()
+    token_mask: Tensor  # [T] bool: False for tokens that the policy did not write, which are context and train nothing
+    num_written: int  # tokens that it did write
 
     @property
     def num_seqs(self) -> int:
         return self.advantages.numel()
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+        moved: dict[str, Any] = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
@@ -159,4 +159,11 @@ def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         prediction_weights=torch.tensor([s.prediction_weight for s in samples], dtype=torch.float32),
         rollout_logprobs=torch.from_numpy(np.concatenate([s.completion.rollout_logprobs for s in samples]).astype(np.float32)),
+        token_mask=torch.from_numpy(np.concatenate([_mask(s.completion) for s in samples])),
+        num_written=sum(s.completion.num_written for s in samples),
     )
+
+
+def _mask(completion: Completion) -> NDArray[np.bool_]:
+    given = completion.token_mask
+    return np.ones(completion.token_ids.size, dtype=np.bool_) if given is None else given

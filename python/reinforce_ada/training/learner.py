@@ -25,7 +25,7 @@ class Minibatch:
     """Samples of one optimizer step, or a rank's share of them. The counts are those of all ranks, so that losses and gradients add up."""
 
     samples: Sequence[Sample]
-    num_tokens: int  # of the completions
+    num_tokens: int  # of the completions, written by the policy
     num_seqs: float  # see `num_seqs_of`
 
 
@@ -181,7 +181,7 @@ class Learner:
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
             losses.append(loss.detach())
-            parts.append((metrics, batch.num_tokens))
-            advance(batch.num_tokens)
+            parts.append((metrics, batch.num_written))
+            advance(batch.num_written)
         as_numbers = [({name: float(value) for name, value in metrics.items()}, count) for metrics, count in parts]
         return _Report(as_numbers, sum(map(float, losses), 0.0), self.optimizer.touched())

@@ -157,7 +157,7 @@ class RunLoss:
             "num_seqs_global": num_seqs,
             "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,
         }
-        mask = torch.ones_like(batch.rollout_logprobs, dtype=torch.bool)
+        mask = batch.token_mask
         if not model.use_head:
             return ops.policy_loss(token_logprobs(model, batch, self.temperature), batch.advantages, mask, **settings)
         hidden, head = model.hidden(batch), model.head()

@@ -299,7 +299,7 @@ class Trainer:
         groups = samples_with_advantages(result, self.parts.policy)
         minibatches = [
             Minibatch(
-                samples, sum(s.completion.token_ids.size for s in samples), num_seqs_of(samples, result, self.parts.policy, t.minibatches)
+                samples, sum(s.completion.num_written for s in samples), num_seqs_of(samples, result, self.parts.policy, t.minibatches)
             )
             for samples in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))
         ]
@@ -342,7 +342,10 @@ def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
 def impossible(completion: Completion, vocabulary: int) -> bool:
     """Return whether the completion has a token outside the vocabulary, or an invalid logprob."""
     ids, logprobs = completion.token_ids, completion.rollout_logprobs
-    return bool(ids.shape != logprobs.shape or ((ids < 0) | (ids >= vocabulary)).any() or not np.isfinite(logprobs).all())
+    if ids.shape != logprobs.shape or ((ids < 0) | (ids >= vocabulary)).any():
+        return True
+    written = logprobs if completion.token_mask is None else logprobs[completion.token_mask]
+    return not bool(np.isfinite(written).all())
 
 
 def _unbroken(steps: Sequence[int]) -> int:

@@ -53,7 +53,7 @@ def _check_policy(policy: Policy, num_generations: int) -> None:
         raise InputError(where, f"it keeps {policy.group_size} completions of a prompt", f"num_generations {num_generations} is needed")
     if policy.needs_prediction:
         raise InputError(where, "a baseline that is predicted", "TRL's loss does not give the states it needs", "baseline 'memory'")
-    if policy.refills or policy.propose.candidates_per_prompt > 1:
+    if policy.draws_prompts:
         given = f"{type(policy.propose).__name__}, which draws further prompts"
         raise InputError(where, given, "TRL's data loader gives exactly those of a step", "propose=AllPrompts()")
 

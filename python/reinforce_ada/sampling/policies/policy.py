@@ -133,6 +133,11 @@ class Policy:
         return self.propose(many, many) > many
 
     @property
+    def draws_prompts(self) -> bool:
+        """Return whether it draws more prompts than a step trains: to replace dropped ones, or to choose among them."""
+        return self.refills or self.propose.candidates_per_prompt > 1
+
+    @property
     def cap(self) -> int:
         """Return the most completions that any prompt may use in a step."""
         return self.allocate.cap
