@@ -54,7 +54,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
         "engines": {name: "ok" if is_installed(module) else f"{module} is not installed" for name, module in _ENGINES.items()},
-        "integrations": {"trl": _guarded(_trl)},
+        "integrations": {"trl": _guarded(_trl), "verl": _guarded(_verl)},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
     broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]
@@ -124,7 +124,13 @@ def _ops() -> dict[str, dict[str, str]]:
 
 
 def _trl() -> str:
-    from reinforce_ada.integrations.trl import hooks
+    from reinforce_ada.integrations.trl.hooks import TRL
+
+    return TRL.state()
+
+
+def _verl() -> str:
+    from reinforce_ada.integrations.verl import hooks
 
     return hooks.state()
 

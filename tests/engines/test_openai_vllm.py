@@ -117,6 +117,7 @@ def test_a_short_context_is_refused(two: Serving, folder: Path) -> None:
     )
 
 
+@pytest.mark.slow  # two more starts of vLLM; make test-engine-kills kills a server 20 times
 def test_two_kills_lose_nothing(two: Serving, folder: Path, module: Any) -> None:
     """The second comes while the first server starts again: for a while there is none, or only the one that has just come back."""
     with engine_of(two, folder / "weights") as engine:

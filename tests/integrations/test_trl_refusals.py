@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -124,7 +125,7 @@ def test_a_trl_with_other_hooks_is_refused():
     class Without:
         _generate = _generate_and_score_completions = GRPOTrainer._generate
 
-    version = hooks.version()
+    version = hooks.TRL.version()
     with pytest.raises(InputError) as caught:
         adaptive(Later)
     assert str(caught.value) == (
@@ -173,20 +174,18 @@ def test_a_selection_that_keeps_more_is_refused(model_folder, tmp_path):
 
 
 def test_the_doctor_says_whether_the_hooks_fit(monkeypatch, tmp_path):
-    assert hooks.state() == "ok"
-    assert doctor.examine(check=False)["integrations"] == {"trl": "ok"}
+    assert hooks.TRL.state() == "ok"
+    assert doctor.examine(check=False)["integrations"]["trl"] == "ok"
     source = tmp_path / "trainer/grpo_trainer.py"
-    monkeypatch.setattr(
-        hooks.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[tmp_path], origin="trl")
-    )
-    assert hooks.state().startswith("it has no trainer/grpo_trainer.py; that of TRL 1.0 to 1.16 is needed")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[tmp_path], origin="trl"))
+    assert hooks.TRL.state().startswith("it has no trainer/grpo_trainer.py; that of TRL 1.0 to 1.16 is needed")
     source.parent.mkdir()
     source.write_text("class GRPOTrainer:\n    def _generate_and_score_completions(self, inputs, more): ...\n")
-    assert hooks.state() == f"its _generate_and_score_completions takes (inputs, more) instead of (inputs); {hooks.needed()}"
+    assert hooks.TRL.state() == f"its _generate_and_score_completions takes (inputs, more) instead of (inputs); {hooks.TRL.needed()}"
     source.write_text("class PPOTrainer: ...\n")
-    assert hooks.state() == f"it has no _generate_and_score_completions; {hooks.needed()}"
-    monkeypatch.setattr(hooks.importlib.util, "find_spec", lambda name: None)
-    assert hooks.state() == "trl is not installed"
+    assert hooks.TRL.state() == f"it has no _generate_and_score_completions; {hooks.TRL.needed()}"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert hooks.TRL.state() == "trl is not installed"
 
 
 def test_a_given_policy_is_followed_as_it_is():

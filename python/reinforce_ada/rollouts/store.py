@@ -209,8 +209,9 @@ class RolloutStore:
         """Write one row per scored or void completion, by step, in journal order.
 
         Columns: step, prompt_id, index, prompt_text, text, reward, kept, committed, policy_version, finish_reason,
-        token_ids list<int32>, rollout_logprobs list<float>, token_mask list<bool> (null: the policy wrote every token), data (the prompt's record as JSON). A void has no reward, text or tokens;
-        an unfinished step has no prompt_text or data, and nothing committed.
+        token_ids list<int32>, rollout_logprobs list<float>, token_mask list<bool> (null: the policy wrote every token), data (the
+        prompt's record as JSON). A void has no reward, text or tokens; an unfinished step has no prompt_text or data,
+        and nothing committed.
 
         Returns: the path. Raises: InputError when pyarrow is missing.
         """

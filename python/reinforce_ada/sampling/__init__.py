@@ -13,7 +13,7 @@ from reinforce_ada.sampling.policies.posterior_mean import PosteriorMean
 from reinforce_ada.sampling.policies.propose import AllPrompts, NearestRate, Refill, SkipStreaks
 from reinforce_ada.sampling.policies.select import All, Balanced, First, MaxVariance
 from reinforce_ada.sampling.policies.weight import Centered
-from reinforce_ada.sampling.presets import PRESETS, configured, preset
+from reinforce_ada.sampling.presets import PRESETS, configured, preset, sized_preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
 from reinforce_ada.sampling.windows import PosteriorWindow
@@ -56,5 +56,6 @@ __all__ = [
     "configured",
     "preset",
     "request_seed",
+    "sized_preset",
     "stopping_table",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,6 +108,21 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         "tokens_wasted": tally.num_tokens_wasted,
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+def joined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of a step from those of its prompts, if each was sampled alone: counts add up, and means are over the prompts."""
+    values = {name: [part[name] for part in parts] for name in parts[0]}
+    sums = {name: math.fsum(given) for name, given in values.items() if name.startswith(("num_", "open_", "tokens_"))}
+    means = {name: _mean(v for v in given if not math.isnan(v)) for name, given in values.items() if name not in sums}
+    kept = [part for part in parts if part["num_completions_kept"]]
+    total, issued = sums["num_completions_kept"], sums["num_completions_issued"]
+    return {
+        **sums,
+        **means,
+        "kept_reward": math.fsum(part["kept_reward"] * part["num_completions_kept"] for part in kept) / total if total else math.nan,
+        "waste_fraction": (issued - sums["num_completions_committed"]) / issued,
+    }
 
 
 def _first_reward(pool: Pool, policy: Policy) -> float | None:

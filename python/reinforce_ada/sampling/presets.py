@@ -208,6 +208,12 @@ def preset(name: str, *, objective: ObjectiveName | None = None, alpha: float | 
     return dataclasses.replace(policy, weight=weight)
 
 
+def sized_preset(name: str, group_size: int, /, **options: Any) -> Policy:
+    """Return the policy of a preset that keeps `group_size` completions, unless the preset has no group size or `options` set another."""
+    sizes = {"group_size": group_size} if name in PRESETS and "group_size" in PRESETS[name].keywords else {}
+    return preset(name, **{**sizes, **options})
+
+
 _PROPOSE: Mapping[str, Callable[..., Refill]] = MappingProxyType({"nearest-rate": NearestRate, "skip-streaks": SkipStreaks})
 CONFIGURED = (
     "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "mean_budget", "num_completions", "positive_threshold",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.integrations.trl import hooks
-from reinforce_ada.sampling import PRESETS, All, Centered, Policy, preset
+from reinforce_ada.integrations.trl.hooks import TRL
+from reinforce_ada.sampling import All, Centered, Policy, sized_preset
 
 Adaptive: TypeAlias = str | Policy | tuple[str, Mapping[str, Any]]
 
@@ -26,8 +26,7 @@ def policy_of(adaptive: Adaptive, num_generations: int) -> Policy:
     if isinstance(adaptive, Policy):
         return adaptive
     name, options = (adaptive, {}) if isinstance(adaptive, str) else _named(adaptive)
-    sizes = {"group_size": num_generations} if name in PRESETS and "group_size" in PRESETS[name].keywords else {}
-    return preset(name, **{**sizes, **options})
+    return sized_preset(name, num_generations, **options)
 
 
 def _named(adaptive: Any) -> tuple[str, Mapping[str, Any]]:
@@ -39,7 +38,7 @@ def _named(adaptive: Any) -> tuple[str, Mapping[str, Any]]:
 def check(trainer: Any, policy: Policy) -> None:
     """Raise InputError for a trainer, settings or a policy that cannot go together; called before anything is sampled."""
     if missing := [name for name in _ATTRIBUTES if not hasattr(trainer, name)]:
-        raise InputError(_WHERE, f"a trainer of TRL {hooks.version()} without {missing[0]}", hooks.needed(missing[0]))
+        raise InputError(_WHERE, f"a trainer of TRL {TRL.version()} without {missing[0]}", TRL.needed(missing[0]))
     _check_policy(policy, trainer.num_generations)
     _check_prompts(trainer)
     _check_advantages(trainer, policy)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.integrations.trl import hooks
+from reinforce_ada.integrations.trl.hooks import TRL
 
 _NUM_FIXED = 4  # prompt_ids, completion_ids, tool_mask and completions come first in every version
 
@@ -62,7 +62,7 @@ class Generated:
         counts = [i for i in range(_NUM_FIXED, len(items)) if isinstance(items[i], torch.Tensor)]
         others = [i for i in range(_NUM_FIXED, len(items)) if i not in counts]
         if len(others) < 2 or not isinstance(items[others[1]], dict):
-            raise InputError("adaptive", f"_generate of TRL {hooks.version()} returned {len(items)} items", hooks.needed("_generate"))
+            raise InputError("adaptive", f"_generate of TRL {TRL.version()} returned {len(items)} items", TRL.needed("_generate"))
         if any(items[i] for i in others[2:]):
             raise InputError("adaptive", "prompts with images", "prompts of text are needed")
         self._counts, self._logprobs_at, self._extra_at = counts, *others[:2]

@@ -1,0 +1,75 @@
+"""Whether a class of another library still has the methods that an adapter overrides or calls, with the parameters it knows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reinforce_ada.outside import installed_version, is_installed
+
+
+class Hooks(NamedTuple):
+    """The methods of one class that an adapter needs. They are private: a later version may change any of them."""
+
+    package: str  # by its import name
+    versions: str  # those that have the hooks, in words: "TRL 1.0 to 1.16"
+    source: str  # the file of the class inside the package
+    class_name: str
+    methods: Mapping[str, tuple[str, ...]]  # their parameters without self; "**kwargs" is one
+
+    def needed(self, name: str = "") -> str:
+        """Return what the library must have, in words."""
+        return f"that of {self.versions} is needed: {', '.join([name] if name else self.methods)}"
+
+    def version(self) -> str:
+        """Return the installed version of the package."""
+        return installed_version(self.package)
+
+    def difference_of(self, cls: type[Any]) -> str:
+        """Return the first method that a class lacks or that takes other parameters; "" if all fit."""
+        methods = {name: getattr(cls, name, None) for name in self.methods}
+        signatures = {name: inspect.signature(method) for name, method in methods.items() if method is not None}
+        return self._difference({name: [_shown(p) for p in signature.parameters.values()][1:] for name, signature in signatures.items()})
+
+    def state(self) -> str:
+        """Return "ok" if the installed package has the hooks, and otherwise why not.
+
+        The source is read instead of imported, since the import of a trainer takes seconds.
+        """
+        if not is_installed(self.package):
+            return f"{self.package} is not installed"
+        spec = importlib.util.find_spec(self.package)
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            source = Path(folder, self.source)
+            if source.is_file():
+                wrong = self._difference(self._parameters_in(source.read_text()))
+                return f"{wrong}; {self.needed()}" if wrong else "ok"
+        return f"it has no {self.source}; {self.needed()}"
+
+    def _parameters_in(self, source: str) -> dict[str, list[str]]:
+        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == self.class_name]
+        functions = [node for c in classes for node in c.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        return {f.name: _parameters(f.args)[1:] for f in functions if f.name in self.methods}
+
+    def _difference(self, found: Mapping[str, Sequence[str]]) -> str:
+        for name, parameters in self.methods.items():
+            if name not in found:
+                return f"it has no {name}"
+            if tuple(found[name]) != parameters:
+                return f"its {name} takes ({', '.join(found[name])}) instead of ({', '.join(parameters)})"
+        return ""
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    stars: dict[Any, int] = {inspect.Parameter.VAR_POSITIONAL: 1, inspect.Parameter.VAR_KEYWORD: 2}
+    return "*" * stars.get(parameter.kind, 0) + parameter.name
+
+
+def _parameters(args: ast.arguments) -> list[str]:
+    several = [f"*{args.vararg.arg}"] if args.vararg else []
+    named = [f"**{args.kwarg.arg}"] if args.kwarg else []
+    return [a.arg for a in (*args.posonlyargs, *args.args)] + several + [a.arg for a in args.kwonlyargs] + named
