@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,3 +344,14 @@ def test_memory_reaches_a_group_of_one_prompt() -> None:
         asyncio.run(adaptive_group(policy, Agent()))
     result = asyncio.run(adaptive_group(policy, Agent(), memory=Memory()))
     assert result.pools[0].prior == (1.0, 1.0)
+
+
+def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parents[1] / "docs/async.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert "answer" in capsys.readouterr().out
+    assert names["pool"].has_signal
+    assert len(names["kept"]) == 4

@@ -342,6 +342,8 @@ def test_export_has_a_row_per_answer(store: RolloutStore, tmp_path: Path) -> Non
     store.append(journal)
     store.finish_step(1, result)
     store.append([scored("\ud800", 0, 1.0, step=2, tokens=())])
+    tool = scored("tool", 0, 1.0, step=3, tokens=range(3))
+    store.append([Scored(replace(tool.completion, token_mask=[1, 0, 1]), 1.0)])
     path = store.export_parquet(tmp_path / "rollouts.parquet")
     rows = pq.read_table(path).to_pylist()
     assert [(r["step"], r["prompt_id"], r["index"], r["reward"], r["committed"], r["kept"]) for r in rows] == [
@@ -355,8 +357,10 @@ def test_export_has_a_row_per_answer(store: RolloutStore, tmp_path: Path) -> Non
         (1, "b", 3, 1.0, False, False),
         (1, "a", 0, 1.0, False, False),
         (2, "\ufffd" * 3, 0, 1.0, False, False),
+        (3, "tool", 0, 1.0, False, False),
     ]
-    first, void, last = rows[1], rows[2], rows[-1]
+    first, void, last, masked = rows[1], rows[2], rows[-2], rows[-1]
+    assert (first["token_mask"], masked["token_mask"]) == (None, [True, False, True])
     assert first["token_ids"] == [5, 6]
     assert first["rollout_logprobs"] == [float(np.float32(-1 / 3)), float(np.float32(-2 / 3))]
     assert (first["prompt_text"], first["text"], first["finish_reason"], first["policy_version"]) == ("1+1?", "text a0", "stop", 1)

@@ -25,7 +25,7 @@ from reinforce_ada.sampling.policies.decide import DropOneClass
 from reinforce_ada.sampling.policies.select import Balanced
 from reinforce_ada.types import Aborted, CompletionId, Event, Failed, Lost, SamplingResult, Scored
 
-COMMON = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @st.composite

@@ -17,8 +17,6 @@ import pytest
 import tiny
 import torch
 
-import reinforce_ada.integrations.verl.plugin  # noqa: F401
-
 HERE = Path(__file__).parent
 Configure = Callable[..., Any]
 

@@ -20,8 +20,11 @@ def rate_of(text: str) -> float:
 
 def answer(text: str, session: int) -> str:
     """The answer to a sum in a session, right with the prompt's rate."""
-    right = random.Random(f"{text}{session}").random() < rate_of(text)
-    return str(int(text[0]) + int(text[2])) if right else "+"
+    return right_answer(text) if random.Random(f"{text}{session}").random() < rate_of(text) else "+"
+
+
+def right_answer(text: str) -> str:
+    return str(int(text[0]) + int(text[2]))
 
 
 class Client:

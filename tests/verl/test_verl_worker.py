@@ -10,26 +10,29 @@ from typing import Any
 import pytest
 import torch
 import transfer_queue as tq
-from scripted import TOKENIZER, Client, Reward, answer
+from scripted import TOKENIZER, Client, Reward, answer, right_answer
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils.tensordict_utils import assign_non_tensor_stack
 
-from reinforce_ada import AdaptiveSampler, Prompt, advantages_of, preset
+from reinforce_ada import AdaptiveSampler, Prompt, advantages_of
 from reinforce_ada.driver import run
 from reinforce_ada.engines.scripted import ScriptedEngine
 from reinforce_ada.integrations.verl import AdaptiveAgentLoopWorker, AdaptiveReplayBuffer
-from reinforce_ada.integrations.verl.worker import _plain
+from reinforce_ada.integrations.verl.settings import HISTORY, settings_of
+from reinforce_ada.integrations.verl.worker import plain
+from reinforce_ada.sampling import History, Memory, Policy
 from reinforce_ada.types import SamplingResult
 
-STOCK = _plain(AgentLoopWorkerTQ)
+STOCK = plain(AgentLoopWorkerTQ)
 ADAPTIVE = ("algorithm.adv_estimator=reinforce_ada", "algorithm.rollout_correction.bypass_mode=True",
             "actor_rollout_ref.rollout.calculate_log_probs=True")  # fmt: skip
 POLICIES = {
-    "balance": ("reinforce-ada-balance", {}, ()),
-    "pos": ("reinforce-ada-pos", {"round_size": 4}, ("+reinforce_ada.round_size=4",)),
-    "memory": ("reinforce-ada-memory", {}, ("+reinforce_ada.zero_rows=all",)),
-    "exact": ("reinforce-ada-exact", {}, ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum",)),
-    "pods": ("pods", {"num_completions": 12}, ("+reinforce_ada.num_completions=12",)),
+    "reinforce-ada-balance": (),
+    "reinforce-ada-pos": ("+reinforce_ada.round_size=4",),
+    "reinforce-ada-memory": (),
+    "reinforce-ada-exact": ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum",),
+    "pods": ("+reinforce_ada.num_completions=12",),
 }
 
 
@@ -38,7 +41,7 @@ def worker_of(cls: type[Any], config: Any, client: Client | None = None) -> Any:
 
 
 def text_of(chat: Any) -> str:
-    return str(list(chat)[0]["content"])
+    return str(next(iter(chat))["content"])
 
 
 def rollout(worker: Any, rows: Any, partition: str = "train", mode: str = "sync") -> tuple[Any, dict[str, float]]:
@@ -70,42 +73,32 @@ def with_advantages(batch: Any, config: Any) -> list[tuple[str, float, float]]:
     return [(key, float(out["rm_scores"][i].sum()), float(out["advantages"][i][0])) for i, key in enumerate(batch.keys)]
 
 
-def truth(rows: Any, name: str, options: dict[str, Any]) -> tuple[SamplingResult, list[list[float]]]:
-    """The pools of the one sampler over all prompts, on the same outcomes."""
-    policy = preset(name, **{**({} if name == "reinforce-ada-memory" else {"group_size": 4}), **options})
-    if name == "reinforce-ada-memory":
-        policy = preset(name, group_size=4)
+def truth(rows: Any, policy: Policy) -> tuple[SamplingResult, list[list[float]]]:
+    """The pools of the one sampler over all prompts, on the same outcomes, and the advantages of what it keeps."""
     prompts = [Prompt(str(u), text=text_of(c)) for u, c in zip(rows["uid"], rows["raw_prompt"], strict=True)]
     engine = ScriptedEngine(lambda request: answer(request.prompt.text, request.id.index), slots=999)
-    from reinforce_ada.sampling import Memory
-
-    sampler = AdaptiveSampler(prompts, policy, memory=Memory())
-    result = run(sampler, engine, lambda prompt, said: float(said == str(int(prompt.text[0]) + int(prompt.text[2]))))
+    result = run(AdaptiveSampler(prompts, policy, memory=Memory()), engine, lambda prompt, said: float(said == right_answer(prompt.text)))
     return result, advantages_of(result, policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_rows_and_advantages_are_those_of_the_one_sampler(policy: str, configure: Any, queue: Any, rows_of: Any) -> None:
-    name, options, changes = POLICIES[policy]
-    config = configure(*ADAPTIVE, f"+reinforce_ada.preset={name}", *changes)
-    rows = rows_of(range(24))
-    result, advantages = truth(rows, name, options)
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_and_advantages_are_those_of_the_one_sampler(name: str, configure: Any, queue: Any, rows_of: Any) -> None:
+    config = configure(*ADAPTIVE, f"+reinforce_ada.preset={name}", *POLICIES[name])
+    settings, rows = settings_of(config), rows_of(range(24))
+    result, advantages = truth(rows, settings.policy)
     worker = worker_of(AdaptiveAgentLoopWorker, config)
-    if name == "reinforce-ada-memory":  # what the manager adds
-        from verl.utils.tensordict_utils import assign_non_tensor_stack
-
-        assign_non_tensor_stack(rows, "__reinforce_ada_history__", [[1.0, 1.0, 0, False]] * 24)
+    if settings.policy.needs_memory:  # the manager adds the histories
+        assign_non_tensor_stack(rows, HISTORY, [list(History())] * 24)
     batch, metrics = rollout(worker, rows)
     wanted = {}
     for group, given in zip(result.groups, advantages, strict=True):
         kept = list(zip(group.kept, given, strict=True))
-        for scored, advantage in kept if any(given) or "+reinforce_ada.zero_rows=all" in changes else kept[:1]:
+        for scored, advantage in kept if any(given) else kept[:1]:
             wanted[f"{scored.id.prompt_id}_{scored.id.index}_0"] = (scored.reward, advantage)
-    found = with_advantages(batch, config)
-    assert {key for key, _, _ in found} == set(wanted)
-    for key, reward, advantage in found:
-        assert reward == wanted[key][0]
-        assert advantage == pytest.approx(wanted[key][1], abs=1e-6)
+    found = {key: (reward, advantage) for key, reward, advantage in with_advantages(batch, config)}
+    assert set(found) == set(wanted)
+    for key, (reward, advantage) in wanted.items():
+        assert found[key] == (reward, pytest.approx(advantage, abs=1e-6))
     for logged in ("first_round_reward", "signal_fraction", "samples_per_prompt", "pass_rate", "num_completions_kept"):
         assert metrics[f"reinforce_ada/{logged}"] == pytest.approx(result.metrics[logged]), logged
     assert worker.llm_client.num_running == 0
@@ -184,27 +177,24 @@ def test_validation_is_verls_own(configure: Any, queue: Any, rows_of: Any) -> No
 
 
 def test_with_preset_grpo_the_rows_and_advantages_are_verls(configure: Any, queue: Any, rows_of: Any) -> None:
-    parity = ("+reinforce_ada.preset=grpo", "+reinforce_ada.zero_rows=all", "actor_rollout_ref.rollout.calculate_log_probs=True")
-    stock, ours = configure(*parity[2:], "algorithm.rollout_correction.bypass_mode=True"), configure(*ADAPTIVE, *parity[:2])
+    adaptive = (*ADAPTIVE, "+reinforce_ada.preset=grpo", "+reinforce_ada.zero_rows=all")
     found = []
-    for cls, config in ((STOCK, stock), (AdaptiveAgentLoopWorker, ours)):
+    for cls, config in ((STOCK, configure(*ADAPTIVE[1:])), (AdaptiveAgentLoopWorker, configure(*adaptive))):
         rows = rows_of(range(24))
         place = {str(u): i for i, u in enumerate(rows["uid"])}
         batch, _ = rollout(worker_of(cls, config), rows)
-        named = {f"{place[k.split('_')[0]]}_{k.split('_', 1)[1]}": (r, a) for k, r, a in with_advantages(batch, config)}
+        names = [f"{place[uid]} {session}" for uid, session in (key.split("_", 1) for key in batch.keys)]
+        advantages = {name: row[1:] for name, row in zip(names, with_advantages(batch, config), strict=True)}
         out = fields(batch, "input_ids", "position_ids", "response_mask", "loss_mask", "rollout_log_probs", "prompts", "rm_scores")
-        rows_found = {
-            f"{place[k.split('_')[0]]}_{k.split('_', 1)[1]}": {name: out[name][i].tolist() for name in out.keys()} for i, k in enumerate(batch.keys)
-        }
-        tags = {f"{place[k.split('_')[0]]}_{k.split('_', 1)[1]}": {n: v for n, v in t.items() if n != "reinforce_ada"} for k, t in zip(batch.keys, batch.tags, strict=True)}
-        found.append((named, rows_found, tags))
+        values = {name: [column[i].tolist() for column in out.values()] for i, name in enumerate(names)}
+        tags = {name: {k: v for k, v in tag.items() if k != "reinforce_ada"} for name, tag in zip(names, batch.tags, strict=True)}
+        found.append((values, tags, advantages))
         clear(batch)
-    (stock_named, *stock_rest), (our_named, *our_rest) = found
-    assert our_rest == stock_rest
-    assert set(our_named) == set(stock_named)
-    assert len(our_named) == 96
-    for key, (reward, advantage) in stock_named.items():
-        assert our_named[key] == (reward, pytest.approx(advantage, abs=1e-6))
+    (values, tags, advantages), ours = found
+    assert len(values) == 96
+    assert ours[:2] == (values, tags)
+    for name, (reward, advantage) in advantages.items():
+        assert ours[2][name] == (reward, pytest.approx(advantage, abs=1e-6))
 
 
 def test_one_class_prompts_publish_as_many_rows_as_asked(configure: Any, queue: Any, rows_of: Any) -> None:

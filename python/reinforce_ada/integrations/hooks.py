@@ -32,8 +32,10 @@ class Hooks(NamedTuple):
     def difference_of(self, cls: type[Any]) -> str:
         """Return the first method that a class lacks or that takes other parameters; "" if all fit."""
         methods = {name: getattr(cls, name, None) for name in self.methods}
-        signatures = {name: inspect.signature(method) for name, method in methods.items() if method is not None}
-        return self._difference({name: [_shown(p) for p in signature.parameters.values()][1:] for name, signature in signatures.items()})
+        signatures = {name: inspect.signature(method).parameters.values() for name, method in methods.items() if method is not None}
+        # Ray adds a parameter to every method of a class that it makes an actor of.
+        own = {name: [p for p in parameters if p.name != "_ray_trace_ctx"] for name, parameters in signatures.items()}
+        return self._difference({name: [_shown(p) for p in parameters][1:] for name, parameters in own.items()})
 
     def state(self) -> str:
         """Return "ok" if the installed package has the hooks, and otherwise why not.

@@ -1,7 +1,7 @@
 """Adaptive sampling in verl's trainer, by configuration alone: no line of verl or of a training script changes (docs/verl.md).
 
     algorithm.adv_estimator=reinforce_ada
-    actor_rollout_ref.rollout.agent.agent_loop_manager_class=reinforce_ada.integrations.verl.AdaptiveAgentLoopManager
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=reinforce_ada.integrations.verl.AdaptiveAgentLoopManager
     trainer.v1.sampler.custom_sampler.path=pkg://reinforce_ada.integrations.verl
     trainer.v1.sampler.custom_sampler.name=AdaptiveReplayBuffer
     +reinforce_ada.preset=reinforce-ada-balance

@@ -31,16 +31,16 @@ class _Metrics:
         return batch, {**metrics, **self._found}
 
 
-class _Sync(_Metrics, ReplayBuffer):  # type: ignore[misc]
+class SyncBuffer(_Metrics, ReplayBuffer):  # type: ignore[misc]
     pass
 
 
-class _Async(_Metrics, ReplayBufferAsync):  # type: ignore[misc]
+class AsyncBuffer(_Metrics, ReplayBufferAsync):  # type: ignore[misc]
     pass
 
 
 def AdaptiveReplayBuffer(trainer_mode: str, **kwargs: Any) -> Any:  # noqa: N802 - verl calls it as a class
     """Return the replay buffer of this mode of verl's trainer, which adds `reinforce_ada/*` to the metrics of a step."""
-    buffer = _Sync if trainer_mode == "sync" else _Async
+    buffer = SyncBuffer if trainer_mode == "sync" else AsyncBuffer
     check_hooks(BUFFER, buffer)
     return buffer(trainer_mode=trainer_mode, **kwargs)

@@ -28,13 +28,13 @@ class Session(NamedTuple):
         return self.output if isinstance(self.output, list) else [self.output]
 
 
-def _plain(actor_class: Any) -> type[Any]:
+def plain(actor_class: Any) -> type[Any]:
     """Return the class that a Ray actor class was made of."""
     made = actor_class.__ray_metadata__.modified_class
     return getattr(made, "__ray_actor_class__", made)  # type: ignore[no-any-return]
 
 
-class AdaptiveAgentLoopWorker(_plain(AgentLoopWorkerTQ)):  # type: ignore[misc]
+class AdaptiveAgentLoopWorker(plain(AgentLoopWorkerTQ)):  # type: ignore[misc]
     """Samples each training prompt until its policy has what it needs, and publishes the kept sessions; validation is verl's own.
 
     Sessions are scored when they end and held back. When the prompt is done, the kept ones become rows, whose tag has the prompt's
