@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI
+import openai
 
 import reinforce_ada
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.rewards import exact_match
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import Progress
+from reinforce_ada.sampling import PosteriorWindow, Progress
 from reinforce_ada.training.task_files import digest_of, read_records, turns_of
 from reinforce_ada.types import Completion, Prompt, Request, SamplingResult
 
@@ -66,14 +66,18 @@ def show_all(result: SamplingResult, advantages: list[list[float]]) -> None:
 async def main(given: argparse.Namespace) -> None:
     policy = reinforce_ada.preset(given.preset)
     prompts = [Prompt(str(i), data={**r, "messages": turns_of(r)}) for i, r in enumerate(read_records(given.prompts, needs_answer=True))]
-    # This window asks for nothing that may not be needed. None would fill every slot, which is faster where completions cost nothing.
-    sampler = reinforce_ada.AdaptiveSampler(prompts, policy, window=policy.decide_every)
+    # This window asks only for what is needed for certain. None would fill every slot, which is faster where completions cost nothing.
+    sampler = reinforce_ada.AdaptiveSampler(prompts, policy, window=PosteriorWindow(policy, min_survival=1.0))
     settings: dict[str, Any] = {"model": given.model, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "extra_body": given.extra_body}
-    # The client repeats what may pass (no connection, a timeout, 408, 409, 429, 5xx); any other error makes the completion a void.
-    client = AsyncOpenAI(base_url=given.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5)
+    # The client repeats what may pass (no connection, a timeout, 408, 409, 429, 5xx). What every request would meet ends the run.
+    fatal = (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+    client = openai.AsyncOpenAI(base_url=given.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5)
 
     async def sample(request: Request) -> tuple[Completion, float]:
-        answer = await client.chat.completions.create(messages=request.prompt.data["messages"], seed=request.seed % 2**31, **settings)
+        try:
+            answer = await client.chat.completions.create(messages=request.prompt.data["messages"], seed=request.seed % 2**31, **settings)
+        except fatal as error:
+            raise EngineLost(f"{given.base_url}: {error}") from error
         completion = completed(request, answer.choices[0])
         return completion, score(request.prompt, completion.text)
 
@@ -96,5 +100,5 @@ if __name__ == "__main__":
     parser.add_argument("--token-ids", action="store_const", dest="extra_body", const=VLLM, help="for vLLM, which gives them")
     try:
         asyncio.run(main(parser.parse_args()))
-    except InputError as error:
+    except (InputError, EngineLost) as error:
         sys.exit(str(error))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from reinforce_ada import AdaptiveSampler, FunctionEngine, Policy, Prompt, adaptive_group, arun, preset, run
 from reinforce_ada.engines.scripted import ScriptedEngine
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.sampling import Memory, PosteriorWindow
 from reinforce_ada.types import Aborted, Completion, Event, Failed, Pool, Request, SamplingResult, Scored
 
@@ -285,6 +285,30 @@ def test_what_blocks_refuses_async_functions_and_names_arun(function: Any) -> No
         run(AdaptiveSampler([Prompt("a")], preset("grpo")), ScriptedEngine({"a": "+"}), function)
     with pytest.raises(InputError, match="inside the sample function of"):
         FunctionEngine(function)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_group_of_one_prompt_asks_for_what_is_needed_for_certain_and_at_once(policy: Policy) -> None:
+    for i in range(10):
+        agent = Agent()
+        agent.rng.randint = lambda least, most: most  # type: ignore[method-assign]  # all calls take as long
+        prompt = Prompt(f"p{i}", data={"rate": i / 9})
+        result = asyncio.run(adaptive_group(policy, agent, prompt=prompt, memory=Memory()))
+        assert result.metrics["waste_fraction"] == 0
+        assert agent.max_running >= max(policy.min_pool, min(policy.decide_every, policy.cap))
+
+
+def test_engine_lost_ends_the_step() -> None:
+    agent = Agent(turns=100)
+
+    async def sample(request: Request) -> tuple[str, float]:
+        if request.id.index == 1:
+            raise EngineLost("http://host: 401")
+        return await agent(request)
+
+    with pytest.raises(EngineLost, match="http://host: 401"):
+        sampled(sample)
+    assert agent.num_running == 0
 
 
 # -------------------- journal

@@ -6,13 +6,14 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from reinforce_ada.driver import Journal, Ledger, stall
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.loading import described
 from reinforce_ada.rewards.loading import as_reward
-from reinforce_ada.sampling import AdaptiveSampler, Policy, Progress
+from reinforce_ada.sampling import AdaptiveSampler, Policy, PosteriorWindow, Progress
 from reinforce_ada.sampling.policies.contracts import Remembers, Window, at_least
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Prompt, Request, SamplingResult, Scored
 
@@ -35,13 +36,14 @@ async def arun(
         sampler: fresh, or restored from a journal.
         sample: (request) -> (output, reward), awaited once for each request. The output is a `Completion` of that request, see
             `Request.completed`; anything else becomes the `output` of a completion without tokens. The reward is a finite number. A call
-            that raises, is cancelled or returns anything else becomes a void, and the first traceback is logged as a warning.
+            that raises, is cancelled or returns anything else becomes a void, and the first traceback is logged as a warning. A call
+            that raises `EngineLost` ends the step: no further call would fare better.
         concurrency: the most calls that run at the same time.
         journal: gets the events before the sampler, as in `run`. It keeps only what a `Completion` holds, and so needs one as the output.
         on_progress: called with the sampler's counts whenever completions have arrived.
     Returns: the sampler's result. However the loop ends, every call has ended before: those that are not needed any more are cancelled.
     Raises: InputError for a concurrency below 1, a function that is not async, and an output that is another request's completion;
-        RuntimeError when no call is running and the sampler cannot continue.
+        EngineLost as a call raised it; RuntimeError when no call is running and the sampler cannot continue.
     """
     at_least(1, "arun", concurrency=concurrency)
     calls = _Calls(sample, concurrency, needs_completion=journal is not None)
@@ -77,8 +79,8 @@ async def adaptive_group(
     Args:
         policy: one that decides on each prompt alone.
         sample: see `arun`.
-        window: how far requests may be issued ahead of the committed completions; by default to the next decision and no further, so that
-            nothing is wasted. `PosteriorWindow(policy)` runs further ahead where that is likely to pay.
+        window: see `AdaptiveSampler`. By default those requests are out that are needed for certain, so that nothing is wasted;
+            `PosteriorWindow(policy)` also issues those that will probably be needed.
         concurrency: the most calls at the same time for this prompt; by default as many as the window allows. A semaphore inside `sample`
             bounds the calls of all prompts together.
         step, policy_version, seed, memory, journal: see `AdaptiveSampler` and `arun`.
@@ -89,9 +91,15 @@ async def adaptive_group(
     check_alone("adaptive_group", policy)
     sampler = AdaptiveSampler(
         [prompt], policy, step=step, policy_version=policy_version, seed=seed, memory=memory,
-        window=policy.decide_every if window is None else window,
+        window=_certain(policy) if window is None else window,
     )  # fmt: skip
     return await arun(sampler, sample, concurrency=policy.cap if concurrency is None else concurrency, journal=journal)
+
+
+@lru_cache(maxsize=64)
+def _certain(policy: Policy) -> PosteriorWindow:
+    """Return the window of what is needed for certain; it keeps tables, which all prompts share."""
+    return PosteriorWindow(policy, min_survival=1.0)
 
 
 def check_alone(where: str, policy: Policy) -> None:
@@ -159,6 +167,8 @@ class _Calls:
         is_needed = self._needed.pop(request.id, None) is not None
         try:
             output, reward = _pair(call.result())
+        except EngineLost:
+            raise
         except (Exception, asyncio.CancelledError) as error:
             return self._void(request, error) if is_needed else None
         completion = self._completion(output, request)

@@ -29,7 +29,8 @@ class Settings:
     Every key beside these is a keyword of the preset: `reinforce_ada.round_size=4`.
 
     preset: the name of a preset, "reinforce-ada-balance" by default; it keeps `rollout.n` completions.
-    window: how many sessions of a prompt may run ahead of those already counted; by default up to the next decision.
+    window: how many sessions of a prompt may run ahead of those already counted; by default those that
+        are needed for certain.
     zero_rows: which rows of a prompt are published if all of its advantages are 0, as they are where every answer is right, or wrong:
         "all", "one" (the default) or "none". Fewer rows spare the actor their cost. A loss that averages over tokens then averages over
         fewer of them; and a step in which no prompt has a row ends verl's run, so that "none" suits large batches.
