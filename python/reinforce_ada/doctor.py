@@ -54,7 +54,7 @@ def examine(*, check: bool) -> dict[str, Any]:
         "cuda_module": _guarded(_cuda_module),
         "ops": _guarded(_ops),
         "engines": {name: "ok" if is_installed(module) else f"{module} is not installed" for name, module in _ENGINES.items()},
-        "integrations": {"trl": _guarded(_trl), "verl": _guarded(_verl)},
+        "integrations": {"trl": _guarded(_trl), "verl": _guarded(_verl), **_others()},
     }
     expected = ["native", "ops", *(["cuda_module"] if importlib.util.find_spec("reinforce_ada._cuda") else [])]
     broken += [f"{part}: {found[part]}" for part in expected if isinstance(found[part], str)]
@@ -133,6 +133,12 @@ def _verl() -> str:
     from reinforce_ada.integrations.verl import hooks
 
     return hooks.state()
+
+
+def _others() -> dict[str, str]:
+    from reinforce_ada.integrations import areal, slime
+
+    return {"slime": slime.ROLLOUT.state(), "areal": areal.WORKFLOW.state()}
 
 
 # -------------------- --check

@@ -64,7 +64,7 @@ def test_keywords_go_to_the_preset() -> None:
     settings = settings_of(config_of(reinforce_ada=section))
     assert settings.policy == preset("reinforce-ada-pos", group_size=4, round_size=4, max_rounds=2)
     assert (settings.window, settings.zero_rows) == (3, "none")
-    check(config_of(reinforce_ada=section), settings, has_rewards=True)
+    check(config_of(reinforce_ada=section), settings.policy, has_rewards=True)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_keywords_go_to_the_preset() -> None:
         ),
         (
             {"reinforce_ada": Node(group_size=8)},
-            "group_size 8; actor_rollout_ref.rollout.n, 4, is needed; leave",
+            "group_size 8; that of the trainer, 4, is needed; leave group_size out",
         ),
         ({"reinforce_ada": Node(preset="dapo")}, "with Refill, which draws further prompts"),
         ({"reinforce_ada": Node(preset="knapsack")}, "which divides a budget between the prompts of a step"),
@@ -94,14 +94,14 @@ def test_keywords_go_to_the_preset() -> None:
 def test_what_cannot_be_combined_is_one_line(changes: dict[str, Any], message: str) -> None:
     config = config_of(**changes)
     with pytest.raises(InputError) as caught:
-        check(config, settings_of(config), has_rewards=True)
+        check(config, settings_of(config).policy, has_rewards=True)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_can_be_combined() -> None:
     with pytest.raises(InputError, match="a colocated reward model; rewards are needed while completions are sampled"):
-        check(config_of(), settings_of(config_of()), has_rewards=False)
+        check(config_of(), settings_of(config_of()).policy, has_rewards=False)
     for changes in (
         {"algorithm__rollout_correction": None},
         {"algorithm__rollout_correction": Node(bypass_mode=True), "actor_rollout_ref__rollout__calculate_log_probs": True},
@@ -109,7 +109,7 @@ def test_what_can_be_combined() -> None:
         {"reinforce_ada": Node(preset="pods", num_completions=16)},
     ):
         config = config_of(**changes)
-        check(config, settings_of(config), has_rewards=True)
+        check(config, settings_of(config).policy, has_rewards=True)
 
 
 # -------------------- hooks
@@ -145,7 +145,7 @@ def test_a_class_has_the_hooks_or_says_which_one_it_lacks() -> None:
     assert wanted.difference_of(Fits) == ""
     assert wanted._replace(methods={"g": ()}).difference_of(Fits) == "it has no g"
     with pytest.raises(InputError, match="its f takes \\(a, \\*rest, b, \\*\\*others\\) instead of \\(a\\)"):
-        hooks.check_hooks(wanted._replace(methods={"f": ("a",)}), Fits)
+        wanted._replace(methods={"f": ("a",)}).check("here", Fits)
 
 
 # -------------------- advantages

@@ -35,7 +35,7 @@ def test_verl_finds_the_estimator_by_its_entry_point() -> None:
     ("changes", "message"),
     [
         (("+reinforce_ada.preset=nothing",), "unknown name 'nothing'"),
-        (("+reinforce_ada.group_size=8",), "group_size 8; actor_rollout_ref.rollout.n, 4, is needed"),
+        (("+reinforce_ada.group_size=8",), "group_size 8; that of the trainer, 4, is needed"),
         (("algorithm.adv_estimator=grpo",), "the advantages come from whole pools"),
         (("+reinforce_ada.preset=dapo",), "which draws further prompts"),
         (("actor_rollout_ref.rollout.calculate_log_probs=False",), "bypass_mode=True without the logprobs of the rollout"),
@@ -140,5 +140,5 @@ def test_the_script_of_the_examples_is_a_configuration_of_verl(tmp_path: Path) -
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=json.loads(done.stdout))
     settings = settings_of(config)
-    check(config, settings, has_rewards=True)
+    check(config, settings.policy, has_rewards=True)
     assert (settings.policy.group_size, config.trainer.nnodes) == (4, 2)

@@ -1,4 +1,4 @@
-"""Whether a class of another library still has the methods that an adapter overrides or calls, with the parameters it knows."""
+"""Whether a class or module of another library still has the functions that an adapter overrides or calls, with the parameters it knows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, is_installed
 
 
 class Hooks(NamedTuple):
-    """The methods of one class that an adapter needs. They are private: a later version may change any of them."""
+    """The methods of one class, or the functions of one module, that an adapter needs. A later version may change any of them."""
 
     package: str  # by its import name
     versions: str  # those that have the hooks, in words: "TRL 1.0 to 1.16"
     source: str  # the file of the class inside the package
-    class_name: str
+    class_name: str  # "" for the functions of the module itself
     methods: Mapping[str, tuple[str, ...]]  # their parameters without self; "**kwargs" is one
 
     def needed(self, name: str = "") -> str:
@@ -29,13 +30,22 @@ class Hooks(NamedTuple):
         """Return the installed version of the package."""
         return installed_version(self.package)
 
-    def difference_of(self, cls: type[Any]) -> str:
-        """Return the first method that a class lacks or that takes other parameters; "" if all fit."""
-        methods = {name: getattr(cls, name, None) for name in self.methods}
+    def difference_of(self, owner: Any) -> str:
+        """Return the first function that a class or module lacks or that takes other parameters; "" if all fit."""
+        methods = {name: getattr(owner, name, None) for name in self.methods}
         signatures = {name: inspect.signature(method).parameters.values() for name, method in methods.items() if method is not None}
         # Ray adds a parameter to every method of a class that it makes an actor of.
         own = {name: [p for p in parameters if p.name != "_ray_trace_ctx"] for name, parameters in signatures.items()}
-        return self._difference({name: [_shown(p) for p in parameters][1:] for name, parameters in own.items()})
+        return self._difference({name: [_shown(p) for p in given][self._num_skipped :] for name, given in own.items()})
+
+    def check(self, where: str, owner: Any) -> None:
+        """Raise InputError for a class or module whose functions differ."""
+        if wrong := self.difference_of(owner):
+            raise InputError(where, f"{self.class_name or self.source} of {self.package} {self.version()}: {wrong}", self.needed())
+
+    @property
+    def _num_skipped(self) -> int:
+        return 1 if self.class_name else 0  # self
 
     def state(self) -> str:
         """Return "ok" if the installed package has the hooks, and otherwise why not.
@@ -53,9 +63,11 @@ class Hooks(NamedTuple):
         return f"it has no {self.source}; {self.needed()}"
 
     def _parameters_in(self, source: str) -> dict[str, list[str]]:
-        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == self.class_name]
-        functions = [node for c in classes for node in c.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        return {f.name: _parameters(f.args)[1:] for f in functions if f.name in self.methods}
+        module = ast.parse(source)
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == self.class_name]
+        owners = classes if self.class_name else [module]
+        functions = [node for o in owners for node in o.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        return {f.name: _parameters(f.args)[self._num_skipped :] for f in functions if f.name in self.methods}
 
     def _difference(self, found: Mapping[str, Sequence[str]]) -> str:
         for name, parameters in self.methods.items():

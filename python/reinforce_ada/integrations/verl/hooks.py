@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from reinforce_ada.errors import InputError
 from reinforce_ada.integrations.hooks import Hooks
 
 _FOLDER = "trainer/ppo/v1"
@@ -36,12 +33,6 @@ BUFFER = Hooks(
     {"_materialize_batch": ("partition_id", "selected_prompt_uids", "partition_snapshot")},
 )
 VERL = (WORKER, LOOP, BUFFER)
-
-
-def check_hooks(hooks: Hooks, cls: type[Any]) -> None:
-    """Raise InputError for a class whose hooks differ."""
-    if wrong := hooks.difference_of(cls):
-        raise InputError("reinforce_ada in verl", f"{hooks.class_name} of verl {hooks.version()}: {wrong}", hooks.needed())
 
 
 def state() -> str:

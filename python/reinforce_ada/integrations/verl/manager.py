@@ -11,9 +11,9 @@ from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.integrations.verl import plugin  # noqa: F401 - it registers the estimator, if verl found no entry point
-from reinforce_ada.integrations.verl.hooks import LOOP, WORKER, check_hooks
+from reinforce_ada.integrations.verl.hooks import LOOP, WORKER
 from reinforce_ada.integrations.verl.memory import RunMemory, key_of_chat
-from reinforce_ada.integrations.verl.settings import HISTORY, check, settings_of
+from reinforce_ada.integrations.verl.settings import HISTORY, WHERE, check, settings_of
 from reinforce_ada.integrations.verl.worker import AdaptiveAgentLoopWorker
 
 
@@ -25,10 +25,10 @@ class AdaptiveAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         for hooks in (WORKER, LOOP):
-            check_hooks(hooks, AdaptiveAgentLoopWorker.__base__)
+            hooks.check(WHERE, AdaptiveAgentLoopWorker.__base__)
         super().__init__(config, *args, **kwargs)
         settings = settings_of(config)
-        check(config, settings, has_rewards=self.reward_loop_worker_handles is not None)
+        check(config, settings.policy, has_rewards=self.reward_loop_worker_handles is not None)
         self.agent_loop_workers_class = ray.remote(AdaptiveAgentLoopWorker)
         remembers = settings.policy.needs_memory
         self._memory = RunMemory(Path(config.trainer.default_local_dir, "reinforce_ada_memory.jsonl")) if remembers else None
@@ -36,7 +36,7 @@ class AdaptiveAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     def generate_sequences(self, prompts: Any) -> None:
         """Give the prompts to the workers and return at once, as verl's own manager does. Raises: InputError for prompts with an n."""
         if "__rollout_n__" in prompts:
-            raise InputError("reinforce_ada in verl", "prompts with an n of their own", "the policy decides how many sessions one gets")
+            raise InputError(WHERE, "prompts with an n of their own", "the policy decides how many sessions one gets")
         if self._memory is not None and not (prompts.get("validate")):
             self._memory.open(int(prompts["global_steps"]))
             self._memory.add(seen for rows in ray.get([w.take_seen.remote() for w in self.agent_loop_workers]) for seen in rows)

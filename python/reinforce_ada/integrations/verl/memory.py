@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforce_ada.files import replace_file
+from reinforce_ada.integrations.verl.settings import WHERE
 from reinforce_ada.outside import GarbageError, parse_json
 from reinforce_ada.sampling import History, Memory
 from reinforce_ada.types import Prompt
@@ -58,7 +59,7 @@ class RunMemory:
         self._is_open = True
         rows = sorted((row for row in self._read() if row.step < step), key=lambda row: row.step)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._path, "".join(map(_line, rows)), where="reinforce_ada in verl")
+        replace_file(self._path, "".join(map(_line, rows)), where=WHERE)
         self._add(rows)
 
     def add(self, seen: Iterable[Seen]) -> None:

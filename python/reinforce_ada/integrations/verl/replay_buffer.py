@@ -7,8 +7,8 @@ from typing import Any
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from reinforce_ada.integrations.verl.hooks import BUFFER, check_hooks
-from reinforce_ada.integrations.verl.settings import TAG, TRAIN
+from reinforce_ada.integrations.verl.hooks import BUFFER
+from reinforce_ada.integrations.verl.settings import TAG, TRAIN, WHERE
 from reinforce_ada.sampling.metrics import joined
 
 _LOGGED = (
@@ -32,15 +32,15 @@ class _Metrics:
 
 
 class SyncBuffer(_Metrics, ReplayBuffer):  # type: ignore[misc]
-    pass
+    """The replay buffer of verl's trainer mode "sync", with the sampler's metrics."""
 
 
 class AsyncBuffer(_Metrics, ReplayBufferAsync):  # type: ignore[misc]
-    pass
+    """The replay buffer of verl's other trainer modes, with the sampler's metrics."""
 
 
 def AdaptiveReplayBuffer(trainer_mode: str, **kwargs: Any) -> Any:  # noqa: N802 - verl calls it as a class
     """Return the replay buffer of this mode of verl's trainer, which adds `reinforce_ada/*` to the metrics of a step."""
     buffer = SyncBuffer if trainer_mode == "sync" else AsyncBuffer
-    check_hooks(BUFFER, buffer)
+    BUFFER.check(WHERE, buffer)
     return buffer(trainer_mode=trainer_mode, **kwargs)
