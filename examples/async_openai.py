@@ -21,7 +21,7 @@ import reinforce_ada
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.rewards import exact_match
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.sampling import PosteriorWindow, Progress
+from reinforce_ada.sampling import CertainWindow, Progress
 from reinforce_ada.training.task_files import digest_of, read_records, turns_of
 from reinforce_ada.types import Completion, Prompt, Request, SamplingResult
 
@@ -67,7 +67,7 @@ async def main(given: argparse.Namespace) -> None:
     policy = reinforce_ada.preset(given.preset)
     prompts = [Prompt(str(i), data={**r, "messages": turns_of(r)}) for i, r in enumerate(read_records(given.prompts, needs_answer=True))]
     # This window asks only for what is needed for certain. None would fill every slot, which is faster where completions cost nothing.
-    sampler = reinforce_ada.AdaptiveSampler(prompts, policy, window=PosteriorWindow(policy, min_survival=1.0))
+    sampler = reinforce_ada.AdaptiveSampler(prompts, policy, window=CertainWindow(policy))
     settings: dict[str, Any] = {"model": given.model, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "extra_body": given.extra_body}
     # The client repeats what may pass (no connection, a timeout, 408, 409, 429, 5xx). What every request would meet ends the run.
     fatal = (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)

@@ -6,14 +6,13 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 from reinforce_ada.driver import Journal, Ledger, stall
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.loading import described
 from reinforce_ada.rewards.loading import as_reward
-from reinforce_ada.sampling import AdaptiveSampler, Policy, PosteriorWindow, Progress
+from reinforce_ada.sampling import AdaptiveSampler, CertainWindow, Policy, Progress
 from reinforce_ada.sampling.policies.contracts import Remembers, Window, at_least
 from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed, Prompt, Request, SamplingResult, Scored
 
@@ -34,10 +33,10 @@ async def arun(
 
     Args:
         sampler: fresh, or restored from a journal.
-        sample: (request) -> (output, reward), awaited once for each request. The output is a `Completion` of that request, see
-            `Request.completed`; anything else becomes the `output` of a completion without tokens. The reward is a finite number. A call
-            that raises, is cancelled or returns anything else becomes a void, and the first traceback is logged as a warning. A call
-            that raises `EngineLost` ends the step: no further call would fare better.
+        sample: an async function (request) -> (output, reward), called once for each request. The output is a `Completion` of that
+            request, see `Request.completed`; anything else becomes the `output` of a completion without tokens. The reward is a finite
+            number. A call that raises, is cancelled or returns anything else becomes a void, and the first traceback is logged as a
+            warning. A call that raises `EngineLost` ends the step: no further call would fare better.
         concurrency: the most calls that run at the same time.
         journal: gets the events before the sampler, as in `run`. It keeps only what a `Completion` holds, and so needs one as the output.
         on_progress: called with the sampler's counts whenever completions have arrived.
@@ -53,7 +52,10 @@ async def arun(
             calls.start(sampler.next_requests(calls.free_slots))
             if not calls.num_running:
                 raise stall(sampler, "no call of the sample function is running")
-            ledger.enter(await calls.ended())
+            events, error = await calls.ended()
+            ledger.enter(events)
+            if error is not None:
+                raise error
     finally:
         await calls.close()
     return sampler.result()
@@ -91,15 +93,9 @@ async def adaptive_group(
     check_alone("adaptive_group", policy)
     sampler = AdaptiveSampler(
         [prompt], policy, step=step, policy_version=policy_version, seed=seed, memory=memory,
-        window=_certain(policy) if window is None else window,
+        window=CertainWindow(policy) if window is None else window,
     )  # fmt: skip
     return await arun(sampler, sample, concurrency=policy.cap if concurrency is None else concurrency, journal=journal)
-
-
-@lru_cache(maxsize=64)
-def _certain(policy: Policy) -> PosteriorWindow:
-    """Return the window of what is needed for certain; it keeps tables, which all prompts share."""
-    return PosteriorWindow(policy, min_survival=1.0)
 
 
 def check_alone(where: str, policy: Policy) -> None:
@@ -144,7 +140,10 @@ class _Calls:
         awaitable = self._sample(request)
         if not inspect.isawaitable(awaitable):
             raise InputError("arun", f"a sample function that returns a {type(awaitable).__name__}", "an async function is needed")
-        return asyncio.ensure_future(awaitable)
+        call = asyncio.ensure_future(awaitable)
+        if call in self._running:
+            raise InputError("arun", "a sample function that returns one future twice", "one for each request is needed")
+        return call
 
     def _end(self, call: asyncio.Future[Any]) -> None:
         self._ended.append((call, self._running.pop(call)))
@@ -155,21 +154,34 @@ class _Calls:
             if (call := self._needed.pop(request_id, None)) is not None:
                 call.cancel()
 
-    async def ended(self) -> list[Event]:
-        """Wait until a call has ended, and return the events of all that have."""
+    async def ended(self) -> tuple[list[Event], BaseException | None]:
+        """Wait until a call has ended, and return the events of all that have, with the first error that ends the step."""
         await self._has_ended.wait()
         self._has_ended.clear()
         ended, self._ended = self._ended, []
-        return [event for call, request in ended if (event := self._event(call, request)) is not None]
+        events: list[Event] = []
+        first: BaseException | None = None
+        for call, request in ended:
+            try:
+                event = self._event(call, request)
+            except (EngineLost, InputError) as error:
+                first = first or error
+            else:
+                events += [] if event is None else [event]
+        return events, first
 
     def _event(self, call: asyncio.Future[Any], request: Request) -> Event | None:
         """Return what became of a call; None for one that was cancelled because nothing waited for it."""
         is_needed = self._needed.pop(request.id, None) is not None
-        try:
-            output, reward = _pair(call.result())
-        except EngineLost:
-            raise
-        except (Exception, asyncio.CancelledError) as error:
+        error = asyncio.CancelledError() if call.cancelled() else call.exception()  # result() would tie the call to its traceback
+        if error is None:
+            try:
+                output, reward = _pair(call.result())
+            except (TypeError, ValueError, OverflowError) as wrong:
+                error = wrong
+        if error is not None:
+            if is_needed and isinstance(error, EngineLost):
+                raise error
             return self._void(request, error) if is_needed else None
         completion = self._completion(output, request)
         if not is_needed:  # it had ended before it could be cancelled
@@ -195,14 +207,20 @@ class _Calls:
         return Failed(request.id, request.policy_version, reason)
 
     async def close(self) -> None:
-        """Cancel every call that is still running, and wait until all have ended."""
-        for call in self._running:
+        """Cancel every call that is still needed, and wait until all have ended, even if this is cancelled meanwhile."""
+        for call in self._needed.values():  # the others were cancelled before, and may be cleaning up
             call.cancel()
+        interrupted: asyncio.CancelledError | None = None
         while self._running:
-            await asyncio.wait(self._running)
+            try:
+                await asyncio.wait(self._running)
+            except asyncio.CancelledError as error:
+                interrupted = error
         for call, _ in self._ended:
             if not call.cancelled():
                 call.exception()  # so that asyncio does not warn of one that nobody looked at
+        if interrupted is not None:
+            raise interrupted
 
 
 def _pair(returned: Any) -> tuple[Any, float]:

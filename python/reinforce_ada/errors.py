@@ -39,7 +39,7 @@ class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
     """Return an InputError for `name` not among `known`, naming the nearest valid one."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else ""
     return InputError(where, f"unknown {kind} {one_line(repr(name))}", f"known: {', '.join(names)}", hint)
 

@@ -85,6 +85,16 @@ def test_keywords_go_to_the_preset() -> None:
         ({"reinforce_ada": Node(preset="knapsack")}, "which divides a budget between the prompts of a step"),
         ({"reinforce_ada": Node(preset="grpo", scale="batch")}, "scale 'batch'; each prompt is sampled alone"),
         ({"reinforce_ada": Node(preset="reinforce-ada-memory", baseline="predicted")}, "a baseline that is predicted"),
+        ({"reinforce_ada": "grpo"}, "reinforce_ada='grpo'; names with values are needed; +reinforce_ada.preset=grpo"),
+        ({"reinforce_ada": {1: 2}}, "names with values are needed"),
+        ({"reinforce_ada": Node(preset=3)}, "preset 3; the name of a preset is needed"),
+        ({"reinforce_ada": Node(positive_threshold="0.5")}, "values of the keywords' types are needed"),
+        ({"actor_rollout_ref__rollout__n": None}, "n None; an integer of at least 1 is needed"),
+        ({"algorithm__filter_groups": Node(enable=True)}, "algorithm.filter_groups.enable=True"),
+        (
+            {"reinforce_ada": Node(preset="reinforce-ada-exact"), "actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-sum-norm"},
+            "loss_agg_mode=seq-mean-token-sum-norm, whose denominator depends on the outcomes",
+        ),
         ({"reinforce_ada": Node(preset="reinforce-ada-exact")}, "loss_agg_mode=token-mean, whose denominator depends on the outcomes"),
         ({"algorithm__adv_estimator": "grpo"}, "the advantages come from whole pools; algorithm.adv_estimator=reinforce_ada"),
         ({"algorithm__use_kl_in_reward": True}, "use_kl_in_reward=True"),
@@ -106,6 +116,10 @@ def test_what_can_be_combined() -> None:
         {"algorithm__rollout_correction": None},
         {"algorithm__rollout_correction": Node(bypass_mode=True), "actor_rollout_ref__rollout__calculate_log_probs": True},
         {"reinforce_ada": Node(preset="reinforce-ada-exact"), "actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-sum"},
+        {
+            "reinforce_ada": Node(preset="reinforce-ada-exact"),
+            "actor_rollout_ref__actor": Node(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=8),
+        },
         {"reinforce_ada": Node(preset="pods", num_completions=16)},
     ):
         config = config_of(**changes)
@@ -199,7 +213,9 @@ def test_the_memory_survives_a_restart_and_forgets_what_was_not_trained_on(tmp_p
     first.add(rows[:3])
     first.add(reversed(rows[3:]))
     with path.open("a") as file:
+        file.write('[2, "p0", -5, 0]\n[2, "p0", 1e400, 0]\n[2, "p0"]\nnull\n')
         file.write('[4, "p0", 1')  # killed while writing
+    path.write_bytes(path.read_bytes() + b"\xff\n")
     again = RunMemory(path)
     again.open(3)
     for row in rows[:6]:
@@ -216,6 +232,14 @@ def test_a_chat_has_one_key() -> None:
     chat = [{"role": "user", "content": "1+1?"}]
     assert key_of_chat(chat) == key_of_chat(np.array(chat, dtype=object)) == key_of_chat([{"content": "1+1?", "role": "user"}])
     assert key_of_chat(chat) != key_of_chat([{"role": "user", "content": "1+2?"}])
+    long = [np.arange(5000), np.arange(5000)]
+    long[1][2500] = 0
+    first, other = ([{"role": "user", "content": [{"image": image}]}] for image in long)
+    assert key_of_chat(first) == key_of_chat([{"role": "user", "content": [{"image": long[0].copy()}]}]) != key_of_chat(other)
+    with pytest.raises(InputError, match="a message that cannot be remembered: a object; text"):
+        key_of_chat([{"content": object()}])
+    with pytest.raises(InputError, match="a message that cannot be remembered"):
+        key_of_chat([{1: 2, "a": 3}])
 
 
 # -------------------- metrics

@@ -17,7 +17,7 @@ from sampling_world import Chaos, answer, drawn, prompts_of, scored, sequential
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import AdaptiveSampler, Counts, History, Policy, Verdict, preset
-from reinforce_ada.sampling.windows import PosteriorWindow, survivals, window_of
+from reinforce_ada.sampling.windows import CertainWindow, PosteriorWindow, survivals, window_of
 from reinforce_ada.types import Aborted, CompletionId, Event
 
 BALANCE, POS = "reinforce-ada-balance", "reinforce-ada-pos"
@@ -327,3 +327,38 @@ def test_a_window_of_nothing_is_a_window_of_one() -> None:
         for request in requests:
             sampler.receive(answer(script)(request.id))
     assert [len(pool.outcomes) for pool in sampler.result().pools] == [7, 4]
+
+
+# -------------------- what is needed for certain
+
+
+@pytest.mark.parametrize(
+    ("policy", "counts", "window"),
+    [
+        (preset("grpo"), (0, 0, 0), 8),
+        (preset("grpo"), (3, 1, 0), 4),
+        (preset("reinforce-ada-balance"), (0, 0, 0), 8),  # it decides at 8, 16, 24 and 32
+        (preset("reinforce-ada-balance"), (8, 0, 0), 8),
+        (preset("reinforce-ada-exact"), (0, 0, 0), 8),  # from 8 on it decides after each one
+        (preset("reinforce-ada-exact"), (8, 0, 0), 2),  # two wrong ones are missing
+        (preset("reinforce-ada-exact"), (8, 1, 0), 1),
+        (preset("reinforce-ada-exact"), (7, 0, 1), 2),
+        (preset("reinforce-ada-exact"), (31, 0, 0), 1),  # the cap
+        (preset("reinforce-ada-pos"), (0, 8, 0), 8),
+        (preset("dapo", group_size=4), (0, 0, 0), 4),
+    ],
+)
+def test_the_certain_window(policy: Policy, counts: tuple[int, int, int], window: int) -> None:
+    assert CertainWindow(policy)(Counts(*counts), History(), policy.cap) == window
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    policy=st.sampled_from([preset("reinforce-ada-balance"), preset("reinforce-ada-exact"), preset("reinforce-ada-pos", decide_every=1)]),
+    correct=st.integers(0, 20),
+    wrong=st.integers(0, 20),
+)
+def test_the_certain_window_is_the_posterior_one_that_wastes_nothing(policy: Policy, correct: int, wrong: int) -> None:
+    counts = Counts(correct, wrong)
+    if counts.committed < policy.cap and policy.verdict(counts) is Verdict.CONTINUE:
+        assert CertainWindow(policy)(counts, History(), policy.cap) == PosteriorWindow(policy, 1.0)(counts, History(), policy.cap)

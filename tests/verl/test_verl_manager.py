@@ -89,7 +89,11 @@ def test_prompts_are_remembered_across_steps(made: Any, rows_of: Any, tmp_path: 
         clear(batch)
         return found
 
-    first, second = step(1), step(2)
+    first = step(1)
+    validation_batch, _ = rollout(InActors(made), rows_of(range(3), validate=True), "val")
+    assert len(validation_batch.keys) == 3
+    clear(validation_batch)
+    second = step(2)
     lines = [json.loads(line) for line in (tmp_path / "reinforce_ada_memory.jsonl").read_text().splitlines()]
     counts = {key: (correct, wrong) for step, key, correct, wrong in lines if step == 1}
     assert set(counts) == set(first)

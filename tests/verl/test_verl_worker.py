@@ -88,7 +88,7 @@ def test_rows_and_advantages_are_those_of_the_one_sampler(name: str, configure: 
     result, advantages = truth(rows, settings.policy)
     worker = worker_of(AdaptiveAgentLoopWorker, config)
     if settings.policy.needs_memory:  # the manager adds the histories
-        assign_non_tensor_stack(rows, HISTORY, [list(History())] * 24)
+        assign_non_tensor_stack(rows, HISTORY, [["key", *History()]] * 24)
     batch, metrics = rollout(worker, rows)
     wanted = {}
     for group, given in zip(result.groups, advantages, strict=True):
@@ -206,3 +206,25 @@ def test_one_class_prompts_publish_as_many_rows_as_asked(configure: Any, queue: 
         assert {counts[uid] for uid in one_class} == {expected}
         assert torch.tensor([a for k, _, a in with_advantages(batch, config) if k.split("_")[0] in one_class]).count_nonzero() == 0
         clear(batch)
+
+
+class Panic(BaseException):
+    """What a tokenizer written in Rust raises: no Exception."""
+
+
+def test_a_session_without_a_token_or_with_a_panic_is_a_void(configure: Any, queue: Any, rows_of: Any) -> None:
+    class Odd(AdaptiveAgentLoopWorker):
+        async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
+            if kwargs["session_id"] % 4 == 1:
+                raise Panic("tokenizers panicked")
+            if kwargs["session_id"] % 4 == 2:
+                output.response_ids = []
+            return await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+    config, rows = configure(*ADAPTIVE), rows_of(range(8))
+    batch, metrics = rollout(worker_of(Odd, config), rows)
+    assert {key.split("_")[0] for key in batch.keys} == {str(u) for u in rows["uid"]}
+    assert {int(key.rsplit("_", 2)[1]) % 4 for key in batch.keys} <= {0, 3}
+    assert metrics["reinforce_ada/num_voids"] >= 8 * 4
+    with_advantages(batch, config)
+    clear(batch)

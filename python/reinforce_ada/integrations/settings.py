@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from reinforce_ada.async_driver import check_alone
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
 from reinforce_ada.sampling import Centered, Policy, preset, sized_preset
 from reinforce_ada.sampling.policies.contracts import at_least
 
@@ -34,7 +35,12 @@ def settings_of(where: str, options: Mapping[str, Any], group_size: int | None =
     name, window = given.pop("preset", "reinforce-ada-balance"), given.pop("window", None)
     if window is not None:
         at_least(1, where, window=window)
-    policy = preset(name, **given) if group_size is None else sized_preset(name, group_size, **given)
+    if not isinstance(name, str):
+        raise InputError(where, f"preset {one_line(repr(name))}", "the name of a preset is needed", "preset=reinforce-ada-balance")
+    try:
+        policy = preset(name, **given) if group_size is None else sized_preset(name, group_size, **given)
+    except TypeError as error:  # a text where a number is needed
+        raise InputError(f"{where}: preset {name!r}", one_line(str(error)), "values of the keywords' types are needed") from error
     where = f"{where}: policy {policy.name!r}"
     check_policy(where, policy, remembers=remembers)
     if group_size is not None and policy.group_size != group_size:

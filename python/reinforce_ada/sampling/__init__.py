@@ -16,7 +16,7 @@ from reinforce_ada.sampling.policies.weight import Centered
 from reinforce_ada.sampling.presets import PRESETS, configured, preset, sized_preset
 from reinforce_ada.sampling.sampler import AdaptiveSampler, request_seed
 from reinforce_ada.sampling.statistics import StoppingTable, stopping_table
-from reinforce_ada.sampling.windows import PosteriorWindow
+from reinforce_ada.sampling.windows import CertainWindow, PosteriorWindow
 
 __all__ = [
     "PRESETS",
@@ -30,6 +30,7 @@ __all__ = [
     "Band",
     "Budgeted",
     "Centered",
+    "CertainWindow",
     "Counts",
     "DropOneClass",
     "ExitRule",

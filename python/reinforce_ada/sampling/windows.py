@@ -13,10 +13,39 @@ from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling.policies.contracts import Counts, History, Verdict, Window
+from reinforce_ada.sampling.policies.decide import Never
 from reinforce_ada.sampling.policies.policy import Policy
 
 _TABLE_BYTES = 64 << 20
 _BLOCK = 1 << 14  # numbers, 128 KB
+
+
+@dataclass(frozen=True)
+class CertainWindow:
+    """A `Window` of the requests that are needed for certain: fewer completions end the prompt whatever their rewards are.
+
+        window = min{j >= 1 : some k in 0..j has policy.verdict(correct + k, wrong + j - k) != CONTINUE}, at most up to the cap
+
+    Nothing is wasted. Voids among them only make a prompt need more.
+    """
+
+    policy: Policy
+
+    def __call__(self, counts: Counts, history: History, cap: int, /) -> int:
+        return _least_to_end(self.policy, counts, cap)
+
+
+@lru_cache(maxsize=1 << 14)
+def _least_to_end(policy: Policy, counts: Counts, cap: int) -> int:
+    left = cap - counts.committed
+    if isinstance(policy.decide, Never):
+        return max(left, 1)
+    for more in range(1, left):
+        if policy.is_asked(counts.scored + more, counts.committed + more, cap):
+            ends = (Counts(counts.correct + k, counts.wrong + more - k, counts.void) for k in range(more + 1))
+            if any(policy.decide(end) is not Verdict.CONTINUE for end in ends):
+                return more
+    return max(left, 1)
 
 
 @dataclass(frozen=True)

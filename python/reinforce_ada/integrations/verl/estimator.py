@@ -27,7 +27,7 @@ def estimate(
     """
     import transfer_queue as tq
 
-    advantages = advantages_by_prompt(tq.kv_list(partition_id=TRAIN).get(TRAIN, {}))
+    advantages = advantages_by_prompt((tq.kv_list(partition_id=TRAIN) or {}).get(TRAIN, {}))
     rewards = token_level_rewards.sum(-1).to(torch.float32).tolist()
     rows = [_advantage(advantages, str(uid), reward) for uid, reward in zip(index, rewards, strict=True)]
     spread = torch.tensor(rows, dtype=torch.float32, device=response_mask.device)[:, None] * response_mask

@@ -34,12 +34,25 @@ class AdaptiveAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
         self._memory = RunMemory(Path(config.trainer.default_local_dir, "reinforce_ada_memory.jsonl")) if remembers else None
 
     def generate_sequences(self, prompts: Any) -> None:
-        """Give the prompts to the workers and return at once, as verl's own manager does. Raises: InputError for prompts with an n."""
-        if "__rollout_n__" in prompts:
-            raise InputError(WHERE, "prompts with an n of their own", "the policy decides how many sessions one gets")
-        if self._memory is not None and not (prompts.get("validate")):
-            self._memory.open(int(prompts["global_steps"]))
-            self._memory.add(seen for rows in ray.get([w.take_seen.remote() for w in self.agent_loop_workers]) for seen in rows)
-            histories = [list(self._memory.history(key_of_chat(chat))) for chat in prompts["raw_prompt"]]
-            assign_non_tensor_stack(prompts, HISTORY, histories)
+        """Give the prompts to the workers and return at once, as verl's own manager does.
+
+        Raises: InputError for training prompts with an n of their own, and for messages that cannot be remembered.
+        """
+        if not self._is_validation(prompts):
+            if "__rollout_n__" in prompts:
+                raise InputError(WHERE, "prompts with an n of their own", "the policy decides how many sessions one gets")
+            if self._memory is not None:
+                self._add_histories(prompts, self._memory)
         super().generate_sequences(prompts)
+
+    @staticmethod
+    def _is_validation(prompts: Any) -> bool:
+        if "validate" not in prompts:
+            return False
+        return bool(prompts["validate"])  # get() would return verl's wrapper of the value
+
+    def _add_histories(self, prompts: Any, memory: RunMemory) -> None:
+        memory.open(int(prompts["global_steps"]))
+        memory.add(seen for rows in ray.get([worker.take_seen.remote() for worker in self.agent_loop_workers]) for seen in rows)
+        keys = [key_of_chat(chat) for chat in prompts["raw_prompt"]]
+        assign_non_tensor_stack(prompts, HISTORY, [[key, *memory.history(key)] for key in keys])

@@ -8,9 +8,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_file
 from reinforce_ada.integrations.verl.settings import WHERE
-from reinforce_ada.outside import GarbageError, parse_json
+from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.sampling import History, Memory
 from reinforce_ada.types import Prompt
 
@@ -35,9 +36,25 @@ class Given:
 
 
 def key_of_chat(raw_prompt: Any) -> str:
-    """Return the key of a prompt: a hash of its messages, so that it is the same in every epoch and every run."""
+    """Return the key of a prompt: a hash of its messages, so that it is the same in every epoch and every run.
+
+    Raises: InputError for messages with anything but text, numbers, bytes, images and arrays.
+    """
     messages = raw_prompt.tolist() if hasattr(raw_prompt, "tolist") else raw_prompt
-    return blake2b(json.dumps(messages, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    try:
+        text = json.dumps(messages, sort_keys=True, default=_digest)
+    except TypeError as error:
+        given = f"a message that cannot be remembered: {one_line(str(error))}"
+        raise InputError(WHERE, given, "text, numbers, images or arrays are needed") from error
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    """Return a digest of the content of an image, an array or bytes. Raises: TypeError for anything else."""
+    content = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
+    if content is None:
+        raise TypeError(f"a {type(value).__name__}")
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 class RunMemory:
@@ -77,7 +94,7 @@ class RunMemory:
             self._memory.add(max(row.step, self._memory.step or row.step), row.key, row.num_correct, row.num_wrong)
 
     def _read(self) -> list[Seen]:
-        lines = self._path.read_text().splitlines() if self._path.is_file() else []
+        lines = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
         return [row for line in lines if (row := _seen(line)) is not None]
 
 
@@ -89,6 +106,7 @@ def _seen(line: str) -> Seen | None:
     """Return the pool of a line; None for one that a killed process left unfinished."""
     try:
         step, key, correct, wrong = parse_json(line)
-        return Seen(int(step), str(key), int(correct), int(wrong))
-    except (GarbageError, ValueError, TypeError):
+        seen = Seen(int(step), str(key), int(correct), int(wrong))
+    except (GarbageError, ValueError, TypeError, OverflowError):
         return None
+    return seen if min(seen.num_correct, seen.num_wrong) >= 0 else None

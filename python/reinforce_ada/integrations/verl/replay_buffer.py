@@ -42,5 +42,5 @@ class AsyncBuffer(_Metrics, ReplayBufferAsync):  # type: ignore[misc]
 def AdaptiveReplayBuffer(trainer_mode: str, **kwargs: Any) -> Any:  # noqa: N802 - verl calls it as a class
     """Return the replay buffer of this mode of verl's trainer, which adds `reinforce_ada/*` to the metrics of a step."""
     buffer = SyncBuffer if trainer_mode == "sync" else AsyncBuffer
-    BUFFER.check(WHERE, buffer)
+    BUFFER.check(WHERE, ReplayBuffer)
     return buffer(trainer_mode=trainer_mode, **kwargs)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+import numpy as np
 import transfer_queue as tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ, apply_greedy_sampling_params
 
 from reinforce_ada.advantages import advantages_of
 from reinforce_ada.async_driver import adaptive_group
-from reinforce_ada.integrations.verl.memory import Given, Seen, key_of_chat
+from reinforce_ada.integrations.verl.memory import Given, Seen
 from reinforce_ada.integrations.verl.settings import HISTORY, TAG, TRAIN, Settings, settings_of
 from reinforce_ada.types import Prompt, Request, SamplingResult, Scored
 
@@ -62,50 +63,59 @@ class AdaptiveAgentLoopWorker(plain(AgentLoopWorkerTQ)):  # type: ignore[misc]
         await tq.async_kv_put(key=uid, partition_id=TRAIN, tag={"status": "running"})
         try:
             result = await self._sample(dict(prompt), dict(sampling_params), trajectory, trace)
-            await self._publish(result)
-            tag = {"status": "finished" if result.pools[0].count else "failure", TAG: dict(result.metrics)}
+            is_whole = await self._publish(result)
+            tag = {"status": "finished" if is_whole and result.pools[0].count else "failure", TAG: dict(result.metrics)}
         except Exception:
             _log.exception("prompt %s failed", uid)
-        await tq.async_kv_put(key=uid, partition_id=TRAIN, tag=tag)
+        finally:  # whatever ends it: verl waits for a terminal status
+            await tq.async_kv_put(key=uid, partition_id=TRAIN, tag=tag)
 
     async def _sample(self, prompt: dict[str, Any], params: dict[str, Any], trajectory: dict[str, Any], trace: bool) -> SamplingResult:
         if not prompt.pop("__do_sample__", True):
             apply_greedy_sampling_params(params)
-        history = prompt.pop(HISTORY, None)
+        key, *history = prompt.pop(HISTORY, ("",))
 
-        async def session(request: Request) -> tuple[Session, float]:
+        async def session(request: Request) -> tuple[Session, Any]:
             held = await self._run_agent_loop(params, trajectory=trajectory, trace=trace, session_id=request.id.index, **prompt)
-            return held, held.outputs[-1].reward_score
+            score = held.outputs[-1].reward_score
+            return held, score if score is None else float(np.float32(score))  # verl keeps rewards in float32
 
-        step, key = int(trajectory["step"]), key_of_chat(prompt["raw_prompt"])
+        step = int(trajectory["step"])
         result = await adaptive_group(
-            self._settings.policy, session, prompt=Prompt(prompt["uid"], key=key), step=step, window=self._settings.window,
-            memory=None if history is None else Given(history),
+            self._settings.policy, session, prompt=Prompt(prompt["uid"]), step=step, window=self._settings.window,
+            memory=Given(history) if history else None,
         )  # fmt: skip
         pool = result.pools[0]
-        if self._settings.policy.needs_memory:  # the manager asks for them
+        if history:  # the manager asks for them
             self._seen.append(Seen(step, key, pool.num_correct, pool.num_wrong))
         return result
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Session | None:
-        """Score the output of a training session, and hold it back. Raises: ValueError for one without output or reward."""
+        """Score the output of a training session, and hold it back. Raises: ValueError for one without a token."""
         if validate:
             await super()._agent_loop_postprocess(output, validate, **kwargs)
             return None
         session = Session(output, kwargs)
-        if not session.outputs:
-            raise ValueError("the agent loop gave no output")
+        if not session.outputs or not all(output.response_ids for output in session.outputs):
+            raise ValueError("the agent loop gave no token")  # verl cannot put such a row into its queue
         await self._compute_score(session.outputs, kwargs=kwargs)
         return session
 
-    async def _publish(self, result: SamplingResult) -> None:
+    async def _publish(self, result: SamplingResult) -> bool:
+        """Publish the kept sessions, and return whether all could be."""
+        is_whole = True
         for group, advantages in zip(result.groups, advantages_of(result, self._settings.policy), strict=True):
             tag = {TAG: [[s.reward, advantage] for s, advantage in zip(group.kept, advantages, strict=True)]}
             for scored in self._rows(group.kept, advantages):
                 held: Session = scored.completion.output
-                await super()._agent_loop_postprocess(held.output, False, **held.kwargs)  # it has its score: no reward is asked again
                 keys = [f"{held.kwargs['uid']}_{scored.id.index}_{i}" for i in range(len(held.outputs))]
-                await tq.async_kv_batch_put(keys=keys, partition_id=TRAIN, tags=[tag] * len(keys))  # verl's own tags stay
+                try:
+                    await super()._agent_loop_postprocess(held.output, False, **held.kwargs)  # it has its score: no reward is asked again
+                    await tq.async_kv_batch_put(keys=keys, partition_id=TRAIN, tags=[tag] * len(keys))  # verl's own tags stay
+                except Exception:
+                    _log.exception("session %s could not be published", keys[0])
+                    is_whole = False
+        return is_whole
 
     def _rows(self, kept: tuple[Scored, ...], advantages: list[float]) -> tuple[Scored, ...]:
         """Return the sessions to publish: all that were kept, unless none of them can move a weight."""
