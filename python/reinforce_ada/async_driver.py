@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from types import CoroutineType
 from typing import Any, TypeAlias
 
 from reinforce_ada.driver import Journal, Ledger, stall
@@ -118,6 +119,7 @@ class _Calls:
         self._running: dict[asyncio.Future[Any], Request] = {}
         self._needed: dict[CompletionId, asyncio.Future[Any]] = {}
         self._ended: list[tuple[asyncio.Future[Any], Request]] = []
+        self._loop = asyncio.get_running_loop()
         self._has_ended = asyncio.Event()
         self._has_warned = False
 
@@ -138,6 +140,8 @@ class _Calls:
 
     def _call(self, request: Request) -> asyncio.Future[Any]:
         awaitable = self._sample(request)
+        if isinstance(awaitable, CoroutineType):
+            return self._loop.create_task(awaitable)
         if not inspect.isawaitable(awaitable):
             raise InputError("arun", f"a sample function that returns a {type(awaitable).__name__}", "an async function is needed")
         call = asyncio.ensure_future(awaitable)

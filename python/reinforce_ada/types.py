@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
 
+_NO_IDS, _NO_LOGPROBS = np.empty(0, np.int32), np.empty(0, np.float32)
+
 
 class CompletionId(NamedTuple):
     """Identifies a completion: the step, the prompt, and the request's number within the prompt (from 0).
@@ -48,7 +50,7 @@ class Request:
     policy_version: int
 
     def completed(
-        self, token_ids: Any = (), rollout_logprobs: Any = (), *, text: str = "", finish_reason: str = "stop", **others: Any
+        self, token_ids: Any = _NO_IDS, rollout_logprobs: Any = _NO_LOGPROBS, *, text: str = "", finish_reason: str = "stop", **others: Any
     ) -> Completion:
         """Return this request's completion under its own policy_version, for a sample function of one's own; see `Completion`."""
         return Completion(self.id, token_ids, rollout_logprobs, text, finish_reason, self.policy_version, **others)
@@ -149,7 +151,7 @@ class PoolStats(NamedTuple):
     max: Any  # [G]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Pool:
     """Every committed completion of one prompt in one step, in request order, with the statistics of the raw rewards."""
 
@@ -181,6 +183,10 @@ class Pool:
     def scored(self) -> tuple[Scored, ...]:
         return tuple(o for o in self.outcomes if isinstance(o, Scored))
 
+    def __repr__(self) -> str:
+        counts = f"{self.num_correct} correct, {self.num_wrong} wrong, {self.num_void} void"
+        return f"<Pool {self.prompt.prompt_id!r}: {counts}, {self.exit}>"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
@@ -190,13 +196,18 @@ class Group:
     kept: tuple[Scored, ...]  # [<= group_size]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SamplingResult:
     """The result of sampling one step."""
 
     pools: tuple[Pool, ...]  # [P], in the order the prompts entered
     groups: tuple[Group, ...]  # [G], G <= P
     metrics: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        """Return one line: asyncio.run() prints the result of its coroutine into a message, and every token took seconds."""
+        kept = sum(len(group.kept) for group in self.groups)
+        return f"<SamplingResult: {len(self.pools)} pools, {kept} completions kept in {len(self.groups)} groups>"
 
     def pool_stats(self) -> PoolStats:
         """Return the statistics of the groups' pools, each [G] float64, ready for `ops.group_advantages(pool=...)`."""
