@@ -25,8 +25,9 @@ class Settings(NamedTuple):
 
     policy, window: see `integrations.settings`; a preset keeps `rollout.n` completions.
     zero_rows: which rows of a prompt are published if all of its advantages are 0, as they are where every answer is right, or wrong:
-        "all", "one" (the default) or "none". Fewer rows spare the actor their cost. A loss that averages over tokens then averages over
-        fewer of them; and a step in which no prompt has a row ends verl's run, so that "none" suits large batches.
+        "all", "one" (the default) or "none". Fewer rows spare the actor their cost; a KL or entropy term would still use them. A loss
+        that averages over tokens then averages over fewer of them; and a step in which no prompt has a row ends verl's run, so that
+        "none" suits large batches.
     """
 
     policy: Policy

@@ -118,7 +118,7 @@ class AdaptiveAgentLoopWorker(plain(AgentLoopWorkerTQ)):  # type: ignore[misc]
         return is_whole
 
     def _rows(self, kept: tuple[Scored, ...], advantages: list[float]) -> tuple[Scored, ...]:
-        """Return the sessions to publish: all that were kept, unless none of them can move a weight."""
+        """Return the sessions to publish: all that were kept, unless the policy gradient of all of them is 0."""
         if any(advantages) or self._settings.zero_rows == "all":
             return kept
         return kept[:1] if self._settings.zero_rows == "one" else ()
