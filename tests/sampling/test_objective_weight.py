@@ -381,9 +381,9 @@ def loss_gradient(policy: Policy, script: dict[str, str], num_minibatches: int =
     for part in np.array_split(np.arange(len(groups)), num_minibatches):
         rows = [[s] for i in part for s in groups[i]]
         batch: Batch = collate(rows, 0)
-        logprobs = torch.full((batch.num_tokens,), -1.0, requires_grad=True)
+        logprobs = torch.full((batch.num_written,), -1.0, requires_grad=True)
         loss, _ = ops.policy_loss(
-            logprobs, batch.advantages, torch.ones(batch.num_tokens, dtype=torch.bool), cu_seqlens=batch.cu_seqlens,
+            logprobs, batch.advantages, batch.token_mask, cu_seqlens=batch.cu_seqlens,
             loss_agg="seq-mean-token-sum", num_seqs_global=num_seqs_of([s for row in rows for s in row], result, policy, num_minibatches),
         )  # fmt: skip
         loss.backward()
