@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,3 +48,14 @@ def assert_same(found: list[Rows], truth: list[Rows]) -> None:
     assert [[row[:2] for row in rows] for rows in found] == [[row[:2] for row in rows] for rows in truth]
     flat = [[row[2] for rows in side for row in rows] for side in (found, truth)]
     assert flat[0] == pytest.approx(flat[1], abs=1e-6)
+
+
+def stand_in(modules: Mapping[str, Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put modules with these contents in the place of a library; parents come before their children."""
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)

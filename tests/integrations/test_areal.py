@@ -11,12 +11,12 @@ import asyncio
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from one_sampler import PRESETS, RATES, Rows, assert_same, expected, reward_of
+from one_sampler import PRESETS, RATES, Rows, assert_same, expected, reward_of, stand_in
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.integrations import areal as adapter
@@ -71,13 +71,7 @@ def areal(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "areal.utils.data": {"concat_padded_tensors": concat_padded_tensors},
         "areal.utils.dynamic_import": {"import_from_string": lambda path: {"mine.OneRow": OneRow, "mine.Agent": SimpleNamespace}[path]},
     }
-    for name, content in modules.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    stand_in(modules, monkeypatch)
     adapter._workflow_class.cache_clear()
     return state
 

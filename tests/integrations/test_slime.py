@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from one_sampler import PRESETS, RATES, Rows, assert_same, expected, reward_of
+from one_sampler import PRESETS, RATES, Rows, assert_same, expected, reward_of, stand_in
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.integrations import slime as adapter
@@ -98,13 +98,7 @@ def install(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any] = respon
             "GenerateState": GenerateState, "generate_and_rm": generate_and_rm, "generate_rollout": generate_rollout,
         },
     }  # fmt: skip
-    for name, content in modules.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    stand_in(modules, monkeypatch)
 
 
 def trained(samples: list[list[Sample]], args: Any) -> list[Rows]:
