@@ -12,12 +12,14 @@ import torch
 import transfer_queue as tq
 from scripted import TOKENIZER, Client, Reward, answer, right_answer
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from reinforce_ada import AdaptiveSampler, Prompt, advantages_of
 from reinforce_ada.driver import run
 from reinforce_ada.engines.scripted import ScriptedEngine
+from reinforce_ada.errors import InputError
 from reinforce_ada.integrations.verl import AdaptiveAgentLoopWorker, AdaptiveReplayBuffer
 from reinforce_ada.integrations.verl.settings import HISTORY, settings_of
 from reinforce_ada.integrations.verl.worker import plain
@@ -228,3 +230,25 @@ def test_a_session_without_a_token_or_with_a_panic_is_a_void(configure: Any, que
     assert metrics["reinforce_ada/num_voids"] >= 8 * 4
     with_advantages(batch, config)
     clear(batch)
+
+
+class Near(Reward):
+    """Two rewards that differ in float64 only."""
+
+    async def remote(self, data: Any) -> dict[str, Any]:
+        scored = await super().remote(data)
+        return {**scored, "reward_score": 1 + 1e-9 * scored["reward_score"]}
+
+
+def test_rewards_that_verl_cannot_tell_apart_are_one(configure: Any, queue: Any, rows_of: Any) -> None:
+    config = configure(*ADAPTIVE, "+reinforce_ada.preset=grpo", "+reinforce_ada.zero_rows=all")
+    batch, metrics = rollout(AdaptiveAgentLoopWorker(config, Client(), None, [Near()]), rows_of(range(8)))
+    assert metrics["reinforce_ada/signal_fraction"] == 0
+    assert [advantage for _, _, advantage in with_advantages(batch, config)] == [0.0] * 32
+    clear(batch)
+
+
+def test_a_replay_buffer_with_another_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReplayBuffer, "_materialize_batch", lambda self, partition, uids: None)
+    with pytest.raises(InputError, match="its _materialize_batch takes"):
+        AdaptiveReplayBuffer("sync")
