@@ -1,0 +1,43 @@
+"""One typed configuration: defaults < TOML file < command-line flags. Every key is also a flag of `reinforce-ada train`.
+
+It needs the standard library alone, so that `--help` stays fast and a base install reads every configuration.
+"""
+
+from __future__ import annotations
+
+from reinforce_ada.config.files import BUDGET_UNITS, Budget, budget_of, dump, load, load_saved, read_toml
+from reinforce_ada.config.keys import (
+    POLICY_KEYS,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    TaskConfig,
+    TrainingConfig,
+    section_of,
+    sections,
+)
+from reinforce_ada.config.values import RANGES, Range
+
+__all__ = [
+    "BUDGET_UNITS",
+    "POLICY_KEYS",
+    "RANGES",
+    "Budget",
+    "Config",
+    "EngineConfig",
+    "ModelConfig",
+    "Range",
+    "RunConfig",
+    "SamplingConfig",
+    "TaskConfig",
+    "TrainingConfig",
+    "budget_of",
+    "dump",
+    "load",
+    "load_saved",
+    "read_toml",
+    "section_of",
+    "sections",
+]

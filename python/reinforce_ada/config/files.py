@@ -1,0 +1,135 @@
+"""Configurations from files and flags, and back to files."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reinforce_ada.config.keys import Config, TrainingConfig, section_of, sections
+from reinforce_ada.config.values import RANGES, check_text, convert, shown
+from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.outside import GarbageError, one_line, read_text, server_url
+
+_MOST_BYTES = 1 << 20  # of a configuration file
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file as nested dictionaries."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(read_text(path, _MOST_BYTES))
+    except GarbageError as e:
+        raise InputError("config", f"cannot read {path}: {e}", "a readable TOML file") from e
+    except RecursionError as e:
+        raise InputError("config", f"{path} is nested too deeply", "a valid TOML file") from e
+    except ValueError as e:  # TOMLDecodeError, and Python's error for an integer of 5000 digits
+        raise InputError("config", f"{path} is not TOML: {one_line(str(e))}", "a valid TOML file") from e
+
+
+class Budget(NamedTuple):
+    """The amount that a run may spend of what `unit` counts, one of BUDGET_UNITS."""
+
+    amount: int
+    unit: str
+
+
+BUDGET_UNITS = ("generated_completions", "generated_tokens", "trained_completions", "trained_tokens")
+
+
+def budget_of(training: TrainingConfig) -> Budget | None:
+    """Return the budget of a run; None if `steps` alone ends it. Raises: InputError for a text that is no budget."""
+    if not training.budget:
+        return None
+    found = re.fullmatch(r"0*([1-9][0-9]{0,14}) ((?:generated|trained) (?:completions|tokens))", training.budget)
+    if found is None:
+        needed = 'a number of generated or trained completions or tokens, such as "20000 generated completions"'
+        raise InputError("config", f"budget = {shown(training.budget)}", needed)
+    return Budget(int(found[1]), found[2].replace(" ", "_"))
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Return the defaults, overridden by the file at `path`, then by `overrides` (key -> value or its text).
+
+    Raises: InputError for an unknown section or key (naming the nearest valid one) and for a value of the wrong type.
+    """
+    merged: dict[str, dict[str, Any]] = {name: {} for name, _ in sections()}
+    where = str(path) if path else "config"
+    for section, values in (read_toml(path) if path else {}).items():
+        _merge_section(merged, where, section, values)
+    homes = section_of()
+    for key, value in (overrides or {}).items():
+        if key not in homes:
+            raise unknown_name("config", "key", key, homes)
+        merged[homes[key]][key] = value
+    config = Config(**{name: convert(name, cls, merged[name]) for name, cls in sections()})
+    _check(config)
+    return config
+
+
+def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Return the configuration in a run's folder, then `overrides`, with the meaning that it had for an older run.
+
+    A run without a data_seed took its data from `seed`.
+    """
+    run = read_toml(path).get("run")
+    kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
+    return load(path, {**kept, **(overrides or {})})
+
+
+def dump(config: Config) -> str:
+    """Return the configuration as TOML that `load` reads back to an equal one (keys that are None are left out).
+
+    Raises: InputError for a task option that TOML cannot hold.
+    """
+    import tomli_w
+
+    sections = dataclasses.asdict(config).items()
+    try:
+        return tomli_w.dumps({name: {k: v for k, v in values.items() if v is not None} for name, values in sections})
+    except TypeError as e:
+        raise InputError("config", f"task_options = {config.task.task_options}", "values that TOML can hold") from e
+
+
+def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, values: Any) -> None:
+    if section not in merged:
+        raise unknown_name(where, "section", section, merged)
+    if not isinstance(values, Mapping):
+        raise InputError(where, f"{section} = {shown(values)}", f"a table [{section}]")
+    known = [f.name for f in dataclasses.fields(dict(sections())[section])]
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"{where} [{section}]", "key", key, known)
+        merged[section][key] = value
+
+
+def _check(config: Config) -> None:
+    """Check all values as far as the configuration alone allows."""
+    values = {f.name: getattr(getattr(config, section), f.name) for section, cls in sections() for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if isinstance(value, str):
+            check_text(key, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
+            raise InputError("config", f"{key} = {shown(value)}", needed)
+    budget_of(config.training)
+    sampling = config.sampling
+    if sampling.window is not None and sampling.schedule == "rounds":
+        raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
+    if sampling.max_tokens >= config.engine.max_model_len:
+        given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
+        raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    for text in sampling.stop:
+        check_text("stop", text)
+    if "" in sampling.stop:
+        raise InputError("config", f"stop = {shown(sampling.stop)}", "strings that are not empty")
+    try:
+        for url in filter(None, map(str.strip, config.engine.servers.split(","))):
+            server_url(url)
+    except GarbageError as e:
+        raise InputError("config", f"servers: {e}", "URLs such as http://host:8000", "VLLM_API_KEY holds the key") from None

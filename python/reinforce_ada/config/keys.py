@@ -1,0 +1,186 @@
+"""Every key of the configuration, with its default and its line of `--help`; one class per TOML table."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, about: str) -> Any:
+    """Declare a configuration key: its default and the line that `--help` prints."""
+    return field(default=default, metadata={"about": about})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The policy to train, its dtype and its device."""
+
+    model: str = option("smollm2", "smollm2 | tiny | a folder or hub id of any Hugging Face causal LM")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "dtype of the weights; bfloat16 keeps an fp32 master copy; auto: bfloat16 where the device computes in it, else float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device of the trainer; auto: cuda if available")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    """The questions, and how answers are scored."""
+
+    task: str = option("chain_sum", "a reasoning-gym dataset, or a file of {prompt, answer, ...} records: JSONL, JSON, CSV, Parquet")
+    task_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
+    )
+    reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
+    template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
+    num_examples: int = option(1, "worked examples shown before each question (from the same generator)")
+    eval_prompts: int = option(64, "held-out prompts; never trained on")
+    eval_k: int = option(8, "completions per held-out prompt (the k of Avg@k)")
+    eval_every: int = option(0, "steps between evaluations; 0 evaluates before and after only")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How the rollout budget is spent."""
+
+    preset: str = option(
+        "reinforce-ada-balance", "grpo | dapo | pods | knapsack | reinforce-ada-{pos,balance,est,exact,memory}; docs/policies.md"
+    )
+    schedule: Literal["stream", "rounds"] = option("stream", "stream has no barrier between rounds; same pools either way")
+    prompts_per_step: int = option(12, "prompts entering each step")
+    group_size: int | None = option(None, "completions kept per prompt (default: the preset's)")
+    round_size: int | None = option(None, "completions requested together (default: the preset's)")
+    max_rounds: int | None = option(None, "rounds at most; the cap is round_size x max_rounds (default: the preset's)")
+    decide_every: int | None = option(None, "committed completions between two evaluations of the exit rule (default: the preset's)")
+    min_pool: int | None = option(None, "no exit before this many scored completions (default: the preset's)")
+    positive_threshold: float | None = option(None, "a completion is correct when its reward exceeds this (default: the preset's)")
+    mean_budget: int | None = option(None, "reinforce-ada-est, knapsack: completions per prompt on average (default: the preset's)")
+    num_completions: int | None = option(None, "pods: completions per prompt, of which group_size are kept (default: the preset's)")
+    baseline: Literal["pool", "group", "leave-one-out", "memory", "predicted"] | None = option(
+        None,
+        "mean that a reward is compared with; memory: posterior mean of the prompt's pass rate; predicted: the same, with a prior from the "
+        "model's own state at the prompt's end (default: the preset's)",
+    )
+    scale: Literal["none", "pool", "group", "batch"] | None = option(
+        None, "rewards whose standard deviation divides the advantages (default: the preset's)"
+    )
+    degenerate: Literal["keep", "drop"] | None = option(None, "groups without signal: keep or drop (default: the preset's)")
+    objective: Literal["as-published", "mean", "log", "power"] | None = option(
+        None, "objective of the expected gradient: mean, log or power of the pass rate, or as published (default: the preset's)"
+    )
+    alpha: float | None = option(None, "exponent of objective power (default: 1, which is mean)")
+    propose: Literal["nearest-rate", "skip-streaks"] | None = option(None, "choose prompts by their earlier pools (default: take all)")
+    memory_decay: float = option(0.99, "factor by which the memory of a prompt's pools fades per step; 1 keeps everything")
+    memory_from: str = option("", "run folder whose pools initialize the memory; prompts are matched by question and answer")
+    window: int | Literal["posterior"] | None = option(
+        None,
+        "stream: most requests ahead of a prompt; posterior: as many as it needs (default: posterior on a GPU, round_size on a CPU)",
+    )
+    temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
+    max_tokens: int = option(12, "tokens per completion at most")
+    stop: list[str] = field(
+        default_factory=list,
+        metadata={"about": 'stop string that ends a completion; a TOML or JSON list for several: ["</answer>", "\\n\\n"]'},
+    )
+
+
+# The keys that make the policy, besides the name of its preset. Keys that are not set keep the preset's values.
+POLICY_KEYS = (
+    "group_size", "round_size", "max_rounds", "decide_every", "min_pool", "positive_threshold", "mean_budget", "num_completions",
+    "baseline", "scale", "degenerate", "objective", "alpha", "propose",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The engine that generates, and the workers that score."""
+
+    engine: Literal["auto", "vllm", "transformers", "openai", "ray"] = option(
+        "auto", "auto: vllm if installed, else transformers; openai: the servers of --servers; ray: vLLM in --replicas actors"
+    )
+    servers: str = option("", "openai: comma-separated URLs of the servers, which `reinforce-ada serve` starts")
+    weights_dir: str = option("", "folder for new weights, which every server or actor reads (default: weights in the run folder)")
+    replicas: int = option(1, "ray: number of actors; an actor without a node that has room waits for one")
+    ray_address: str = option("", 'ray: address of a cluster; "auto": the cluster of this node (default: starts Ray on this machine)')
+    cpus_per_replica: int = option(1, "ray: CPU cores of each actor")
+    tensor_parallel: int = option(1, "ray on cuda: GPUs of each actor")
+    hung_after_s: float = option(60.0, "openai, ray: a replica without an answer for this long counts as dead; its requests go to others")
+    give_up_s: float = option(600.0, "openai, ray: the run stops, and can be resumed, after this long without any replica")
+    max_num_seqs: int = option(128, "concurrent requests in the engine, or in each replica")
+    max_model_len: int = option(512, "longest prompt + completion in tokens")
+    memory_fraction: float = option(0.45, "cuda: share of the GPU for vLLM; the trainer has the rest")
+    sleep: bool = option(True, "cuda: vLLM in this process frees its memory while the model trains; false is faster if both fit")
+    request_timeout_s: float = option(
+        0.0, "reissue a request after this time without an answer; 0: never (engines in this process lose none)"
+    )
+    reward_workers: int = option(1, "processes that score completions")
+    reward_timeout_s: float = option(
+        10.0, "limit of a scoring call, tenfold for a worker's first; afterwards the worker is replaced and the call retried"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How the kept completions become a gradient."""
+
+    steps: int = option(30, "total number of steps; a resumed run continues to this number")
+    budget: str = option("", 'end after the step in which this is spent, such as "20000 generated completions"; steps stays the limit')
+    learning_rate: float = option(1e-5, "AdamW, after warm-up")
+    warmup_steps: int = option(2, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW")
+    max_grad_norm: float = option(1.0, "gradient clipping by global norm")
+    minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
+    tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
+    loss: str = option("ppo", "policy loss: reinforce, ppo, cispo, gspo or sapo, or your own as module:function or file.py:function")
+    loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
+        None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
+    )
+    clip_low: float = option(0.2, "ppo, gspo, cispo: ratio clipped below 1 - clip_low")
+    clip_high: float = option(0.28, "ppo, gspo, cispo: ratio clipped above 1 + clip_high")
+    entropy_coef: float = option(0.0, "entropy bonus")
+    rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
+        "none", "importance weights for the engine's own logprobs"
+    )
+    correction_high: float = option(2.0, "largest importance weight of the rollout correction")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The run's folder, seeds, checkpoints and trackers."""
+
+    out: str = option("", "run folder; default runs/<model>-<task>-<preset>-seed<seed>")
+    seed: int = option(0, "seed of the training: order of prompts, sampling, shuffles")
+    data_seed: int = option(0, "seed of the data: the questions, the held-out split, and the base model of tiny")
+    checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
+    track: str = option("", "further trackers, comma-separated: wandb, mlflow, trackio")
+    profile: str = option(
+        "", "write a trace of requests by slot, weight sync and training to this file (chrome://tracing, ui.perfetto.dev)"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, with one TOML table per section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def sections() -> Iterator[tuple[str, type]]:
+    """Yield (section name, its dataclass), in order."""
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        yield f.name, hints[f.name]
+
+
+def section_of() -> dict[str, str]:
+    """Return key -> section. Keys are unique over all sections, so each is one flag."""
+    return {f.name: name for name, cls in sections() for f in dataclasses.fields(cls)}
