@@ -25,9 +25,10 @@ CSRC = ROOT / "csrc"
 DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
-# and ends it with the report, so nothing else in training may import it.
+# and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
 FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
+ENTRIES = {"training.launch", "training.launch_eval"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
@@ -50,12 +51,13 @@ MAY_IMPORT = {
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "report"},
+    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config", "training"},
     "study": {*FOUNDATION, "sampling", "config", "explain", "training"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
-    "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", "training.launch"},
+    "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", *ENTRIES},
     "cli": {*FOUNDATION, "commands"},
     "__main__": {"cli"},
 }

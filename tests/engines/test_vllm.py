@@ -17,7 +17,7 @@ from engine_scenes import MAX_TOKENS, refusal
 from reinforce_ada import config as configuration
 from reinforce_ada.engines.base import too_old
 from reinforce_ada.engines.vllm import VllmEngine
-from reinforce_ada.training import launch, models
+from reinforce_ada.training import launch_eval, models
 from reinforce_ada.training.log import read_log
 
 pytestmark = [
@@ -168,5 +168,5 @@ def test_the_whole_way(vllm_folder: Path, tiny_model: Path) -> None:
     moved = any(r["grad_norm"] > 0 for r in records if r["kind"] == "step")
     assert any(not torch.equal(before[k], after[k]) for k in before) == moved
     config = configuration.load(run / "config.toml", {"engine": "transformers"})
-    e = launch.evaluate_model(config, str(run / "model"))
+    e = launch_eval.evaluate_model(config, str(run / "model"))
     assert len(e.per_prompt) == 4

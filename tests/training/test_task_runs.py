@@ -14,7 +14,7 @@ import pytest
 from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.training import launch, lineage, models
+from reinforce_ada.training import launch, launch_eval, lineage, models
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.task_files import question_of
 from reinforce_ada.training.tasks import load_records
@@ -87,13 +87,13 @@ def test_no_trained_question_is_scored(
     run: Path, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scored: list[str] = []
-    evaluate = launch.evaluate
+    evaluate = launch_eval.evaluate
 
     def spy(engine: Any, rewards: Any, prompts: Sequence[Prompt], **more: Any) -> Any:
         scored.extend(question_of(p.data) for p in prompts)
         return evaluate(engine, rewards, prompts, **more)
 
-    monkeypatch.setattr(launch, "evaluate", spy)
+    monkeypatch.setattr(launch_eval, "evaluate", spy)
     trained = trained_questions(run)
     assert len(trained) == 12
     place = "model" if "eval_prompts" in other else "checkpoints/step-000002/model"

@@ -41,9 +41,9 @@ def run(given: argparse.Namespace) -> int:
     config = load(given.config, overrides(given))
     import_from_here()
     with _prints_aside() if given.json else nullcontext():
-        from reinforce_ada.training import launch
+        from reinforce_ada.training import launch_eval
 
-        e = launch.evaluate_model(config, given.model)
+        e = launch_eval.evaluate_model(config, given.model)
     if given.json:
         show(json.dumps(finite({**e.record(), "model": given.model}), allow_nan=False))
         return 0

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
-from reinforce_ada.training.evaluate import Evaluation, evaluate
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.loss import RunLoss
@@ -63,7 +61,7 @@ def train(config: Config, resume: Path | None = None) -> None:
 def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     display = Display()
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
-    precision = _precision(config.model.dtype, device)
+    precision = precision_of(config.model.dtype, device)
     config = with_dtype(config, device)
     track.check_names(config.run.track)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
@@ -84,7 +82,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.path_of(config.model.model)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
-        task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
+        task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
         for note in task.notes:
             display.line(note)
         weights = out / "weights"
@@ -121,40 +119,6 @@ def finish(out: Path, display: Display) -> None:
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
 
 
-def evaluate_model(config: Config, model_name: str) -> Evaluation:
-    """Return Avg@k and pass@k of any model on the held-out prompts of the configured task."""
-    if distributed.world_size() > 1:
-        raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
-    quiet_libraries(model_name)
-    display = Display(stderr=True)
-    policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
-    precision = _precision(config.model.dtype, device)
-    config = with_dtype(config, device)
-    if model_name == "tiny":
-        raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
-    records = load_records(config.task, config.run.seed, config.run.data_seed)
-    if not records.held_out:
-        raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
-    path = models.path_of(model_name)
-    records, left_out = lineage.without_trained(records, path)
-    with ExitStack() as stack:
-        rewards = stack.enter_context(make_rewards(config, records))
-        model = models.load(path, config.model.dtype, device)
-        task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
-        for note in filter(None, (*task.notes, left_out)):
-            display.line(note)
-        scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
-        display.line(f"model {model_name} ({precision})")
-        engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
-        engine.sync_weights(model.named_tensors(), 0)
-        with display.sampling("held-out") as on_progress:
-            return evaluate(
-                engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
-                positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s or None,
-                on_progress=on_progress,
-            )  # fmt: skip
-
-
 def model_path(name: str) -> str:
     """Return the path that an engine loads for a model of this name."""
     return models.path_of(name)
@@ -176,7 +140,7 @@ def with_dtype(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=machine.native_dtype(device.type)))
 
 
-def _precision(dtype: str, device: torch.device) -> str:
+def precision_of(dtype: str, device: torch.device) -> str:
     """Return the dtype and the device in words, with the reason for the dtype if "auto" chose it."""
     if dtype != "auto":
         return f"{dtype}, {device}"
@@ -241,18 +205,6 @@ def _out(config: Config) -> Path:
     return Path(run.out or default)
 
 
-@contextmanager
-def _scratch(weights_dir: str) -> Iterator[str]:
-    """Yield a folder for the weights of an evaluation, inside the one that servers can read."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="eval-", dir=weights_dir or None)
-    except OSError as e:
-        raise InputError("engine", f"cannot write weights to {weights_dir}: {e.strerror}", "a writable folder", "--weights-dir") from e
-    with folder as scratch:
-        os.chmod(scratch, 0o755)
-        yield scratch
-
-
 def _with_whole_paths(config: Config, records: Records) -> Config:
     """Make the paths of task, reward, loss and model absolute, since a resume may start from another folder."""
     task, model = config.task.task, config.model.model
@@ -268,7 +220,8 @@ def _with_whole_paths(config: Config, records: Records) -> Config:
     )
 
 
-def _longest_prompt(config: Config) -> int:
+def longest_prompt(config: Config) -> int:
+    """Return the most tokens of a prompt that leave room for a completion."""
     return config.engine.max_model_len - config.sampling.max_tokens
 
 
