@@ -70,6 +70,45 @@ def logits_of(module: Any, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
     return module(input_ids=row).logits[0, len(prompt) - 1 : -1]
 
 
+# Settings that truncate the distribution, alone and together.
+TRUNCATIONS: dict[str, dict[str, Any]] = {
+    "top_p": {"top_p": 0.7}, "top_k": {"top_k": 5}, "min_p": {"min_p": 0.2}, "all": {"top_p": 0.8, "top_k": 12, "min_p": 0.05},
+}  # fmt: skip
+
+
+def truncated_probabilities(logits: Any, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Any:
+    """What is left of softmax(logits / temperature), [V] float64, token by token from the likeliest down; no two may be equally likely."""
+    z = np.asarray(logits, dtype=np.float64) / temperature
+    p = np.exp(z - z.max())
+    p = p / p.sum()
+    ranked = [int(i) for i in np.argsort(-p)]
+    kept = [i for i in ranked if p[i] >= min_p * p[ranked[0]]][: top_k or None]
+    mass = sum(p[i] for i in kept)
+    left, nucleus = 0.0, []
+    for i in kept:
+        if nucleus and left / mass >= top_p:  # those before it are enough
+            break
+        nucleus.append(i)
+        left += p[i]
+    out = np.zeros_like(p)
+    out[nucleus] = p[nucleus] / left
+    return out
+
+
+def largest_truncated_difference(
+    module: Any, requests: Sequence[Request], done: dict[CompletionId, Completion], temperature: float, truncation: dict[str, Any]
+) -> float:
+    """Of the logprobs from those of the truncated distribution; infinite if a token outside its support was sampled."""
+    worst = 0.0
+    for r in requests:
+        c = done[r.id]
+        rows = logits_of(module, r.prompt.token_ids, c.token_ids)
+        for row, token, logprob in zip(rows, c.token_ids, c.rollout_logprobs, strict=True):
+            p = truncated_probabilities(row, temperature, **truncation)[token]
+            worst = max(worst, abs(float(np.log(p)) - float(logprob)) if p > 0 else float("inf"))
+    return worst
+
+
 def largest_logprob_difference(module: Any, requests: Sequence[Request], done: dict[CompletionId, Completion], temperature: float) -> float:
     worst = 0.0
     for r in requests:

@@ -114,13 +114,14 @@ FIELDS = {
 }  # fmt: skip
 
 
-def test_every_field_of_sampling_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9, "top_k": 20, "min_p": 0.05}], ids=str)
+def test_every_field_of_sampling_is_named(tmp_path: Path, truncation: dict[str, float]) -> None:
     """A server fills what is left out from the folder of its model."""
-    with servers({}) as one, engine_of(one, tmp_path, temperature=0.7, stop=(".",)) as engine:
+    with servers({}) as one, engine_of(one, tmp_path, temperature=0.7, stop=(".",), **truncation) as engine:
         engine.submit([Request(CompletionId(1, "p", 0), PROMPTS[0], 1, VERSION)])
         until(lambda: engine.poll())
         asked = ask(f"{one[0].url}/active")["asked"]
-    assert {name: asked[name] for name in FIELDS} == FIELDS
+    assert {name: asked[name] for name in FIELDS} == {**FIELDS, **truncation}
     assert "best_of" not in asked
 
 

@@ -29,7 +29,10 @@ def test_every_key_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             self.is_closed = True
 
     monkeypatch.setattr(ray_engine, "RayEngine", Recorder)
-    of_actor = {"tensor_parallel": 2, "max_tokens": 7, "max_model_len": 99, "max_num_seqs": 5, "temperature": 0.5, "dtype": "float32"}
+    of_actor = {
+        "tensor_parallel": 2, "max_tokens": 7, "max_model_len": 99, "max_num_seqs": 5, "temperature": 0.5, "dtype": "float32",
+        "top_p": 0.9, "top_k": 20, "min_p": 0.05,
+    }  # fmt: skip
     of_fleet = {"replicas": 3, "ray_address": "auto", "cpus_per_replica": 4, "hung_after_s": 6.0, "give_up_s": 8.0}
     config = configuration.load(None, {**of_actor, **of_fleet})
     monkeypatch.chdir(tmp_path.parent)

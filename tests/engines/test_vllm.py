@@ -12,7 +12,7 @@ from typing import Any
 import engine_conformance
 import pytest
 import torch
-from engine_scenes import MAX_TOKENS, refusal
+from engine_scenes import MAX_TOKENS, TRUNCATIONS, refusal
 
 from reinforce_ada import config as configuration
 from reinforce_ada.engines.base import too_old
@@ -117,6 +117,13 @@ def test_conformance(in_process: dict[str, Any]) -> None:
 
 def test_logprobs_at_another_temperature(vllm_facts: dict[str, Any]) -> None:
     assert vllm_facts["diff_07"] < 1e-4
+
+
+def test_truncated_distributions_have_the_support_and_the_logprobs_of_the_definition(vllm_facts: dict[str, Any]) -> None:
+    """The transformers engine is held to the same truth: the two sample from one distribution."""
+    assert vllm_facts["truncated"].keys() == TRUNCATIONS.keys()
+    assert max(vllm_facts["truncated"].values()) < 1e-4
+    assert vllm_facts["greedy_whatever_is_left"] == 0
 
 
 def test_tokens_do_not_depend_on_the_number_of_slots(vllm_facts: dict[str, Any]) -> None:

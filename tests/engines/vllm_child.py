@@ -24,11 +24,9 @@ def load(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def at(engine: VllmEngine, temperature: float, max_num_seqs: int | None = None, stop: list[str] | None = None) -> Any:
+def at(engine: VllmEngine, temperature: float, max_num_seqs: int = 32, **settings: Any) -> Any:
     """The same vLLM with other settings: a second engine would cost another start."""
-    return VllmEngine.around(
-        engine._llm, max_tokens=scenes.MAX_TOKENS, max_num_seqs=max_num_seqs or 32, temperature=temperature, stop=stop or []
-    )
+    return VllmEngine.around(engine._llm, max_tokens=scenes.MAX_TOKENS, max_num_seqs=max_num_seqs, temperature=temperature, **settings)
 
 
 def played(engine: VllmEngine, module: Any) -> dict[str, Any]:
@@ -43,6 +41,15 @@ def played(engine: VllmEngine, module: Any) -> dict[str, Any]:
         "few_slots": scenes.tokens(scenes.sample(at(engine, 1.0, 5), requests)),
         "finish_reasons": {k: c.finish_reason for k, c in zip(scenes.tokens(first), (first[i] for i in sorted(first)), strict=True)},
         "diff_07": scenes.largest_logprob_difference(module, requests, scenes.sample(at(engine, 0.7), requests), 0.7),
+        "truncated": {
+            name: scenes.largest_truncated_difference(
+                module, requests, scenes.sample(at(engine, 0.7, **truncation), requests), 0.7, truncation
+            )
+            for name, truncation in scenes.TRUNCATIONS.items()
+        },
+        "greedy_whatever_is_left": scenes.not_greedy(
+            module, requests[::4], scenes.sample(at(engine, 0.0, **scenes.TRUNCATIONS["all"]), requests[::4])
+        ),
         "num_stopped": scenes.cut_at(stop, first, scenes.sample(at(engine, 1.0, stop=stop), requests)),
         "free_slots": engine.free_slots,
         "syncs": list(greedy_syncs(at(engine, 0.0), module, requests)),

@@ -81,11 +81,20 @@ class SamplingConfig:
         "stream: most requests ahead of a prompt; posterior: as many as it needs (default: posterior on a GPU, round_size on a CPU)",
     )
     temperature: float = option(1.0, "sampling temperature; logprobs are taken at the same one")
+    top_p: float = option(1.0, "sample only from the fewest likeliest tokens whose probabilities add up to this; 1: from all")
+    top_k: int = option(0, "sample only from this many likeliest tokens; 0: from all")
+    min_p: float = option(0.0, "sample only from tokens that are at least this fraction as likely as the likeliest; 0: from all")
     max_tokens: int = option(12, "tokens per completion at most")
     stop: list[str] = field(
         default_factory=list,
         metadata={"about": 'stop string that ends a completion; a TOML or JSON list for several: ["</answer>", "\\n\\n"]'},
     )
+
+    @property
+    def truncation(self) -> str:
+        """Return the settings that leave tokens out of the sampling distribution, such as "top_p 0.9"; "" if there are none."""
+        is_set = {"min_p": self.min_p > 0, "top_k": self.top_k > 0, "top_p": self.top_p < 1}
+        return ", ".join(f"{name} {getattr(self, name):g}" for name, there in is_set.items() if there)
 
 
 # The keys that make the policy, besides the name of its preset. Keys that are not set keep the preset's values.

@@ -137,6 +137,7 @@ RANGES: Mapping[str, Range] = {
     "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "num_completions": _COUNT, "positive_threshold": Range(-1e30, 1e30),
     "alpha": Range(0, 100, above=True), "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,
     "temperature": Range(0.01, 100),  # below, vLLM samples at another temperature than requested
+    "top_p": Range(0, 1, above=True), "top_k": Range(0, 10**7), "min_p": Range(0, 1),
     "replicas": Range(1, 1024), "cpus_per_replica": Range(1, 4096), "tensor_parallel": Range(1, 1024),
     "hung_after_s": _SECONDS, "give_up_s": _SECONDS, "reward_timeout_s": _SECONDS, "request_timeout_s": Range(0, 10**6),
     "max_num_seqs": Range(1, 65536), "max_model_len": Range(2, 10**7), "memory_fraction": Range(0, 1, above=True),

@@ -111,7 +111,7 @@ class Launch(NamedTuple):
     tokenizer: Any
     vocab_size: int
     weights: Path  # a folder for weights that other processes load
-    limits: Mapping[str, Any]  # max_tokens, max_model_len, max_num_seqs, temperature and stop, as keywords of every engine
+    limits: Mapping[str, Any]  # max_tokens, max_model_len, max_num_seqs, temperature, top_p, top_k, min_p, stop: keywords of every engine
     say: Callable[[str], None]  # takes a line for the user
 
 
@@ -130,6 +130,11 @@ class PrefixHits:
     def metrics(self) -> dict[str, float]:
         """Return `engine_prefix_hit_rate`, or nothing if no completion reported it."""
         return {"engine_prefix_hit_rate": self._num_cached / self._num_tokens} if self._num_tokens else {}
+
+
+def sampling_fields(temperature: float, top_p: float, top_k: int, min_p: float) -> dict[str, Any]:
+    """Return the settings of the sampling distribution as vLLM and its servers name them."""
+    return {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1, "min_p": min_p}
 
 
 OLDEST_VLLM = (0, 22)

@@ -19,7 +19,7 @@ from typing import Any
 
 from reinforce_ada.engines import answers
 from reinforce_ada.engines.answers import Answer, BrokenError, BusyError, UnfitError, within
-from reinforce_ada.engines.base import Launch, too_old
+from reinforce_ada.engines.base import Launch, sampling_fields, too_old
 from reinforce_ada.engines.fleet import Down, Dropped, Fleet, Loaded, News, Refused, Up
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.files import replace_folder
@@ -31,13 +31,13 @@ _MOST_STOPS = 4  # the interface accepts no more
 _LOAD_S = 600.0  # 140 GB of weights from a shared disk at .5 GB/s
 _CACHE_RETRIES, _CACHE_PAUSE_S = 50, 0.1  # requests that were just aborted hold their blocks for a step or two
 
-# Every field of the interface that changes the distribution or the tokens that come back. A server fills a missing field from the
-# generation_config.json in the folder of its model, and top_k and repetition penalties would sample from another policy than is trained.
+# Every further field of the interface that changes the distribution or the tokens that come back. A server fills a missing field from the
+# generation_config.json in the folder of its model, whose penalties would sample from another policy than is trained.
 NEUTRAL: dict[str, Any] = {
-    "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "logit_bias": None, "allowed_token_ids": None, "bad_words": [], "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [],
-    "n": 1, "use_beam_search": False, "echo": False, "suffix": None, "include_stop_str_in_output": False, "skip_special_tokens": True,
-    "spaces_between_special_tokens": True, "truncate_prompt_tokens": None,
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None,
+    "bad_words": [], "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "n": 1, "use_beam_search": False, "echo": False,
+    "suffix": None, "include_stop_str_in_output": False, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None,
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class Limits:
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
-    temperature: float
+    fields: dict[str, Any]  # temperature, top_p, top_k, min_p
     stop: tuple[str, ...]
     hung_after_s: float
 
@@ -246,7 +246,7 @@ class HttpReplica:
             "model": self._model,
             "prompt": list(request.prompt.token_ids),
             "max_tokens": self._limits.max_tokens,
-            "temperature": self._limits.temperature,
+            **self._limits.fields,
             "seed": request.seed,
             "stop": self._limits.stop,
             "logprobs": 0,  # the sampled token's only
@@ -319,7 +319,7 @@ class HttpEngine(Fleet):
         vocab_size: the size of the model's vocabulary; a token id beyond it is garbage.
         max_num_seqs: the requests that each server takes at once.
         hung_after_s: a server whose requests make no progress for this long counts as dead.
-        max_tokens, max_model_len, temperature, stop: sampling settings; four stop strings at most.
+        max_tokens, max_model_len, temperature, top_p, top_k, min_p, stop: see `VllmEngine`; four stop strings at most.
         give_up_s, say: see `Fleet`.
     TLS is httpx's: SSL_CERT_FILE names other authorities. The key is VLLM_API_KEY or OPENAI_API_KEY.
     Raises: InputError when httpx is not installed, no server answers, or one that does cannot be used.
@@ -335,6 +335,9 @@ class HttpEngine(Fleet):
         vocab_size: int,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         stop: Sequence[str] = (),
         hung_after_s: float = 60.0,
         give_up_s: float = 600.0,
@@ -343,7 +346,8 @@ class HttpEngine(Fleet):
         needs("engine", "httpx")
         if len(stop) > _MOST_STOPS:
             raise InputError("engine", f"{len(stop)} stop strings", f"at most {_MOST_STOPS}, which is what servers take")
-        limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, temperature, tuple(stop), hung_after_s)
+        fields = sampling_fields(temperature, top_p, top_k, min_p)
+        limits = Limits(max_tokens, max_model_len, vocab_size, max_num_seqs, fields, tuple(stop), hung_after_s)
         urls, headers, trusted = _urls(servers), _headers(), _trusted()
         self._background = Background()
         replicas = [HttpReplica(self._background, url, limits, headers, trusted) for url in urls]

@@ -40,6 +40,9 @@ class Options:
     max_model_len: int
     max_num_seqs: int
     temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()
     memory_fraction: float = 0.9  # nothing else is on its GPUs
     kv_cache_bytes: int = 512 << 20

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reinforce_ada.engines.base import Engine, Launch, check_own, check_prompt_length
 from reinforce_ada.engines.text import decode_after, find_stop, tail_for_stop
+from reinforce_ada.engines.truncation import truncated
 from reinforce_ada.errors import InputError
 from reinforce_ada.types import Completion, CompletionId, Request
 
@@ -30,14 +31,14 @@ class TransformersEngine(Engine):
     """An engine that samples from a Hugging Face causal LM, one token of the running batch per poll.
 
     A batch is formed from everything submitted while the engine was idle; later submissions wait for the next one. Rows that finish or are
-    aborted leave the batch immediately. The engine takes only the end tokens from the model's generation_config: top_k, penalties and so on
-    would sample from another distribution than the one that is trained. It is slower than vLLM, but needs nothing else installed.
+    aborted leave the batch immediately. The engine takes only the end tokens from the model's generation_config: its top_k, penalties and
+    so on would sample from another distribution than the configured one. It is slower than vLLM, but needs nothing else installed.
     `poll` raises EngineLost for NaN logits.
 
     Args:
         module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
         max_num_seqs: requests per batch.
-        max_tokens, max_model_len, temperature, stop: see `VllmEngine`.
+        max_tokens, max_model_len, temperature, top_p, top_k, min_p, stop: see `VllmEngine`.
     """
 
     def __init__(
@@ -49,11 +50,15 @@ class TransformersEngine(Engine):
         max_model_len: int = 512,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         stop: Sequence[str] = (),
     ) -> None:
         self._module, self._tokenizer = module, tokenizer
         self._max_tokens, self._max_model_len, self._max_num_seqs = max_tokens, max_model_len, max_num_seqs
         self._temperature, self._stop = temperature, stop
+        self._truncation: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
         self._stop_ids = _stop_ids(module, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._vocab_size: int = module.config.get_text_config().vocab_size
@@ -114,7 +119,7 @@ class TransformersEngine(Engine):
 
     def _sample(self, logits: Tensor) -> None:
         if self._temperature > 0:
-            logits = logits / self._temperature
+            logits = truncated(logits / self._temperature, **self._truncation)
         logprobs = logits.log_softmax(-1).cpu()
         for row, row_logprobs in zip(self._rows, logprobs, strict=True):
             if self._temperature > 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.engines.base import Engine, Launch, PrefixHits, check_own, check_prompt_length, too_old
+from reinforce_ada.engines.base import Engine, Launch, PrefixHits, check_own, check_prompt_length, sampling_fields, too_old
 from reinforce_ada.engines.text import decode_after
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import installed_version, one_line
@@ -17,17 +17,16 @@ from reinforce_ada.types import Completion, CompletionId, Request
 
 # Set explicitly although they are vLLM's own defaults: another version or a plug-in may have others.
 _NEUTRAL: dict[str, Any] = {
-    "n": 1, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "logit_bias": None, "allowed_token_ids": None, "bad_words": None, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True,
-    "include_stop_str_in_output": False,
+    "n": 1, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None,
+    "bad_words": None, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True, "include_stop_str_in_output": False,
 }  # fmt: skip
 
 
 class VllmEngine(Engine):
-    """A vLLM engine in this process that samples from the model's own distribution and ignores that of generation_config.json.
+    """A vLLM engine in this process that samples from the configured distribution and ignores the settings of generation_config.json.
 
-    Logprobs are those of the sampling distribution (processed: after temperature). With equal seeds the tokens do not depend on the order
-    of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
+    Logprobs are those of the sampling distribution (processed: after temperature and truncation). With equal seeds the tokens do not
+    depend on the order of submission or on what else is in flight (fp32 on a CPU; a GPU needs vLLM's batch-invariant mode for that).
 
     Args:
         model: a folder or hub id.
@@ -36,7 +35,8 @@ class VllmEngine(Engine):
         max_tokens: longest completion.
         max_model_len: longest prompt + completion.
         max_num_seqs: requests at once.
-        temperature: the sampling temperature; 0 is greedy.
+        temperature: the sampling temperature; 0 is greedy, whatever the next three are.
+        top_p, top_k, min_p: what is left of the distribution, see `truncation.truncated`; 1, 0 and 0 leave all of it.
         stop: a completion ends with the token that completes one of these strings; its text ends before it.
         memory_fraction: cuda only, share of the GPU for weights and cache.
         sleeps: cuda only, whether `sleep` releases that memory.
@@ -56,6 +56,9 @@ class VllmEngine(Engine):
         max_model_len: int = 512,
         max_num_seqs: int = 128,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         stop: Sequence[str] = (),
         memory_fraction: float = 0.45,
         sleeps: bool = True,
@@ -95,34 +98,37 @@ class VllmEngine(Engine):
             )
         except (ValueError, RuntimeError, OSError) as e:  # an unsupported model, limits it does not have, no memory
             raise InputError("vllm", f"it cannot serve {model}: {one_line(str(e))}", "a model it can", "--engine transformers") from e
-        self._drive(llm, max_tokens, max_model_len, max_num_seqs, temperature, stop)
+        self._drive(llm, max_tokens, max_model_len, max_num_seqs, sampling_fields(temperature, top_p, top_k, min_p), stop)
         self._sleeps = sleeps and on_gpu
 
     @classmethod
-    def around(cls, llm: Any, *, max_tokens: int, max_num_seqs: int, temperature: float = 1.0, stop: Sequence[str] = ()) -> VllmEngine:
+    def around(
+        cls, llm: Any, *, max_tokens: int, max_num_seqs: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+        min_p: float = 0.0, stop: Sequence[str] = (),
+    ) -> VllmEngine:  # fmt: skip
         """Return an engine around a `vllm.LLM` of this process that somebody else has made, and that does nothing meanwhile.
 
         Its owner keeps its memory and its end: the engine does not `sleep`, and need not be closed.
 
         Args:
             llm: the LLM.
-            max_tokens, max_num_seqs, temperature, stop: as for an engine of our own.
+            max_tokens, max_num_seqs, temperature, top_p, top_k, min_p, stop: as for an engine of our own.
         Raises: InputError for an LLM whose logprobs are not those of the sampling distribution.
         """
         config = llm.llm_engine.vllm_config.model_config
         if config.logprobs_mode != "processed_logprobs":
             raise InputError("vllm", f"an LLM with logprobs_mode {config.logprobs_mode!r}", "'processed_logprobs' is needed")
         engine = cls.__new__(cls)
-        engine._drive(llm, max_tokens, config.max_model_len, max_num_seqs, temperature, stop)
+        engine._drive(llm, max_tokens, config.max_model_len, max_num_seqs, sampling_fields(temperature, top_p, top_k, min_p), stop)
         return engine
 
-    def _drive(self, llm: Any, max_tokens: int, max_model_len: int, max_num_seqs: int, temperature: float, stop: Sequence[str]) -> None:
+    def _drive(self, llm: Any, max_tokens: int, max_model_len: int, max_num_seqs: int, fields: dict[str, Any], stop: Sequence[str]) -> None:
         """Take an LLM and what is asked of it."""
         _, self._sampling_params, output_kinds = _imported()
         self._final_only = output_kinds.FINAL_ONLY
         self._llm, self._engine, self._tokenizer = llm, llm.llm_engine, llm.get_tokenizer()
         self._vocab_size: int = llm.model_config.get_vocab_size()
-        self._max_tokens, self._max_model_len, self._temperature = max_tokens, max_model_len, temperature
+        self._max_tokens, self._max_model_len, self._fields = max_tokens, max_model_len, fields
         self._max_num_seqs, self._stop = max_num_seqs, list(stop)
         self._sleeps = False
         self._running: dict[str, Request] = {}
@@ -155,7 +161,7 @@ class VllmEngine(Engine):
     def _params(self, request: Request) -> Any:
         return self._sampling_params(
             max_tokens=self._max_tokens,
-            temperature=self._temperature,
+            **self._fields,
             **_NEUTRAL,
             logprobs=0,  # the sampled token's only
             seed=request.seed,

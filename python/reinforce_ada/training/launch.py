@@ -172,6 +172,9 @@ def make_engine(
         "max_model_len": config.engine.max_model_len,
         "max_num_seqs": config.engine.max_num_seqs,
         "temperature": config.sampling.temperature,
+        "top_p": config.sampling.top_p,
+        "top_k": config.sampling.top_k,
+        "min_p": config.sampling.min_p,
         "stop": tuple(config.sampling.stop),
     }
     vocab_size = int(model.module.get_input_embeddings().weight.shape[0])  # the model can read only token ids below it

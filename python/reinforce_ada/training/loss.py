@@ -70,6 +70,8 @@ def inexact(config: Config, policy: Policy) -> str:
         causes.append(f"from the second of {t.minibatches} minibatches on the weights are no longer those that sampled (minibatches 1)")
     if t.entropy_coef:
         causes.append(f"entropy_coef {t.entropy_coef} adds an objective of its own (entropy_coef 0)")
+    if config.sampling.truncation:
+        causes.append(f"{config.sampling.truncation} samples from another distribution than the one whose gradient is taken (leave it out)")
     if ":" in t.loss:
         causes.append(f"loss {t.loss} may have another gradient than -advantage where the ratio is 1 (the built-in losses have that one)")
     if t.max_grad_norm < _NO_CLIPPING:
@@ -95,6 +97,10 @@ class RunLoss:
         """Return the loss that a configuration describes. Raises: InputError for settings that the loss refuses."""
         t = config.training
         correction = None
+        if t.rollout_correction != "none" and config.sampling.truncation:
+            given = f"rollout_correction {t.rollout_correction} with {config.sampling.truncation}"
+            needed = "one of them: its weights would be the sampled share of each token's distribution, not the difference of two engines"
+            raise InputError("train", given, needed, "docs/evaluation.md")
         if t.rollout_correction != "none":
             level, mode = t.rollout_correction.split("-")
             correction = RolloutCorrection(level=level, mode=mode, high=t.correction_high)
