@@ -269,7 +269,9 @@ def test_the_output_of_eval_json_is_one_object_whatever_a_reward_prints(world):
     done = subprocess.run(command, capture_output=True, text=True, cwd=world, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert (found["avg_at_k"], found["stderr"], found["model"]) == (1.0, None, "model")
+    (task,) = found["tasks"]
+    assert (task["avg_at_k"], task["stderr"], task["task"], found["model"]) == (1.0, None, "good.jsonl", "model")
+    assert "maj_at_k" not in task  # this reward names no answers
     assert "scoring" in done.stderr
 
 

@@ -28,7 +28,7 @@ DECLARED = _dispatch.table()
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
 FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
-ENTRIES = {"training.launch", "training.launch_eval"}
+ENTRIES = {"training.launch", "training.launch_eval", "training.eval_results"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "report"},
-    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch"},
+    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch", "training.eval_results"},
+    "training.eval_results": {*FOUNDATION, "training"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config", "training"},

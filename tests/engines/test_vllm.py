@@ -175,5 +175,5 @@ def test_the_whole_way(vllm_folder: Path, tiny_model: Path) -> None:
     moved = any(r["grad_norm"] > 0 for r in records if r["kind"] == "step")
     assert any(not torch.equal(before[k], after[k]) for k in before) == moved
     config = configuration.load(run / "config.toml", {"engine": "transformers"})
-    e = launch_eval.evaluate_model(config, str(run / "model"))
-    assert len(e.per_prompt) == 4
+    (result,) = launch_eval.evaluate_model({"task": config}, str(run / "model"))
+    assert len(result.evaluation.per_prompt) == 4

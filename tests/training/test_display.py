@@ -46,3 +46,21 @@ def test_bars_show_names_as_they_are(given: str, shown: str) -> None:
         update(Progress(4, 2, 1, 1, 8, 6, 3, 1, 10, 2))
     assert shown in out.getvalue()
     assert not CONTROL.search(out.getvalue().replace("\r", ""))
+
+
+def test_without_a_terminal_a_line_tells_of_the_progress_every_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    times, looks = [0.0], []
+
+    def engine() -> dict[str, float]:
+        looks.append(times[-1])
+        return {}
+
+    display = Display(stderr=True, clock=lambda: times[-1])
+    with display.sampling("held-out", engine) as update:
+        for now in (1.0, 29.0, 31.0, 32.0, 60.0, 61.5, 300.0):
+            times.append(now)
+            update(Progress(4, 2, 1, 1, 8, 6, 620, 1, 0, 2))
+    assert looks == [1.0, 29.0, 31.0, 32.0, 60.0, 61.5, 300.0]  # the meter averages over all of them
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" · ")[:2] for line in lines] == [["held-out", f"{s} s"] for s in (31, 62, 300)]
+    assert lines[0].endswith(" tok/s")

@@ -102,7 +102,7 @@ def test_no_trained_question_is_scored(
     assert code == 0
     assert scored
     assert not trained & set(scored)
-    assert len(json.loads(out)["per_prompt"]) == len(scored)
+    assert len(json.loads(out)["tasks"][0]["per_prompt"]) == len(scored)
     wanted = configuration.load_saved(run / "config.toml", other)
     asked = {question_of(r) for r in load_records(wanted.task, wanted.run.seed, wanted.run.data_seed).held_out}
     assert set(scored) == asked - trained

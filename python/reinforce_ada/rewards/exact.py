@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from reinforce_ada.errors import InputError
@@ -29,6 +29,13 @@ def exact_match(prompt: Prompt, completion: str) -> float:
     given = extract_answer(completion)
     number, texts = _number(given), [str(one).strip() for one in accepted]
     return float(given in texts or (number is not None and any(number == _number(text) for text in texts)))
+
+
+def answer_given(completion: str) -> Hashable | None:
+    """Return what `exact_match` compares: the completion's answer, as a Decimal if it is a number; None if it is empty."""
+    text = extract_answer(completion)
+    number = _number(text)
+    return (text or None) if number is None else number
 
 
 def _number(text: str) -> Decimal | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
@@ -19,6 +19,18 @@ class BatchReward(Protocol):
     """A reward that scores many completions in one call."""
 
     def batch(self, prompts: Sequence[Prompt], completions: Sequence[str], /) -> Sequence[float]: ...
+
+
+# (completion text) -> what it answers, in a form in which equal answers are equal values; None if it gives no answer.
+Answer: TypeAlias = Callable[[str], Hashable | None]
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A reward that can say what a completion answers. A majority vote over completions counts these answers."""
+
+    def answer(self, completion: str, /) -> Hashable | None:
+        """Return the answer, equal for completions that say the same; None if there is none."""
 
 
 @runtime_checkable

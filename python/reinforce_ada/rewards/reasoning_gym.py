@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.rewards.answers import extract_answer
+from reinforce_ada.rewards.exact import answer_given
 from reinforce_ada.types import Prompt
 
 
@@ -39,6 +40,10 @@ class ReasoningGymReward:
             own = prompt.data.get("answer")
             self._score("" if own is None else str(own), prompt)
             return 0.0
+
+    def answer(self, completion: str) -> Hashable | None:
+        """Return the text that is scored, with numbers in one form; None if it is empty."""
+        return answer_given(completion)
 
     def _score(self, answer: str, prompt: Prompt) -> float:
         return float(self._task.score_answer(answer, copy.deepcopy(dict(prompt.data))))

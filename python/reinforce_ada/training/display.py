@@ -10,13 +10,16 @@ from typing import Any
 from reinforce_ada.outside import printable
 from reinforce_ada.sampling import Progress
 
+LINE_EVERY_S = 30.0  # where no bar can be drawn
+
 
 class Display:
     """Rich bars on a terminal, plain lines elsewhere (rich draws no bar into a pipe); on standard error if the output is a result."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
+    def __init__(self, *, stderr: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
 
+        self._clock = clock
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
 
     def line(self, text: str) -> None:
@@ -34,18 +37,26 @@ class Display:
 
     @contextmanager
     def sampling(self, what: str, engine: Callable[[], Mapping[str, float]] = dict) -> Iterator[Callable[[Progress], None]]:
-        """Show a bar over eliminated prompts with the metrics of `engine`; yield the function that the driver calls after every poll."""
-        started = time.monotonic()
+        """Show a bar over eliminated prompts with the metrics of `engine`; yield the function that the driver calls after every poll.
+
+        Where there is no terminal, a line says the same every 30 s.
+        """
+        started = said = self._clock()
         with self._bar(what, "{task.fields[text]}") as (bar, task):
 
             def update(p: Progress) -> None:
+                nonlocal said
+                now = self._clock()
                 done = p.num_prompts - p.num_active
                 num_tokens = p.num_tokens + p.num_tokens_wasted
                 text = (
                     f"{p.num_active} active, {done} eliminated · {p.num_committed} of {p.num_issued} committed · "
                     f"signal {p.num_with_signal / max(p.num_prompts, 1):.2f} · waste {p.num_tokens_wasted / max(num_tokens, 1):.2f} · "
-                    f"{load_text(engine())}{num_tokens / max(time.monotonic() - started, 1e-3):.0f} tok/s"
+                    f"{load_text(engine())}{num_tokens / max(now - started, 1e-3):.0f} tok/s"
                 )
+                if not self._console.is_terminal and now - said >= LINE_EVERY_S:
+                    said = now
+                    self.line(f"{what} · {now - started:.0f} s · {text}")
                 bar.update(task, total=p.num_prompts, completed=done, text=text)
 
             yield update

@@ -1,10 +1,13 @@
-"""Avg@k with its standard error, unbiased pass@k, and the paired comparison of two evaluations."""
+"""Avg@k, unbiased pass@k and maj@k with their standard errors over prompts, and the paired comparison of two evaluations.
+
+docs/evaluation.md has the formulas.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +15,9 @@ from reinforce_ada.driver import run
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
-from reinforce_ada.rewards.protocol import Diagnosed, RewardRunner
+from reinforce_ada.rewards.protocol import Answer, Diagnosed, RewardRunner
 from reinforce_ada.sampling import AdaptiveSampler, Progress, preset
-from reinforce_ada.types import Failed, Prompt, SamplingResult
+from reinforce_ada.types import Failed, Pool, Prompt, SamplingResult, Scored
 
 _STEP = -1  # an evaluation is not a training step; the number is always the same, so that before and after draw from the same seeds
 
@@ -27,12 +30,16 @@ class Evaluation:
     avg_at_k: float  # mean over prompts of the share of correct completions
     stderr: float  # of avg_at_k, over prompts
     pass_at_k: Mapping[str, float]  # "1", "2", "4", .. k
+    pass_at_k_stderr: Mapping[str, float]  # of each, over prompts
+    maj_at_k: float | None  # mean over prompts of P(the majority answer is correct); None if no answers were read
+    maj_at_k_stderr: float | None  # of maj_at_k, over prompts
     per_prompt: tuple[float, ...]  # [P], share of correct completions; nan if every reward failed
     num_tokens: int
     num_voids: int
 
     def record(self) -> dict[str, Any]:
-        return {"kind": "eval", **asdict(self), "per_prompt": list(self.per_prompt)}
+        """Return the evaluation as a line of the log; what was not measured is left out."""
+        return {"kind": "eval", **{k: v for k, v in asdict(self).items() if v is not None}, "per_prompt": list(self.per_prompt)}
 
 
 def evaluate(
@@ -46,9 +53,12 @@ def evaluate(
     positive_threshold: float,
     request_timeout_s: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    answer: Answer | None = None,
 ) -> Evaluation:
     """Sample k completions of every prompt and count the correct ones (reward > positive_threshold).
 
+    Args:
+        answer: what a completion answers, for maj@k; None measures no maj@k.
     Raises: InputError without prompts, and if no completion could be scored.
     """
     if not prompts:
@@ -61,11 +71,16 @@ def evaluate(
     shares = tuple(c / n if n else math.nan for n, c in counts)
     powers = sorted({1 << i for i in range(k.bit_length())} | {k})
     known = [s for s in shares if not math.isnan(s)]
+    passed = {str(j): [pass_at_k(n, c, j) for n, c in counts if n >= j] for j in powers}
+    voted = None if answer is None else [_vote(pool, answer, positive_threshold) for pool in result.pools if pool.count == k]
     return Evaluation(
         k=k,
         avg_at_k=_mean(known),
         stderr=standard_error(known),
-        pass_at_k={str(j): _mean([pass_at_k(n, c, j) for n, c in counts if n >= j]) for j in powers},
+        pass_at_k={j: _mean(values) for j, values in passed.items()},
+        pass_at_k_stderr={j: standard_error(values) for j, values in passed.items()},
+        maj_at_k=None if voted is None else _mean(voted),
+        maj_at_k_stderr=None if voted is None else standard_error(voted),
         per_prompt=shares,
         num_tokens=int(result.metrics["tokens_committed"]),
         num_voids=int(result.metrics["num_voids"]),
@@ -92,6 +107,40 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n or not 1 <= k <= n:
         raise InputError("pass_at_k", f"n={n}, c={c}, k={k}", "0 <= c <= n and 1 <= k <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(votes: Sequence[tuple[Hashable | None, bool]]) -> float:
+    """Return the probability that the majority answer is correct, for one prompt.
+
+    The answer with the most votes wins; between answers with equally many the winner is drawn uniformly, and its expectation is returned.
+    None is no answer: it is no vote. If nobody votes, the result is 0. Where completions with the same answer were scored differently, the
+    winner counts as the share of them that are correct.
+
+    Args:
+        votes: (answer, whether its completion is correct) of every completion of the prompt. Equal answers are one answer.
+    Source: self-consistency, Wang et al. 2022, arXiv 2203.11171, whose ties are unstated.
+    """
+    given = [(answer, is_correct) for answer, is_correct in votes if answer is not None]
+    if not given:
+        return 0.0
+    counts = Counter(answer for answer, _ in given)
+    most = max(counts.values())
+    winners = {answer for answer, count in counts.items() if count == most}
+    return sum(is_correct for answer, is_correct in given if answer in winners) / (most * len(winners))
+
+
+def _vote(pool: Pool, answer: Answer, positive_threshold: float) -> float:
+    scored = [outcome for outcome in pool.outcomes if isinstance(outcome, Scored)]
+    return majority([(_read(answer, s.completion.text), s.reward > positive_threshold) for s in scored])
+
+
+def _read(answer: Answer, text: str) -> Hashable | None:
+    try:
+        given = answer(text)
+        hash(given)
+    except Exception:  # somebody else's code, after hours of sampling: a completion that it cannot read gives no vote
+        return None
+    return given
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:

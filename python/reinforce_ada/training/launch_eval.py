@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from reinforce_ada.config import Config
+from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
+from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rewards.protocol import Answer
+from reinforce_ada.rewards.votes import answer_of_reward
 from reinforce_ada.sampling import configured
 from reinforce_ada.training import distributed, lineage, models
 from reinforce_ada.training.display import Display
-from reinforce_ada.training.evaluate import Evaluation, evaluate
+from reinforce_ada.training.eval_results import TaskResult
+from reinforce_ada.training.evaluate import evaluate
 from reinforce_ada.training.launch import (
     longest_prompt,
     make_engine,
@@ -24,41 +30,77 @@ from reinforce_ada.training.launch import (
     quiet_libraries,
     with_dtype,
 )
-from reinforce_ada.training.tasks import load_records, render
+from reinforce_ada.training.tasks import Records, Task, load_records, render
 
 
-def evaluate_model(config: Config, model_name: str) -> Evaluation:
-    """Return Avg@k and pass@k of any model on the held-out prompts of the configured task."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """One task before its evaluation."""
+
+    name: str
+    config: Config
+    records: Records
+    rewards: RewardPool
+    answer: Answer | None
+    note: str  # about questions that are left out
+
+
+def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskResult]:
+    """Evaluate a model on the held-out prompts of each task; model and engine are loaded once.
+
+    Args:
+        configs: name of a task -> its configuration. They may differ in the table [task] alone.
+        model_name: smollm2, a folder or a hub id. Questions that the run beside a folder was trained on are left out.
+    Raises: InputError before the model is loaded for whatever the settings, the records or the rewards of any task show.
+    """
     if distributed.world_size() > 1:
         raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
     quiet_libraries(model_name)
     display = Display(stderr=True)
-    policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
+    config = next(iter(configs.values()))
+    engine_name, device = pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = precision_of(config.model.dtype, device)
     config = with_dtype(config, device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
-    records = load_records(config.task, config.run.seed, config.run.data_seed)
-    if not records.held_out:
-        raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
+    found = {name: _records(each) for name, each in configs.items()}
     path = models.path_of(model_name)
-    records, left_out = lineage.without_trained(records, path)
     with ExitStack() as stack:
-        rewards = stack.enter_context(make_rewards(config, records))
+        work = [_work(stack, name, each, found[name], path) for name, each in configs.items()]
         model = models.load(path, config.model.dtype, device)
-        task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
-        for note in filter(None, (*task.notes, left_out)):
-            display.line(note)
+        tasks = [render(w.records, w.config.task, model.tokenizer, longest=longest_prompt(config)) for w in work]
+        for w, task in zip(work, tasks, strict=True):
+            for note in filter(None, (*task.notes, w.note)):
+                display.line(note if len(work) == 1 else f"{w.name}: {note}")
         scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
-        with display.sampling("held-out") as on_progress:
-            return evaluate(
-                engine, rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
-                positive_threshold=policy.positive_threshold, request_timeout_s=config.engine.request_timeout_s or None,
-                on_progress=on_progress,
-            )  # fmt: skip
+        return [_result(w, task, engine, display) for w, task in zip(work, tasks, strict=True)]
+
+
+def _records(config: Config) -> Records:
+    records = load_records(config.task, config.run.seed, config.run.data_seed, trains=False)
+    if not records.held_out:
+        raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
+    return records
+
+
+def _work(stack: ExitStack, name: str, config: Config, records: Records, model: str) -> _Work:
+    records, left_out = lineage.without_trained(records, model)
+    rewards = stack.enter_context(make_rewards(config, records))  # its workers start with the first completion
+    return _Work(name, config, records, rewards, answer_of_reward(records.reward), left_out)
+
+
+def _result(work: _Work, task: Task, engine: Engine, display: Display) -> TaskResult:
+    config = work.config
+    with display.sampling(f"{task.name} held-out") as on_progress:
+        e = evaluate(
+            engine, work.rewards, task.held_out, k=config.task.eval_k, seed=config.run.seed, policy_version=0,
+            positive_threshold=configured(config.sampling).positive_threshold, request_timeout_s=config.engine.request_timeout_s or None,
+            on_progress=on_progress, answer=work.answer if config.task.eval_k > 1 else None,
+        )  # fmt: skip
+    return TaskResult(work.name, e, tuple(prompt.key for prompt in task.held_out))
 
 
 @contextmanager

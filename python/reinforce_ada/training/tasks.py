@@ -187,18 +187,19 @@ def load_task(config: TaskConfig, tokenizer: Any, seed: int, data_seed: int) -> 
     return render(load_records(config, seed, data_seed), config, tokenizer)
 
 
-def load_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
+def load_records(config: TaskConfig, seed: int, data_seed: int, *, trains: bool = True) -> Records:
     """Return the records of the configured task: a file if `task` names one, otherwise a reasoning-gym dataset.
 
     Args:
         config: which task, and how much of it is shown or held out.
         seed: determines the order of the training records.
         data_seed: determines which records there are, and which of them are shown and held out.
+        trains: whether records of a file must be left for training; otherwise all of them may be held out.
     Raises: InputError for an unknown dataset, a malformed or answerless record, or too few records to hold any out.
     """
     if names_a_file(config.task):
-        return _file_records(config, seed, data_seed)
-    return _reasoning_gym_records(config, seed, data_seed)
+        return _file_records(config, seed, data_seed, trains)
+    return _reasoning_gym_records(config, seed, data_seed, trains)
 
 
 def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int | None = None) -> Task:
@@ -259,7 +260,7 @@ def _check_lengths(records: Records, renderer: Renderer, longest: int) -> list[s
     return [f"{said} and are never drawn; {hint}"]
 
 
-def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
+def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -267,7 +268,7 @@ def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Rec
 
     if config.task not in DATASETS:
         if os.path.isdir(config.task):
-            return _file_records(config, seed, data_seed)
+            return _file_records(config, seed, data_seed, trains)
         raise unknown_name("task", "reasoning-gym dataset", config.task, DATASETS)
     options = {**_STARTING_OPTIONS.get(config.task, {}), **config.task_options}
 
@@ -317,13 +318,13 @@ def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -
     return list(found.values())
 
 
-def _file_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
+def _file_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
     from reinforce_ada.rewards.exact import exact_match
 
     path = Path(config.task)
     records = read_records(path, needs_answer=not config.reward)
     spent = config.num_examples + config.eval_prompts
-    if spent >= len(records):
+    if trains and spent >= len(records):
         raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
     shuffled = [records[i] for i in np.random.default_rng([data_seed, 1]).permutation(len(records))]
     examples = _distinct((r for r in shuffled if answer_of(r) is not None), config.num_examples, frozenset())
@@ -333,6 +334,6 @@ def _file_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
     train, warm_up = (Source(rest.__getitem__, len(rest), s) for s in (seed, data_seed))
     notes = _examples_note(examples, config)
     found = Records(train, warm_up, examples, held_out, config.reward or exact_match, digest_of(path), notes)
-    if all(question_of(record) in found.excluded for record in rest):
+    if trains and all(question_of(record) in found.excluded for record in rest):
         raise InputError("task", f"{config.task}: every training question is also held out", "a larger task", "lower eval_prompts")
     return found
