@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.sampling import configured
+from reinforce_ada.training import launch, models
+from reinforce_ada.training.log import read_log
 from reinforce_ada.training.loss import RunLoss, inexact
 from reinforce_ada.training.trainer import compared, fingerprint
 
@@ -89,3 +95,17 @@ def test_the_expected_gradient_of_a_truncated_policy_is_that_of_the_documentatio
     taken = sum(share * (rewards[i] - baseline) * (np.eye(4)[i] - p) for share, i in zip(q, kept, strict=True))
     np.testing.assert_allclose(taken, gradient(expected_reward) + (expected_reward(z) - baseline) * gradient(log_mass), atol=1e-9)
     assert np.abs(taken - gradient(expected_reward)).max() > 0.01
+
+
+def test_the_log_of_a_truncated_run_measures_what_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two tokens left of the nearly uniform 384 of an untrained model, -log Z is about log 192, and the trainer computes it."""
+    questions = [f"{a} + {b} =" for a in range(4) for b in range(4)]
+    models.build_tiny(tmp_path / "model", models.tiny_tokenizer(questions), [(questions[0], "3")], seed=0, num_updates=0)
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps({"prompt": q, "answer": "3"}) + "\n" for q in questions))
+    monkeypatch.setattr(launch, "finish", lambda out, display: None)
+    settings = "--dtype float32 --device cpu --engine transformers --num-examples 0 --eval-prompts 0 --preset grpo --group-size 2"
+    places = ["--model", str(tmp_path / "model"), "--task", str(tmp_path / "task.jsonl"), "--out", str(tmp_path / "run")]
+    reward = ["--reward", "toy_rewards:even_length", "--degenerate", "keep", "--top-k", "2"]
+    assert cli.main(["train", *settings.split(), *places, *reward, "--steps", "1", "--prompts-per-step", "4", "--max-tokens", "3"]) == 0
+    (step,) = [record for record in read_log(tmp_path / "run/log.jsonl") if record["kind"] == "step"]
+    assert 0.5 * math.log(192) < step["rollout_kl_k1"] < 1.1 * math.log(192)
