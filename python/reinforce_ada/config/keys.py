@@ -142,6 +142,10 @@ class TrainingConfig:
     clip_low: float = option(0.2, "ppo, gspo, cispo: ratio clipped below 1 - clip_low")
     clip_high: float = option(0.28, "ppo, gspo, cispo: ratio clipped above 1 + clip_high")
     entropy_coef: float = option(0.0, "entropy bonus")
+    kl_coef: float = option(0.0, "factor of the KL to the model before the first step, in the loss; 0 computes none and keeps no copy")
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"] = option(
+        "k3", "estimator of that KL on a token; with + its value and the gradient of k2"
+    )
     rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
         "none", "importance weights for the engine's own logprobs"
     )
