@@ -134,7 +134,9 @@ class TrainingConfig:
     weight_decay: float = option(0.0, "AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm")
     minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
+    moments: Literal["float32", "bfloat16"] = option("float32", "dtype of AdamW's two moments; bfloat16 saves 4 bytes a weight")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
+    gradient_checkpointing: bool = option(False, "keep only each layer's input for the backward, which computes the layer again")
     loss: str = option("ppo", "policy loss: reinforce, ppo, cispo, gspo or sapo, or your own as module:function or file.py:function")
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
         None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"

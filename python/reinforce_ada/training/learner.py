@@ -64,10 +64,13 @@ class Learner:
         self.model, self.ranks = model, ranks
         self.loss = RunLoss.from_config(config)
         self.reference = None if self.loss.kl is None else ReferencePolicy(model)
+        if config.training.gradient_checkpointing:
+            model.checkpoint_layers()
         self.optimizer = MasterAdamW(
             model.module.named_parameters(),
             weight_decay=config.training.weight_decay,
             max_grad_norm=config.training.max_grad_norm,
+            moments=getattr(torch, config.training.moments),
         )
         self.device = next(model.module.parameters()).device
         self.predictor: PassRatePredictor | None = None

@@ -368,7 +368,7 @@ def earlier_store(run_dir: str) -> RolloutStore:
 
 # A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
-    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass"},
+    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass", "gradient_checkpointing"},
     "run": {"out", "checkpoint_every", "track", "profile"},
     "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
 }  # fmt: skip
