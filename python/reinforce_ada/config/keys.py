@@ -143,7 +143,9 @@ class TrainingConfig:
     weight_decay: float = option(0.0, "AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm")
     minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
+    moments: Literal["float32", "bfloat16"] = option("float32", "dtype of AdamW's two moments; bfloat16 saves 4 bytes a weight")
     tokens_per_pass: int = option(2048, "padded tokens per forward; larger minibatches accumulate gradients")
+    gradient_checkpointing: bool = option(False, "keep only each layer's input for the backward, which computes the layer again")
     loss: str = option("ppo", "policy loss: reinforce, ppo, cispo, gspo or sapo, or your own as module:function or file.py:function")
     loss_agg: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None = option(
         None, "aggregation of the token losses (default: token-mean; seq-mean-token-sum-norm with an objective, which needs it)"
@@ -151,6 +153,10 @@ class TrainingConfig:
     clip_low: float = option(0.2, "ppo, gspo, cispo: ratio clipped below 1 - clip_low")
     clip_high: float = option(0.28, "ppo, gspo, cispo: ratio clipped above 1 + clip_high")
     entropy_coef: float = option(0.0, "entropy bonus")
+    kl_coef: float = option(0.0, "factor of the KL to the model before the first step, in the loss; 0 computes none and keeps no copy")
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"] = option(
+        "k3", "estimator of that KL on a token; with + its value and the gradient of k2"
+    )
     rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
         "none", "importance weights for the engine's own logprobs"
     )

@@ -45,6 +45,7 @@ class Batch:
     rollout_logprobs: Tensor  # [T] fp32
     token_mask: Tensor  # [T] bool: False for tokens that the policy did not write, which are context and train nothing
     num_written: int  # tokens that it did write
+    ref_logprobs: Tensor | None = None  # [T] fp32 of the reference policy, where the loss has a KL to it
 
     @property
     def num_seqs(self) -> int:

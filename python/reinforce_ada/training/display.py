@@ -108,9 +108,11 @@ def load_text(metrics: Mapping[str, float]) -> str:
 def step_line(record: dict[str, Any], steps: int) -> str:
     """Return the line of one finished step."""
     trouble = "".join(f"{record[f'num_{what}']:.0f} {what} · " for what in ("voids", "lost") if record[f"num_{what}"])
+    kl = f"KL {record['kl']:.4f} · " if "kl" in record else ""
     return (
         f"step {record['step']:>3}/{steps} · reward {record['first_round_reward']:.3f} · signal {record['signal_fraction']:.2f} · "
         f"samples/prompt {record['samples_per_prompt']:.1f} · waste {record['waste_fraction']:.2f} · {trouble}"
-        f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · grad {record['grad_norm']:.2f} · {load_text(record)}"
+        f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · {kl}grad {record['grad_norm']:.2f} · "
+        f"{load_text(record)}"
         f"sampling {record['sampling_s']:.1f} s ({record['sampling_tokens_per_s']:.0f} tok/s) · training {record['training_s']:.1f} s"
     )

@@ -54,11 +54,13 @@ def evaluate(
     request_timeout_s: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     answer: Answer | None = None,
+    on_result: Callable[[SamplingResult], None] | None = None,
 ) -> Evaluation:
     """Sample k completions of every prompt and count the correct ones (reward > positive_threshold).
 
     Args:
         answer: what a completion answers, for maj@k; None measures no maj@k.
+        on_result: called with the completions.
     Raises: InputError without prompts, and if no completion could be scored.
     """
     if not prompts:
@@ -67,6 +69,8 @@ def evaluate(
     sampler = AdaptiveSampler(prompts, policy, step=_STEP, policy_version=policy_version, seed=seed)
     result = run(sampler, engine, rewards, request_timeout_s=request_timeout_s, on_progress=on_progress)
     refuse_only_voids(result, rewards, "the evaluation")
+    if on_result is not None:
+        on_result(result)
     counts = [(pool.count, pool.num_correct) for pool in result.pools]
     shares = tuple(c / n if n else math.nan for n, c in counts)
     powers = sorted({1 << i for i in range(k.bit_length())} | {k})

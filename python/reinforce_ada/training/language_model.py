@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reinforce_ada import ops
+from reinforce_ada.errors import InputError
 from reinforce_ada.training.batching import Batch, attention_mask
 
 
@@ -48,6 +50,9 @@ class LanguageModel(Protocol):
     def save(self, folder: Path) -> None:
         """Write a folder that transformers and vLLM load."""
 
+    def checkpoint_layers(self) -> None:
+        """Keep only the input of each layer for the backward, which computes the layer again. Raises: InputError if it cannot."""
+
 
 class HuggingFaceModel:
     """Any transformers causal LM with its tokenizer."""
@@ -59,6 +64,7 @@ class HuggingFaceModel:
         self.share_prompts = True
         self.use_head = True
         self._config = module.config.get_text_config()
+        self._checkpointed: list[nn.Module] = []
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         mask = self._shared_mask(batch) if self.share_prompts else (batch.segment_of >= 0).long()
@@ -75,7 +81,8 @@ class HuggingFaceModel:
         return {"full_attention": attention_mask(batch, dtype), "sliding_attention": attention_mask(batch, dtype, window)}
 
     def hidden(self, batch: Batch) -> Tensor:
-        states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
+        with self._recomputing():
+            states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
     def head(self) -> OutputHead:
@@ -85,8 +92,36 @@ class HuggingFaceModel:
         return OutputHead(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.module(**self._inputs(batch)).logits
+        with self._recomputing():
+            logits: Tensor = self.module(**self._inputs(batch)).logits
         return logits[batch.row_of, batch.column_of]
+
+    def checkpoint_layers(self) -> None:
+        if not self.module.supports_gradient_checkpointing:
+            given = f"gradient_checkpointing with {type(self.module).__name__}, whose layers transformers cannot compute again"
+            raise InputError("train", given, "--gradient-checkpointing false")
+        # No random state is kept for the second forward, since no dropout runs.
+        self.module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self._checkpointed = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in self._checkpointed:
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):  # OPT's layers drop by themselves while they are `training`
+                    setattr(module, name, 0.0)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let transformers checkpoint in a forward with gradients, and in no other: it does so in layers that are `training`.
+
+        Their submodules are not, so nothing drops out. An engine that shares the module needs its cache, which checkpointing refuses.
+        """
+        layers = self._checkpointed if torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the state dict, detached."""

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
@@ -17,7 +18,8 @@ from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.training.loss import RunLoss, combine_metrics
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.training.predictor import PassRatePredictor
-from reinforce_ada.types import Prompt
+from reinforce_ada.training.reference import ReferencePolicy
+from reinforce_ada.types import Prompt, SamplingResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +63,14 @@ class Learner:
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
         self.loss = RunLoss.from_config(config)
+        self.reference = None if self.loss.kl is None else ReferencePolicy(model)
+        if config.training.gradient_checkpointing:
+            model.checkpoint_layers()
         self.optimizer = MasterAdamW(
             model.module.named_parameters(),
             weight_decay=config.training.weight_decay,
             max_grad_norm=config.training.max_grad_norm,
+            moments=getattr(torch, config.training.moments),
         )
         self.device = next(model.module.parameters()).device
         self.predictor: PassRatePredictor | None = None
@@ -115,6 +121,22 @@ class Learner:
         self.ranks.send(work)
         return self._train(work[0], advance)
 
+    @torch.no_grad()
+    def kl(self, result: SamplingResult) -> dict[str, float]:
+        """Return `kl`, the mean estimate over the tokens of these completions of the current weights; nothing without a reference."""
+        if self.reference is None:
+            return {}
+        samples = [Sample(pool.prompt, s.completion, 0.0) for pool in result.pools for s in pool.scored]
+        parts: list[tuple[dict[str, float], int]] = []
+        for batch in self._passes(samples):
+            logprobs = token_logprobs(self.model, batch, self.loss.temperature)
+            _, metrics = ops.policy_loss(
+                logprobs, batch.advantages, batch.token_mask, ref_logprobs=batch.ref_logprobs, cu_seqlens=batch.cu_seqlens,
+                advantages_per="sequence", kl=self.loss.kl,
+            )  # fmt: skip
+            parts.append(({"kl": float(metrics["kl"])}, batch.num_written))
+        return combine_metrics(parts)
+
     def _shares(self, minibatch: Minibatch) -> list[Minibatch]:
         if self.ranks.size == 1:
             return [minibatch]
@@ -163,12 +185,15 @@ class Learner:
         """Return the passes and their logprobs before the step's first update. The first minibatch needs none: its ratio is 1."""
         prepared: list[tuple[list[Batch], list[Tensor | None]]] = []
         for m, minibatch in enumerate(minibatches):
-            batches = micro_batches(
-                minibatch.samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id
-            )
-            passes = [b.to(self.device) for b in batches]
+            passes = self._passes(minibatch.samples)
             prepared.append((passes, [None if m == 0 else token_logprobs(self.model, b, self.loss.temperature) for b in passes]))
         return prepared
+
+    def _passes(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Return the samples as forward passes, with the reference's logprobs if there is one."""
+        batches = micro_batches(samples, self._tokens_per_pass, share_prompts=self.model.share_prompts, pad_id=self.model.pad_id)
+        passes = [b.to(self.device) for b in batches]
+        return passes if self.reference is None else [self.reference.scored(b, self.loss.temperature) for b in passes]
 
     def _gradient(
         self, minibatch: Minibatch, passes: Sequence[Batch], old: Sequence[Tensor | None], advance: Callable[[int], None]

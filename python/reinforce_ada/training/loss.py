@@ -72,6 +72,8 @@ def inexact(config: Config, policy: Policy) -> str:
         causes.append(f"entropy_coef {t.entropy_coef} adds an objective of its own (entropy_coef 0)")
     if config.sampling.truncation:
         causes.append(f"{config.sampling.truncation} samples from another distribution than the one whose gradient is taken (leave it out)")
+    if t.kl_coef:
+        causes.append(f"kl_coef {t.kl_coef} adds the KL to a reference as an objective of its own (kl_coef 0)")
     if ":" in t.loss:
         causes.append(f"loss {t.loss} may have another gradient than -advantage where the ratio is 1 (the built-in losses have that one)")
     if t.max_grad_norm < _NO_CLIPPING:
@@ -88,6 +90,8 @@ class RunLoss:
     clip_low: float
     clip_high: float
     entropy_coef: float
+    kl: str | None  # the estimator; None: no KL
+    kl_coef: float
     rollout_correction: RolloutCorrection | None
     temperature: float
     norm_length: int
@@ -110,6 +114,8 @@ class RunLoss:
             clip_low=t.clip_low,
             clip_high=t.clip_high,
             entropy_coef=t.entropy_coef,
+            kl=t.kl_estimator if t.kl_coef else None,
+            kl_coef=t.kl_coef,
             rollout_correction=correction,
             temperature=config.sampling.temperature,
             norm_length=config.sampling.max_tokens,
@@ -122,14 +128,16 @@ class RunLoss:
 
         Raises: InputError, which names a custom loss as it was `named`.
         """
-        settings = {name: getattr(self, name) for name in ("loss", "loss_agg", "clip_low", "clip_high", "rollout_correction")}
+        names = ("loss", "loss_agg", "clip_low", "clip_high", "kl", "kl_coef", "rollout_correction")
+        settings = {name: getattr(self, name) for name in names}
         drift = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0])  # ratios of 1, and clipped ones, for advantages of both signs and of 0
         logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0, -0.5, -20.0]).requires_grad_()
         old, advantages, offsets = logprobs.detach() - drift, torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0, 2, 4, 6])
         try:
             loss, _ = ops.policy_loss(
-                logprobs, advantages, torch.tensor([1, 1, 1, 1, 1, 0]) != 0, old_logprobs=old, rollout_logprobs=old, cu_seqlens=offsets,
-                entropy=-old, entropy_coef=self.entropy_coef, backend="reference", **settings,
+                logprobs, advantages, torch.tensor([1, 1, 1, 1, 1, 0]) != 0, old_logprobs=old, rollout_logprobs=old,
+                ref_logprobs=None if self.kl is None else old, cu_seqlens=offsets, entropy=-old, entropy_coef=self.entropy_coef,
+                backend="reference", **settings,
             )  # fmt: skip
             torch.autograd.backward(loss)
         except InputError:
@@ -159,6 +167,9 @@ class RunLoss:
             "clip_low": self.clip_low,
             "clip_high": self.clip_high,
             "rollout_correction": self.rollout_correction,
+            "ref_logprobs": batch.ref_logprobs,
+            "kl": self.kl,
+            "kl_coef": self.kl_coef,
             "num_tokens_global": max(num_tokens, 1),
             "num_seqs_global": num_seqs,
             "norm_length": self.norm_length if self.loss_agg == "seq-mean-token-sum-norm" else None,

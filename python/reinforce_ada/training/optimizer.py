@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from reinforce_ada.training.moments import CompactAdamW
 
 
 class MasterAdamW:
@@ -14,14 +17,26 @@ class MasterAdamW:
 
     At lr 1e-5 an update is about 1e-5 and a bf16 weight of .05 has a spacing of 2.4e-4: without the copy nearly every step rounds to
     nothing. fp32 parameters are their own master. Tied parameters are given once. Gradients are clipped by their global norm.
+
+    Args:
+        moments: dtype in which the two moments are stored, float32 or bfloat16 (see `CompactAdamW`).
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, max_grad_norm: float,
+        moments: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self._parameters = {name: p for name, p in parameters if p.requires_grad}
         self._masters = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for name, p in self._parameters.items()
         }
-        self._adam = torch.optim.AdamW(self._masters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+        self._moments = moments
+        settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "weight_decay": weight_decay}
+        self._adam = (
+            torch.optim.AdamW(self._masters.values(), **settings, fused=True)
+            if moments == torch.float32
+            else CompactAdamW(self._masters.values(), **settings)
+        )
         self._max_grad_norm = max_grad_norm
 
     def accumulate(self) -> None:
@@ -76,19 +91,20 @@ class MasterAdamW:
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Return in a few words why `load` cannot take these tensors; "" if it can."""
-        shapes = {f"master/{name}": master.shape for name, master in self._masters.items()}
+        own = {f"master/{name}": (master.shape, torch.float32) for name, master in self._masters.items()}
         for name, master in self._masters.items():
-            moments = {f"exp_avg/{name}": master.shape, f"exp_avg_sq/{name}": master.shape, f"step/{name}": torch.Size([])}
+            moments = {f"{key}/{name}": (master.shape, self._moments) for key in ("exp_avg", "exp_avg_sq")}
+            moments[f"step/{name}"] = (torch.Size([]), torch.float32)
             if moments.keys() & tensors.keys():  # a parameter that never had a gradient has no moments
-                shapes |= moments
-        if missing := sorted(shapes.keys() - tensors.keys()):
+                own |= moments
+        if missing := sorted(own.keys() - tensors.keys()):
             return f"{missing[0]} is missing"
-        if unknown := sorted(tensors.keys() - shapes.keys()):
+        if unknown := sorted(tensors.keys() - own.keys()):
             return f"{unknown[0]} is of no parameter"
-        for name, shape in shapes.items():
+        for name, (shape, dtype) in own.items():
             tensor = tensors[name]
-            if tensor.shape != shape or tensor.dtype != torch.float32:
-                return f"{name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, not {list(shape)} float32"
+            if tensor.shape != shape or tensor.dtype != dtype:
+                return f"{name} is {list(tensor.shape)} {_named(tensor.dtype)}, not {list(shape)} {_named(dtype)}"
             if not bool(tensor.isfinite().all()):
                 return f"{name} has values that are not finite"
         return ""
@@ -102,6 +118,10 @@ class MasterAdamW:
             if state:
                 self._adam.state[master] = {key: value.to(master.device, copy=True) for key, value in state.items()}
         self._round()
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def warmed_up(learning_rate: float, step: int, warmup_steps: int) -> float:

@@ -307,7 +307,8 @@ class Trainer:
         num_tokens = sum(m.num_tokens for m in minibatches)
         with self.display.training(f"step {step} training", num_tokens) as advance:
             trained = self.learner.update(minibatches, learning_rate, advance)
-        return {**trained, "tokens_trained": float(num_tokens), "learning_rate": learning_rate}
+        coefficient = {"kl_coef": t.kl_coef} if t.kl_coef else {}
+        return {**trained, **coefficient, "tokens_trained": float(num_tokens), "learning_rate": learning_rate}
 
     # -------------------- evaluation
 
@@ -316,20 +317,22 @@ class Trainer:
         if not self.parts.held_out or self.log.evaluation(self.step) is not None:
             return
         what, started = f"step {self.step} held-out", time.monotonic()
+        results: list[SamplingResult] = []
         with self._span(what):
             self._sync()
             with self.display.sampling(what, self.meter.look) as on_progress:
                 e = evaluate(
                     self.parts.engine, self.parts.rewards, self.parts.held_out, k=self.config.task.eval_k, seed=self.config.run.seed,
                     policy_version=self.step, positive_threshold=self.parts.policy.positive_threshold,
-                    request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress,
+                    request_timeout_s=self.config.engine.request_timeout_s or None, on_progress=on_progress, on_result=results.append,
                 )  # fmt: skip
             self.parts.engine.sleep()
+            kl = self.learner.kl(results[0])
         seconds = time.monotonic() - started
-        self.log.write({**e.record(), "step": self.step, "eval_s": seconds})
+        self.log.write({**e.record(), **kl, "step": self.step, "eval_s": seconds})
         self.display.line(
             f"held-out after step {self.step}: Avg@{e.k} {e.avg_at_k:.3f} ± {e.stderr:.3f}, pass@{e.k} {e.pass_at_k[str(e.k)]:.3f} "
-            f"on {len(e.per_prompt)} prompts · {seconds:.1f} s"
+            f"on {len(e.per_prompt)} prompts{''.join(f', KL {x:.4f}' for x in kl.values())} · {seconds:.1f} s"
         )
 
 
@@ -365,7 +368,7 @@ def earlier_store(run_dir: str) -> RolloutStore:
 
 # A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
-    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass"},
+    "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass", "gradient_checkpointing"},
     "run": {"out", "checkpoint_every", "track", "profile"},
     "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
 }  # fmt: skip
