@@ -50,15 +50,21 @@ class LanguageModel(Protocol):
 
 
 class HuggingFaceModel:
-    """Any transformers causal LM with its tokenizer."""
+    """Any transformers causal LM with its tokenizer.
 
-    def __init__(self, module: Any, tokenizer: Any) -> None:
+    Args:
+        module: the model.
+        causal_lm: the transformers model in `module`, if that is a wrapper around it.
+    """
+
+    def __init__(self, module: Any, tokenizer: Any, causal_lm: Any = None) -> None:
         self.module = module
+        self.causal_lm = module if causal_lm is None else causal_lm
         self.tokenizer = tokenizer
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.share_prompts = True
         self.use_head = True
-        self._config = module.config.get_text_config()
+        self._config = self.causal_lm.config.get_text_config()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         mask = self._shared_mask(batch) if self.share_prompts else (batch.segment_of >= 0).long()
@@ -75,17 +81,17 @@ class HuggingFaceModel:
         return {"full_attention": attention_mask(batch, dtype), "sliding_attention": attention_mask(batch, dtype, window)}
 
     def hidden(self, batch: Batch) -> Tensor:
-        states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
+        states: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
     def head(self) -> OutputHead:
         """Return the projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
-        layer = self.module.get_output_embeddings()
+        layer = self.causal_lm.get_output_embeddings()
         scale = getattr(self._config, "logit_scale", None) or 1.0 / (getattr(self._config, "logits_scaling", None) or 1.0)
         return OutputHead(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.module(**self._inputs(batch)).logits
+        logits: Tensor = self.causal_lm(**self._inputs(batch)).logits
         return logits[batch.row_of, batch.column_of]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
