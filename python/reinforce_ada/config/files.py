@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reinforce_ada.config.keys import Config, TrainingConfig, section_of, sections
+from reinforce_ada.config.keys import Config, ModelConfig, TrainingConfig, section_of, sections
 from reinforce_ada.config.values import RANGES, check_text, convert, shown
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.outside import GarbageError, one_line, read_text, server_url
@@ -118,7 +118,9 @@ def _check(config: Config) -> None:
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
             raise InputError("config", f"{key} = {shown(value)}", needed)
     budget_of(config.training)
-    sampling = config.sampling
+    model, sampling = config.model, config.sampling
+    if not model.lora_rank and (model.lora_alpha is not None or model.lora_targets != ModelConfig().lora_targets):
+        raise InputError("config", "lora_alpha or lora_targets with lora_rank 0", "a rank above 0", "--lora-rank 16")
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
     if sampling.max_tokens >= config.engine.max_model_len:

@@ -23,6 +23,11 @@ class ModelConfig:
         "auto", "dtype of the weights; bfloat16 keeps an fp32 master copy; auto: bfloat16 where the device computes in it, else float32"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device of the trainer; auto: cuda if available")
+    lora_rank: int = option(0, "rank of LoRA adapters, which are trained in place of the weights; 0 trains the weights; docs/lora.md")
+    lora_alpha: int | None = option(None, "adapters are scaled by lora_alpha / lora_rank (default: twice the rank)")
+    lora_targets: str = option(
+        "all-linear", "layers that get adapters: all-linear (all but the output head), or names of linear layers: q_proj,v_proj"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,7 @@ _STEPS = Range(0, 10**9)
 _SECONDS = Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, which ends at 2 147 483 s
 # Every number of the configuration. A preset or an operator with a narrower range checks it itself.
 RANGES: Mapping[str, Range] = {
+    "lora_rank": Range(0, 65536), "lora_alpha": Range(1, 10**6),
     "num_examples": Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": Range(1, 2048), "eval_every": _STEPS,
     "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
     "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "num_completions": _COUNT, "positive_threshold": Range(-1e30, 1e30),

@@ -36,7 +36,8 @@ class TransformersEngine(Engine):
     `poll` raises EngineLost for NaN logits.
 
     Args:
-        module, tokenizer: the model to sample from (a copy of its own, or the trainer's).
+        module, tokenizer: the model to sample from.
+        is_trained: whether `module` is the model that is trained, so that new weights, adapters among them, are in it already.
         max_num_seqs: requests per batch.
         max_tokens, max_model_len, temperature, top_p, top_k, min_p, stop: see `VllmEngine`.
     """
@@ -54,8 +55,9 @@ class TransformersEngine(Engine):
         top_k: int = 0,
         min_p: float = 0.0,
         stop: Sequence[str] = (),
+        is_trained: bool = False,
     ) -> None:
-        self._module, self._tokenizer = module, tokenizer
+        self._module, self._tokenizer, self._is_trained = module, tokenizer, is_trained
         self._max_tokens, self._max_model_len, self._max_num_seqs = max_tokens, max_model_len, max_num_seqs
         self._temperature, self._stop = temperature, stop
         self._truncation: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
@@ -170,13 +172,13 @@ class TransformersEngine(Engine):
         self._keep([i for i, row in enumerate(self._rows) if row.request.id not in gone])
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Copy new weights in; tensors that the engine shares already are skipped."""
+        """Copy new weights in, unless they are there already."""
         if self._rows or self._queue:
             raise InputError("transformers", f"sync_weights with {len(self._rows) + len(self._queue)} requests in flight", "none")
-        own = self._module.state_dict()
-        with torch.no_grad():
-            for name, tensor in named_tensors:
-                if own[name].data_ptr() != tensor.data_ptr():
+        if not self._is_trained:
+            own = self._module.state_dict()
+            with torch.no_grad():
+                for name, tensor in named_tensors:
                     own[name].copy_(tensor)
         self._policy_version = policy_version
 
@@ -195,4 +197,4 @@ def launch(run: Launch) -> TransformersEngine:
     """Return the engine of a run."""
     why = "" if run.settings.engine == "transformers" else " (vllm is not installed)"
     run.say(f"engine: transformers{why}, sharing the trainer's weights")
-    return TransformersEngine(run.module, run.tokenizer, **run.limits)
+    return TransformersEngine(run.module, run.tokenizer, is_trained=True, **run.limits)

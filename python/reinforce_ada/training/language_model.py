@@ -55,15 +55,21 @@ class LanguageModel(Protocol):
 
 
 class HuggingFaceModel:
-    """Any transformers causal LM with its tokenizer."""
+    """Any transformers causal LM with its tokenizer.
 
-    def __init__(self, module: Any, tokenizer: Any) -> None:
+    Args:
+        module: the model.
+        causal_lm: the transformers model in `module`, if that is a wrapper around it.
+    """
+
+    def __init__(self, module: Any, tokenizer: Any, causal_lm: Any = None) -> None:
         self.module = module
+        self.causal_lm = module if causal_lm is None else causal_lm
         self.tokenizer = tokenizer
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.share_prompts = True
         self.use_head = True
-        self._config = module.config.get_text_config()
+        self._config = self.causal_lm.config.get_text_config()
         self._checkpointed: list[nn.Module] = []
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
@@ -82,27 +88,27 @@ class HuggingFaceModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         with self._recomputing():
-            states: Tensor = self.module.base_model(**self._inputs(batch)).last_hidden_state
+            states: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
         return states[batch.row_of, batch.column_of]
 
     def head(self) -> OutputHead:
         """Return the projection, with the scale and cap of Cohere, Granite and Gemma configurations."""
-        layer = self.module.get_output_embeddings()
+        layer = self.causal_lm.get_output_embeddings()
         scale = getattr(self._config, "logit_scale", None) or 1.0 / (getattr(self._config, "logits_scaling", None) or 1.0)
         return OutputHead(layer.weight, getattr(layer, "bias", None), scale, getattr(self._config, "final_logit_softcapping", None))
 
     def logits(self, batch: Batch) -> Tensor:
         with self._recomputing():
-            logits: Tensor = self.module(**self._inputs(batch)).logits
+            logits: Tensor = self.causal_lm(**self._inputs(batch)).logits
         return logits[batch.row_of, batch.column_of]
 
     def checkpoint_layers(self) -> None:
-        if not self.module.supports_gradient_checkpointing:
-            given = f"gradient_checkpointing with {type(self.module).__name__}, whose layers transformers cannot compute again"
+        if not self.causal_lm.supports_gradient_checkpointing:
+            given = f"gradient_checkpointing with {type(self.causal_lm).__name__}, whose layers transformers cannot compute again"
             raise InputError("train", given, "--gradient-checkpointing false")
         # No random state is kept for the second forward, since no dropout runs.
-        self.module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        self._checkpointed = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self._checkpointed = [m for m in self.causal_lm.modules() if getattr(m, "gradient_checkpointing", False)]
         for module in self._checkpointed:
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):  # OPT's layers drop by themselves while they are `training`

@@ -25,7 +25,7 @@ from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
+from reinforce_ada.training import adapters, checkpoint, distributed, lineage, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.language_model import HuggingFaceModel
@@ -52,7 +52,7 @@ def train(config: Config, resume: Path | None = None) -> None:
             return
         try:
             path, dtype = ranks.receive()
-            model = ranks.together(lambda: models.load(path, dtype, pick_device(config.model.device)))
+            model = ranks.together(lambda: _load(path, dtype, pick_device(config.model.device), config))
             Learner(model, config, ranks).follow()
         except RankError:  # rank 0 reports it
             raise SystemExit(1) from None
@@ -65,6 +65,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = with_dtype(config, device)
     track.check_names(config.run.track)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
+    if config.model.lora_rank:
+        needs("train", "peft", "--lora-rank 0 trains the weights and needs nothing more")
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     config = _with_whole_paths(config, records)
     if resume is None:
@@ -81,7 +83,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         is_tiny = config.model.model == "tiny"
         path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.path_of(config.model.model)
         ranks.send([(path, config.model.dtype)] * ranks.size)
-        model = ranks.together(lambda: models.load(path, config.model.dtype, device))
+        model = ranks.together(lambda: _load(path, config.model.dtype, device, config))
         task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
         for note in task.notes:
             display.line(note)
@@ -117,6 +119,12 @@ def finish(out: Path, display: Display) -> None:
         display.line('no figure: matplotlib is not installed; pip install "reinforce-ada[report]", then reinforce-ada report')
         return
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
+
+
+def _load(path: str, dtype: str, device: torch.device, config: Config) -> HuggingFaceModel:
+    """Return the model that is trained, with new adapters if the configuration has a rank for them."""
+    model = models.load(path, dtype, device)
+    return adapters.add(model, config.model, config.run.seed) if config.model.lora_rank else model
 
 
 def model_path(name: str) -> str:
@@ -177,9 +185,9 @@ def make_engine(
         "min_p": config.sampling.min_p,
         "stop": tuple(config.sampling.stop),
     }
-    vocab_size = int(model.module.get_input_embeddings().weight.shape[0])  # the model can read only token ids below it
+    vocab_size = int(model.causal_lm.get_input_embeddings().weight.shape[0])  # the model can read only token ids below it
     run = Launch(
-        config.engine, path, config.model.dtype, device.type, model.module, model.tokenizer, vocab_size, weights, limits, display.line
+        config.engine, path, config.model.dtype, device.type, model.causal_lm, model.tokenizer, vocab_size, weights, limits, display.line
     )  # fmt: skip
     return closing(import_module(f"reinforce_ada.engines.{name}").launch(run))
 

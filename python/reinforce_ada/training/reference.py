@@ -35,6 +35,6 @@ class ReferencePolicy:
 
 
 def _frozen_copy(model: LanguageModel) -> LanguageModel:
-    twin = copy.copy(model)
-    twin.module = copy.deepcopy(model.module).requires_grad_(False)
+    twin = copy.deepcopy(model)
+    twin.module.requires_grad_(False)
     return twin
