@@ -140,7 +140,8 @@ def test_the_keys_of_a_policy_are_those_that_make_one():
     assert set(config.POLICY_KEYS) == {*presets.CONFIGURED, "propose"}
     of_sampling = {f.name for f in dataclasses.fields(config.SamplingConfig)}
     assert of_sampling - set(config.POLICY_KEYS) == {
-        "preset", "schedule", "prompts_per_step", "window", "temperature", "max_tokens", "stop", "memory_decay", "memory_from",
+        "preset", "schedule", "prompts_per_step", "window", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "memory_decay",
+        "memory_from",
     }  # fmt: skip
 
 

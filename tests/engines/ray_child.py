@@ -80,7 +80,7 @@ def greedy(engine: RayEngine, module: Any) -> list[dict[str, Any]]:
 
     def set_temperature(value: float) -> None:  # in the actors that are there: others would have to start
         for member in ready_ones(engine):
-            ray.get(actor_of(member).__ray_call__.remote(lambda sampler: setattr(sampler._engine, "_temperature", value)))
+            ray.get(actor_of(member).__ray_call__.remote(lambda sampler: sampler._engine._fields.update(temperature=value)))
 
     requests = make_requests(make_prompts())[::4]
     set_temperature(0.0)

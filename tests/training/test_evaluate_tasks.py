@@ -60,6 +60,7 @@ def test_several_tasks_in_one_object_with_one_engine(say: Say, monkeypatch: pyte
     assert found["settings"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 3, "stop": [], "seed": 0}
     assert [task["task"] for task in found["tasks"]] == ["low.jsonl", "high.jsonl"]
     for task in found["tasks"]:
+        assert f"{task['task']}: Avg@4 {task['avg_at_k']:.4f} ± {task['stderr']:.4f} on 6 prompts\n" in err
         alone = json.loads(say("--task", task["task"], "--json", *size)[1])["tasks"]
         assert alone == [task]
         assert len(task["prompt_keys"]) == len(set(task["prompt_keys"])) == len(task["per_prompt"]) == 6

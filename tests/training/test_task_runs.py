@@ -17,7 +17,7 @@ from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.training import launch, launch_eval, lineage, models
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.task_files import question_of
-from reinforce_ada.training.tasks import load_records
+from reinforce_ada.training.tasks import content_key, load_records
 from reinforce_ada.types import Prompt
 
 QUESTIONS = [f"{a} + {b} =" for a in range(6) for b in range(4)]
@@ -107,6 +107,25 @@ def test_no_trained_question_is_scored(
     asked = {question_of(r) for r in load_records(wanted.task, wanted.run.seed, wanted.run.data_seed).held_out}
     assert set(scored) == asked - trained
     assert ("are left out" in err) == bool(asked & trained)
+
+
+def test_the_split_of_every_task_is_the_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All records of the task of the run, and of another file that repeats some of them; greedily, and one by a table of its own."""
+    trained = trained_questions(run)
+    task = configuration.load_saved(run / "config.toml").task.task
+    other = write_task(tmp_path / "other.jsonl", [{"prompt": q, "answer": "1"} for q in (*sorted(trained)[:3], "new 1", "new 2")])
+    (tmp_path / "own.toml").write_text(f'[task]\ntask = "{other}"\nnum_examples = 0\n')
+    tasks = ["--task", task, "--task", str(tmp_path / "own.toml"), "--greedy", "--json", "--eval-prompts", "20"]
+    code = cli.main(["eval", str(run / "model"), *tasks])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found = {entry["task"]: set(entry["prompt_keys"]) for entry in json.loads(out)["tasks"]}
+    with RolloutStore(run / "rollouts.sqlite", read_only=True) as store:
+        keys = {content_key(record) for record in store.records()}
+    assert len(keys) == 12
+    assert not keys & found[task]
+    assert len(found[str(tmp_path / "own.toml")]) == 2
+    assert f"own.toml: 3 of 5 held-out questions are left out: {run} trained on them" in err
 
 
 def test_an_evaluation_of_trained_questions_alone_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

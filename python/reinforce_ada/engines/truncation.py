@@ -12,7 +12,7 @@ def truncated(logits: Tensor, *, top_p: float = 1.0, top_k: int = 0, min_p: floa
     With p = softmax(logits), what remains is, in this order,
         min_p: the tokens with p >= min_p max(p);
         top_k: the top_k likeliest of these, and all that are as likely as the last of them;
-        top_p: with p renormalized over what is left, the fewest of the likeliest whose sum exceeds or reaches top_p, at least one: a token
+        top_p: with p renormalized over what is left, the fewest of the likeliest whose sum reaches top_p, at least one: a token
             goes if it and all less likely ones together have a mass of at most 1 - top_p. Among equally likely tokens the sort decides.
     A setting at its default changes nothing; the likeliest token always remains.
 

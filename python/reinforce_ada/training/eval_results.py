@@ -59,6 +59,11 @@ def table(results: Sequence[TaskResult]) -> list[str]:
     return lines
 
 
+def in_short(e: Evaluation) -> str:
+    """Return the first number of an evaluation, with its standard error."""
+    return f"Avg@{e.k} {_with_error(e.avg_at_k, e.stderr)} on {len(e.per_prompt)} prompts"
+
+
 def _row(task: str, e: Evaluation) -> tuple[str, ...]:
     measured = _with_error(e.avg_at_k, e.stderr), _with_error(e.pass_at_k[str(e.k)], e.pass_at_k_stderr[str(e.k)])
     voted = "-" if e.maj_at_k is None or e.maj_at_k_stderr is None else _with_error(e.maj_at_k, e.maj_at_k_stderr)

@@ -18,7 +18,7 @@ from reinforce_ada.rewards.votes import answer_of_reward
 from reinforce_ada.sampling import configured
 from reinforce_ada.training import distributed, lineage, models
 from reinforce_ada.training.display import Display
-from reinforce_ada.training.eval_results import TaskResult
+from reinforce_ada.training.eval_results import TaskResult, in_short
 from reinforce_ada.training.evaluate import evaluate
 from reinforce_ada.training.launch import (
     longest_prompt,
@@ -76,7 +76,12 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
         display.line(f"model {model_name} ({precision})")
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, scratch, display))
         engine.sync_weights(model.named_tensors(), 0)
-        return [_result(w, task, engine, display) for w, task in zip(work, tasks, strict=True)]
+        results: list[TaskResult] = []
+        for w, task in zip(work, tasks, strict=True):
+            results.append(_result(w, task, engine, display))
+            if len(work) > 1:  # said at once: a later task may fail
+                display.line(f"{w.name}: {in_short(results[-1].evaluation)}")
+        return results
 
 
 def _records(config: Config) -> Records:
