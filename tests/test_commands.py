@@ -19,7 +19,7 @@ def flags_in_help(capsys, command) -> set[str]:
 
 def test_train_has_a_flag_for_every_key(capsys):
     keys = {f"--{key.replace('_', '-')}" for key in config.section_of()}
-    assert flags_in_help(capsys, "train") == keys | {"--help", "--config", "--resume"}
+    assert flags_in_help(capsys, "train") == keys | {"--help", "--config", "--resume", "--estimate"}
 
 
 def test_eval_has_the_flags_that_an_evaluation_reads(capsys):

@@ -10,6 +10,7 @@ from typing import Any
 from reinforce_ada import config as configuration
 from reinforce_ada.commands.flags import add_command, add_config_flags, import_from_here, overrides
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import show
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +30,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "train", "Train a model by adaptive sampling.", _EXAMPLES)
     parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR with its own configuration")
+    parser.add_argument("--estimate", action="store_true", help="print the memory that the run would take, and end; no weights are loaded")
     add_config_flags(parser)
     parser.set_defaults(run=run)
 
@@ -48,5 +50,8 @@ def run(given: argparse.Namespace) -> int:
     import_from_here()
     from reinforce_ada.training import launch
 
+    if given.estimate:
+        show(launch.estimate_memory(config))
+        return 0
     launch.train(config, given.resume)
     return 0

@@ -31,6 +31,7 @@ from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.loss import RunLoss
+from reinforce_ada.training.memory_estimate import Shapes, estimate
 from reinforce_ada.training.run_folder import RunFolder
 from reinforce_ada.training.task_files import answer_of
 from reinforce_ada.training.tasks import Records, Task, load_records, render
@@ -92,6 +93,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
+        display.line(_memory(Shapes.of(model.module), config, engine_name, device, hasattr(model.module, "disable_adapter")))
         trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, folder)
@@ -108,6 +110,18 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         display.line(f"{out}: no step and no evaluation, so there is nothing to report")
     if trace:
         display.line(f"profile {trace.path}")
+
+
+def estimate_memory(config: Config) -> str:
+    """Return in one line what a run would take, without loading its model. Raises: InputError as `train` does for model and device."""
+    quiet_libraries(config.model.model)
+    device = pick_device(config.model.device)
+    return _memory(models.shapes_of(config.model.model), with_dtype(config, device), pick_engine(config.engine.engine), device, False)
+
+
+def _memory(shapes: Shapes, config: Config, engine: str, device: torch.device, has_adapters: bool) -> str:
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return estimate(shapes, config, device.type, engine=engine, gpu_bytes=gpu_bytes, has_adapters=has_adapters).line()
 
 
 def finish(out: Path, display: Display) -> None:

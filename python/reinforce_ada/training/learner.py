@@ -12,6 +12,7 @@ from torch import Tensor
 from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.sampling import configured
+from reinforce_ada.training import out_of_memory
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
@@ -62,17 +63,20 @@ class Learner:
 
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
+        self.device = next(model.module.parameters()).device
         self.loss = RunLoss.from_config(config)
-        self.reference = None if self.loss.kl is None else ReferencePolicy(model)
+        self._fits = partial(out_of_memory.told, module=model.module, config=config, device=self.device)
+        with self._fits("the reference policy"):
+            self.reference = None if self.loss.kl is None else ReferencePolicy(model)
         if config.training.gradient_checkpointing:
             model.checkpoint_layers()
-        self.optimizer = MasterAdamW(
-            model.module.named_parameters(),
-            weight_decay=config.training.weight_decay,
-            max_grad_norm=config.training.max_grad_norm,
-            moments=getattr(torch, config.training.moments),
-        )
-        self.device = next(model.module.parameters()).device
+        with self._fits("the float32 copy of the weights"):
+            self.optimizer = MasterAdamW(
+                model.module.named_parameters(),
+                weight_decay=config.training.weight_decay,
+                max_grad_norm=config.training.max_grad_norm,
+                moments=getattr(torch, config.training.moments),
+            )
         self.predictor: PassRatePredictor | None = None
         if configured(config.sampling).needs_prediction:
             self.predictor = PassRatePredictor(model.head().weight.shape[1], config.sampling.memory_decay, self.device)
@@ -165,16 +169,17 @@ class Learner:
     # -------------------- on all
 
     def _train(self, work: Work, advance: Callable[[int], None]) -> dict[str, float]:
-        ranks = self.ranks
-        prepared = ranks.together(lambda: self._prepare(work.minibatches))
+        ranks, fits = self.ranks, self._fits
+        prepared = ranks.together(fits("a pass without a gradient")(partial(self._prepare, work.minibatches)))
         parts: list[tuple[dict[str, float], int]] = []
         losses: list[float] = []
         norms: list[float] = []
         for minibatch, (passes, old) in zip(work.minibatches, prepared, strict=True):
-            report = ranks.together(partial(self._gradient, minibatch, passes, old, advance))
+            report = ranks.together(fits("a training pass")(partial(self._gradient, minibatch, passes, old, advance)))
             reports = ranks.exchange(report)
             self.optimizer.add_up(ranks.add_up, set().union(*(r.touched for r in reports)))
-            norms.append(self.optimizer.step(work.learning_rate))
+            with self._fits("the optimizer's step"):
+                norms.append(self.optimizer.step(work.learning_rate))
             losses.append(sum(r.loss for r in reports))
             parts += [part for r in reports for part in r.parts]
         predicted = {} if self.predictor is None else self.predictor.update(ranks.add_up)

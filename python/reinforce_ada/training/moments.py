@@ -20,7 +20,7 @@ class CompactAdamW(torch.optim.Optimizer):
     is the number itself. To the nearest, v would never shrink: a step changes it by at most 1/1000, and two bfloat16 numbers are at least
     1/256 apart.
 
-    The rounding adds noise of 2 to 3 % to the size of a weight's update, and less than .2 % to its mean (for gradients that do not fade).
+    Beside float32 moments, a step's update has noise of 2 % of its length and a bias of less than .2 % (random gradients, 4000 steps).
     The random bits are a function of the parameter's place and step alone, so that a resumed run and every rank round alike.
 
     Args:
