@@ -16,7 +16,7 @@ from reinforce_ada.commands.flags import add_command, add_config_flags, import_f
 from reinforce_ada.outside import finite, show
 
 # The keys about model, task and engine that an evaluation does not read, and the keys of other tables that it reads.
-_NOT_OF_EVAL = {"model", "eval_every"}
+_NOT_OF_EVAL = {"model", "eval_every", "lora_rank", "lora_alpha", "lora_targets"}
 _OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed", "data_seed"}
 
 

@@ -72,6 +72,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     config = _with_whole_paths(config, records)
     if resume is None:
+        if config.model.model not in ("smollm2", "tiny"):
+            models.path_of(config.model.model)  # refuses what is no whole model
         lineage.check_held_out(records, config.model.model)
     RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
@@ -137,11 +139,14 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     if not records.held_out:
         raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
-    path = models.path_of(model_name)
-    records, left_out = lineage.without_trained(records, path)
+    folder = Path(model_name)
+    are_adapters = models.is_adapters(folder)
+    path = adapters.base_of(folder) if are_adapters else models.path_of(model_name)
+    records, left_out = lineage.without_trained(records, model_name if lineage.run_beside(model_name) else path)
     with ExitStack() as stack:
         rewards = stack.enter_context(make_rewards(config, records))
-        model = models.load(path, config.model.dtype, device)
+        dtype = config.model.dtype
+        model = adapters.load(folder, dtype, device) if are_adapters else models.load(path, dtype, device)
         task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
         for note in filter(None, (*task.notes, left_out)):
             display.line(note)
