@@ -5,7 +5,7 @@ The trained model is float32 and decodes greedily, so that an engine must say th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,9 +49,12 @@ def forgetful(model: adapters.AdaptedModel, forgotten: str) -> Iterator[tuple[st
     return ((name, loaded[name] if module_of(name) == forgotten else tensor) for name, tensor in model.named_tensors())
 
 
-def sampled(engine: Any, model: adapters.AdaptedModel, version: int, tensors: Any = None) -> dict[str, Any]:
+def sampled(
+    engine: Any, model: adapters.AdaptedModel, version: int, tensors: Any = None, settle: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
     """A sync, and how far what the engine then samples is from the trained model; and that from the model without adapters."""
     engine.sync_weights(model.named_tensors() if tensors is None else tensors, version)
+    settle()
     requests: list[Request] = [replace(r, policy_version=version) for r in REQUESTS]
     done = scenes.sample(engine, requests)
     with model.module.disable_adapter():
@@ -65,21 +68,24 @@ def sampled(engine: Any, model: adapters.AdaptedModel, version: int, tensors: An
     }
 
 
-def play(engine: Any, model: adapters.AdaptedModel, *, can_forget: bool = True) -> dict[str, Any]:
-    """Facts about a greedy engine: many syncs, each module's adapters alone, and syncs that forget one module."""
+def play(engine: Any, model: adapters.AdaptedModel, *, can_forget: bool = True, settle: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """Facts about a greedy engine: many syncs, each module's adapters alone, and syncs that forget one module.
+
+    `settle` waits until every replica has the weights, so that all of them take part.
+    """
     facts: dict[str, Any] = {"syncs": [], "alone": {}, "forgotten": {}}
     version = 0
     for version in range(1, NUM_SYNCS + 1):
         draw(model, version, LARGE if version % 2 else SMALL)
-        facts["syncs"].append(sampled(engine, model, version))
+        facts["syncs"].append(sampled(engine, model, version, settle=settle))
     for module in MODULES:
         version += 1
         draw(model, version, LARGE, only=[module])
-        facts["alone"][module] = sampled(engine, model, version)
+        facts["alone"][module] = sampled(engine, model, version, settle=settle)
     draw(model, version, LARGE)
     for module in MODULES if can_forget else ():
         version += 1
-        facts["forgotten"][module] = sampled(engine, model, version, forgetful(model, module))
+        facts["forgotten"][module] = sampled(engine, model, version, forgetful(model, module), settle)
     return facts
 
 

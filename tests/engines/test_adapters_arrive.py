@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import adapter_scenes
 import engine_scenes as scenes
 import pytest
 import torch
+from real_servers import engine_of, serving, wait_until_ready
 
 from reinforce_ada.engines.transformers import TransformersEngine
 from reinforce_ada.training import models
@@ -54,3 +58,28 @@ def test_bfloat16_agrees_within_its_rounding(tiny_model: Path) -> None:
 def test_vllm_in_this_process(vllm_facts: dict[str, Any]) -> None:
     adapter_scenes.check(vllm_facts["adapters"])
     assert list(vllm_facts["adapters"]["forgotten"]) == list(adapter_scenes.MODULES)
+
+
+@with_vllm
+@pytest.mark.vllm
+@pytest.mark.slow  # two servers start, and read 34 versions of the weights
+@pytest.mark.timeout(1200)
+def test_two_servers(tiny_model: Path, tmp_path: Path) -> None:
+    model = adapter_scenes.adapted(str(tiny_model))
+    limits = {"max_tokens": scenes.MAX_TOKENS, "temperature": 0.0}
+    with serving(str(tiny_model), tmp_path) as two, engine_of(two, tmp_path / "weights", **limits) as engine:
+        facts = adapter_scenes.play(engine, model, settle=partial(wait_until_ready, engine))
+        assert len({placement.replica for placement in engine.placements}) == 2
+    adapter_scenes.check(facts)
+
+
+@with_vllm
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.vllm
+@pytest.mark.slow  # two actors start, each with its vLLM
+@pytest.mark.timeout(1200)
+def test_two_ray_actors(tiny_model: Path, tmp_path: Path, play_apart: Callable[..., None]) -> None:
+    play_apart("ray_adapters_child.py", tiny_model, tmp_path / "facts.json", timeout_s=1100)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts.pop("replicas") == 2
+    adapter_scenes.check(facts)

@@ -1,7 +1,7 @@
-"""A run that trains LoRA adapters of the tiny Llama is killed with SIGKILL at random moments, and resumed: `python adapter_kills.py [NUMBER]`.
+"""A run that trains LoRA adapters is killed with SIGKILL at random moments, and resumed: `python adapter_kills.py [NUMBER]`.
 
-All of it is the product's: model, engine, rewards, journal, checkpoints. The run must end in the adapters, to the bit, and the pools of the
-one that nobody disturbed. Writes benchmarks/adapter_kills.json.
+All of it is the product's, with the tiny Llama: model, engine, rewards, journal, checkpoints. The run must end in the adapters, to the bit,
+and the pools of the one that nobody disturbed. Writes benchmarks/adapter_kills.json.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from reinforce_ada.config import ModelConfig
 from reinforce_ada.errors import InputError
 from reinforce_ada.training import adapters, launch, models
 from reinforce_ada.training.log import read_log
+from reinforce_ada.training.trainer import compared, fingerprint
 
 RANK, WIDTH, INNER, KEY = 4, 64, 128, 32  # of the tiny Llama: hidden, feed-forward, one key-value head
 # in + out of q, k, v, o, gate, up and down, twice
@@ -189,6 +190,14 @@ def test_a_run_that_is_resumed_ends_in_the_same_bits(run: Path, base: str, task:
     whole, resumed = (load_file(folder / "model" / adapters.WEIGHTS) for folder in (run, out))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_from_before_there_were_adapters_resumes_and_one_of_another_rank_does_not() -> None:
+    now = fingerprint(configuration.load())
+    before = {**now, "model": {key: value for key, value in now["model"].items() if not key.startswith("lora_")}}
+    assert len(before["model"]) == len(now["model"]) - 3
+    assert compared(before) == compared(now)
+    assert compared(before) != compared(fingerprint(configuration.load(None, {"lora_rank": 4})))
 
 
 def test_the_model_of_a_run_in_peft_and_whole(run: Path, base: str, tmp_path: Path) -> None:
