@@ -41,6 +41,12 @@ class AdaptedModel(HuggingFaceModel):
         self.adapted = {name: layer for name, layer in self.causal_lm.named_modules() if isinstance(layer, LoraLayer)}
         self.names = {name for name, p in self.causal_lm.named_parameters() if p.requires_grad}
 
+    def __str__(self) -> str:
+        """Return in a line what is trained."""
+        config = self.module.active_peft_config
+        count = sum(p.numel() for p in self.causal_lm.parameters() if p.requires_grad)
+        return f"LoRA of rank {config.r}, alpha {config.lora_alpha}, in {len(self.adapted)} layers: {count:,} weights are trained"
+
     @torch.no_grad()
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights with the adapters merged into them, under the names of the model without adapters.
@@ -182,10 +188,13 @@ def export(source: Path, target: Path | None, dtype: str) -> Path:
     from safetensors import SafetensorError
 
     folder = source / "model" if (source / run_folder.CONFIG).is_file() else source
+    if not folder.is_dir():
+        hint = "RUN/checkpoints/step-N/model has the adapters of a checkpoint"
+        raise InputError("export", f"{one_line(str(folder))} is not there", "a run that has ended, or a folder of adapters", hint)
     if not models.is_adapters(folder):
         hint = "a run of --lora-rank 0 has a whole model in RUN/model already"
         raise InputError("export", f"{one_line(str(folder))} has no {CONFIG}", "a run with LoRA adapters, or a folder of some", hint)
-    target = folder.with_name("merged") if target is None else target
+    target = folder.absolute().parent / "merged" if target is None else target
     if target.is_dir() and any(target.iterdir()):
         raise InputError("export", f"{target} is not empty", "a folder that is empty or not there yet", "--merge FOLDER names another")
     run = lineage.run_beside(str(folder))

@@ -96,6 +96,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
+        if isinstance(model, adapters.AdaptedModel):
+            display.line(str(model))
         trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, folder)
