@@ -273,6 +273,18 @@ def test_adapters_of_another_kind_are_refused(run: Path, tmp_path: Path, change:
         adapters.load(away, "float32", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_adapters_of_the_head_or_of_an_embedding_are_refused(base: str, tmp_path: Path, name: str) -> None:
+    """What others have trained may have them."""
+    from peft import LoraConfig, get_peft_model
+
+    loaded = models.load(base, "float32", torch.device("cpu"))
+    module = get_peft_model(loaded.module, LoraConfig(r=2, target_modules=["q_proj", name], task_type="CAUSAL_LM"))
+    adapters.AdaptedModel(module, loaded.tokenizer).save(tmp_path)
+    with pytest.raises(InputError, match=f"adapts .*{name}; adapters of linear layers other than the output head"):
+        adapters.load(tmp_path, "float32", torch.device("cpu"))
+
+
 def test_adapters_that_do_not_fit_are_refused(run: Path, tmp_path: Path) -> None:
     """peft only warns, and the model is then as without them."""
     from safetensors.torch import save_file

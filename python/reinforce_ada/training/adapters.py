@@ -159,6 +159,10 @@ def load(folder: Path, dtype: str, device: torch.device) -> AdaptedModel:
     except Exception as e:  # a foreign library may raise anything on foreign files
         raise InputError("model", f"the adapters in {folder} do not load: {one_line(str(e), 200)}", f"those of {base_of(folder)}") from e
     adapted = AdaptedModel(module.eval(), model.tokenizer)
+    head = adapted.causal_lm.get_output_embeddings()
+    for name, layer in adapted.adapted.items():
+        if layer is head or not _is_linear(layer.get_base_layer()):
+            raise InputError("model", f"{folder} adapts {name}", "adapters of linear layers other than the output head")
     # peft ignores what it does not find: those adapters would be as new, and change nothing.
     if lost := sorted({f"base_model.model.{name}" for name in adapted.names} & set(found.missing_keys)) + list(found.unexpected_keys):
         raise InputError("model", f"{folder / WEIGHTS} does not fit: {one_line(lost[0])}", f"adapters of {model.causal_lm.name_or_path}")
@@ -170,9 +174,8 @@ def _strange(config: Any) -> str:
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         return f"adapters of the kind {one_line(str(config.peft_type))}"
     others = {"use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "target_parameters": None}
-    return next(
-        (f"{key} = {one_line(repr(getattr(config, key)))}" for key, plain in others.items() if getattr(config, key, plain) != plain), ""
-    )
+    strange = [key for key, plain in others.items() if getattr(config, key, plain) != plain]
+    return f"{strange[0]} = {one_line(repr(getattr(config, strange[0])))}" if strange else ""
 
 
 @torch.no_grad()
@@ -220,7 +223,7 @@ def _targets(causal_lm: Any, named: str) -> list[str]:
     """Return the names of the layers that get adapters, as peft takes them: each stands for all layers whose path ends with it."""
     names = sorted({name.strip() for name in named.split(",")})
     head = causal_lm.get_output_embeddings()
-    linear = {path: layer for path, layer in causal_lm.named_modules() if isinstance(layer, nn.Linear) or _is_conv1d(layer)}
+    linear = {path: layer for path, layer in causal_lm.named_modules() if _is_linear(layer)}
     known = sorted({path.rpartition(".")[2] for path, layer in linear.items() if layer is not head})
     if names == [ALL_LINEAR]:
         names = known
@@ -234,7 +237,7 @@ def _targets(causal_lm: Any, named: str) -> list[str]:
     return names
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D  # the linear layers of GPT-2, whose weights are transposed
 
-    return isinstance(layer, Conv1D)
+    return isinstance(layer, (nn.Linear, Conv1D))
