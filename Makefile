@@ -18,7 +18,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
-  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
+  test-adapters test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -49,6 +49,12 @@ test-engine-kills: $(VENV)/.dev
 # Whole runs are killed 48 times, over one and two ranks, the launcher included; some minutes on two cores. Writes benchmarks/run_kills.json.
 test-kills: $(VENV)/.dev
 	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/run_kills.py
+
+# Do LoRA adapters arrive in every engine: vLLM in one process, on two servers and in two Ray actors? Then a run of adapters is killed ten
+# times; writes benchmarks/adapter_kills.json. Some ten minutes on two cores.
+test-adapters: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow" tests/engines/test_adapters_arrive.py tests/training/test_adapters.py $(PYTEST_FLAGS)
+	PYTHONPATH=tests/training$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/training/adapter_kills.py
 
 # A million prompts through the simulator; some four minutes on one core.
 simulate-scale: $(VENV)/.dev

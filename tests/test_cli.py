@@ -24,7 +24,7 @@ from reinforce_ada.sampling import PRESETS
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 
 ONE_LINE = re.compile(r"reinforce-ada: [^\n]+: [^\n]+; [^\n]+\n")
-COMMANDS = ("train", "eval", "report", "simulate", "bench", "doctor")
+COMMANDS = ("train", "eval", "export", "report", "simulate", "bench", "doctor")
 
 
 def say(capsys, *arguments) -> tuple[int, str]:

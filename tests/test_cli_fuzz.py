@@ -69,7 +69,7 @@ def campaign(batch: list[list[str]]) -> list[Ended]:
     return ended
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "explain", "report", "simulate", "serve", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "export", "explain", "report", "simulate", "serve", "bench", "doctor"])
 def test_help_has_no_trap(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A percent sign in a help text raises only when the help is shown."""
     assert run_line([command, "--help"]).code == 0

@@ -28,7 +28,7 @@ DECLARED = _dispatch.table()
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
 FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
-ENTRIES = {"training.launch", "training.launch_eval", "training.eval_results"}
+ENTRIES = {"training.launch", "training.launch_eval", "training.eval_results", "training.adapters"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import adapter_scenes
 import engine_scenes as scenes
 import torch
 from engine_conformance import play
@@ -89,6 +90,7 @@ def main(model: Path, task: Path, out: Path) -> None:
         kv_cache_bytes=64 << 20,
     )
     facts = {"conformance": play(engine, load(model)), **played(engine, load(model)), "too_long_for_the_model": too_long}
+    facts["adapters"] = adapter_scenes.play(at(engine, 0.0), adapter_scenes.adapted(str(model)))
     engine.close()
     (out / "facts.json").write_text(json.dumps(facts))
 

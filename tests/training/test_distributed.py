@@ -32,8 +32,9 @@ from toy_training import saved_weights
 import reinforce_ada
 from reinforce_ada import cli
 from reinforce_ada import config as configuration
+from reinforce_ada.config import ModelConfig
 from reinforce_ada.errors import InputError
-from reinforce_ada.training import distributed, models
+from reinforce_ada.training import adapters, distributed, models
 from reinforce_ada.training.batching import Sample, shares_of
 from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import read_log
@@ -121,10 +122,15 @@ def test_the_gradient_of_several_is_that_of_one(toy_run: Runner, tmp_path: Path,
         assert relative_difference(several[0], mine) == 0.0  # or the ranks would drift apart
 
 
-def test_the_gradient_of_a_llama_with_shared_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks in threads: gloo is the same, and transformers is imported once."""
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_gradient_of_a_llama_with_shared_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_rank: int) -> None:
+    """Two ranks in threads: gloo is the same, and transformers is imported once. Of all weights, or of adapters alone."""
     models.build_tiny(tmp_path / "llama", models.tiny_tokenizer(QUESTIONS), [(QUESTIONS[0], "3")], seed=0, num_updates=1)
     model = models.load(str(tmp_path / "llama"), "float32", torch.device("cpu"))
+    if lora_rank:
+        model = adapters.add(model, ModelConfig(lora_rank=lora_rank), seed=0)
+        for layer in model.adapted.values():  # A has a gradient only where B is not zero
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1, generator=torch.Generator().manual_seed(1))
     config = configuration.load(None, {"dtype": "float32", "tokens_per_pass": 200})
     rng = np.random.default_rng(0)
     samples = [
@@ -162,6 +168,7 @@ def test_the_gradient_of_a_llama_with_shared_rows(tmp_path: Path, monkeypatch: p
             thread.join(timeout=60)
     assert relative_difference(found["0 of 1"], found["0 of 2"]) < 1e-6
     assert relative_difference(found["0 of 2"], found["1 of 2"]) == 0.0
+    assert not lora_rank or {".lora_A." in name or ".lora_B." in name for name in found["0 of 2"]} == {True}
 
 
 # -------------------- the run

@@ -16,7 +16,7 @@ from toy_training import saved_weights, toy_config, toy_trainer
 from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
-from reinforce_ada.training import models
+from reinforce_ada.training import adapters, models
 from reinforce_ada.training.batching import collate
 from reinforce_ada.training.memory_estimate import Shapes, estimate
 from reinforce_ada.training.optimizer import MasterAdamW
@@ -46,10 +46,17 @@ def test_bytes_of_weights_and_optimizer(overrides: dict[str, Any], expected: dic
     assert {name: found[name] for name in expected} == expected
 
 
-def test_frozen_weights_have_neither_gradient_nor_moments_and_adapters_no_reference() -> None:
-    config = configuration.load(None, {"dtype": "bfloat16", "kl_coef": 0.1})
-    found = estimate(SHAPES._replace(num_trained=10), config, "cpu", has_adapters=True).trainer
-    assert [found[name] for name in ("weights", "float32 masters", "gradients", "moments", "reference")] == [2000, 40, 60, 80, 0]
+def test_adapters_are_float32_without_masters_and_their_reference_takes_nothing() -> None:
+    config = configuration.load(None, {"dtype": "bfloat16", "kl_coef": 0.1, "lora_rank": 1})
+    found = estimate(SHAPES._replace(num_trained=10), config, "cpu").trainer
+    assert [found[name] for name in ("weights", "float32 masters", "gradients", "moments", "reference")] == [2020, 0, 40, 80, 0]
+    assert found["loss"] == 62_000_000  # the head is frozen
+
+
+def test_the_weights_of_adapters_are_those_that_peft_makes() -> None:
+    settings = configuration.load(None, {"lora_rank": 3}).model
+    module = adapters.adapted(models.without_weights("tiny"), settings)
+    assert Shapes.of(module).num_trained == Shapes.of(module).adapter_weights(3) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

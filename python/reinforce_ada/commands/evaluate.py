@@ -20,7 +20,7 @@ from reinforce_ada.outside import show
 
 # The keys about model, task and engine that an evaluation does not read, or has a flag of its own for, and those of other tables that it
 # reads.
-_NOT_OF_EVAL = {"model", "eval_every", "task"}
+_NOT_OF_EVAL = {"model", "eval_every", "task", "lora_rank", "lora_alpha", "lora_targets"}
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop")
 _OF_EVAL = {*_OF_SAMPLING, "positive_threshold", "preset", "seed", "data_seed"}
 

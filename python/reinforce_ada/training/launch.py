@@ -66,11 +66,12 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     config = with_dtype(config, device)
     track.check_names(config.run.track)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
-    if config.model.lora_rank:
-        needs("train", "peft", "--lora-rank 0 trains the weights and needs nothing more")
+    _need_peft(config)
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     config = _with_whole_paths(config, records)
     if resume is None:
+        if config.model.model not in ("smollm2", "tiny"):
+            models.path_of(config.model.model)  # refuses what is no whole model
         lineage.check_held_out(records, config.model.model)
     RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
@@ -93,7 +94,9 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
             weights = stack.enter_context(run_folder.weights_folder(Path(config.engine.weights_dir), folder.name))
         engine = stack.enter_context(make_engine(engine_name, config, path, model, device, weights, display))
         display.line(_what_runs(config, policy, task, precision, ranks.size))
-        display.line(_memory(Shapes.of(model.module), config, engine_name, device, hasattr(model.module, "disable_adapter")))
+        if isinstance(model, adapters.AdaptedModel):
+            display.line(str(model))
+        display.line(_memory(Shapes.of(model.module), config, engine_name, device))
         trackers = stack.enter_context(closing(Trackers(config.run.track, out, dataclasses.asdict(config), display.line)))
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, folder)
@@ -116,12 +119,21 @@ def estimate_memory(config: Config) -> str:
     """Return in one line what a run would take, without loading its model. Raises: InputError as `train` does for model and device."""
     quiet_libraries(config.model.model)
     device = pick_device(config.model.device)
-    return _memory(models.shapes_of(config.model.model), with_dtype(config, device), pick_engine(config.engine.engine), device, False)
+    _need_peft(config)
+    module = models.without_weights(config.model.model)
+    if config.model.lora_rank:
+        module = adapters.adapted(module, config.model)
+    return _memory(Shapes.of(module), with_dtype(config, device), pick_engine(config.engine.engine), device)
 
 
-def _memory(shapes: Shapes, config: Config, engine: str, device: torch.device, has_adapters: bool) -> str:
+def _need_peft(config: Config) -> None:
+    if config.model.lora_rank:
+        needs("train", "peft", "--lora-rank 0 trains the weights and needs nothing more")
+
+
+def _memory(shapes: Shapes, config: Config, engine: str, device: torch.device) -> str:
     gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return estimate(shapes, config, device.type, engine=engine, gpu_bytes=gpu_bytes, has_adapters=has_adapters).line()
+    return estimate(shapes, config, device.type, engine=engine, gpu_bytes=gpu_bytes).line()
 
 
 def finish(out: Path, display: Display) -> None:

@@ -16,7 +16,7 @@ from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rewards.protocol import Answer
 from reinforce_ada.rewards.votes import answer_of_reward
 from reinforce_ada.sampling import configured
-from reinforce_ada.training import distributed, lineage, models
+from reinforce_ada.training import adapters, distributed, lineage, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.eval_results import TaskResult, in_short
 from reinforce_ada.training.evaluate import evaluate
@@ -64,10 +64,13 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
     found = {name: _records(each) for name, each in configs.items()}
-    path = models.path_of(model_name)
+    folder, dtype = Path(model_name), config.model.dtype
+    are_adapters = models.is_adapters(folder)
+    path = adapters.base_of(folder) if are_adapters else models.path_of(model_name)
+    history = model_name if lineage.run_beside(model_name) else path
     with ExitStack() as stack:
-        work = [_work(stack, name, each, found[name], path) for name, each in configs.items()]
-        model = models.load(path, config.model.dtype, device)
+        work = [_work(stack, name, each, found[name], history) for name, each in configs.items()]
+        model = adapters.load(folder, dtype, device) if are_adapters else models.load(path, dtype, device)
         tasks = [render(w.records, w.config.task, model.tokenizer, longest=longest_prompt(config)) for w in work]
         for w, task in zip(work, tasks, strict=True):
             for note in filter(None, (*task.notes, w.note)):

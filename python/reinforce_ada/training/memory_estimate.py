@@ -43,6 +43,11 @@ class Shapes(NamedTuple):
         mlp = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
         return cls(*counts, c.vocab_size * c.hidden_size, c.num_hidden_layers, c.hidden_size, size * heads, keys, mlp)
 
+    def adapter_weights(self, rank: int) -> int:
+        """Return the number of weights in adapters of all linear layers: rank * (in + out) each."""
+        attention = 2 * (self.width + self.query_width) + 2 * (self.width + self.key_width)
+        return rank * self.num_layers * (attention + 3 * (self.width + self.mlp_width))
+
     def layer_bytes(self, dtype: str) -> int:
         """Return what a layer of Llama's kind keeps of a token for its backward.
 
@@ -72,26 +77,27 @@ class Estimate:
         return f"memory: the trainer takes about {self.total / _GB:.2f} GB ({parts}){engine}"
 
 
-def estimate(shapes: Shapes, config: Config, device: str, *, engine: str = "", gpu_bytes: int = 0, has_adapters: bool = False) -> Estimate:
+def estimate(shapes: Shapes, config: Config, device: str, *, engine: str = "", gpu_bytes: int = 0) -> Estimate:
     """Return the estimate for a run whose passes are full and more than one per minibatch, as they are in large runs.
 
     Args:
         device: "cpu" or "cuda".
         engine: name of the engine, whose memory is left out if there is none.
         gpu_bytes: memory of the GPU.
-        has_adapters: whether the reference of a KL is the model without its adapters, not a copy.
     """
     t, dtype = config.training, config.model.dtype
     b, trained, activations = _BYTES[dtype], shapes.num_trained, _activations(shapes, config)
+    has_adapters = config.model.lora_rank > 0  # which are float32, and the reference of a KL is the model without them
+    is_float32 = dtype == "float32" or has_adapters
     trainer = {
-        "weights": b * shapes.num_weights,
-        "float32 masters": 0 if dtype == "float32" else 4 * trained,
-        "gradients": 4 * trained if dtype == "float32" else (4 + b) * trained,  # of all passes in float32, and of one in its own dtype
+        "weights": b * (shapes.num_weights - trained) + 4 * trained if has_adapters else b * shapes.num_weights,
+        "float32 masters": 0 if is_float32 else 4 * trained,
+        "gradients": 4 * trained if is_float32 else (4 + b) * trained,  # of all passes in float32, and of one in its own dtype
         "moments": 2 * _BYTES[t.moments] * trained,
         "reference": b * shapes.num_weights if t.kl_coef and not has_adapters else 0,
         "activations": activations,
         # The gradient of the head is made beside the one it is added to.
-        "loss": _LOSS_BYTES[device] + b * shapes.head_weights,
+        "loss": _LOSS_BYTES[device] + (0 if has_adapters else b * shapes.head_weights),
         "freed but kept by the heap": int(_HEAP_SHARE * activations) if device == "cpu" else 0,
     }
     return Estimate(trainer, _engine(shapes, config, device, engine, gpu_bytes))

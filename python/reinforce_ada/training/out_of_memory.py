@@ -15,6 +15,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.training.memory_estimate import Estimate, Shapes, estimate
 
 _NUM_REMEDIES = 3
+_RANK = 16  # of the adapters that are proposed
 
 
 def is_out_of_memory(e: BaseException) -> bool:
@@ -36,7 +37,7 @@ def told(what: str, module: Any, config: Config, device: torch.device) -> Iterat
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        run = estimate(Shapes.of(module), config, device.type, has_adapters=hasattr(module, "disable_adapter"))
+        run = estimate(Shapes.of(module), config, device.type)
         hint = f"what is scored is kept: {'; '.join(remedies(module, config, device, run))}"
         raise InputError("memory", f"{what} does not fit{_asked_for(e)}; {run.line()}", "less memory", hint) from e
 
@@ -55,11 +56,11 @@ def remedies(module: Any, config: Config, device: torch.device, now: Estimate) -
 
     The moments are not free on resume: a checkpoint stores them in their dtype, and rounding them changes what is learned.
     """
-    t, shapes, adapters = config.training, Shapes.of(module), hasattr(module, "disable_adapter")
+    t, shapes = config.training, Shapes.of(module)
 
     def saved(**changes: Any) -> int:
         other = dataclasses.replace(config, training=dataclasses.replace(t, **changes))
-        return now.total - estimate(shapes, other, device.type, has_adapters=adapters).total
+        return now.total - estimate(shapes, other, device.type).total
 
     half = max(1, t.tokens_per_pass // 2)
     free = {f"--tokens-per-pass {half}": saved(tokens_per_pass=half)} if half < t.tokens_per_pass else {}
@@ -69,6 +70,10 @@ def remedies(module: Any, config: Config, device: torch.device, now: Estimate) -
         total = torch.cuda.get_device_properties(device).total_memory
         free[f"--memory-fraction {config.engine.memory_fraction / 2:g}"] = int(config.engine.memory_fraction / 2 * total)
     new = {"--moments bfloat16": saved(moments="bfloat16")} if t.moments == "float32" else {}
+    if not config.model.lora_rank and shapes.num_layers:
+        adapted = dataclasses.replace(config, model=dataclasses.replace(config.model, lora_rank=_RANK))
+        some = shapes._replace(num_trained=shapes.adapter_weights(_RANK))
+        new[f"--lora-rank {_RANK}"] = now.total - estimate(some, adapted, device.type).total
     chosen = sorted([*free.items(), *new.items()], key=lambda item: -item[1])[:_NUM_REMEDIES]
     resumed, started = ([f"{flag} ({size / 1e9:.2f} GB less)" for flag, size in chosen if flag in kind] for kind in (free, new))
     return [f"{how} {' or '.join(flags)}" for how, flags in (("resume with", resumed), ("begin a new run with", started)) if flags]
