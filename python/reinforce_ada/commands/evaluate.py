@@ -49,6 +49,7 @@ def run(given: argparse.Namespace) -> int:
         return 0
     show(f"Avg@{e.k} {e.avg_at_k:.4f} ± {e.stderr:.4f} (standard error over {len(e.per_prompt)} prompts)")
     show("   ".join(f"pass@{k} {value:.4f}" for k, value in e.pass_at_k.items()))
+    show(f"length {e.completion_length_mean:.1f} tokens on average, {e.truncated_fraction:.1%} cut at max_tokens")
     if e.num_voids:
         show(f"{e.num_voids} completions could not be scored and are left out")
     return 0

@@ -33,7 +33,7 @@ from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.costs import cost
-from reinforce_ada.training.display import Display, step_line
+from reinforce_ada.training.display import Display, length_text, step_line, truncation_warning
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
@@ -82,6 +82,7 @@ class Trainer:
         self.meter = EngineMeter(parts.engine)
         self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
         self._sync_s = 0.0  # of this step
+        self._has_warned = False  # of completions that are cut: once is enough
 
     # -------------------- the run
 
@@ -234,6 +235,13 @@ class Trainer:
         self.log.write(record)
         self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
+        self._warn_of_cuts(record["truncated_fraction"])
+
+    def _warn_of_cuts(self, truncated_fraction: float) -> None:
+        warning = truncation_warning(truncated_fraction, self.config.sampling.max_tokens)
+        if warning and not self._has_warned:
+            self._has_warned = True
+            self.display.line(warning)
 
     def _sample(self, step: int) -> SamplingResult:
         sampling, parts = self.config.sampling, self.parts
@@ -329,8 +337,9 @@ class Trainer:
         self.log.write({**e.record(), "step": self.step, "eval_s": seconds})
         self.display.line(
             f"held-out after step {self.step}: Avg@{e.k} {e.avg_at_k:.3f} ± {e.stderr:.3f}, pass@{e.k} {e.pass_at_k[str(e.k)]:.3f} "
-            f"on {len(e.per_prompt)} prompts · {seconds:.1f} s"
+            f"on {len(e.per_prompt)} prompts · {length_text(e.record())} · {seconds:.1f} s"
         )
+        self._warn_of_cuts(e.truncated_fraction)
 
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
