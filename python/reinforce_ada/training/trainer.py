@@ -42,6 +42,7 @@ from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
 from reinforce_ada.training.optimizer import warmed_up
+from reinforce_ada.training.task_defaults import max_tokens_of
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.types import Completion, CompletionId, Event, Prompt, SamplingResult, Scored
@@ -235,10 +236,10 @@ class Trainer:
         self.log.write(record)
         self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
-        self._warn_of_cuts(record["truncated_fraction"])
+        self._warn_of_cuts(result.metrics["truncated_fraction"])
 
     def _warn_of_cuts(self, truncated_fraction: float) -> None:
-        warning = truncation_warning(truncated_fraction, self.config.sampling.max_tokens)
+        warning = truncation_warning(truncated_fraction, max_tokens_of(self.config))
         if warning and not self._has_warned:
             self._has_warned = True
             self.display.line(warning)
