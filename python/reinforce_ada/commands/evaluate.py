@@ -18,6 +18,8 @@ from reinforce_ada.outside import finite, show
 # The keys about model, task and engine that an evaluation does not read, and the keys of other tables that it reads.
 _NOT_OF_EVAL = {"model", "eval_every"}
 _OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset", "seed", "data_seed"}
+# Where questions come from, and their columns: those of a run say nothing of another task.
+_OF_THE_SOURCE = ("split", "eval_task", "eval_split", "prompt_column", "answer_column")
 
 
 def add(commands: Any) -> None:
@@ -37,8 +39,10 @@ def run(given: argparse.Namespace) -> int:
     if given.config is None and Path(given.model).is_dir() and beside.is_file():
         show(f"task and engine as in {beside}", file=sys.stderr)
         given.config = beside
-    load = configuration.load_saved if given.config == beside else configuration.load
-    config = load(given.config, overrides(given))
+    load, keys = configuration.load_saved if given.config == beside else configuration.load, overrides(given)
+    if given.config == beside and "task" in keys:
+        keys = {**dict.fromkeys(_OF_THE_SOURCE, ""), **keys}
+    config = load(given.config, keys)
     import_from_here()
     with _prints_aside() if given.json else nullcontext():
         from reinforce_ada.training import launch

@@ -235,7 +235,8 @@ def _checked(where: str, raw: Any, needs_answer: bool) -> Record:
     if raw.get("answer") is not None:
         _check_answer(where, raw["answer"])
     elif needs_answer:
-        raise InputError("task", f"{where} has no answer", 'an "answer", or --reward module:function that needs none')
+        needed = 'an "answer", or --reward module:function that needs none'
+        raise InputError("task", f"{where} has no answer", needed, "--answer-column names another column")
     return {"question": question_of(raw), **raw}
 
 
@@ -243,7 +244,8 @@ def _check_prompt(where: str, raw: dict[str, Any]) -> None:
     key = _key_of(raw)
     if not key:
         known = one_line(", ".join(map(repr, raw)), 80) or "nothing"
-        raise InputError("task", f"{where} has no prompt (it has {known})", 'a text or a list of messages under "prompt" or "messages"')
+        needed = 'a text or a list of messages under "prompt" or "messages"'
+        raise InputError("task", f"{where} has no prompt (it has {known})", needed, "--prompt-column names another column")
     asked = raw[key]
     if isinstance(asked, str):
         if not asked.strip():
