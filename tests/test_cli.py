@@ -151,7 +151,7 @@ BAD = [
     (f"{TRAIN} --task empty.jsonl", "task: empty.jsonl holds no prompts", "at least one record"),
     (f"{TRAIN} --task blank.jsonl", "task: blank.jsonl holds no prompts", "at least one record"),
     (f"{TRAIN} --task not_json.jsonl", "task: not_json.jsonl:1 is not JSON", '{"prompt": ..., "answer": ...}'),
-    (f"{TRAIN} --eval-prompts 11", "task: good.jsonl has 12 records", "more than num_examples + eval_prompts = 12"),
+    (f"{TRAIN} --eval-prompts 12", "task: good.jsonl has 12 records", "more than num_examples + eval_prompts = 12"),
     (f"{TRAIN} --task chain_sum --task-options {{\"min_termz\":2}}", "task: chain_sum does not take", "min_termz"),
     (f"{TRAIN} --reward cli_reward:score", "reward 'cli_reward:score'", "callable"),
     (f"{TRAIN} --reward cli_reward:scores", "has no attribute 'scores'", "a function of that module"),

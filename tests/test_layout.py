@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "loading": {"errors", "outside"},
     "machine": set(),
     "types": {"errors"},
-    "config": {"errors", "files", "outside"},
+    "config": {"errors", "files", "loading", "outside"},
     "sampling": FOUNDATION,
     "rewards": FOUNDATION,
     "rollouts": {*FOUNDATION, "packing"},

@@ -35,6 +35,7 @@ def step_record(step: int, reward: float | None, signal: float, used: float, iss
         "kind": "step", "step": step, "first_round_reward": reward, "signal_fraction": signal, "samples_per_prompt": used,
         "issued_per_prompt": issued, "num_prompts": 2.0, "num_completions_committed": 2 * used, "num_completions_issued": 2 * issued,
         "num_voids": 1.0, "tokens_committed": 1000.0, "tokens_wasted": 100.0, "sampling_s": 2.5, "training_s": 1.0, "loss": 0.1,
+        "completion_length_mean": 10.0 * used, "truncated_fraction": reward,
     }  # fmt: skip
 
 
@@ -172,6 +173,7 @@ def test_the_table(run_dir: Path) -> None:
         ("wasted", "4 (11.1% of those issued)"),
         ("voids", "3"),
         ("tokens", "3,000 committed, 300 wasted"),
+        ("length", "60.0 tokens on average, 50.0% cut at max_tokens"),  # over 8, 16 and 8 completions; the second step knows no share
         ("time", "8 s sampling, 3 s training"),
     ]
 
@@ -181,7 +183,7 @@ def test_the_table(run_dir: Path) -> None:
     [
         ([eval_record(0, [0.0, 1.0])], ["held-out Avg@4"]),
         ([eval_record(0, [0.0, 1.0]), eval_record(2, [0.0, None, 1.0])], ["held-out Avg@4 before", "held-out Avg@4 after", "pass@4"]),
-        ([step_record(1, 0.5, 1.0, 4.0, 4.0)], ["steps", "prompts with signal", "samples", "wasted", "voids", "tokens", "time"]),
+        ([step_record(1, 0.5, 1.0, 4.0, 4.0)], ["steps", "prompts with signal", "samples", "wasted", "voids", "tokens", "length", "time"]),
     ],
 )
 def test_an_unfinished_run_is_reported_as_far_as_it_goes(tmp_path: Path, records: list[dict[str, Any]], names: list[str]) -> None:

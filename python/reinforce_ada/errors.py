@@ -14,7 +14,7 @@ EXTRA_OF = {
     **dict.fromkeys(("accelerate", "gguf", "httpx", "reasoning_gym", "rich", "safetensors", "tomli", "tomli_w", "transformers"), "train"),
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
-    "datasets": "trl",
+    "datasets": "datasets",
     "peft": "lora",
     "ray": "ray",
     "trl": "trl",

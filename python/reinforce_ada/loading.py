@@ -41,13 +41,17 @@ def is_file(module: str) -> bool:
     return module.endswith(".py") or os.sep in module
 
 
-def whole(spec: str) -> str:
-    """Return `spec` in a form that loads from any folder: a file, or a module that only this folder has, by its absolute path."""
+def whole(spec: str, folder: Path | None = None) -> str:
+    """Return `spec` in a form that loads from anywhere: a file, or a module that only `folder` has, by its absolute path.
+
+    A relative path starts from `folder`, by default the working folder.
+    """
     module, colon, function = spec.rpartition(":")
-    here = str(Path(f"{module}.py").absolute())
+    start = folder or Path()
     if is_file(module):
-        return f"{Path(module).absolute()}{colon}{function}"
-    if "." not in module and os.path.isfile(here) and _origin(module) == here:
+        return f"{(start / module).absolute()}{colon}{function}"
+    here = str((start / f"{module}.py").absolute())
+    if "." not in module and os.path.isfile(here) and _origin(module) in (here, None):
         return f"{here}{colon}{function}"
     return spec
 

@@ -42,6 +42,13 @@ class _Run:
     def total(self, metric: str) -> int:
         return int(np.nansum(self.series(metric)))
 
+    def mean(self, metric: str, weight: str) -> float:
+        """Return the mean of a metric over the steps that have it, weighted by another; nan if none has it."""
+        values, weights = self.series(metric), np.nan_to_num(self.series(weight))
+        known = ~np.isnan(values)
+        total = weights[known].sum()
+        return float((values[known] * weights[known]).sum() / total) if total else math.nan
+
     @property
     def cap(self) -> int | None:
         return self.header.get("cap")
@@ -141,6 +148,8 @@ def _cost_rows(run: _Run) -> list[tuple[str, str]]:
     num_prompts, committed, issued = (run.total(f"num_{what}") for what in ("prompts", "completions_committed", "completions_issued"))
     per_prompt = f"{committed / max(num_prompts, 1):.1f} per prompt"
     budget = f" of {run.cap * num_prompts:,} ({committed / max(run.cap * num_prompts, 1):.0%} of the cap {run.cap})" if run.cap else ""
+    lengths, cuts = (run.mean(metric, "num_completions_committed") for metric in ("completion_length_mean", "truncated_fraction"))
+    length = [] if math.isnan(lengths) else [("length", f"{lengths:.1f} tokens on average, {cuts:.1%} cut at max_tokens")]
     seconds = f"{np.nansum(run.series('sampling_s')):.0f} s sampling, {np.nansum(run.series('training_s')):.0f} s training"
     return [
         ("steps", f"{len(run.steps)} of {num_prompts:,} prompts in all"),
@@ -149,6 +158,7 @@ def _cost_rows(run: _Run) -> list[tuple[str, str]]:
         ("wasted", f"{issued - committed:,} ({(issued - committed) / max(issued, 1):.1%} of those issued)"),
         ("voids", f"{run.total('num_voids'):,}"),
         ("tokens", f"{run.total('tokens_committed'):,} committed, {run.total('tokens_wasted'):,} wasted"),
+        *length,
         ("time", seconds),
     ]
 

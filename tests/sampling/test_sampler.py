@@ -310,7 +310,7 @@ def test_what_is_not_kept_of_a_completion_changes_no_pool() -> None:
         )  # fmt: skip
         assert len({id(o) for o in thin.outcomes if isinstance(o, Scored)}) <= 2
     assert [[s.reward for s in group.kept] for group in kept.groups] == [[s.reward for s in group.kept] for group in forgotten.groups]
-    tokens = {"tokens_committed": 0.0, "tokens_wasted": 0.0}
+    tokens = {"tokens_committed": 0.0, "tokens_wasted": 0.0, "completion_length_mean": math.nan, "truncated_fraction": math.nan}
     assert forgotten.metrics == pytest.approx({**kept.metrics, **tokens}, rel=0, abs=0, nan_ok=True)
 
 
@@ -383,6 +383,8 @@ def test_a_mean_over_nothing_is_nan() -> None:
         "pool_reward",
         "pass_rate",
         "kept_reward",
+        "completion_length_mean",
+        "truncated_fraction",
     ]
 
 

@@ -10,8 +10,9 @@ from hostile_files import BAD, GOOD, ONE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reinforce_ada.config import kind_of
 from reinforce_ada.errors import InputError
-from reinforce_ada.training.task_files import answer_of, digest_of, names_a_file, question_of, read_records, turns_of
+from reinforce_ada.training.task_files import Form, answer_of, digest_of, question_of, read_records, turns_of
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -21,7 +22,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 @pytest.mark.parametrize(("name", "content", "expected"), GOOD, ids=[name for name, *_ in GOOD])
 def test_what_is_read(tmp_path: Path, name: str, content: str | bytes, expected: list[tuple[str, object]]) -> None:
-    assert names_a_file(name)
+    assert kind_of(name) == "file"
     records = read_records(write(tmp_path / name, content), needs_answer=True)
     assert [(question_of(r), r["answer"]) for r in records] == expected
 
@@ -76,7 +77,7 @@ def test_a_folder_of_datasets_is_read_where_that_is_installed(tmp_path: Path) ->
     with pytest.raises(InputError, match="is a folder that `datasets` has not saved"):
         read_records(tmp_path, needs_answer=True)
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(InputError, match=r"needs datasets, which is not installed|cannot read"):
+    with pytest.raises(InputError, match=r'^task: (datasets is not installed; pip install "reinforce-ada\[datasets\]"|cannot read )'):
         read_records(tmp_path, needs_answer=True)
 
 
@@ -104,3 +105,52 @@ def test_a_digest_is_of_every_byte_and_name(tmp_path: Path) -> None:
     folder = digest_of(tmp_path)
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
     assert digest_of(tmp_path) != folder
+
+
+# -------------------- columns
+
+
+NESTED = {"problem": "a", "extra_info": {"index": 3, "level": None}, "reward_model": {"ground_truth": "7"}, "question": "other"}
+COLUMNS = [
+    ("problem", "reward_model.ground_truth", "a", "7"),
+    ("question", "extra_info.index", "other", 3),
+    ("a.b", "c", "dotted", 1),  # a column of that whole name comes first
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "asked", "right"), COLUMNS)
+def test_columns_are_named(tmp_path: Path, prompt: str, answer: str, asked: str, right: object) -> None:
+    record = {**NESTED, "a.b": "dotted", "a": {"b": "nested"}, "c": 1}
+    (found,) = read_records(write(tmp_path / "a.jsonl", json.dumps(record)), Form("", prompt, answer), needs_answer=True)
+    assert (question_of(found), found["answer"]) == (asked, right)
+    assert {key: found[key] for key in record} == record  # the reward sees all that there was
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (Form(prompt_column="task"), "no column 'task'; one of its columns: problem, extra_info.index, extra_info.level, "),
+        (Form(prompt_column="problem", answer_column="reward_model.answer"), "no column 'reward_model.answer'; one of its columns: "),
+        (Form(prompt_column="problem", answer_column="problem.x"), "no column 'problem.x'"),
+        (Form(prompt_column="problem", answer_column="extra_info.level"), " has no answer; "),
+        (Form(prompt_column="problem"), " has no answer; "),
+        (Form(split="test"), "part 'test' of {}, which has no parts"),
+    ],
+)
+def test_a_column_or_part_that_is_not_there_is_one_line(tmp_path: Path, form: Form, said: str) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(NESTED))
+    with pytest.raises(InputError, match=r"^task: ") as caught:
+        read_records(path, form, needs_answer=True)
+    assert said.replace("{}", str(path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_cell_is_no_missing_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "problem,solution,note\na,1,\nb,,x\n")
+    with pytest.raises(InputError, match=r"a\.csv:3 has no answer"):
+        read_records(path, Form("", "problem", "solution"), needs_answer=True)
+    first, second = read_records(path, Form("", "problem", "solution"), needs_answer=False)
+    assert "note" not in first
+    assert "answer" not in second
+    with pytest.raises(InputError, match=r"a\.csv:2 has no column 'text'; one of its columns: problem, solution, note; --prompt-column"):
+        read_records(path, Form("", "text"), needs_answer=False)

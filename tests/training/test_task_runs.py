@@ -284,3 +284,43 @@ def test_a_prompt_that_is_too_long_ends_no_run(llama: Path, tmp_path: Path, caps
     assert train(llama, tmp_path / "run", task=task, eval_prompts=0, prompts_per_step=8) == 0
     assert "1 of 8 training prompts are longer than max_model_len - max_tokens = 97 tokens and are never drawn" in capsys.readouterr().out
     assert len(trained_questions(tmp_path / "run")) == 7
+
+
+def test_a_configuration_beside_its_questions_runs_resumes_and_evaluates_from_every_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    write_task(project / "task.jsonl")
+    write_task(project / "test.jsonl", [{"prompt": q, "answer": "1"} for q in ("0 + 1 =", "9 + 9 =", "8 + 8 =", "7 + 7 =")])
+    (project / "rwd_beside.py").write_text("def score(prompt, completion):\n    return len(completion) % 2\n")
+    (project / "run.toml").write_text(
+        '[task]\ntask = "task.jsonl"\neval_task = "test.jsonl"\nreward = "rwd_beside:score"\neval_prompts = 3\neval_k = 1\n'
+        '[sampling]\npreset = "grpo"\ngroup_size = 2\nprompts_per_step = 3\n[training]\nsteps = 1\n'
+        f'[model]\nmodel = "{llama}"\ndtype = "float32"\ndevice = "cpu"\n[engine]\nengine = "transformers"\nmax_model_len = 24\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--config", "project/run.toml", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    chosen = "no system prompt (--system-prompt), no worked examples (--num-examples), max_tokens 12, half of max_model_len 24"
+    assert f"defaults for your own questions: {chosen} (--max-tokens)\n" in printed
+    assert f"1 of 24 training records are left out: {project}/test.jsonl has their questions too\n" in printed
+    saved = configuration.load_saved(tmp_path / "run/config.toml")
+    assert (saved.task.task, saved.task.eval_task) == (f"{project}/task.jsonl", f"{project}/test.jsonl")
+    assert (saved.task.system_prompt, saved.task.num_examples, saved.sampling.max_tokens) == ("", 0, 12)
+    monkeypatch.chdir("/")
+    resume = ["train", "--resume", str(tmp_path / "run"), "--steps", "2"]
+    assert cli.main([*resume, "--max-model-len", "30"]) == 0  # which is free, and moves no max_tokens
+    printed = capsys.readouterr().out
+    assert "defaults for your own questions" not in printed
+    assert configuration.load_saved(tmp_path / "run/config.toml").sampling.max_tokens == 12
+    assert cli.main(["eval", str(tmp_path / "run/model"), "--json", "--eval-prompts", "4"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["per_prompt"]) == 4
+    write_task(project / "other.jsonl", [{"prompt": q, "answer": "1"} for q in ("6 + 6 =", "5 + 5 =", "4 + 9 =")])
+    assert cli.main(["eval", str(tmp_path / "run/model"), "--json", "--task", str(project / "other.jsonl"), "--eval-prompts", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["per_prompt"]) == 2  # of that file, whatever the run had held out
+    assert not trained_questions(tmp_path / "run") & {"0 + 1 =", "9 + 9 =", "8 + 8 =", "7 + 7 ="}
+    with (project / "test.jsonl").open("a") as f:
+        f.write('{"prompt": "new", "answer": 0}\n')
+    assert cli.main([*resume[:-1], "3"]) == 2
+    assert "has changed since the run began" in capsys.readouterr().err

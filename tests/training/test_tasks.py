@@ -1,5 +1,6 @@
 """Prompts: order, held-out separation, rendering, and what bad files are told."""
 
+import dataclasses
 import json
 from itertools import islice
 
@@ -93,8 +94,9 @@ def test_all_questions_held_out_is_an_error_not_an_endless_loop(tokenizer):
 
 
 def test_rendering(letters, tokenizer):
-    chat = load_task(letters, tokenizer, 0, 0).held_out[0]
-    assert chat.text.startswith("s|Reply with one number and nothing else.<end>u|q")
+    assert load_task(letters, tokenizer, 0, 0).held_out[0].text.startswith("u|q")
+    chat = load_task(dataclasses.replace(letters, system_prompt="Be brief."), tokenizer, 0, 0).held_out[0]
+    assert chat.text.startswith("s|Be brief.<end>u|q")
     assert chat.text.endswith("<end>a|")
     assert tokenizer.decode(chat.token_ids) == chat.text
     plain = TaskConfig(task=letters.task, num_examples=1, eval_prompts=2, template="plain", system_prompt="")

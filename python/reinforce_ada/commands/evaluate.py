@@ -35,6 +35,8 @@ examples:
 
 docs/evaluation.md says what the numbers are.
 """
+# Where questions come from, and their columns: those of a run say nothing of another task.
+_OF_THE_SOURCE = ("split", "eval_task", "eval_split", "prompt_column", "answer_column")
 
 
 def add(commands: Any) -> None:
@@ -97,7 +99,8 @@ def _configs(given: argparse.Namespace, *, is_run: bool) -> dict[str, Config]:
         config = load(given.config, flags)
         configs = {config.task.task: config}
     else:
-        configs = {name: load(given.config, {**flags, **({} if _is_toml(name) else {"task": name})}) for name in names}
+        source = dict.fromkeys(_OF_THE_SOURCE, "") if is_run else {}
+        configs = {name: load(given.config, flags if _is_toml(name) else {**source, **flags, "task": name}) for name in names}
         configs.update({n: dataclasses.replace(c, task=_own_task(Path(n), flags)) for n, c in configs.items() if _is_toml(n)})
     return {name: _greedy(config) for name, config in configs.items()} if given.greedy else configs
 

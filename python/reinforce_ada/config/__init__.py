@@ -5,7 +5,7 @@ It needs the standard library alone, so that `--help` stays fast and a base inst
 
 from __future__ import annotations
 
-from reinforce_ada.config.files import BUDGET_UNITS, Budget, budget_of, dump, load, load_saved, read_toml
+from reinforce_ada.config.files import BUDGET_UNITS, Budget, budget_of, check_room, dump, load, load_saved, read_toml
 from reinforce_ada.config.keys import (
     POLICY_KEYS,
     Config,
@@ -18,12 +18,15 @@ from reinforce_ada.config.keys import (
     section_of,
     sections,
 )
+from reinforce_ada.config.paths import FILE_KINDS, SAVED_DATASET, beside, kind_of, suffix_of
 from reinforce_ada.config.values import RANGES, Range
 
 __all__ = [
     "BUDGET_UNITS",
+    "FILE_KINDS",
     "POLICY_KEYS",
     "RANGES",
+    "SAVED_DATASET",
     "Budget",
     "Config",
     "EngineConfig",
@@ -33,11 +36,15 @@ __all__ = [
     "SamplingConfig",
     "TaskConfig",
     "TrainingConfig",
+    "beside",
     "budget_of",
+    "check_room",
     "dump",
+    "kind_of",
     "load",
     "load_saved",
     "read_toml",
     "section_of",
     "sections",
+    "suffix_of",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforce_ada.config.keys import Config, ModelConfig, TrainingConfig, section_of, sections
+from reinforce_ada.config.paths import beside
 from reinforce_ada.config.values import RANGES, check_text, convert, shown
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.outside import GarbageError, one_line, read_text, server_url
@@ -57,11 +58,19 @@ def budget_of(training: TrainingConfig) -> Budget | None:
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Return the defaults, overridden by the file at `path`, then by `overrides` (key -> value or its text).
 
+    Paths of questions and of code in the file start from its folder; see `beside`.
+
     Raises: InputError for an unknown section or key (naming the nearest valid one) and for a value of the wrong type.
     """
+    if path is None:
+        return _configured("config", {}, overrides)
+    tables = {name: beside(path.parent, table) if isinstance(table, Mapping) else table for name, table in read_toml(path).items()}
+    return _configured(str(path), tables, overrides)
+
+
+def _configured(where: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> Config:
     merged: dict[str, dict[str, Any]] = {name: {} for name, _ in sections()}
-    where = str(path) if path else "config"
-    for section, values in (read_toml(path) if path else {}).items():
+    for section, values in tables.items():
         _merge_section(merged, where, section, values)
     homes = section_of()
     for key, value in (overrides or {}).items():
@@ -76,11 +85,12 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
 def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Return the configuration in a run's folder, then `overrides`, with the meaning that it had for an older run.
 
-    A run without a data_seed took its data from `seed`.
+    A run without a data_seed took its data from `seed`. Its paths are absolute already.
     """
-    run = read_toml(path).get("run")
+    tables = read_toml(path)
+    run = tables.get("run")
     kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
-    return load(path, {**kept, **(overrides or {})})
+    return _configured(str(path), tables, {**kept, **(overrides or {})})
 
 
 def dump(config: Config) -> str:
@@ -109,6 +119,13 @@ def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, 
         merged[section][key] = value
 
 
+def check_room(max_tokens: int, max_model_len: int) -> None:
+    """Raise InputError if completions of max_tokens leave no room for a prompt."""
+    if max_tokens >= max_model_len:
+        given = f"max_tokens = {max_tokens} with max_model_len = {max_model_len}"
+        raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+
+
 def _check(config: Config) -> None:
     """Check all values as far as the configuration alone allows."""
     values = {f.name: getattr(getattr(config, section), f.name) for section, cls in sections() for f in dataclasses.fields(cls)}
@@ -123,9 +140,10 @@ def _check(config: Config) -> None:
         raise InputError("config", "lora_alpha or lora_targets with lora_rank 0", "a rank above 0", "--lora-rank 16")
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
-    if sampling.max_tokens >= config.engine.max_model_len:
-        given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
-        raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    if sampling.max_tokens is not None:
+        check_room(sampling.max_tokens, config.engine.max_model_len)
+    if config.task.template_options and config.task.template == "plain":
+        raise InputError("config", "template_options with template = 'plain'", "a chat template to pass them to", "leave one of them out")
     for text in sampling.stop:
         check_text("stop", text)
     if "" in sampling.stop:

@@ -34,15 +34,34 @@ class ModelConfig:
 class TaskConfig:
     """The questions, and how answers are scored."""
 
-    task: str = option("chain_sum", "a reasoning-gym dataset, or a file of {prompt, answer, ...} records: JSONL, JSON, CSV, Parquet")
+    task: str = option(
+        "chain_sum",
+        "a reasoning-gym dataset to generate from, or your own questions: a file of records (JSONL, JSON, CSV, Parquet), a folder that "
+        "`datasets` saved, or org/name[:config] on the Hugging Face hub; docs/tasks.md",
+    )
+    split: str = option("", "part of a dataset to train on (default: train)")
+    eval_task: str = option("", "file, folder or hub id of the held-out questions (default: some questions of the task are held out)")
+    eval_split: str = option("", "part of a dataset with the held-out questions, of --eval-task if that is set (default there: test)")
+    prompt_column: str = option("", "column of the prompts, such as problem or extra_info.question (default: prompt, messages or question)")
+    answer_column: str = option("", "column of the answers, such as reward_model.ground_truth (default: answer)")
     task_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
     )
     reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
-    system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
+    system_prompt: str | None = option(
+        None,
+        "system message before each question that has none of its own (default: none for your own questions, "
+        '"Reply with one number and nothing else." for generated ones)',
+    )
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
-    num_examples: int = option(1, "worked examples shown before each question (from the same generator)")
+    template_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"about": 'variables for the chat template as TOML or JSON, e.g. {"enable_thinking": false}'},
+    )
+    num_examples: int | None = option(
+        None, "worked examples shown before each question (default: none for your own questions, one for generated ones)"
+    )
     eval_prompts: int = option(64, "held-out prompts; never trained on")
     eval_k: int = option(8, "completions per held-out prompt (the k of Avg@k)")
     eval_every: int = option(0, "steps between evaluations; 0 evaluates before and after only")
@@ -89,7 +108,9 @@ class SamplingConfig:
     top_p: float = option(1.0, "sample only from the fewest likeliest tokens whose probabilities add up to this; 1: from all")
     top_k: int = option(0, "sample only from this many likeliest tokens; 0: from all")
     min_p: float = option(0.0, "sample only from tokens that are at least this fraction as likely as the likeliest; 0: from all")
-    max_tokens: int = option(12, "tokens per completion at most")
+    max_tokens: int | None = option(
+        None, "tokens per completion at most (default: half of max_model_len for your own questions, 12 for generated ones)"
+    )
     stop: list[str] = field(
         default_factory=list,
         metadata={"about": 'stop string that ends a completion; a TOML or JSON list for several: ["</answer>", "\\n\\n"]'},

@@ -45,12 +45,18 @@ class Tally:
     num_rejected: int = 0
     num_tokens: int = 0
     num_tokens_wasted: int = 0
+    num_ended: int = 0  # scored ones among the committed of which the end is known
+    num_written: int = 0  # tokens of these that the policy wrote
+    num_truncated: int = 0  # of these, completions that ended at the engine's limit of tokens
 
     def commit(self, outcome: Outcome, positive_threshold: float) -> None:
         self.num_committed += 1
         self.num_correct += unit_of(outcome, positive_threshold) is CORRECT
         if isinstance(outcome, Scored):
             self.num_tokens += len(outcome.completion.token_ids)
+            self.num_ended += outcome.completion.finish_reason != ""  # where only rewards are kept, completions have none
+            self.num_written += outcome.completion.num_written
+            self.num_truncated += outcome.completion.finish_reason == "length"
 
     def lose(self, event: Aborted | Lost) -> None:
         """Count a request of an active prompt that is to be issued again."""
@@ -86,6 +92,8 @@ def sampling_metrics(pools: Sequence[Pool], groups: Sequence[Group], policy: Pol
         "samples_per_prompt": tally.num_committed / num_prompts,
         "issued_per_prompt": tally.num_issued / num_prompts,
         "waste_fraction": (tally.num_issued - tally.num_committed) / tally.num_issued,
+        "completion_length_mean": tally.num_written / tally.num_ended if tally.num_ended else math.nan,
+        "truncated_fraction": tally.num_truncated / tally.num_ended if tally.num_ended else math.nan,
         "num_prompts": num_prompts,
         "num_groups": len(groups),
         "num_satisfied": tally.num_satisfied,
@@ -115,14 +123,23 @@ def joined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     values = {name: [part[name] for part in parts] for name in parts[0]}
     sums = {name: math.fsum(given) for name, given in values.items() if name.startswith(("num_", "open_", "tokens_"))}
     means = {name: _mean(v for v in given if not math.isnan(v)) for name, given in values.items() if name not in sums}
-    kept = [part for part in parts if part["num_completions_kept"]]
-    total, issued = sums["num_completions_kept"], sums["num_completions_issued"]
+    kept = [part["num_completions_kept"] for part in parts]
+    scored = [part["num_completions_committed"] - part["num_voids"] for part in parts]
+    issued = sums["num_completions_issued"]
     return {
         **sums,
         **means,
-        "kept_reward": math.fsum(part["kept_reward"] * part["num_completions_kept"] for part in kept) / total if total else math.nan,
+        "kept_reward": _weighted(values["kept_reward"], kept),
+        "completion_length_mean": _weighted(values["completion_length_mean"], scored),
+        "truncated_fraction": _weighted(values["truncated_fraction"], scored),
         "waste_fraction": (issued - sums["num_completions_committed"]) / issued,
     }
+
+
+def _weighted(values: Sequence[float], counts: Sequence[float]) -> float:
+    """Return the mean over all completions, from the means and the counts of their parts."""
+    total = math.fsum(counts)
+    return math.fsum(value * count for value, count in zip(values, counts, strict=True) if count) / total if total else math.nan
 
 
 def _first_reward(pool: Pool, policy: Policy) -> float | None:

@@ -70,15 +70,16 @@ def _keys(study: Study, arm: Arm, rate: float, seed: int, num_prompts: int) -> d
 def keep(out: Path, runs: Sequence[Run]) -> None:
     """Add runs to the record of the study's folder. Raises: InputError if one of them has begun there with other settings."""
     path = out / PLAN
-    known = _read(path) if path.exists() else {}
+    recorded = _read(path) if path.exists() else {}
+    known = {name: configuration.beside(Path(), keys) for name, keys in recorded.items()}  # earlier versions kept relative paths
     new = {run.name: json.loads(json.dumps(run.keys)) for run in runs}
     for name, keys in new.items():
         if (out / name / "config.toml").exists() and (changed := differences(known.get(name, keys), keys)):
             given = f"{name} in {out} has begun with {changed}"
             raise InputError(WHERE, given, "the settings as they were", "put them back, or begin another study with --out")
-    if any(known.get(name) != keys for name, keys in new.items()):
+    if any(recorded.get(name) != keys for name, keys in new.items()):
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({**known, **new}, indent=1) + "\n", where=WHERE)
+        replace_file(path, json.dumps({**recorded, **new}, indent=1) + "\n", where=WHERE)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -78,7 +78,7 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """Return the study of a TOML file. Raises: InputError for a file, table, key or value that cannot be used."""
-    given = configuration.read_toml(path)
+    given = _with_whole_paths(path.parent, configuration.read_toml(path))
     _known("the file", given, _TABLES)
     if missing := sorted({"name", "seeds", "budget", "baseline", "arm"} - given.keys()):
         raise InputError(WHERE, f"{one_line(str(path))} lacks {missing[0]}", "name, seeds, budget, baseline and arms", "docs/study.md")
@@ -91,6 +91,20 @@ def read_study(path: Path) -> Study:
     seeds = _seeds(given["seeds"])
     remembered = _integer("remembered", given.get("remembered", 8), 0, 64)
     return Study(_name("name", given["name"]), seeds, budget, _target(given), given["baseline"], remembered, shared, arms)
+
+
+def _with_whole_paths(folder: Path, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tables with the paths of questions and code made absolute: they start from the folder of the study's file."""
+
+    def whole(table: Any) -> Any:
+        return configuration.beside(folder, table) if isinstance(table, Mapping) else table
+
+    arms = given.get("arm")
+    return {
+        **given,
+        **({"shared": whole(given["shared"])} if "shared" in given else {}),
+        **({"arm": [whole(table) for table in arms]} if isinstance(arms, list) else {}),
+    }
 
 
 def policy_of(shared: Mapping[str, Any], arm: Arm) -> Policy:

@@ -105,13 +105,28 @@ def load_text(metrics: Mapping[str, float]) -> str:
     return "".join(texts[name].format(metrics[name]) for name in shown)
 
 
+def length_text(metrics: Mapping[str, float]) -> str:
+    """Return the mean length of the completions and the share that was cut at max_tokens, of a step's record or an evaluation's."""
+    return f"length {metrics['completion_length_mean']:.0f}, {metrics['truncated_fraction']:.0%} cut"
+
+
+def truncation_warning(truncated_fraction: float, max_tokens: int) -> str:
+    """Return a line for the user if most completions were cut at max_tokens; "" otherwise."""
+    if not truncated_fraction > 0.5:  # nan: none was scored
+        return ""
+    return (
+        f"warning: {truncated_fraction:.0%} of the completions were cut at max_tokens = {max_tokens} before their end, where most rewards "
+        "look for the answer; raise --max-tokens (and --max-model-len) in a new run, or ask for shorter answers"
+    )
+
+
 def step_line(record: dict[str, Any], steps: int) -> str:
     """Return the line of one finished step."""
     trouble = "".join(f"{record[f'num_{what}']:.0f} {what} · " for what in ("voids", "lost") if record[f"num_{what}"])
     kl = f"KL {record['kl']:.4f} · " if "kl" in record else ""
     return (
         f"step {record['step']:>3}/{steps} · reward {record['first_round_reward']:.3f} · signal {record['signal_fraction']:.2f} · "
-        f"samples/prompt {record['samples_per_prompt']:.1f} · waste {record['waste_fraction']:.2f} · {trouble}"
+        f"samples/prompt {record['samples_per_prompt']:.1f} · waste {record['waste_fraction']:.2f} · {length_text(record)} · {trouble}"
         f"kept {record['num_completions_kept']:.0f} · loss {record['loss']:+.4f} · {kl}grad {record['grad_norm']:.2f} · "
         f"{load_text(record)}"
         f"sampling {record['sampling_s']:.1f} s ({record['sampling_tokens_per_s']:.0f} tok/s) · training {record['training_s']:.1f} s"

@@ -36,6 +36,8 @@ class Evaluation:
     per_prompt: tuple[float, ...]  # [P], share of correct completions; nan if every reward failed
     num_tokens: int
     num_voids: int
+    completion_length_mean: float = math.nan  # tokens per scored completion
+    truncated_fraction: float = math.nan  # share of these that were cut at max_tokens
 
     def record(self) -> dict[str, Any]:
         """Return the evaluation as a line of the log; what was not measured is left out."""
@@ -88,6 +90,8 @@ def evaluate(
         per_prompt=shares,
         num_tokens=int(result.metrics["tokens_committed"]),
         num_voids=int(result.metrics["num_voids"]),
+        completion_length_mean=result.metrics["completion_length_mean"],
+        truncated_fraction=result.metrics["truncated_fraction"],
     )
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from reinforce_ada import config as configuration
 from reinforce_ada import machine
-from reinforce_ada.config import Config
+from reinforce_ada.config import Config, TaskConfig
 from reinforce_ada.engines.base import Engine, Launch
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError, needs
-from reinforce_ada.loading import whole
 from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
@@ -33,8 +33,9 @@ from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.loss import RunLoss
 from reinforce_ada.training.memory_estimate import Shapes, estimate
 from reinforce_ada.training.run_folder import RunFolder
+from reinforce_ada.training.task_defaults import completed, max_tokens_of
 from reinforce_ada.training.task_files import answer_of
-from reinforce_ada.training.tasks import Records, Task, load_records, render
+from reinforce_ada.training.tasks import Records, Task, load_records, name_of, render
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store, fingerprint
 from reinforce_ada.types import Prompt
@@ -46,7 +47,7 @@ def train(config: Config, resume: Path | None = None) -> None:
     Raises: InputError for anything the configuration, the folder or the machine cannot do. SystemExit on a rank other than 0 when the run
         fails, which rank 0 reports.
     """
-    quiet_libraries(config.model.model)
+    quiet_libraries(config.model.model, config.task)
     with distributed.join() as ranks:
         if ranks.rank == 0:
             _lead(config, resume, ranks)
@@ -63,7 +64,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     display = Display()
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = precision_of(config.model.dtype, device)
-    config = with_dtype(config, device)
+    config, defaults = completed(with_dtype(config, device))
     track.check_names(config.run.track)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
     _need_peft(config)
@@ -87,7 +88,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: _load(path, config.model.dtype, device, config))
         task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
-        for note in task.notes:
+        for note in filter(None, (defaults, *task.notes)):
             display.line(note)
         weights = out / "weights"
         if config.engine.weights_dir:
@@ -117,13 +118,14 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
 
 def estimate_memory(config: Config) -> str:
     """Return in one line what a run would take, without loading its model. Raises: InputError as `train` does for model and device."""
-    quiet_libraries(config.model.model)
+    quiet_libraries(config.model.model, config.task)
     device = pick_device(config.model.device)
     _need_peft(config)
     module = models.without_weights(config.model.model)
     if config.model.lora_rank:
         module = adapters.adapted(module, config.model)
-    return _memory(Shapes.of(module), with_dtype(config, device), pick_engine(config.engine.engine), device)
+    config, _ = completed(with_dtype(config, device))
+    return _memory(Shapes.of(module), config, pick_engine(config.engine.engine), device)
 
 
 def _need_peft(config: Config) -> None:
@@ -202,7 +204,7 @@ def make_engine(
 ) -> AbstractContextManager[Engine]:
     """Return the engine of that name, from the function `launch` of its module. `weights` is for weights that other processes load."""
     limits = {
-        "max_tokens": config.sampling.max_tokens,
+        "max_tokens": max_tokens_of(config),
         "max_model_len": config.engine.max_model_len,
         "max_num_seqs": config.engine.max_num_seqs,
         "temperature": config.sampling.temperature,
@@ -218,9 +220,13 @@ def make_engine(
     return closing(import_module(f"reinforce_ada.engines.{name}").launch(run))
 
 
-def quiet_libraries(model: str) -> None:
-    """Silence warnings that do not concern the run, and keep a local model offline. Call it before transformers is imported."""
-    if model in ("smollm2", "tiny") or Path(model).exists():
+def quiet_libraries(model: str, task: TaskConfig | None = None) -> None:
+    """Silence warnings that do not concern the run, and keep a local model with local questions offline.
+
+    Call it before transformers is imported.
+    """
+    is_online = task is not None and "hub" in (configuration.kind_of(task.task), configuration.kind_of(task.eval_task))
+    if not is_online and (model in ("smollm2", "tiny") or Path(model).exists()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -238,28 +244,28 @@ def _out(config: Config) -> Path:
     run, sampling = config.run, config.sampling
     if sampling.memory_from:
         earlier_store(sampling.memory_from).close()  # a wrong name is reported before the model is loaded
-    default = f"runs/{Path(config.model.model).name}-{Path(config.task.task).stem}-{sampling.preset}-seed{run.seed}"
+    default = f"runs/{Path(config.model.model).name}-{name_of(config.task.task)}-{sampling.preset}-seed{run.seed}"
     return Path(run.out or default)
 
 
 def _with_whole_paths(config: Config, records: Records) -> Config:
     """Make the paths of task, reward, loss and model absolute, since a resume may start from another folder."""
-    task, model = config.task.task, config.model.model
-    if records.digest:
-        task = str(Path(task).absolute())
+    task, training, model = config.task, config.training, config.model.model
+    named = {"task": task.task, "eval_task": task.eval_task} if records.digest else {}  # a generator's name is no path
+    whole = configuration.beside(Path(), {**named, "reward": task.reward, "loss": training.loss})
     if os.path.isdir(model) and model not in ("smollm2", "tiny"):
         model = str(Path(model).absolute())
     return dataclasses.replace(
         config,
-        task=dataclasses.replace(config.task, task=task, reward=whole(config.task.reward)),
-        training=dataclasses.replace(config.training, loss=whole(config.training.loss)),
+        training=dataclasses.replace(training, loss=whole.pop("loss")),
+        task=dataclasses.replace(task, **whole),
         model=dataclasses.replace(config.model, model=model),
     )
 
 
 def longest_prompt(config: Config) -> int:
     """Return the most tokens of a prompt that leave room for a completion."""
-    return config.engine.max_model_len - config.sampling.max_tokens
+    return config.engine.max_model_len - max_tokens_of(config)
 
 
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
@@ -275,7 +281,7 @@ def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any])
     if earlier["records"] != run["records"]:
         given = f"{config.task.task} has changed since the run began"
         raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
-    now["task"] = then.get("task", now["task"])
+    now.update({key: then[key] for key in ("task", "eval_task") if key in then})
 
 
 def _function(reward: str) -> str:

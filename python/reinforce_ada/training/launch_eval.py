@@ -30,6 +30,7 @@ from reinforce_ada.training.launch import (
     quiet_libraries,
     with_dtype,
 )
+from reinforce_ada.training.task_defaults import completed
 from reinforce_ada.training.tasks import Records, Task, load_records, render
 
 
@@ -55,12 +56,16 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
     """
     if distributed.world_size() > 1:
         raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
-    quiet_libraries(model_name)
+    for each in configs.values():
+        quiet_libraries(model_name, each.task)
     display = Display(stderr=True)
     config = next(iter(configs.values()))
     engine_name, device = pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = precision_of(config.model.dtype, device)
-    config = with_dtype(config, device)
+    filled = {name: completed(with_dtype(each, device)) for name, each in configs.items()}
+    configs = {name: each for name, (each, _) in filled.items()}
+    _check_one_length(configs)
+    config = next(iter(configs.values()))
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
     found = {name: _records(each) for name, each in configs.items()}
@@ -73,7 +78,7 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
         model = adapters.load(folder, dtype, device) if are_adapters else models.load(path, dtype, device)
         tasks = [render(w.records, w.config.task, model.tokenizer, longest=longest_prompt(config)) for w in work]
         for w, task in zip(work, tasks, strict=True):
-            for note in filter(None, (*task.notes, w.note)):
+            for note in filter(None, (filled[w.name][1], *task.notes, w.note)):
                 display.line(note if len(work) == 1 else f"{w.name}: {note}")
         scratch = Path(stack.enter_context(_scratch(config.engine.weights_dir)))
         display.line(f"model {model_name} ({precision})")
@@ -85,6 +90,14 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
             if len(work) > 1:  # said at once: a later task may fail
                 display.line(f"{w.name}: {in_short(results[-1].evaluation)}")
         return results
+
+
+def _check_one_length(configs: Mapping[str, Config]) -> None:
+    """Refuse tasks whose own defaults differ in max_tokens, which the one engine has for all of them."""
+    found = {each.sampling.max_tokens: name for name, each in configs.items()}
+    if len(found) > 1:
+        given = " and ".join(f"{name} has max_tokens {length}" for length, name in found.items())
+        raise InputError("eval", f"by default {given}", "one length for all tasks", "--max-tokens")
 
 
 def _records(config: Config) -> Records:

@@ -11,6 +11,7 @@ from pathlib import Path
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.training.task_defaults import num_examples_of
 from reinforce_ada.training.task_files import Record, answer_of, question_of
 from reinforce_ada.training.tasks import PromptStream, Records, load_records
 from reinforce_ada.types import Prompt
@@ -87,4 +88,5 @@ def _trained_on(run: Path) -> frozenset[str]:
 def _split_of(run: Path) -> str:
     config = configuration.load_saved(run / "config.toml")
     task, data_seed = config.task, config.run.data_seed
-    return f"that run is --data-seed {data_seed} --eval-prompts {task.eval_prompts} --num-examples {task.num_examples}"
+    apart = "".join(f" --{key.replace('_', '-')} {given}" for key in ("eval_task", "eval_split") if (given := getattr(task, key)))
+    return f"that run is --data-seed {data_seed} --eval-prompts {task.eval_prompts} --num-examples {num_examples_of(task)}{apart}"

@@ -22,6 +22,7 @@ from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training.batching import Batch, Sample
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.training.predictor import PassRatePredictor
+from reinforce_ada.training.task_defaults import max_tokens_of
 from reinforce_ada.types import SamplingResult
 
 
@@ -118,7 +119,7 @@ class RunLoss:
             kl_coef=t.kl_coef,
             rollout_correction=correction,
             temperature=config.sampling.temperature,
-            norm_length=config.sampling.max_tokens,
+            norm_length=max_tokens_of(config),
         )
         loss._check(t.loss)
         return loss

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from reinforce_ada.config import Config
+from reinforce_ada.training.task_defaults import max_tokens_of
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _LOSS_BYTES = {"cpu": 62_000_000, "cuda": 256_000_000}  # max_extra_bytes of linear_policy_loss by default
@@ -109,7 +110,7 @@ def _activations(shapes: Shapes, config: Config) -> int:
     layer = shapes.layer_bytes(config.model.dtype)
     kept = shapes.num_layers * (b * shapes.width if t.gradient_checkpointing else layer)
     working = (layer if t.gradient_checkpointing else 0) + b * 3 * shapes.mlp_width  # one layer's, and the gradients inside it
-    row = min(t.tokens_per_pass, config.engine.max_model_len + 3 * config.sampling.max_tokens)
+    row = min(t.tokens_per_pass, config.engine.max_model_len + 3 * max_tokens_of(config))
     return t.tokens_per_pass * (kept + working + (b * row if shapes.num_layers else 0))
 
 

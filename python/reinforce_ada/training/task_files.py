@@ -1,40 +1,44 @@
-"""Records from files: JSON lines and arrays, CSV, Parquet, folders of `datasets`. Every error names its place in the file."""
+"""Records of one's own: JSON lines and arrays, CSV, Parquet, and what `datasets` reads. Every error names its place."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import hashlib
-import importlib.util
 import io
+import json
 import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.config import kind_of, suffix_of
+from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import GarbageError, one_line, parse_json
+from reinforce_ada.training.task_datasets import no_parts, read_folder, read_hub
 
 Record = Mapping[str, Any]
 
 _LINES, _COLUMNS, _PARQUET = (".jsonl", ".ndjson", ".json"), (".csv",), (".parquet",)
-SUPPORTED = ".jsonl, .ndjson, .json, .csv (each also with .gz), .parquet, or a folder that `datasets` saved"
+SUPPORTED = ".jsonl, .ndjson, .json, .csv (each also with .gz), .parquet, a folder that `datasets` saved, or org/name of the hub"
 _ROLES = ("system", "user", "assistant")
 _DEEPEST = 64  # levels of nesting: a deeper record cannot be pickled for a reward, or written to the store, on every stack
 
 
-def suffix_of(path: Path) -> str:
-    """Return the kind of a file by its name, ignoring case and a final .gz: ".jsonl" for "A.JSONL.gz"."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Which part of a dataset is read, and the columns of its prompts and answers; "" for those that a record names itself."""
+
+    split: str = ""
+    prompt_column: str = ""
+    answer_column: str = ""
 
 
-def names_a_file(task: str) -> bool:
-    """Return whether a task names a file or folder rather than a generator."""
-    return os.sep in task or suffix_of(Path(task)) != ""
+_AS_IT_IS = Form()
 
 
 def _key_of(record: Record) -> str:
@@ -64,9 +68,13 @@ def answer_of(record: Record) -> str | None:
     return None if answer is None else str(answer)
 
 
-def digest_of(path: Path) -> str:
-    """Return the digest of a file's bytes, or of all files of a folder with their names."""
-    found = hashlib.blake2b(digest_size=16)
+def digest_of(task: str | Path, records: Sequence[Record] = ()) -> str:
+    """Return the digest of a file's bytes, of all files of a folder with their names, or, of a dataset of the hub, of its `records`."""
+    path, found = Path(task), hashlib.blake2b(digest_size=16)
+    if kind_of(str(task)) == "hub":
+        for record in records:
+            found.update(json.dumps(record, sort_keys=True, default=repr).encode() + b"\n")
+        return found.hexdigest()
     if not os.path.isdir(path):
         found.update(path.read_bytes())
         return found.hexdigest()
@@ -75,23 +83,37 @@ def digest_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
-    """Return the records of a file, in its order. A record without a field "question" gets it: the text of its prompt.
+def read_records(task: str | Path, form: Form = _AS_IT_IS, *, needs_answer: bool) -> list[Record]:
+    """Return the records of a file, a folder or a dataset, in its order.
+
+    What stands in the columns of `form` becomes the record's "prompt" and "answer", and a record without a field "question" gets it: the
+    text of its prompt.
 
     Raises: InputError naming file and place for anything that is not a record with a prompt (and an answer if one is needed), and for a
         file that cannot be read or is of another kind.
     """
-    records = [_checked(where, raw, needs_answer) for where, raw in _raw(path)]
+    is_table = kind_of(str(task)) == "hub" or os.path.isdir(task) or suffix_of(task) in (*_COLUMNS, *_PARQUET)
+    records = []
+    for where, raw in _raw(task, form.split):
+        record = _in_columns(where, raw, form)
+        if is_table:  # every row has every column: an empty cell is no field
+            record = {key: value for key, value in record.items() if value is not None}
+        records.append(_checked(where, record, needs_answer))
     if not records:
-        raise InputError("task", f"{path} holds no prompts", "at least one record")
+        raise InputError("task", f"{task} holds no prompts", "at least one record")
     return records
 
 
-def _raw(path: Path) -> Iterator[tuple[str, Any]]:
+def _raw(task: str | Path, split: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every record."""
-    if os.path.isdir(path):
-        yield from _rows(path, _dataset(path))
+    if kind_of(str(task)) == "hub":
+        yield from _rows(task, read_hub(str(task), split))
         return
+    path = Path(task)
+    if os.path.isdir(path):
+        yield from _rows(path, read_folder(path, split, SUPPORTED))
+        return
+    no_parts(path, split)
     suffix = suffix_of(path)
     if suffix in _PARQUET and path.name.lower().endswith(".parquet"):
         yield from _rows(path, _parquet(path))
@@ -149,19 +171,19 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
                 raise InputError("task", f"{where} has not the {len(header)} columns of the first line", "as many on each line")
-            yield where, {key: value for key, value in row.items() if value != ""}
+            yield where, {key: value or None for key, value in row.items()}
     except csv.Error as e:
         given = f"{path}:{reader.reader.line_num} is not CSV ({one_line(str(e), 100)})"
         raise InputError("task", given, "columns prompt and answer, named in the first line") from e
 
 
-def _rows(path: Path, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+def _rows(source: str | Path, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", {key: value for key, value in row.items() if value is not None}
+        yield f"{source}, row {number}", row
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    _needs("pyarrow", path)
+    needs("task", "pyarrow", f"it reads {path}")
     import pyarrow.parquet
 
     try:
@@ -174,26 +196,31 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         raise InputError("task", f"{path} is not Parquet ({one_line(str(e), 100)})", "a Parquet file") from e
 
 
-def _dataset(path: Path) -> Sequence[Any]:
-    if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        raise InputError("task", f"{path} is a folder that `datasets` has not saved", SUPPORTED)
-    _needs("datasets", path)
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as e:  # the error depends on the damage
-        raise InputError("task", f"cannot read {path}: {one_line(str(e), 200)}", "a folder that `datasets` saved") from e
-    if isinstance(found, dict):
-        if "train" not in found:
-            raise InputError("task", f"{path} has the parts {', '.join(found)}", 'one called "train"', "name the folder of one part")
-        found = found["train"]
-    return list(found)
+# -------------------- columns
 
 
-def _needs(package: str, path: Path) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise InputError("task", f"{path} needs {package}, which is not installed", f"pip install {package}", "or write it as .jsonl")
+def _in_columns(where: str, raw: Any, form: Form) -> Any:
+    """Return the record with what stands in the named columns as its "prompt" and "answer"."""
+    if not isinstance(raw, dict):
+        return raw
+    named = {"prompt": form.prompt_column, "answer": form.answer_column}
+    return {**raw, **{field: _column(where, raw, column, f"--{field}-column") for field, column in named.items() if column}}
+
+
+def _column(where: str, raw: dict[str, Any], column: str, flag: str) -> Any:
+    """Return the value of a column; "a.b" is b in the object a, unless there is a column of that whole name."""
+    found: Any = raw
+    for name in [column] if column in raw else column.split("."):
+        if not isinstance(found, dict) or name not in found:
+            known = one_line(", ".join(_columns(raw)), 200) or "none"
+            raise InputError("task", f"{where} has no column {column!r}", f"one of its columns: {known}", flag)
+        found = found[name]
+    return found
+
+
+def _columns(raw: dict[str, Any]) -> Iterator[str]:
+    for name, value in raw.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) else (name,)
 
 
 # -------------------- checks of a record
@@ -208,7 +235,8 @@ def _checked(where: str, raw: Any, needs_answer: bool) -> Record:
     if raw.get("answer") is not None:
         _check_answer(where, raw["answer"])
     elif needs_answer:
-        raise InputError("task", f"{where} has no answer", 'an "answer", or --reward module:function that needs none')
+        needed = 'an "answer", or --reward module:function that needs none'
+        raise InputError("task", f"{where} has no answer", needed, "--answer-column names another column")
     return {"question": question_of(raw), **raw}
 
 
@@ -216,7 +244,8 @@ def _check_prompt(where: str, raw: dict[str, Any]) -> None:
     key = _key_of(raw)
     if not key:
         known = one_line(", ".join(map(repr, raw)), 80) or "nothing"
-        raise InputError("task", f"{where} has no prompt (it has {known})", 'a text or a list of messages under "prompt" or "messages"')
+        needed = 'a text or a list of messages under "prompt" or "messages"'
+        raise InputError("task", f"{where} has no prompt (it has {known})", needed, "--prompt-column names another column")
     asked = raw[key]
     if isinstance(asked, str):
         if not asked.strip():

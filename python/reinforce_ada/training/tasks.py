@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from reinforce_ada.config import TaskConfig
+from reinforce_ada.config import TaskConfig, kind_of
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.outside import one_line
-from reinforce_ada.training.task_files import Record, answer_of, digest_of, names_a_file, question_of, read_records, turns_of
+from reinforce_ada.training.held_out import check_compared, form_of, needs_answer, read_apart
+from reinforce_ada.training.rendering import Renderer
+from reinforce_ada.training.task_defaults import is_generated, num_examples_of, system_prompt_of
+from reinforce_ada.training.task_files import Record, answer_of, digest_of, question_of, read_records
 from reinforce_ada.types import Prompt
 
 # One-digit sums of two terms: small models answer about 1 in 16 of them at first, where adaptive sampling has the most to gain.
@@ -100,76 +102,6 @@ class Source:
         return f"{index}" if epoch == 0 else f"{index}@{epoch}", self.get(index)
 
 
-# -------------------- rendering
-
-
-class Renderer:
-    """Renders conversations as text, through the tokenizer's chat template or as plain lines.
-
-    If a template raises on a system message, or leaves it out, the system text goes to the start of the first user message instead;
-    `has_folded` tells whether this has happened.
-
-    Raises: InputError when a chat template is needed and there is none, or it cannot take a user's message.
-    """
-
-    def __init__(self, tokenizer: Any, system_prompt: str, template: str) -> None:
-        if template == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise InputError("task", "the tokenizer has no chat template", "one", "--template plain writes questions as lines of text")
-        self._tokenizer, self._system_prompt, self._is_chat = tokenizer, system_prompt, template == "chat"
-        self._folds = self._is_chat and self._must_fold()
-        self.has_folded = False
-
-    def text(self, examples: Sequence[Record], record: Record) -> str:
-        """Return the examples with their answers, then the record's question. Raises: InputError if the template raises on them."""
-        turns = self._conversation(examples, record)
-        if not self._is_chat:
-            return "\n".join(turn["content"] for turn in turns) + "\n"
-        try:
-            return self._apply(turns)
-        except Exception as e:  # a template is a program and may raise anything
-            given = f"the chat template raises on {one_line(question_of(record), 60)!r}: {one_line(str(e), 200)}"
-            raise InputError("task", given, "a conversation that it takes", "--template plain writes lines of text") from e
-
-    def token_ids(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a text that `text` has made."""
-        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids if self._is_chat else self._tokenizer(text).input_ids)
-
-    def _conversation(self, examples: Sequence[Record], record: Record) -> list[dict[str, str]]:
-        turns = turns_of(record)
-        system = [turn for turn in turns if turn["role"] == "system"]
-        if not system and self._system_prompt:
-            system = [{"role": "system", "content": self._system_prompt}]
-        shown: list[dict[str, str]] = []
-        for example in examples:
-            shown += [turn for turn in turns_of(example) if turn["role"] != "system"]
-            shown.append({"role": "assistant", "content": answer_of(example) or ""})
-        rest = [*shown, *(turn for turn in turns if turn["role"] != "system")]
-        if not (self._folds and system):
-            return [*system, *rest]
-        self.has_folded = True  # the system's text goes to the start of the first user message
-        first = next(i for i, turn in enumerate(rest) if turn["role"] == "user")
-        rest[first] = {"role": "user", "content": "\n\n".join(turn["content"] for turn in [*system, rest[first]])}
-        return rest
-
-    def _must_fold(self) -> bool:
-        """Return whether the template does not support a system message."""
-        system, user = ({"role": role, "content": f"the {role}'s part"} for role in ("system", "user"))
-        try:
-            alone = self._apply([user])
-        except Exception as e:
-            given = f"the chat template raises on a user's message: {one_line(str(e), 200)}"
-            raise InputError("task", given, "a template for messages", "--template plain writes questions as lines of text") from e
-        if user["content"] not in alone:
-            raise InputError("task", "the chat template leaves out the user's message", "one that shows it", "--template plain")
-        try:
-            return system["content"] not in self._apply([system, user])
-        except Exception:
-            return True
-
-    def _apply(self, turns: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
 def content_key(record: Record) -> str:
     """Return the key by which a record is remembered: 16 hexadecimal digits of its question and answer, wherever it stands.
 
@@ -188,7 +120,7 @@ def load_task(config: TaskConfig, tokenizer: Any, seed: int, data_seed: int) -> 
 
 
 def load_records(config: TaskConfig, seed: int, data_seed: int, *, trains: bool = True) -> Records:
-    """Return the records of the configured task: a file if `task` names one, otherwise a reasoning-gym dataset.
+    """Return the records of the configured task: those of a reasoning-gym dataset if it names one, otherwise a person's own.
 
     Args:
         config: which task, and how much of it is shown or held out.
@@ -197,9 +129,17 @@ def load_records(config: TaskConfig, seed: int, data_seed: int, *, trains: bool 
         trains: whether records of a file must be left for training; otherwise all of them may be held out.
     Raises: InputError for an unknown dataset, a malformed or answerless record, or too few records to hold any out.
     """
-    if names_a_file(config.task):
-        return _file_records(config, seed, data_seed, trains)
-    return _reasoning_gym_records(config, seed, data_seed, trains)
+    if not is_generated(config.task):
+        return _own_records(config, seed, data_seed, trains)
+    for key in ("split", "eval_task", "eval_split", "prompt_column", "answer_column"):
+        if given := getattr(config, key):
+            raise InputError("task", f"{key} = {one_line(repr(given))} with the generated task {config.task}", "questions of your own")
+    return _reasoning_gym_records(config, seed, data_seed)
+
+
+def name_of(task: str) -> str:
+    """Return the short name of a task: "sums" for data/sums.jsonl, "gsm8k" for openai/gsm8k:main."""
+    return Path(task).stem if kind_of(task) != "hub" else task.partition(":")[0].rpartition("/")[2]
 
 
 def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int | None = None) -> Task:
@@ -210,7 +150,7 @@ def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int
     Raises: InputError for a tokenizer without a required chat template, for a held-out prompt that is too long, and if
         most training prompts of a file are.
     """
-    renderer = Renderer(tokenizer, config.system_prompt, config.template)
+    renderer = Renderer(tokenizer, system_prompt_of(config), config.template, config.template_options)
 
     def make(name: str, record: Record) -> Prompt:
         text = renderer.text(records.examples, record)
@@ -223,12 +163,14 @@ def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int
         notes += _check_lengths(records, renderer, longest)
     if renderer.has_folded:
         notes.append("the chat template has no place for a system message: its text stands at the head of the first user message")
+    if renderer.unread:
+        notes.append(f"the chat template does not read {', '.join(renderer.unread)} of template_options")
     excluded = records.excluded
 
     def stream(position: int) -> PromptStream:
         return PromptStream(records.train, excluded, make, position, longest)
 
-    return Task(Path(config.task).stem, stream, held_out, records.reward, make, tuple(notes))
+    return Task(name_of(config.task), stream, held_out, records.reward, make, tuple(notes))
 
 
 def _check_held_out(held_out: Sequence[Prompt], longest: int) -> None:
@@ -260,15 +202,13 @@ def _check_lengths(records: Records, renderer: Renderer, longest: int) -> list[s
     return [f"{said} and are never drawn; {hint}"]
 
 
-def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
+def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     from reinforce_ada.rewards.reasoning_gym import ReasoningGymReward
 
     if config.task not in DATASETS:
-        if os.path.isdir(config.task):
-            return _file_records(config, seed, data_seed, trains)
         raise unknown_name("task", "reasoning-gym dataset", config.task, DATASETS)
     options = {**_STARTING_OPTIONS.get(config.task, {}), **config.task_options}
 
@@ -280,7 +220,7 @@ def _reasoning_gym_records(config: TaskConfig, seed: int, data_seed: int, trains
             raise InputError("task", f"{config.task} does not take {options}", one_line(str(e)) or "valid options") from e
 
     train = dataset(0, _EPOCH)
-    examples = _examples(dataset(1, _MAX_SKIPS), config.num_examples)
+    examples = _examples(dataset(1, _MAX_SKIPS), num_examples_of(config))
     shown = frozenset(question_of(e) for e in examples)
     held_out = _distinct(map(dataset(2, _MAX_SKIPS).__getitem__, range(_MAX_SKIPS)), config.eval_prompts, shown)
     reward = config.reward or ReasoningGymReward(config.task, **options)
@@ -304,9 +244,10 @@ def _examples(dataset: Any, count: int) -> list[Record]:
 
 
 def _examples_note(examples: Sequence[Record], config: TaskConfig) -> tuple[str, ...]:
-    if len(examples) >= config.num_examples:
+    wanted = num_examples_of(config)
+    if len(examples) >= wanted:
         return ()
-    return (f"{len(examples)} worked examples instead of {config.num_examples}: no more records of {config.task} have an answer to show",)
+    return (f"{len(examples)} worked examples instead of {wanted}: no more records of {config.task} have an answer to show",)
 
 
 def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -> list[Record]:
@@ -318,22 +259,36 @@ def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -
     return list(found.values())
 
 
-def _file_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
+# -------------------- records of one's own
+
+
+def _own_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
     from reinforce_ada.rewards.exact import exact_match
 
-    path = Path(config.task)
-    records = read_records(path, needs_answer=not config.reward)
-    spent = config.num_examples + config.eval_prompts
-    if trains and spent >= len(records):
-        raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
-    shuffled = [records[i] for i in np.random.default_rng([data_seed, 1]).permutation(len(records))]
-    examples = _distinct((r for r in shuffled if answer_of(r) is not None), config.num_examples, frozenset())
-    held_out = _distinct(iter(shuffled), config.eval_prompts, frozenset(question_of(e) for e in examples))
+    records = read_records(config.task, form_of(config), needs_answer=needs_answer(config))
+    if not config.reward:
+        check_compared(config.task, records)
+    apart = read_apart(config, records)
+    count = num_examples_of(config)
+    spent = count + (0 if apart else config.eval_prompts)
+    left = [record for record in _shuffled(records, data_seed, 1) if apart is None or question_of(record) not in apart.questions]
+    if trains and spent >= len(left):
+        needed = f"more than num_examples{'' if apart else ' + eval_prompts'} = {spent}"
+        raise InputError("task", f"{config.task} has {len(left)} records", needed, "--eval-prompts holds fewer out" if not apart else "")
+    examples = _distinct((r for r in left if answer_of(r) is not None), count, frozenset())
+    others = left if apart is None else _shuffled(apart.records, data_seed, 2)
+    held_out = _distinct(iter(others), config.eval_prompts, frozenset(question_of(e) for e in examples))
     taken = {id(record) for record in (*examples, *held_out)}
-    rest = [record for record in shuffled if id(record) not in taken]
+    rest = [record for record in left if id(record) not in taken]
     train, warm_up = (Source(rest.__getitem__, len(rest), s) for s in (seed, data_seed))
-    notes = _examples_note(examples, config)
-    found = Records(train, warm_up, examples, held_out, config.reward or exact_match, digest_of(path), notes)
+    notes, digest = _examples_note(examples, config), digest_of(config.task, records)
+    if apart is not None:
+        notes, digest = (*notes, *apart.notes(len(held_out), config)), f"{digest}+{apart.digest}"
+    found = Records(train, warm_up, examples, held_out, config.reward or exact_match, digest, notes)
     if trains and all(question_of(record) in found.excluded for record in rest):
         raise InputError("task", f"{config.task}: every training question is also held out", "a larger task", "lower eval_prompts")
     return found
+
+
+def _shuffled(records: Sequence[Record], data_seed: int, part: int) -> list[Record]:
+    return [records[i] for i in np.random.default_rng([data_seed, part]).permutation(len(records))]

@@ -33,7 +33,7 @@ from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.costs import cost
-from reinforce_ada.training.display import Display, step_line
+from reinforce_ada.training.display import Display, length_text, step_line, truncation_warning
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.evaluate import evaluate, refuse_only_voids
 from reinforce_ada.training.language_model import LanguageModel, check_forms
@@ -42,6 +42,7 @@ from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
 from reinforce_ada.training.optimizer import warmed_up
+from reinforce_ada.training.task_defaults import max_tokens_of
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.types import Completion, CompletionId, Event, Prompt, SamplingResult, Scored
@@ -82,6 +83,7 @@ class Trainer:
         self.meter = EngineMeter(parts.engine)
         self._engine_version: int | None = None  # of the weights the engine holds; None before the first sync
         self._sync_s = 0.0  # of this step
+        self._has_warned = False  # of completions that are cut: once is enough
 
     # -------------------- the run
 
@@ -234,6 +236,13 @@ class Trainer:
         self.log.write(record)
         self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
+        self._warn_of_cuts(result.metrics["truncated_fraction"])
+
+    def _warn_of_cuts(self, truncated_fraction: float) -> None:
+        warning = truncation_warning(truncated_fraction, max_tokens_of(self.config))
+        if warning and not self._has_warned:
+            self._has_warned = True
+            self.display.line(warning)
 
     def _sample(self, step: int) -> SamplingResult:
         sampling, parts = self.config.sampling, self.parts
@@ -332,8 +341,9 @@ class Trainer:
         self.log.write({**e.record(), **kl, "step": self.step, "eval_s": seconds})
         self.display.line(
             f"held-out after step {self.step}: Avg@{e.k} {e.avg_at_k:.3f} ± {e.stderr:.3f}, pass@{e.k} {e.pass_at_k[str(e.k)]:.3f} "
-            f"on {len(e.per_prompt)} prompts{''.join(f', KL {x:.4f}' for x in kl.values())} · {seconds:.1f} s"
+            f"on {len(e.per_prompt)} prompts{''.join(f', KL {x:.4f}' for x in kl.values())} · {length_text(e.record())} · {seconds:.1f} s"
         )
+        self._warn_of_cuts(e.truncated_fraction)
 
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
