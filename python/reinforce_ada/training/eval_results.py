@@ -10,6 +10,7 @@ from typing import Any
 
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, finite, one_line, parse_json, printable, read_text
+from reinforce_ada.training.display import length_text
 from reinforce_ada.training.evaluate import Evaluation, paired_difference
 
 _MOST_BYTES = 1 << 28  # of an earlier result: 40 bytes a prompt
@@ -54,6 +55,7 @@ def table(results: Sequence[TaskResult]) -> list[str]:
     for r in results:
         if r.evaluation.k > 1:
             lines.append(f"{printable(r.task)}: " + "   ".join(f"pass@{j} {value:.4f}" for j, value in r.evaluation.pass_at_k.items()))
+        lines.append(f"{printable(r.task)}: {length_text(r.evaluation.record())}")
         if r.evaluation.num_voids:
             lines.append(f"{printable(r.task)}: {r.evaluation.num_voids} completions could not be scored and are left out")
     return lines
