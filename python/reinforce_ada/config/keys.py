@@ -34,7 +34,9 @@ class TaskConfig:
         default_factory=dict,
         metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
     )
-    reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    reward: str = option(
+        "", 'a name (docs/rewards.md), module:function or file.py:function; "number, my.py:form:0.2" adds with weights; "": the task\'s own'
+    )
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
     num_examples: int = option(1, "worked examples shown before each question (from the same generator)")

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.loading import check_reward, load_reward
+from reinforce_ada.rewards.loading import check_reward
+from reinforce_ada.rewards.names import load_reward
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
@@ -92,9 +93,10 @@ class RewardPool:
     does not read or answer.
 
     Args:
-        reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
-            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the
-            failed chunk counts as an attempt of none of them.
+        reward: (prompt, completion text) -> float; a callable that can be pickled, or what `--reward` takes: a name such as "number",
+            "module:function" or "file.py:function", several with weights (see `names.parts_of`). With a `batch` method,
+            one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the failed
+            chunk counts as an attempt of none of them.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
         retries: further attempts for a completion whose attempt failed.
 

@@ -23,7 +23,8 @@ from multiprocessing import process, spawn
 from typing import Any, NamedTuple, TypeAlias
 
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.loading import as_reward, describe, load_reward
+from reinforce_ada.rewards.loading import as_reward, describe
+from reinforce_ada.rewards.names import load_reward
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Prompt
 

@@ -23,7 +23,7 @@ from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.loading import whole
 from reinforce_ada.outside import installed_version, is_installed
-from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rewards import RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
@@ -196,6 +196,8 @@ def pick_engine(wanted: str) -> str:
 
 def make_rewards(config: Config, records: Records) -> RewardPool:
     """Return the reward workers."""
+    if config.task.reward:
+        names.check_threshold(config.task.reward, configured(config.sampling).positive_threshold)
     return RewardPool(records.reward, num_workers=config.engine.reward_workers, timeout_s=config.engine.reward_timeout_s)
 
 
@@ -262,7 +264,7 @@ def _with_whole_paths(config: Config, records: Records) -> Config:
         model = str(Path(model).absolute())
     return dataclasses.replace(
         config,
-        task=dataclasses.replace(config.task, task=task, reward=whole(config.task.reward)),
+        task=dataclasses.replace(config.task, task=task, reward=names.whole_reward(config.task.reward)),
         training=dataclasses.replace(config.training, loss=whole(config.training.loss)),
         model=dataclasses.replace(config.model, model=model),
     )
@@ -275,7 +277,7 @@ def _longest_prompt(config: Config) -> int:
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
-    if _function(then.get("reward", "")) == _function(now["reward"]):
+    if names.without_folders(then.get("reward", "")) == names.without_folders(now["reward"]):
         now["reward"] = then.get("reward", "")
     model = earlier.get("model", {}).get("model", "")
     if os.path.basename(model) == os.path.basename(run["model"]["model"]):
@@ -286,11 +288,6 @@ def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any])
         given = f"{config.task.task} has changed since the run began"
         raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
     now["task"] = then.get("task", now["task"])
-
-
-def _function(reward: str) -> str:
-    """Return a reward without its folder, and the same for a file as for a module."""
-    return os.path.basename(reward).replace(".py:", ":")
 
 
 def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunFolder) -> RolloutStore:

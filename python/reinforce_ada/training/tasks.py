@@ -318,10 +318,12 @@ def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -
 
 
 def _file_records(config: TaskConfig, seed: int, data_seed: int) -> Records:
-    from reinforce_ada.rewards.exact import exact_match
+    from reinforce_ada.rewards import exact_match, names
 
     path = Path(config.task)
-    records = read_records(path, needs_answer=not config.reward)
+    records = read_records(path, needs_answer=not config.reward or names.needs_answer(config.reward))
+    if config.reward:
+        names.check_records(config.reward, records, config.task)
     spent = config.num_examples + config.eval_prompts
     if spent >= len(records):
         raise InputError("task", f"{config.task} has {len(records)} records", f"more than num_examples + eval_prompts = {spent}")
