@@ -15,6 +15,7 @@ EXTRA_OF = {
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
     "datasets": "trl",
+    "math_verify": "math",
     "ray": "ray",
     "trl": "trl",
     "vllm": "vllm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reinforce_ada.rewards.exact import exact_match
 from reinforce_ada.rewards.inline import InlineRewards
+from reinforce_ada.rewards.latex import MathMatch
 from reinforce_ada.rewards.number import number_match
 from reinforce_ada.rewards.pool import RewardCounters, RewardPool
 from reinforce_ada.rewards.protocol import BatchReward, Reward, RewardRunner
@@ -13,6 +14,7 @@ from reinforce_ada.rewards.weighted import WeightedSum
 __all__ = [
     "BatchReward",
     "InlineRewards",
+    "MathMatch",
     "ReasoningGymReward",
     "Reward",
     "RewardCounters",

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from reinforce_ada.errors import InputError
+from reinforce_ada.errors import InputError, needs
 from reinforce_ada.loading import load, whole
 from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.exact import exact_match
+from reinforce_ada.rewards.latex import MathMatch
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.rewards.number import number_match, readable_answers
 from reinforce_ada.rewards.protocol import Reward
@@ -25,10 +26,12 @@ class BuiltIn(NamedTuple):
     reward: Reward
     needs_answer: bool = True  # a record without an answer is refused
     check: Callable[[Prompt], object] | None = None  # raises InputError for a record that the reward cannot use
+    package: str = ""  # that it needs
 
 
 BUILT_IN: Mapping[str, BuiltIn] = {
     "exact": BuiltIn(exact_match),
+    "math": BuiltIn(MathMatch(), package="math_verify"),
     "number": BuiltIn(number_match, check=readable_answers),
 }
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -132,7 +135,10 @@ def _is_whole(reward: str) -> bool:
 
 def _loaded(reward: str) -> Reward:
     if reward in BUILT_IN:
-        return BUILT_IN[reward].reward
+        built_in = BUILT_IN[reward]
+        if built_in.package:
+            needs(f"reward {reward}", built_in.package)
+        return built_in.reward
     found: Reward = load("RewardPool", "reward", reward)
     check_reward(found, repr(reward))
     return found

@@ -52,6 +52,7 @@ class _Job:
     completion: Completion
     prompt: bytes  # pickled; one object for all completions of a prompt, so that a message holds it once
     num_attempts: int = 0  # failed attempts
+    has_timed_out: bool = False  # and the reward declares what it is then worth
     travels_alone: bool = False  # it was part of something that failed
 
 
@@ -97,7 +98,9 @@ class RewardPool:
             "module:function" or "file.py:function", several with weights (see `names.parts_of`). With a `batch` method,
             one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the failed
             chunk counts as an attempt of none of them.
-        timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
+        timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call, unless
+            the reward has a `prepare` method. A reward with a `timed_out` method says itself what a call that exceeds its limit is worth
+            (see `protocol.TimeLimited`).
         retries: further attempts for a completion whose attempt failed.
 
     Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
@@ -110,6 +113,8 @@ class RewardPool:
         check_reward(function, repr(reward))
         self._reward = reward if isinstance(reward, str) else _pickled(reward)
         self._has_batch_form = hasattr(function, "batch")
+        self._has_late_form = getattr(function, "timed_out", None) is not None
+        self._first_call = 1 if getattr(function, "prepare", None) is not None else _FIRST_CALL
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._retries = retries
@@ -258,6 +263,10 @@ class RewardPool:
             reason = f"timed out after {worker.limit_s:g} s"
             self.counters.num_timeouts += 1
             self._slow_starts += not worker.has_scored
+            if self._has_late_form and not (worker.is_joint_call or jobs[0].has_timed_out):
+                jobs[0].has_timed_out = jobs[0].travels_alone = True
+                self._queue.append(jobs[0])
+                return
         for job in jobs:
             self._attempt_failed(job, worker, reason, hang)
 
@@ -295,7 +304,7 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         is_patient = self._slow_starts < _MAX_SLOW_STARTS
-        limits = TimeLimits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
+        limits = TimeLimits(self._timeout_s, self._timeout_s * self._first_call if is_patient else self._timeout_s)
         worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
         self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
         self._select(worker)
@@ -324,7 +333,7 @@ class RewardPool:
 
     def _send(self, worker: _Worker, chunk: list[_Job]) -> None:
         try:
-            worker.process.send_chunk([(job.prompt, job.completion.text) for job in chunk])
+            worker.process.send_chunk([(job.prompt, job.completion.text, job.has_timed_out) for job in chunk])
         except OSError:  # it died while idle, which no completion caused: the next read of its channel finds the end of file
             self._queue.extendleft(reversed(chunk))
             return
