@@ -124,6 +124,9 @@ def _check(config: Config) -> None:
     if sampling.max_tokens >= config.engine.max_model_len:
         given = f"max_tokens = {sampling.max_tokens} with max_model_len = {config.engine.max_model_len}"
         raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    if config.task.overlong_buffer > sampling.max_tokens:
+        given = f"overlong_buffer = {config.task.overlong_buffer} with max_tokens = {sampling.max_tokens}"
+        raise InputError("config", given, "a buffer of at most max_tokens")
     for text in sampling.stop:
         check_text("stop", text)
     if "" in sampling.stop:

@@ -37,6 +37,8 @@ class TaskConfig:
     reward: str = option(
         "", 'a name (docs/rewards.md), module:function or file.py:function; "number, my.py:form:0.2" adds with weights; "": the task\'s own'
     )
+    overlong_buffer: int = option(0, "tokens before max_tokens over which the reward falls to overlong_penalty less, as in DAPO; 0: none")
+    overlong_penalty: float = option(1.0, "what a completion of max_tokens loses if there is an overlong_buffer")
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')
     template: Literal["chat", "plain"] = option("chat", "render prompts by the tokenizer's chat template, or as plain lines")
     num_examples: int = option(1, "worked examples shown before each question (from the same generator)")

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.loading import load, whole
 from reinforce_ada.outside import one_line
+from reinforce_ada.rewards.choice import choice_match, options_of_answers
 from reinforce_ada.rewards.exact import exact_match
+from reinforce_ada.rewards.json_value import json_match, values_of_answers
 from reinforce_ada.rewards.latex import MathMatch
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.rewards.number import number_match, readable_answers
@@ -30,7 +32,9 @@ class BuiltIn(NamedTuple):
 
 
 BUILT_IN: Mapping[str, BuiltIn] = {
+    "choice": BuiltIn(choice_match, check=options_of_answers),
     "exact": BuiltIn(exact_match),
+    "json": BuiltIn(json_match, check=values_of_answers),
     "math": BuiltIn(MathMatch(), package="math_verify"),
     "number": BuiltIn(number_match, check=readable_answers),
 }

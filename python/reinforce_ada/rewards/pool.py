@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.rewards.names import load_reward
+from reinforce_ada.rewards.overlong import OverlongPenalty
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
@@ -102,12 +103,16 @@ class RewardPool:
             the reward has a `prepare` method. A reward with a `timed_out` method says itself what a call that exceeds its limit is worth
             (see `protocol.TimeLimited`).
         retries: further attempts for a completion whose attempt failed.
+        penalty: is added to every reward; None adds nothing.
 
     Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
         worker can load the reward.
     """
 
-    def __init__(self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2) -> None:
+    def __init__(
+        self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2,
+        penalty: OverlongPenalty | None = None,
+    ) -> None:  # fmt: skip
         _check_settings(num_workers, timeout_s, retries)
         function = load_reward(reward) if isinstance(reward, str) else reward  # here, so that a typo costs no process
         check_reward(function, repr(reward))
@@ -118,6 +123,7 @@ class RewardPool:
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._retries = retries
+        self._penalty = penalty
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -232,7 +238,8 @@ class RewardPool:
                 self._attempt_failed(job, worker, score.failure, score.traceback)
             else:
                 self.counters.num_scored += 1
-                self._events.append(Scored(job.completion, score.reward))
+                penalty = self._penalty(job.completion) if self._penalty is not None else 0.0
+                self._events.append(Scored(job.completion, score.reward + penalty if penalty else score.reward))
 
     def _replace(self, worker: _Worker, *, is_timeout: bool = False) -> None:
         """Remove a worker that died or fell silent. The completion in its call has failed; the rest of its chunk is queued again."""

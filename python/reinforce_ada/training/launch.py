@@ -23,7 +23,7 @@ from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.loading import whole
 from reinforce_ada.outside import installed_version, is_installed
-from reinforce_ada.rewards import RewardPool, names
+from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
@@ -196,9 +196,13 @@ def pick_engine(wanted: str) -> str:
 
 def make_rewards(config: Config, records: Records) -> RewardPool:
     """Return the reward workers."""
-    if config.task.reward:
-        names.check_threshold(config.task.reward, configured(config.sampling).positive_threshold)
-    return RewardPool(records.reward, num_workers=config.engine.reward_workers, timeout_s=config.engine.reward_timeout_s)
+    task, engine = config.task, config.engine
+    if task.reward:
+        names.check_threshold(task.reward, configured(config.sampling).positive_threshold)
+    penalty = None
+    if task.overlong_buffer:
+        penalty = OverlongPenalty(config.sampling.max_tokens, task.overlong_buffer, task.overlong_penalty)
+    return RewardPool(records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty)
 
 
 def make_engine(
