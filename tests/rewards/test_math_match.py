@@ -166,4 +166,4 @@ def test_an_expression_that_never_ends_costs_its_own_limit(expression: str) -> N
 
 def test_every_name_can_be_loaded() -> None:
     for name in names.BUILT_IN:
-        assert callable(names.load_reward(name))
+        assert callable(names.load_reward(name, run_code=True))

@@ -37,6 +37,7 @@ class TaskConfig:
     reward: str = option(
         "", 'a name (docs/rewards.md), module:function or file.py:function; "number, my.py:form:0.2" adds with weights; "": the task\'s own'
     )
+    run_code: bool = option(False, "allow --reward python to run programs that the model wrote; docs/rewards.md has the limits")
     overlong_buffer: int = option(0, "tokens before max_tokens over which the reward falls to overlong_penalty less, as in DAPO; 0: none")
     overlong_penalty: float = option(1.0, "what a completion of max_tokens loses if there is an overlong_buffer")
     system_prompt: str = option("Reply with one number and nothing else.", 'system message; "" for none')

@@ -12,6 +12,7 @@ from reinforce_ada.rewards.overlong import OverlongPenalty
 from reinforce_ada.rewards.pool import RewardCounters, RewardPool
 from reinforce_ada.rewards.protocol import BatchReward, Reward, RewardRunner
 from reinforce_ada.rewards.reasoning_gym import ReasoningGymReward, make_entries
+from reinforce_ada.rewards.unit_tests import UnitTests
 from reinforce_ada.rewards.weighted import WeightedSum
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RewardCounters",
     "RewardPool",
     "RewardRunner",
+    "UnitTests",
     "WeightedSum",
     "choice_match",
     "exact_match",

@@ -18,6 +18,7 @@ from reinforce_ada.rewards.latex import MathMatch
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.rewards.number import number_match, readable_answers
 from reinforce_ada.rewards.protocol import Reward
+from reinforce_ada.rewards.unit_tests import UnitTests, tests_of
 from reinforce_ada.rewards.weighted import WeightedSum, check_weight
 from reinforce_ada.types import Prompt
 
@@ -29,6 +30,7 @@ class BuiltIn(NamedTuple):
     needs_answer: bool = True  # a record without an answer is refused
     check: Callable[[Prompt], object] | None = None  # raises InputError for a record that the reward cannot use
     package: str = ""  # that it needs
+    runs_code: bool = False  # of the model, so that it must be allowed
 
 
 BUILT_IN: Mapping[str, BuiltIn] = {
@@ -37,6 +39,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "json": BuiltIn(json_match, check=values_of_answers),
     "math": BuiltIn(MathMatch(), package="math_verify"),
     "number": BuiltIn(number_match, check=readable_answers),
+    "python": BuiltIn(UnitTests(), needs_answer=False, check=tests_of, runs_code=True),
 }
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _FUNCTION = re.compile(r"[^\W0-9]\w*(?:\.[^\W0-9]\w*)*")
@@ -76,10 +79,13 @@ def parts_of(spec: str) -> list[Part]:
     return parts
 
 
-def load_reward(spec: str) -> Reward:
-    """Return the reward that a text names, with several or with a weight as a WeightedSum. Raises: InputError if there is none."""
+def load_reward(spec: str, *, run_code: bool = False) -> Reward:
+    """Return the reward that a text names, with several or with a weight as a WeightedSum.
+
+    Raises: InputError if there is none, if it lacks a package, or if it runs the model's code and `run_code` does not allow that.
+    """
     parts = parts_of(spec)
-    rewards = [_loaded(part.reward) for part in parts]
+    rewards = [_loaded(part.reward, run_code) for part in parts]
     if len(parts) == 1 and parts[0].weight == 1:
         return rewards[0]
     return WeightedSum([(part.weight, reward) for part, reward in zip(parts, rewards, strict=True)])
@@ -137,9 +143,12 @@ def _is_whole(reward: str) -> bool:
     return reward in BUILT_IN or (_FUNCTION.fullmatch(reward.rpartition(":")[2]) is not None and ":" in reward[1:])
 
 
-def _loaded(reward: str) -> Reward:
+def _loaded(reward: str, run_code: bool) -> Reward:
     if reward in BUILT_IN:
         built_in = BUILT_IN[reward]
+        if built_in.runs_code and not run_code:
+            given, needed = f"reward {reward!r} runs code that the model wrote", "run_code = true (--run-code true) is needed to allow it"
+            raise InputError("RewardPool", given, needed, "docs/rewards.md says what its sandbox does not protect from")
         if built_in.package:
             needs(f"reward {reward}", built_in.package)
         return built_in.reward

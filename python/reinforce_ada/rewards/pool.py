@@ -104,6 +104,7 @@ class RewardPool:
             (see `protocol.TimeLimited`).
         retries: further attempts for a completion whose attempt failed.
         penalty: is added to every reward; None adds nothing.
+        run_code: allow the name "python", a reward that runs what the model wrote.
 
     Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
         worker can load the reward.
@@ -111,10 +112,10 @@ class RewardPool:
 
     def __init__(
         self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2,
-        penalty: OverlongPenalty | None = None,
+        penalty: OverlongPenalty | None = None, run_code: bool = False,
     ) -> None:  # fmt: skip
         _check_settings(num_workers, timeout_s, retries)
-        function = load_reward(reward) if isinstance(reward, str) else reward  # here, so that a typo costs no process
+        function = load_reward(reward, run_code=run_code) if isinstance(reward, str) else reward  # here, so that a typo costs no process
         check_reward(function, repr(reward))
         self._reward = reward if isinstance(reward, str) else _pickled(reward)
         self._has_batch_form = hasattr(function, "batch")

@@ -106,7 +106,8 @@ def _load(order: Order, channel: Channel) -> Any:
         spawn.prepare(order.preparation)
         del current._inheriting
         hint = ""
-        function: Any = load_reward(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
+        # The pool has checked that code may be run.
+        function: Any = load_reward(order.reward, run_code=True) if isinstance(order.reward, str) else pickle.loads(order.reward)
         if (prepare := getattr(function, "prepare", None)) is not None:
             prepare()
     except BaseException as error:

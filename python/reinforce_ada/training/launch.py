@@ -202,7 +202,9 @@ def make_rewards(config: Config, records: Records) -> RewardPool:
     penalty = None
     if task.overlong_buffer:
         penalty = OverlongPenalty(config.sampling.max_tokens, task.overlong_buffer, task.overlong_penalty)
-    return RewardPool(records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty)
+    return RewardPool(
+        records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty, run_code=task.run_code
+    )  # fmt: skip
 
 
 def make_engine(
