@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -154,3 +156,18 @@ def test_a_record_that_the_reward_cannot_use_is_refused_at_load(
     with pytest.raises(InputError, match=r"^task: ") as caught:
         load_records(task, 0, 0)
     assert needed in str(caught.value)
+
+
+def test_the_functions_of_the_page_for_trl_and_verl() -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+    block = page.partition("## In TRL and verl")[2].partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["trl_reward"](prompts=["?", "?"], completions=["7", "#### 8"], answer=["7", "7"], completion_ids=[]) == [1.0, 0.0]
+    assert found["compute_score"]("gsm8k", "The answer is 1,234.", "1234", {}) == 1.0
+
+
+def test_the_page_names_every_reward() -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `\w+(?:\(\))?` \|", page.partition("## Rewards by name")[2], re.MULTILINE)
+    assert sorted(rows) == sorted(names.BUILT_IN)
