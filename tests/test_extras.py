@@ -91,7 +91,17 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
     """But for `dev`; reinforce-ada[vllm] brings two others, and tomli is for an older Python."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     declared: dict[str, str] = {}
-    for extra in ("bench", "lora", "ray", "vllm", "trl", "report", "train", "datasets"):  # matplotlib is in two: the smaller one is named
+    for extra in (
+        "bench",
+        "lora",
+        "math",
+        "ray",
+        "vllm",
+        "trl",
+        "report",
+        "train",
+        "datasets",
+    ):  # matplotlib is in two
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0].replace("-", "_")  # type: ignore[index]
             declared[name] = extra

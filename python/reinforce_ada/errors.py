@@ -15,6 +15,7 @@ EXTRA_OF = {
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
     "datasets": "datasets",
+    "math_verify": "math",
     "peft": "lora",
     "ray": "ray",
     "trl": "trl",

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -22,19 +23,20 @@ class GarbageError(ValueError):
     """Text from outside that cannot be used; the message is one line and gives the reason."""
 
 
-def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+def parse_json(text: str | bytes, *, unique_keys: bool = False, exact_numbers: bool = False) -> Any:
     """Return the value of a JSON text.
 
     Raises: GarbageError for everything that Python's parser raises on a hostile text (not JSON, not UTF-8, too deep a nesting, an integer
         of more than 4300 digits), and for half of a surrogate pair, which could not be written anywhere; with `unique_keys` also for an
-        object with a duplicate key.
+        object with a duplicate key. With `exact_numbers` every number is a Decimal of any length, and NaN and the infinities are refused.
     """
+    numbers: Any = {"parse_int": _decimal, "parse_float": _decimal, "parse_constant": _decimal} if exact_numbers else {}
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None, **numbers)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False, default=str).encode()
     except GarbageError:
         raise
     except RecursionError:
@@ -78,6 +80,16 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def _decimal(number: str) -> Decimal:
+    try:
+        found = Decimal(number)
+    except InvalidOperation:  # an exponent past what a decimal holds
+        found = Decimal("NaN")
+    if not found.is_finite():
+        raise GarbageError(f"{one_line(number, 40)} is no number of JSON that can be held")
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from test_reward_pool import score
 from reinforce_ada.errors import InputError
 from reinforce_ada.loading import described
 from reinforce_ada.rewards import RewardPool
-from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward, load_reward
+from reinforce_ada.rewards.loading import MAX_REWARD, as_reward, check_reward
+from reinforce_ada.rewards.names import load_reward
 
 FILES = {
     "rwd.py": "import helper_of_rwd\n\ndef ok(prompt, text):\n    return helper_of_rwd.VALUE\n\nclass Keeper:\n    @staticmethod\n"

@@ -13,7 +13,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import ReasoningGymReward, exact_match
 from reinforce_ada.rewards.exact import answer_given
 from reinforce_ada.rewards.inline import InlineRewards
-from reinforce_ada.rewards.votes import answer_of_reward
+from reinforce_ada.rewards.names import answer_of_reward
 from reinforce_ada.training.evaluate import evaluate, majority, paired_difference, pass_at_k, standard_error
 from reinforce_ada.types import Prompt
 

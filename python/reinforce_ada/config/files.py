@@ -119,11 +119,14 @@ def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, 
         merged[section][key] = value
 
 
-def check_room(max_tokens: int, max_model_len: int) -> None:
-    """Raise InputError if completions of max_tokens leave no room for a prompt."""
-    if max_tokens >= max_model_len:
-        given = f"max_tokens = {max_tokens} with max_model_len = {max_model_len}"
+def check_room(config: Config, max_tokens: int) -> None:
+    """Raise InputError if completions of max_tokens leave no room for a prompt, or are shorter than the overlong buffer."""
+    if max_tokens >= config.engine.max_model_len:
+        given = f"max_tokens = {max_tokens} with max_model_len = {config.engine.max_model_len}"
         raise InputError("config", given, "room for the prompt", "raise --max-model-len")
+    if config.task.overlong_buffer > max_tokens:
+        given = f"overlong_buffer = {config.task.overlong_buffer} with max_tokens = {max_tokens}"
+        raise InputError("config", given, "a buffer of at most max_tokens")
 
 
 def _check(config: Config) -> None:
@@ -141,7 +144,7 @@ def _check(config: Config) -> None:
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")
     if sampling.max_tokens is not None:
-        check_room(sampling.max_tokens, config.engine.max_model_len)
+        check_room(config, sampling.max_tokens)
     if config.task.template_options and config.task.template == "plain":
         raise InputError("config", "template_options with template = 'plain'", "a chat template to pass them to", "leave one of them out")
     for text in sampling.stop:

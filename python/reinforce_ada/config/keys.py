@@ -48,7 +48,12 @@ class TaskConfig:
         default_factory=dict,
         metadata={"about": 'generator settings as TOML or JSON, e.g. {"max_terms": 3}; chain_sum: one digit, two terms'},
     )
-    reward: str = option("", 'module:function or file.py:function taking (prompt, completion) -> float; "" takes the task\'s own')
+    reward: str = option(
+        "", 'a name (docs/rewards.md), module:function or file.py:function; "number, my.py:form:0.2" adds with weights; "": the task\'s own'
+    )
+    run_code: bool = option(False, "allow --reward python to run programs that the model wrote; docs/rewards.md has the limits")
+    overlong_buffer: int = option(0, "tokens before max_tokens over which the reward falls to overlong_penalty less, as in DAPO; 0: none")
+    overlong_penalty: float = option(1.0, "what a completion of max_tokens loses if there is an overlong_buffer")
     system_prompt: str | None = option(
         None,
         "system message before each question that has none of its own (default: none for your own questions, "

@@ -46,9 +46,15 @@ def beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(given := found.get(key), str) and given and _is_path(given, folder):
             found[key] = str((folder / given).absolute())
     for key in _CODE:
-        if isinstance(given := found.get(key), str):
-            found[key] = whole(given, folder)
+        if isinstance(given := found.get(key), str) and given:
+            found[key] = _whole_reward(given, folder) if key == "reward" else whole(given, folder)
     return found
+
+
+def _whole_reward(spec: str, folder: Path) -> str:
+    from reinforce_ada.rewards.names import whole_reward  # with numpy, which a configuration without a reward does not need
+
+    return whole_reward(spec, folder)
 
 
 def _is_path(task: str, folder: Path) -> bool:

@@ -134,6 +134,7 @@ _SECONDS = Range(0.001, 10**6)  # poll() takes its milliseconds as a C int, whic
 RANGES: Mapping[str, Range] = {
     "lora_rank": Range(0, 65536), "lora_alpha": Range(1, 10**6),
     "num_examples": Range(0, 1000), "eval_prompts": _OPTIONAL_COUNT, "eval_k": Range(1, 2048), "eval_every": _STEPS,
+    "overlong_buffer": _OPTIONAL_COUNT, "overlong_penalty": Range(0, 1e6, above=True),
     "prompts_per_step": _COUNT, "group_size": _COUNT, "round_size": _COUNT, "max_rounds": _COUNT, "decide_every": _COUNT,
     "min_pool": _OPTIONAL_COUNT, "mean_budget": _COUNT, "num_completions": _COUNT, "positive_threshold": Range(-1e30, 1e30),
     "alpha": Range(0, 100, above=True), "memory_decay": Range(0, 1, above=True), "window": _COUNT, "max_tokens": _COUNT,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from decimal import Decimal, InvalidOperation
 
-from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.answers import extract_answer
+from reinforce_ada.rewards.answers import accepted_answers, extract_answer
 from reinforce_ada.types import Prompt
 
 # ASCII digits, in groups of three or in none; a point and an exponent as Python writes them; U+2212 is the minus sign of typeset text.
@@ -22,12 +21,8 @@ def exact_match(prompt: Prompt, completion: str) -> float:
 
     An answer is a string or a number, or a list of them. Raises: InputError when there is no "answer".
     """
-    if "answer" not in prompt.data:
-        raise InputError("exact_match", f"prompt {prompt.prompt_id!r} has no answer", 'data["answer"] is needed')
-    answer = prompt.data["answer"]
-    accepted = answer if isinstance(answer, Sequence) and not isinstance(answer, (str, bytes)) else [answer]
     given = extract_answer(completion)
-    number, texts = _number(given), [str(one).strip() for one in accepted]
+    number, texts = _number(given), [str(one).strip() for one in accepted_answers(prompt, "exact_match")]
     return float(given in texts or (number is not None and any(number == _number(text) for text in texts)))
 
 

@@ -1,4 +1,4 @@
-"""Load a reward by name, and turn its results into numbers. A reward that cannot work is refused before any process starts."""
+"""Refuse what cannot be called as a reward before any process starts, and turn results of rewards into numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.loading import load
 
 MAX_REWARD = 1e15  # in magnitude: sums of its squares over a batch are finite in float32, the dtype of the gradients
 _TRACEBACK_CHARS = 2000  # a chunk of 16 answers must fit in the buffer of a socket, or the worker waits for the pool to read
@@ -52,11 +50,6 @@ def describe(error: BaseException) -> tuple[str, str]:
     """Return what a reward raised: one line, and the end of the traceback."""
     line = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
     return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
-
-
-def load_reward(spec: str) -> Callable[..., object]:
-    """Return the object that "module:function" or "path/to/file.py:function" names. Raises: InputError if there is none."""
-    return load("RewardPool", "reward", spec)  # type: ignore[no-any-return]
 
 
 def check_reward(reward: object, shown: str) -> None:

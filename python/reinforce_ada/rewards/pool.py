@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.rewards.loading import check_reward, load_reward
+from reinforce_ada.rewards.loading import check_reward
+from reinforce_ada.rewards.names import load_reward
+from reinforce_ada.rewards.overlong import OverlongPenalty
 from reinforce_ada.rewards.process import WorkerProcess, exit_text
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
@@ -51,6 +53,7 @@ class _Job:
     completion: Completion
     prompt: bytes  # pickled; one object for all completions of a prompt, so that a message holds it once
     num_attempts: int = 0  # failed attempts
+    has_timed_out: bool = False  # and the reward declares what it is then worth
     travels_alone: bool = False  # it was part of something that failed
 
 
@@ -92,25 +95,36 @@ class RewardPool:
     does not read or answer.
 
     Args:
-        reward: (prompt, completion text) -> float; a callable that can be pickled, "module:function" or "file.py:function". With a `batch`
-            method, one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the
-            failed chunk counts as an attempt of none of them.
-        timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call.
+        reward: (prompt, completion text) -> float; a callable that can be pickled, or what `--reward` takes: a name such as "number",
+            "module:function" or "file.py:function", several with weights (see `names.parts_of`). With a `batch` method,
+            one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the failed
+            chunk counts as an attempt of none of them.
+        timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call, unless
+            the reward has a `prepare` method. A reward with a `timed_out` method says itself what a call that exceeds its limit is worth
+            (see `protocol.TimeLimited`).
         retries: further attempts for a completion whose attempt failed.
+        penalty: is added to every reward; None adds nothing.
+        run_code: allow the name "python", a reward that runs what the model wrote.
 
     Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
         worker can load the reward.
     """
 
-    def __init__(self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2) -> None:
+    def __init__(
+        self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2,
+        penalty: OverlongPenalty | None = None, run_code: bool = False,
+    ) -> None:  # fmt: skip
         _check_settings(num_workers, timeout_s, retries)
-        function = load_reward(reward) if isinstance(reward, str) else reward  # here, so that a typo costs no process
+        function = load_reward(reward, run_code=run_code) if isinstance(reward, str) else reward  # here, so that a typo costs no process
         check_reward(function, repr(reward))
         self._reward = reward if isinstance(reward, str) else _pickled(reward)
         self._has_batch_form = hasattr(function, "batch")
+        self._has_late_form = getattr(function, "timed_out", None) is not None
+        self._first_call = 1 if getattr(function, "prepare", None) is not None else _FIRST_CALL
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._retries = retries
+        self._penalty = penalty
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -225,7 +239,8 @@ class RewardPool:
                 self._attempt_failed(job, worker, score.failure, score.traceback)
             else:
                 self.counters.num_scored += 1
-                self._events.append(Scored(job.completion, score.reward))
+                penalty = self._penalty(job.completion) if self._penalty is not None else 0.0
+                self._events.append(Scored(job.completion, score.reward + penalty if penalty else score.reward))
 
     def _replace(self, worker: _Worker, *, is_timeout: bool = False) -> None:
         """Remove a worker that died or fell silent. The completion in its call has failed; the rest of its chunk is queued again."""
@@ -256,6 +271,10 @@ class RewardPool:
             reason = f"timed out after {worker.limit_s:g} s"
             self.counters.num_timeouts += 1
             self._slow_starts += not worker.has_scored
+            if self._has_late_form and not (worker.is_joint_call or jobs[0].has_timed_out):
+                jobs[0].has_timed_out = jobs[0].travels_alone = True
+                self._queue.append(jobs[0])
+                return
         for job in jobs:
             self._attempt_failed(job, worker, reason, hang)
 
@@ -293,7 +312,7 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         is_patient = self._slow_starts < _MAX_SLOW_STARTS
-        limits = TimeLimits(self._timeout_s, self._timeout_s * _FIRST_CALL if is_patient else self._timeout_s)
+        limits = TimeLimits(self._timeout_s, self._timeout_s * self._first_call if is_patient else self._timeout_s)
         worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
         self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
         self._select(worker)
@@ -322,7 +341,7 @@ class RewardPool:
 
     def _send(self, worker: _Worker, chunk: list[_Job]) -> None:
         try:
-            worker.process.send_chunk([(job.prompt, job.completion.text) for job in chunk])
+            worker.process.send_chunk([(job.prompt, job.completion.text, job.has_timed_out) for job in chunk])
         except OSError:  # it died while idle, which no completion caused: the next read of its channel finds the end of file
             self._queue.extendleft(reversed(chunk))
             return

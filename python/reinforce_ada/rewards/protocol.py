@@ -34,6 +34,24 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Prepared(Protocol):
+    """A reward that loads what it needs before its first call."""
+
+    def prepare(self) -> None:
+        """Load it: called once in each worker, outside the time limit of calls. The first call then has the limit of any other."""
+
+
+@runtime_checkable
+class TimeLimited(Protocol):
+    """A reward for which a call that takes too long says something about the completion, and is no failure of the reward.
+
+    In the pool a call that exceeds its time limit ends its worker. The completion is then scored by `timed_out`, in a fresh worker.
+    """
+
+    def timed_out(self, prompt: Prompt, completion: str, /) -> float: ...
+
+
+@runtime_checkable
 class Diagnosed(Protocol):
     """A RewardRunner that keeps the last traceback."""
 

@@ -1,6 +1,6 @@
 """The reward worker: a process that loads one reward and scores the completions it receives. Imports no torch.
 
-It takes a chunk (a list of (pickled prompt, text) pairs), answers one `Score` per completion, several in one message, and times every call
+It takes a chunk (see `Chunk`), answers one `Score` per completion, several in one message, and times every call
 itself, so that a time-out does not depend on when the parent polls. The timer is faulthandler's, which needs no GIL: `9**9**9`, which holds
 it in C, ends on time like `while True` does.
 """
@@ -23,8 +23,8 @@ from multiprocessing import process, spawn
 from typing import Any, NamedTuple, TypeAlias
 
 from reinforce_ada.rewards.channel import Channel
-from reinforce_ada.rewards.loading import as_reward, describe, load_reward
-from reinforce_ada.rewards.protocol import Reward
+from reinforce_ada.rewards.loading import as_reward, describe
+from reinforce_ada.rewards.names import load_reward
 from reinforce_ada.types import Prompt
 
 START_TIMEOUT_S = 300.0  # loading a reward may mean importing torch and a model
@@ -32,7 +32,7 @@ _LONGEST_S = 1e9  # a timer of the C library takes no number of seconds past 9.2
 _SLACK = 0.05  # of a limit: the timer is reset after this share of it, not for every call, which would cost a thread each (50 us)
 _FLUSH_S = 0.005  # scores wait this long for others, but not for a slow call
 _PROGRESS = struct.Struct("q")
-Chunk: TypeAlias = Sequence[tuple[bytes, str]]  # pickled prompt, completion text
+Chunk: TypeAlias = Sequence[tuple[bytes, str, bool]]  # pickled prompt, completion text, whether a call for it has timed out
 
 
 class TimeLimits(NamedTuple):
@@ -106,7 +106,10 @@ def _load(order: Order, channel: Channel) -> Any:
         spawn.prepare(order.preparation)
         del current._inheriting
         hint = ""
-        function: Any = load_reward(order.reward) if isinstance(order.reward, str) else pickle.loads(order.reward)
+        # The pool has checked that code may be run.
+        function: Any = load_reward(order.reward, run_code=True) if isinstance(order.reward, str) else pickle.loads(order.reward)
+        if (prepare := getattr(function, "prepare", None)) is not None:
+            prepare()
     except BaseException as error:
         channel.send(Started(*describe(error), hint))
         return None
@@ -160,17 +163,17 @@ class _Scorer:
     def _score(self, chunk: Chunk) -> None:
         """Time one call per completion; with a batch form, one call for the chunk."""
         set_progress(self._progress, 0)
-        if self._batch is not None:
+        if self._batch is not None and not chunk[0][2]:
             self._channel.send(self._attempt(partial(_call_batch, self._batch, chunk), len(chunk)))
             return
         scores: list[Score] = []
         sent_at = time.monotonic()
-        for place, pair in enumerate(chunk):
+        for place, job in enumerate(chunk):
             if scores and (scores[-1].reward is None or time.monotonic() - sent_at > _FLUSH_S):
                 self._channel.send(scores)
                 scores, sent_at = [], time.monotonic()
             set_progress(self._progress, place)
-            scores += self._attempt(partial(_call, self._function, *pair), 1)
+            scores += self._attempt(partial(_call, self._function, *job), 1)
         self._channel.send(scores)
 
     def _attempt(self, call: Callable[[], list[object]], count: int) -> list[Score]:
@@ -185,13 +188,14 @@ class _Scorer:
         return scores
 
 
-def _call(function: Reward, prompt: bytes, text: str) -> list[object]:
-    return [function(pickle.loads(prompt), text)]  # every call gets its own prompt, so that no other call sees its changes
+def _call(function: Any, prompt: bytes, text: str, has_timed_out: bool) -> list[object]:
+    call = function.timed_out if has_timed_out else function
+    return [call(pickle.loads(prompt), text)]  # every call gets its own prompt, so that no other call sees its changes
 
 
 def _call_batch(batch: Callable[..., Sequence[object]], chunk: Chunk) -> list[object]:
-    prompts: list[Prompt] = [pickle.loads(prompt) for prompt, _ in chunk]
-    values = list(batch(prompts, [text for _, text in chunk]))
+    prompts: list[Prompt] = [pickle.loads(prompt) for prompt, *_ in chunk]
+    values = list(batch(prompts, [text for _, text, _ in chunk]))
     if len(values) != len(chunk):
         raise ValueError(f"the batch reward returned {len(values)} values for {len(chunk)} completions")
     return values

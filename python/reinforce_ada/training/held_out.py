@@ -10,6 +10,7 @@ from pathlib import Path
 from reinforce_ada.config import TaskConfig, kind_of
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
+from reinforce_ada.rewards import names
 from reinforce_ada.training.task_datasets import TRAIN
 from reinforce_ada.training.task_defaults import is_generated
 from reinforce_ada.training.task_files import Form, Record, answer_of, digest_of, question_of, read_records
@@ -45,8 +46,8 @@ def form_of(config: TaskConfig) -> Form:
 
 
 def needs_answer(config: TaskConfig) -> bool:
-    """Return whether every record must have an answer: only a function of one's own, module:function, may score without one."""
-    return ":" not in config.reward
+    """Return whether every record must have an answer: a function of one's own may score without one, and so do some named rewards."""
+    return not config.reward or names.needs_answer(config.reward)
 
 
 def read_apart(config: TaskConfig, records: Sequence[Record]) -> Apart | None:

@@ -22,7 +22,7 @@ from reinforce_ada.engines.base import Engine, Launch
 from reinforce_ada.engines.traced import Trace, TracedEngine, no_span
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import installed_version, is_installed
-from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import adapters, checkpoint, distributed, lineage, models, run_folder, track
@@ -196,7 +196,15 @@ def pick_engine(wanted: str) -> str:
 
 def make_rewards(config: Config, records: Records) -> RewardPool:
     """Return the reward workers."""
-    return RewardPool(records.reward, num_workers=config.engine.reward_workers, timeout_s=config.engine.reward_timeout_s)
+    task, engine = config.task, config.engine
+    if task.reward:
+        names.check_threshold(task.reward, configured(config.sampling).positive_threshold)
+    penalty = None
+    if task.overlong_buffer:
+        penalty = OverlongPenalty(max_tokens_of(config), task.overlong_buffer, task.overlong_penalty)
+    return RewardPool(
+        records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty, run_code=task.run_code
+    )  # fmt: skip
 
 
 def make_engine(
@@ -271,7 +279,7 @@ def longest_prompt(config: Config) -> int:
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
-    if _function(then.get("reward", "")) == _function(now["reward"]):
+    if names.without_folders(then.get("reward", "")) == names.without_folders(now["reward"]):
         now["reward"] = then.get("reward", "")
     model = earlier.get("model", {}).get("model", "")
     if os.path.basename(model) == os.path.basename(run["model"]["model"]):
@@ -282,11 +290,6 @@ def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any])
         given = f"{config.task.task} has changed since the run began"
         raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
     now.update({key: then[key] for key in ("task", "eval_task") if key in then})
-
-
-def _function(reward: str) -> str:
-    """Return a reward without its folder, and the same for a file as for a module."""
-    return os.path.basename(reward).replace(".py:", ":")
 
 
 def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunFolder) -> RolloutStore:

@@ -13,8 +13,8 @@ from reinforce_ada.config import Config
 from reinforce_ada.engines.base import Engine
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool
+from reinforce_ada.rewards.names import answer_of_reward
 from reinforce_ada.rewards.protocol import Answer
-from reinforce_ada.rewards.votes import answer_of_reward
 from reinforce_ada.sampling import configured
 from reinforce_ada.training import adapters, distributed, lineage, models
 from reinforce_ada.training.display import Display

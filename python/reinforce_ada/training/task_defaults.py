@@ -55,7 +55,7 @@ def completed(config: Config) -> tuple[Config, str]:
     Raises: InputError if completions of max_tokens leave no room for a prompt.
     """
     max_tokens = max_tokens_of(config)
-    check_room(max_tokens, config.engine.max_model_len)
+    check_room(config, max_tokens)
     task = dataclasses.replace(config.task, system_prompt=system_prompt_of(config.task), num_examples=num_examples_of(config.task))
     filled = dataclasses.replace(config, task=task, sampling=dataclasses.replace(config.sampling, max_tokens=max_tokens))
     return filled, "" if is_generated(config.task.task) else _note(config, max_tokens)

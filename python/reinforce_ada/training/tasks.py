@@ -263,10 +263,12 @@ def _distinct(records: Iterator[Record], count: int, excluded: frozenset[str]) -
 
 
 def _own_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) -> Records:
-    from reinforce_ada.rewards.exact import exact_match
+    from reinforce_ada.rewards import exact_match, names
 
     records = read_records(config.task, form_of(config), needs_answer=needs_answer(config))
-    if not config.reward:
+    if config.reward:
+        names.check_records(config.reward, records, config.task)
+    else:
         check_compared(config.task, records)
     apart = read_apart(config, records)
     count = num_examples_of(config)
