@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -187,7 +188,7 @@ def test_every_number_has_a_range() -> None:
     numbers = {
         f.name
         for _, cls in config.sections()
-        for f in config.dataclasses.fields(cls)
+        for f in dataclasses.fields(cls)
         if re.search(r"\b(int|float)\b", str(f.type))
     }  # fmt: skip
     assert numbers == set(config.RANGES)
