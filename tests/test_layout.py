@@ -28,7 +28,7 @@ DECLARED = _dispatch.table()
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
 FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
-ENTRIES = {"training.launch", "training.launch_eval", "training.eval_results", "training.adapters"}
+ENTRIES = {"training.adapters", "training.eval_results", "training.launch", "training.launch_eval"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "loading": {"errors", "outside"},
     "machine": set(),
     "types": {"errors"},
-    "config": {"errors", "files", "loading", "outside"},
+    "config": {"errors", "files", "loading", "outside", "rewards"},
     "sampling": FOUNDATION,
     "rewards": FOUNDATION,
     "rollouts": {*FOUNDATION, "packing"},
@@ -50,8 +50,9 @@ MAY_IMPORT = {
     "async_driver": {*FOUNDATION, "sampling", "rewards", "driver"},
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
-    "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "report"},
-    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch", "training.eval_results"},
+    "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "training.adapters", "report"},
+    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", *ENTRIES},
+    "training.adapters": {*FOUNDATION, "config", "training"},
     "training.eval_results": {*FOUNDATION, "training"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},

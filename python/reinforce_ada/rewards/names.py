@@ -162,7 +162,7 @@ def answer_of_reward(reward: object) -> Answer | None:
 
 
 def _is_whole(reward: str) -> bool:
-    return reward in BUILT_IN or (_FUNCTION.fullmatch(reward.rpartition(":")[2]) is not None and ":" in reward[1:])
+    return reward in BUILT_IN or (reward.isprintable() and _FUNCTION.fullmatch(reward.rpartition(":")[2]) is not None and ":" in reward[1:])
 
 
 def _loaded(reward: str, run_code: bool) -> Reward:
