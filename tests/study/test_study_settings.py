@@ -67,6 +67,7 @@ REFUSALS = [
     ([('model = "tiny"', 'preset = "grpo"')], "study: [shared] sets preset", "what the study sets"),
     ([('model = "tiny"', 'budget = "9 trained tokens"')], "study: [shared] sets budget", "what the study sets"),
     ([('model = "tiny"', "eval_prompts = 0")], "study: [shared] eval_prompts = 0", "held-out prompts"),
+    ([("steps = 3", "trained_tokens = 9"), (ARM, ARM + 'lr_schedule = "linear"\n')], "lr_schedule linear with a budget", "step is known"),
     ([('model = "tiny"', "eval_k = 1")], "study: [shared] eval_k = 1", "at least 2, without which the spread"),
     ([('name = "sums"', 'name = "sums"\nremembered = 65')], "study: remembered = 65", "an integer from 0 to 64"),
     ([('name = "sums"', 'name = "sums"\nremembered = 8.0')], "study: remembered = 8.0", "an integer from 0 to 64"),

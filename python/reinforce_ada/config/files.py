@@ -117,7 +117,9 @@ def _check(config: Config) -> None:
             check_text(key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
             raise InputError("config", f"{key} = {shown(value)}", needed)
-    budget_of(config.training)
+    if budget_of(config.training) is not None and config.training.lr_schedule != "constant":
+        given = f"lr_schedule {config.training.lr_schedule} with a budget"
+        raise InputError("config", given, "a run whose last step is known", "end it by --steps alone, or use lr_schedule constant")
     sampling = config.sampling
     if sampling.window is not None and sampling.schedule == "rounds":
         raise InputError("config", f"window {sampling.window} with schedule 'rounds'", "rounds have no window", "leave it out")

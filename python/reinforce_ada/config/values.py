@@ -142,7 +142,8 @@ RANGES: Mapping[str, Range] = {
     "max_num_seqs": Range(1, 65536), "max_model_len": Range(2, 10**7), "memory_fraction": Range(0, 1, above=True),
     "reward_workers": Range(1, 1024),
     "steps": _STEPS, "warmup_steps": _STEPS, "checkpoint_every": _STEPS, "minibatches": _COUNT, "tokens_per_pass": Range(1, 10**9),
-    "learning_rate": Range(0, 1, above=True), "weight_decay": Range(0, 100), "max_grad_norm": Range(0, 1e30, above=True),
+    "learning_rate": Range(0, 1, above=True), "lr_min_fraction": Range(0, 1),
+    "weight_decay": Range(0, 100), "max_grad_norm": Range(0, 1e30, above=True),
     "clip_low": Range(0, 1), "clip_high": Range(0, 1e6), "entropy_coef": Range(0, 1e6), "correction_high": Range(0, 1e6, above=True),
     "seed": Range(0, 2**63 - 1), "data_seed": Range(0, 2**63 - 1),
 }  # fmt: skip

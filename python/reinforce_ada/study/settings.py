@@ -141,7 +141,7 @@ def _arms(given: Any, rates: tuple[float, ...], shared: Mapping[str, Any], budge
     arms = [_arm(table, rates, budget) for table in given]
     _distinct("arm", [arm.name for arm in arms])
     for arm in arms:
-        policy_of(shared, arm)  # raises for what the configuration or the preset refuses
+        policy_of({**budget.keys(), **shared}, arm)  # raises for what the configuration or the preset refuses
     return tuple(arms)
 
 

@@ -41,7 +41,7 @@ from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
-from reinforce_ada.training.optimizer import warmed_up
+from reinforce_ada.training.optimizer import rate_at
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
 from reinforce_ada.types import Completion, CompletionId, Event, Prompt, SamplingResult, Scored
@@ -303,7 +303,7 @@ class Trainer:
             )
             for samples in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))
         ]
-        learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
+        learning_rate = rate_at(t, step)
         num_tokens = sum(m.num_tokens for m in minibatches)
         with self.display.training(f"step {step} training", num_tokens) as advance:
             trained = self.learner.update(minibatches, learning_rate, advance)
@@ -377,12 +377,18 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def compared(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce a stored `fingerprint`, of this or an earlier version: leave out what is free now, and add new settings at their defaults."""
+    """Reduce a stored `fingerprint`, of this or an earlier version: leave out what is free now, and add new settings at their defaults.
+
+    The number of steps is free with a constant learning rate only. With another schedule it decides the rate of every step, also of those
+    that are trained again from the journal, whose completions would then not be those of the weights.
+    """
     out = dict(run)
     one_seed = run.get("run", {}).get("seed", 0)  # a run without a data_seed took its data from this seed
     for section, defaults in dataclasses.asdict(Config()).items():
         given = run.get(section)
         new = {"data_seed": one_seed} if section == "run" else {}
         if isinstance(given, Mapping):
-            out[section] = {k: v for k, v in {**defaults, **new, **given}.items() if k not in _FREE[section]}
+            merged = {**defaults, **new, **given}
+            kept = {"steps"} if merged.get("lr_schedule", "constant") != "constant" else set()
+            out[section] = {k: v for k, v in merged.items() if k not in _FREE[section] - kept}
     return out
