@@ -160,6 +160,7 @@ class RunConfig:
     seed: int = option(0, "seed of the training: order of prompts, sampling, shuffles")
     data_seed: int = option(0, "seed of the data: the questions, the held-out split, and the base model of tiny")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
+    push_to_hub: str = option("", "org/name: upload the model and its card to the Hugging Face Hub at the end; a new repository is private")
     track: str = option("", "further trackers, comma-separated: wandb, mlflow, trackio")
     profile: str = option(
         "", "write a trace of requests by slot, weight sync and training to this file (chrome://tracing, ui.perfetto.dev)"

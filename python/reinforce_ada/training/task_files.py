@@ -10,7 +10,7 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,15 @@ def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
     Raises: InputError naming file and place for anything that is not a record with a prompt (and an answer if one is needed), and for a
         file that cannot be read or is of another kind.
     """
-    records = [_checked(where, raw, needs_answer) for where, raw in _raw(path)]
+    records = checked(_raw(path), needs_answer=needs_answer)
     if not records:
         raise InputError("task", f"{path} holds no prompts", "at least one record")
     return records
+
+
+def checked(rows: Iterable[tuple[str, Any]], *, needs_answer: bool) -> list[Record]:
+    """Return the records of (place, value) pairs. Raises: InputError naming the place of a value that is no record."""
+    return [_checked(where, raw, needs_answer) for where, raw in rows]
 
 
 def _raw(path: Path) -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
+from reinforce_ada.training.callbacks import Callback, Callbacks, TrainerView
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.costs import cost
 from reinforce_ada.training.display import Display, step_line
@@ -68,13 +69,15 @@ class Trainer:
 
     def __init__(
         self, parts: Parts, config: Config, out: Path, display: Display, ranks: Ranks | None = None, trackers: Trackers | None = None,
-        span: Callable[[str], AbstractContextManager[None]] = no_span,
+        span: Callable[[str], AbstractContextManager[None]] = no_span, callbacks: Sequence[Callback] = (),
     ) -> None:  # fmt: skip
         self.parts, self.config, self.out, self.display, self._span = parts, config, out, display, span
         self.log = RunLog(out / "log.jsonl", trackers)
+        self._callbacks = Callbacks(callbacks, display.line)
         self.learner = Learner(parts.model, config, ranks or Ranks())
         self.device = self.learner.device
         self.step = 0  # finished steps; also the policy version
+        self._saved = 0  # the step of the newest checkpoint
         self.position = 0
         self.budget = budget_of(config.training)
         self.spent = 0.0  # of the budget, in the finished steps
@@ -99,13 +102,22 @@ class Trainer:
                 self.save_checkpoint()
             if self._is_due(self.config.task.eval_every):
                 self.evaluate()
+        if self._saved != self.step:  # a callback has ended the run at an evaluation
+            self.save_checkpoint()
         checkpoint.write_folder(self.out / "model", self.parts.model.save)
+        self._tell({"kind": "end", "step": self.step})
 
     def _is_due(self, every: int) -> bool:
         return self._is_over() or bool(every and self.step % every == 0)
 
     def _is_over(self) -> bool:
-        return self.step >= self.config.training.steps or (self.budget is not None and self.spent >= self.budget.amount)
+        is_spent = self.budget is not None and self.spent >= self.budget.amount
+        return self._callbacks.has_stopped or is_spent or self.step >= self.config.training.steps
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        """Call the callbacks; whatever they raise, journal and log have the step already."""
+        view = TrainerView(self.step, self.out, self.config, tuple(self.log.records), self.parts.model.module)
+        self._callbacks.call(record, view)
 
     def _spend(self, records: Sequence[Mapping[str, Any]]) -> None:
         if self.budget is not None:
@@ -125,6 +137,7 @@ class Trainer:
             torch.set_rng_state(tensors.pop(_RNG))
             self.learner.load(tensors)
             self.step, self.position = found.step, found.position
+            self._saved = found.step
             self.memory = self._remembered()
         journaled = self.parts.store.last_step() or 0
         self.display.line(f"resuming after step {self.step}; the journal reaches step {journaled}")
@@ -187,6 +200,7 @@ class Trainer:
             self.parts.store.flush()
             root, run_id = self.out / "checkpoints", self.parts.store.id
             checkpoint.save(root, self.step, self.position, self.parts.model.save, tensors, run=run_id)
+        self._saved = self.step
 
     def check_model(self) -> None:
         """Compare the linear operators and rows that share a prompt with the model's own logits, and print which are used."""
@@ -234,6 +248,7 @@ class Trainer:
         self.log.write(record)
         self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
+        self._tell(self.log.records[-1])
 
     def _sample(self, step: int) -> SamplingResult:
         sampling, parts = self.config.sampling, self.parts
@@ -331,6 +346,7 @@ class Trainer:
             f"held-out after step {self.step}: Avg@{e.k} {e.avg_at_k:.3f} ± {e.stderr:.3f}, pass@{e.k} {e.pass_at_k[str(e.k)]:.3f} "
             f"on {len(e.per_prompt)} prompts · {seconds:.1f} s"
         )
+        self._tell(self.log.records[-1])
 
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
@@ -366,7 +382,7 @@ def earlier_store(run_dir: str) -> RolloutStore:
 # A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
     "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass"},
-    "run": {"out", "checkpoint_every", "track", "profile"},
+    "run": {"out", "checkpoint_every", "push_to_hub", "track", "profile"},
     "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
 }  # fmt: skip
 
