@@ -62,6 +62,7 @@ REFUSALS = [
     ([('model = "tiny"', "modl = 1")], "study, [shared]: unknown key 'modl'", "did you mean 'model'?"),
     ([('model = "tiny"', "seed = 1")], "study: [shared] sets seed", "what the study sets is not among them"),
     ([('model = "tiny"', "steps = 1")], "study: [shared] sets steps", "what the study sets"),
+    ([('model = "tiny"', 'push_to_hub = "me/x"')], "study: [shared] sets push_to_hub", "what the study sets"),
     ([('model = "tiny"', 'out = "x"')], "study: [shared] sets out", "what the study sets"),
     ([('model = "tiny"', "learning_rate = 1e-3")], "study: [shared] sets learning_rate", "what the study sets"),
     ([('model = "tiny"', 'preset = "grpo"')], "study: [shared] sets preset", "what the study sets"),

@@ -52,9 +52,9 @@ def test_the_whole_card() -> None:
     assert "The difference, paired by prompt, is +0.500 ± 0.000." in text  # over the three prompts that have both shares
     for row in ("steps | 3", "completions generated | 120", "tokens generated | 300", "completions trained on | 48", "seconds | 6"):
         assert f"| {row} |" in text
-    assert "the preset reinforce\\-ada\\-balance of reinforce\\_ada 0.1.0" in text
+    assert "the preset reinforce-ada-balance of reinforce\\_ada 0.1.0" in text
     assert "torch 2.13.0, engine TransformersEngine, device cpu, cpu X, AVX2" in text
-    assert "has the licence apache\\-2.0" in text
+    assert "has the licence apache-2.0." in text
 
 
 def test_the_configuration_of_the_card_repeats_the_run(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ HOSTILE = st.text(st.characters(exclude_categories=("Cs",)), max_size=30) | st.s
 def test_a_name_is_a_name_in_markdown_and_yaml(name: str) -> None:
     plain = _plain(name)
     assert "\n" not in plain
-    assert not re.search(r"(?<!\\)(?:\\\\)*[<>|\[\]`*_$#~!&@]", plain)
+    assert not re.search(r"(?<!\\)(?:\\\\)*[<>|\[\]`*_$#~&@]", plain)
     loaded = yaml.safe_load(f"key: {_yaml(name)}\nnext: 1\n")
     assert set(loaded) == {"key", "next"}
     assert isinstance(loaded["key"], str)

@@ -91,7 +91,7 @@ def test_it_resumes_by_one_rule_and_from_the_command_line(llama: Path, run: Trai
     out = tmp_path / "run"
     first = train(llama, out, steps=1, resume=True)  # there is nothing yet: it begins
     assert [r["step"] for r in first.history] == [1]
-    with pytest.raises(InputError, match=rf"^train: {out} holds a run already; an empty folder; resume=True goes on with it"):
+    with pytest.raises(InputError, match=rf"^train: {out} holds a run already; an empty folder; --resume {out} goes on with it"):
         train(llama, out)
     changed = [*RECORDS[:-1], {"prompt": "new", "answer": 0}]
     with pytest.raises(InputError, match=r"^train: the records are not those with which the run began, which are in .*run/data.jsonl"):

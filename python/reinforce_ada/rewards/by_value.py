@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -40,8 +41,9 @@ class ByValue:
 
 
 def name_of(reward: object) -> str:
-    """Return "module:name" of a function, or of the class of any other object."""
-    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    """Return "module:name" of a function, of the function in a partial, or of the class of any other object."""
+    function = reward.func if isinstance(reward, functools.partial) else reward
+    named = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(named, '__module__', '') or 'builtins'}:{getattr(named, '__qualname__', '')}"
 
 

@@ -37,7 +37,7 @@ class Callbacks:
         self.has_stopped = False
 
     def call(self, record: Mapping[str, Any], view: TrainerView) -> None:
-        """Pass a copy of the record on. Raises: whatever a function raises but StopTraining, after which no further one is called."""
+        """Pass a copy of the record to each function, also after one has stopped the run. Raises: any other exception of a function."""
         for function in self._functions:
             try:
                 function(dict(record), view)

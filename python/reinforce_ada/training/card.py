@@ -25,7 +25,7 @@ _SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)['\"]?[ \t]*$", re.MULTILINE)
 _MOST_BYTES = 1 << 20  # of the base model's card
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-!|~&$:@])")  # the last three begin formulas, links and mentions
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~&$:@])")  # the last three begin formulas, links and mentions
 _COSTS = {
     "steps": "steps", "generated_completions": "completions generated", "generated_tokens": "tokens generated",
     "trained_completions": "completions trained on", "trained_tokens": "tokens trained on", "seconds": "seconds",
@@ -106,7 +106,7 @@ def _licence_in(card: Path | None) -> str:
 
 def _licence_text(base: str, licence: str) -> str:
     if licence:
-        return f"The base model {_plain(base)} has the licence {_plain(licence)}, which this model inherits."
+        return f"The base model {_plain(base)} has the licence {_plain(licence)}. See what it asks of a model made from it."
     return f"The licence of the base model {_plain(base)} is not known here. Look it up before you pass this model on."
 
 
@@ -133,8 +133,8 @@ def _what(config: Config, base: str, header: Mapping[str, Any], *, is_adapter: b
         f"{kind} {_plain(base)}, trained by reinforcement learning on the task {_plain(Path(task).stem)}, {scored}. Rollouts were sampled "
         f"adaptively with the preset {_plain(config.sampling.preset)} of reinforce\\_ada {version}.\n\n"
         f"{'peft' if is_adapter else 'transformers'} loads it with `{loads}.from_pretrained`. Prompts were rendered "
-        f"{'by its chat template' if config.task.template == 'chat' else 'as plain lines of text'}, with {config.task.num_examples} worked "
-        f"examples and the system prompt below."
+        f"{'by its chat template' if config.task.template == 'chat' else 'as plain lines of text'}, with the system prompt and as many "
+        f"worked examples as the configuration below says."
     )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.by_value import ByValue, is_importable, name_of
@@ -110,17 +109,12 @@ def train(
     out = launch.out_of(config)
     keys["task"] = str(out.absolute() / RECORDS) if records is not None else str(data)
     text = None if records is None else _lines(records, needs_answer=not named)
-    is_there = (out / "config.toml").is_file()
-    if is_there and not resume:
-        raise InputError(_WHERE, f"{out} holds a run already", "an empty folder", "resume=True goes on with it, out= names another")
-    given = InMemory(text, called, tuple(callbacks))
+    saved = out / "config.toml"
+    goes_on = resume and saved.is_file()
+    config = configuration.load_saved(saved, keys) if goes_on else configuration.load(None, {**keys, "out": str(out)})
     with warnings.catch_warnings():  # launch silences libraries, and the program keeps its own filters
-        launch.train(_config(out, keys, is_there=is_there), out if is_there else None, given)
+        launch.train(config, out if goes_on else None, InMemory(text, called, tuple(callbacks)))
     return TrainedRun(out)
-
-
-def _config(out: Path, keys: Mapping[str, Any], *, is_there: bool) -> Config:
-    return configuration.load_saved(out / "config.toml", keys) if is_there else configuration.load(None, {**keys, "out": str(out)})
 
 
 def _name(model: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from reinforce_ada.errors import InputError, needs
@@ -48,6 +49,6 @@ def push(run: Path, repo: str) -> str:
         api.upload_folder(repo_id=made.repo_id, folder_path=model, commit_message=f"{run.resolve().name}, by reinforce_ada")
     except Exception as e:  # the client and what is below it have many errors, and none of them is the run's
         given = f"{repo} has not been pushed: {one_line(f'{type(e).__name__}: {e}')}"
-        hint = f"the run is whole; `reinforce-ada push {run} --to {repo}` tries again"
+        hint = f"the run is whole; `reinforce-ada push {shlex.quote(str(run))} --to {repo}` tries again"
         raise InputError(_WHERE, given, "a token that may write there, and a network", hint) from e
     return str(made)
