@@ -59,6 +59,14 @@ def test_an_empty_stop_string_is_refused():
         config.load(None, {"stop": ""})
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_falling_rate_needs_a_last_step_that_is_known(schedule):
+    config.load(None, {"lr_schedule": schedule, "steps": 5})
+    config.load(None, {"budget": "9 trained tokens"})
+    with pytest.raises(InputError, match=f"^config: lr_schedule {schedule} with a budget; a run whose last step is known"):
+        config.load(None, {"lr_schedule": schedule, "budget": "9 trained tokens"})
+
+
 def test_dump_and_load_give_the_same_configuration(tmp_path):
     c = config.load(None, {"task_options": '{"max_terms": 3, "name": "a\\"b"}', "system_prompt": "line\none", "window": 3, "reward": "m:f"})
     file = tmp_path / "c.toml"

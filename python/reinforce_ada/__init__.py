@@ -1,7 +1,7 @@
 """reinforce_ada: rollouts where the learning signal is, and fused operators that turn them into a gradient.
 
-`reinforce_ada.ops` works in any PyTorch trainer, `AdaptiveSampler` with any generator; importing this package imports neither torch nor
-an engine.
+`reinforce_ada.ops` works in any PyTorch trainer, `AdaptiveSampler` with any generator, and `train` is the trainer itself; importing this
+package imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
     from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
+    from reinforce_ada.training.callbacks import StopTraining
+    from reinforce_ada.training.entry import train
     from reinforce_ada.types import Prompt
 
 _HOME = {
@@ -24,11 +26,13 @@ _HOME = {
     "FunctionEngine": "reinforce_ada.engines.function",
     "Policy": "reinforce_ada.sampling",
     "Prompt": "reinforce_ada.types",
+    "StopTraining": "reinforce_ada.training.callbacks",
     "adaptive_group": "reinforce_ada.async_driver",
     "advantages_of": "reinforce_ada.advantages",
     "arun": "reinforce_ada.async_driver",
     "preset": "reinforce_ada.sampling",
     "run": "reinforce_ada.driver",
+    "train": "reinforce_ada.training.entry",
 }
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "FunctionEngine",
     "Policy",
     "Prompt",
+    "StopTraining",
     "__version__",
     "adaptive_group",
     "advantages_of",
@@ -43,6 +48,7 @@ __all__ = [
     "ops",
     "preset",
     "run",
+    "train",
 ]
 
 

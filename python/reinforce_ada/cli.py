@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import reinforce_ada
-from reinforce_ada.commands import bench, doctor, evaluate, explain, export, report, serve, simulate, study, train
+from reinforce_ada.commands import bench, doctor, evaluate, explain, export, push, report, serve, simulate, study, train
 from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, not_installed
 from reinforce_ada.outside import one_line
 
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command", parser_class=_Parser)
-    for command in (train, evaluate, export, study, explain, report, simulate, serve, bench, doctor):
+    for command in (train, evaluate, export, push, study, explain, report, simulate, serve, bench, doctor):
         command.add(commands)
     return parser
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from toy_process import POINTS
-from toy_runs import Runner, evaluations, pools, scored, submitted, trained
+from toy_runs import TRAINED, Runner, error, evaluations, pools, scored, submitted, trained
 from toy_training import saved_weights, toy_config, toy_trainer
 
 from reinforce_ada.errors import InputError
@@ -129,6 +129,20 @@ def test_a_finished_run_is_extended(toy_run: Runner, undisturbed: Path, tmp_path
     assert trained(out) == trained(undisturbed)
     assert list(evaluations(out)) == [0, 2, 3, 4, 5]
     assert {line.split()[0] for line in submitted(out)[num_submitted:]} == {"4", "5", "-1"}  # nothing of the finished steps
+
+
+def test_a_falling_rate_resumes_to_the_bit_and_keeps_its_number_of_steps(toy_run: Runner, tmp_path: Path) -> None:
+    """The rates are literal: 0.02 after one step of warm-up, and four steps that fall by a quarter each."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert toy_run(whole, lr_schedule="linear") == 0
+    assert [row[TRAINED.index("learning_rate")] for row in trained(whole)] == pytest.approx([0.01, 0.02, 0.015, 0.01, 0.005])
+    assert toy_run(out, lr_schedule="linear", kill=("before the log", 3)) == -9
+    for changed in ({"steps": STEPS + 1}, {"lr_schedule": "cosine"}, {"lr_min_fraction": 0.5}):
+        assert toy_run(out, resume=True, **{"lr_schedule": "linear", **changed}) not in (0, -9)
+        assert f"was made with training.{next(iter(changed))}=" in error(out)
+    assert toy_run(out, resume=True, lr_schedule="linear") == 0
+    assert trained(out) == trained(whole)
+    assert same_weights(out, whole)
 
 
 def test_a_finished_run_resumed_as_it_is_changes_nothing(toy_run: Runner, undisturbed: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from reinforce_ada.rewards.inline import InlineRewards
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import configured
 from reinforce_ada.training.batching import Batch
+from reinforce_ada.training.callbacks import Callback
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import OutputHead
@@ -136,7 +137,7 @@ class _Told(Display):
             f.write(text + "\n")
 
 
-def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None = None) -> Trainer:
+def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
     """A trainer as `launch.train` makes one, of toy parts."""
     out.mkdir(exist_ok=True)
     records = [{"question": f"{i}", "token": 1 + i % (VOCABULARY - 1)} for i in range(10)]  # two and a half steps are an epoch
@@ -154,7 +155,7 @@ def toy_trainer(config: Config, out: Path, *, resume: bool, ranks: Ranks | None 
         policy=configured(config.sampling),
         store=RolloutStore(out / "rollouts.sqlite", run=fingerprint(config), compared=compared),
     )
-    trainer = Trainer(parts, config, out, _Told(beside(out, "said")), ranks)
+    trainer = Trainer(parts, config, out, _Told(beside(out, "said")), ranks, callbacks=callbacks)
     if resume:
         trainer.resume()
     return trainer

@@ -137,7 +137,9 @@ def _check(config: Config) -> None:
             check_text(key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
             raise InputError("config", f"{key} = {shown(value)}", needed)
-    budget_of(config.training)
+    if budget_of(config.training) is not None and config.training.lr_schedule != "constant":
+        given = f"lr_schedule {config.training.lr_schedule} with a budget"
+        raise InputError("config", given, "a run whose last step is known", "end it by --steps alone, or use lr_schedule constant")
     model, sampling = config.model, config.sampling
     if not model.lora_rank and (model.lora_alpha is not None or model.lora_targets != ModelConfig().lora_targets):
         raise InputError("config", "lora_alpha or lora_targets with lora_rank 0", "a rank above 0", "--lora-rank 16")

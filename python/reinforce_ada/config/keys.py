@@ -171,6 +171,10 @@ class TrainingConfig:
     budget: str = option("", 'end after the step in which this is spent, such as "20000 generated completions"; steps stays the limit')
     learning_rate: float = option(1e-5, "AdamW, after warm-up")
     warmup_steps: int = option(2, "steps of linear warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "the rate after warm-up; linear and cosine fall until the last of the steps, which may then not change on a resume"
+    )
+    lr_min_fraction: float = option(0.0, "linear, cosine: share of learning_rate that the rate falls towards")
     weight_decay: float = option(0.0, "AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm")
     minibatches: int = option(1, "optimizer updates per step; above 1, ratios use logprobs that are recomputed before the first update")
@@ -202,6 +206,7 @@ class RunConfig:
     seed: int = option(0, "seed of the training: order of prompts, sampling, shuffles")
     data_seed: int = option(0, "seed of the data: the questions, the held-out split, and the base model of tiny")
     checkpoint_every: int = option(15, "steps between checkpoints; 0 writes none before the end")
+    push_to_hub: str = option("", "org/name: upload the model and its card to the Hugging Face Hub at the end; a new repository is private")
     track: str = option("", "further trackers, comma-separated: wandb, mlflow, trackio")
     profile: str = option(
         "", "write a trace of requests by slot, weight sync and training to this file (chrome://tracing, ui.perfetto.dev)"

@@ -44,7 +44,8 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "python": BuiltIn(UnitTests(), needs_answer=False, check=tests_of, runs_code=True),
 }
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_FUNCTION = re.compile(r"[^\W0-9]\w*(?:\.[^\W0-9]\w*)*")
+# Functions of a program that trains, too, which are known by such names: "__main__:f.<locals>.g", "__main__:<lambda>".
+_FUNCTION = re.compile(r"(?:[^\W0-9]\w*|<lambda>)(?:\.(?:[^\W0-9]\w*|<lambda>|<locals>))*")
 
 
 class Part(NamedTuple):

@@ -105,6 +105,8 @@ class RewardPool:
         retries: further attempts for a completion whose attempt failed.
         penalty: is added to every reward; None adds nothing.
         run_code: allow the name "python", a reward that runs what the model wrote.
+        imports_main: workers import the script of this process first, as those of multiprocessing do; a reward or a prompt that needs
+            nothing of it can do without, and the script then needs no `if __name__ == "__main__":`.
 
     Raises: InputError when the reward cannot be called like this, imported or pickled, or a setting is out of range; from `poll` when no
         worker can load the reward.
@@ -112,7 +114,7 @@ class RewardPool:
 
     def __init__(
         self, reward: Reward | str, *, num_workers: int = 2, timeout_s: float = 10.0, retries: int = 2,
-        penalty: OverlongPenalty | None = None, run_code: bool = False,
+        penalty: OverlongPenalty | None = None, run_code: bool = False, imports_main: bool = True,
     ) -> None:  # fmt: skip
         _check_settings(num_workers, timeout_s, retries)
         function = load_reward(reward, run_code=run_code) if isinstance(reward, str) else reward  # here, so that a typo costs no process
@@ -125,6 +127,7 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._retries = retries
         self._penalty = penalty
+        self._imports_main = imports_main
         self._queue: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -313,7 +316,7 @@ class RewardPool:
     def _start(self) -> _Worker:
         is_patient = self._slow_starts < _MAX_SLOW_STARTS
         limits = TimeLimits(self._timeout_s, self._timeout_s * self._first_call if is_patient else self._timeout_s)
-        worker = _Worker(WorkerProcess(self._reward, limits), limits, silent_since=time.monotonic())
+        worker = _Worker(WorkerProcess(self._reward, limits, imports_main=self._imports_main), limits, silent_since=time.monotonic())
         self._selector.register(worker.process.channel, selectors.EVENT_READ, worker)
         self._select(worker)
         return worker

@@ -36,9 +36,12 @@ class WorkerProcess:
     Raises: RuntimeError if this process must not start others yet.
     """
 
-    def __init__(self, reward: str | bytes, limits: TimeLimits) -> None:
+    def __init__(self, reward: str | bytes, limits: TimeLimits, *, imports_main: bool = True) -> None:
         preparation = spawn.get_preparation_data("reward-worker")
         preparation.pop("authkey", None)  # it cannot be pickled, and nothing uses it
+        if not imports_main:
+            for name in ("init_main_from_name", "init_main_from_path"):
+                preparation.pop(name, None)
         ours, theirs = socket.socketpair()
         self._hang_report, hang_report = os.pipe()
         with tempfile.TemporaryFile() as shared:

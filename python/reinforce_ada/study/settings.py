@@ -30,7 +30,8 @@ _LARGEST = 10**15 - 1
 _STEPS_LIMIT = 10_000  # of a run that another budget ends, unless [shared] sets it
 _BUDGETS = ("steps", *configuration.BUDGET_UNITS)
 _TABLES = {"name", "seeds", "learning_rates", "remembered", "budget", "target", "baseline", "shared", "arm"}
-_OF_THE_STUDY = {"out", "seed", "learning_rate", "budget", "preset", "profile"}  # the study sets these, or they name one run's file
+# The study sets these, or they name something of a single run.
+_OF_THE_STUDY = {"out", "seed", "learning_rate", "budget", "preset", "profile", "push_to_hub"}
 # What the held-out reward depends on must be the same for all arms.
 _OF_THE_EVALUATION = {"positive_threshold", "temperature", "max_tokens", "stop"}
 
@@ -155,7 +156,7 @@ def _arms(given: Any, rates: tuple[float, ...], shared: Mapping[str, Any], budge
     arms = [_arm(table, rates, budget) for table in given]
     _distinct("arm", [arm.name for arm in arms])
     for arm in arms:
-        policy_of(shared, arm)  # raises for what the configuration or the preset refuses
+        policy_of({**budget.keys(), **shared}, arm)  # raises for what the configuration or the preset refuses
     return tuple(arms)
 
 

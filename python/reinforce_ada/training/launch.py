@@ -25,9 +25,11 @@ from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import adapters, checkpoint, distributed, lineage, models, run_folder, track
+from reinforce_ada.training import adapters, checkpoint, distributed, hub, lineage, models, run_folder, track
+from reinforce_ada.training.card import write_card
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
+from reinforce_ada.training.in_memory import InMemory
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.learner import Learner
 from reinforce_ada.training.loss import RunLoss
@@ -41,16 +43,18 @@ from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_sto
 from reinforce_ada.types import Prompt
 
 
-def train(config: Config, resume: Path | None = None) -> None:
+def train(config: Config, resume: Path | None = None, given: InMemory | None = None) -> None:
     """Run `config` to its end, from the start or resuming `resume`; under torchrun on every rank.
 
+    Args:
+        given: what a Python program gives beside the configuration; None for the command line.
     Raises: InputError for anything the configuration, the folder or the machine cannot do. SystemExit on a rank other than 0 when the run
         fails, which rank 0 reports.
     """
-    quiet_libraries(config.model.model, config.task)
+    quiet_libraries(config.model.model, config.task, offline=given is None and not config.run.push_to_hub)
     with distributed.join() as ranks:
         if ranks.rank == 0:
-            _lead(config, resume, ranks)
+            _lead(config, resume, ranks, given or InMemory())
             return
         try:
             path, dtype = ranks.receive()
@@ -60,24 +64,28 @@ def train(config: Config, resume: Path | None = None) -> None:
             raise SystemExit(1) from None
 
 
-def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
+def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) -> None:
     display = Display()
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = precision_of(config.model.dtype, device)
     config, defaults = completed(with_dtype(config, device))
     track.check_names(config.run.track)
+    if config.run.push_to_hub:
+        hub.check(config.run.push_to_hub)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
     _need_peft(config)
-    records = load_records(config.task, config.run.seed, config.run.data_seed)
-    config = _with_whole_paths(config, records)
-    if resume is None:
-        if config.model.model not in ("smollm2", "tiny"):
-            models.path_of(config.model.model)  # refuses what is no whole model
-        lineage.check_held_out(records, config.model.model)
-    RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
     with ExitStack() as stack:
-        folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(_out(config)))
+        folder = stack.enter_context(run_folder.existing(resume) if resume else run_folder.new(out_of(config)))
         out = folder.path
+        given.keep_records(out)
+        records = load_records(config.task, config.run.seed, config.run.data_seed)
+        records = dataclasses.replace(records, reward=given.reward or records.reward)
+        config = _with_whole_paths(config, records)
+        if resume is None:
+            if config.model.model not in ("smollm2", "tiny"):
+                models.path_of(config.model.model)  # refuses what is no whole model
+            lineage.check_held_out(records, config.model.model)
+        RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
         rewards = stack.enter_context(make_rewards(config, records))
         # A resumed run must fit its store before anything slow happens. A new run gets a store only when all else has been made, so that a
         # first attempt with a wrong setting leaves no run behind.
@@ -102,18 +110,21 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         trace = stack.enter_context(closing(Trace(Path(config.run.profile)))) if config.run.profile else None
         store = store or _open_store(stack, config, records, folder)
         parts = Parts(model, TracedEngine(engine, trace) if trace else engine, rewards, task.train, task.held_out, policy, store)
-        trainer = Trainer(parts, config, out, display, ranks, trackers, trace.span if trace else no_span)
+        trainer = Trainer(parts, config, out, display, ranks, trackers, trace.span if trace else no_span, given.callbacks)
         if resume:
             trainer.resume()
         if not any(record["kind"] == "run" for record in trainer.log.records):
             trainer.log.write({**_header(config, engine, device, ranks.size), "run_id": store.id})
         trainer.run()
+        write_card(out, config)
     if any(record["kind"] != "run" for record in trainer.log.records):
         finish(out, display)
     else:
         display.line(f"{out}: no step and no evaluation, so there is nothing to report")
     if trace:
         display.line(f"profile {trace.path}")
+    if config.run.push_to_hub:
+        display.line(f"pushed to {hub.push(out, config.run.push_to_hub)}")
 
 
 def estimate_memory(config: Config) -> str:
@@ -202,8 +213,10 @@ def make_rewards(config: Config, records: Records) -> RewardPool:
     penalty = None
     if task.overlong_buffer:
         penalty = OverlongPenalty(max_tokens_of(config), task.overlong_buffer, task.overlong_penalty)
+    # No worker needs the script of this process: records are JSON, and a reward of a script goes by value.
     return RewardPool(
-        records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty, run_code=task.run_code
+        records.reward, num_workers=engine.reward_workers, timeout_s=engine.reward_timeout_s, penalty=penalty, run_code=task.run_code,
+        imports_main=False,
     )  # fmt: skip
 
 
@@ -228,13 +241,13 @@ def make_engine(
     return closing(import_module(f"reinforce_ada.engines.{name}").launch(run))
 
 
-def quiet_libraries(model: str, task: TaskConfig | None = None) -> None:
+def quiet_libraries(model: str, task: TaskConfig | None = None, *, offline: bool = True) -> None:
     """Silence warnings that do not concern the run, and keep a local model with local questions offline.
 
-    Call it before transformers is imported.
+    Call it before transformers is imported. With `offline=False` the process may still use the hub, for another model or for an upload.
     """
     is_online = task is not None and "hub" in (configuration.kind_of(task.task), configuration.kind_of(task.eval_task))
-    if not is_online and (model in ("smollm2", "tiny") or Path(model).exists()):
+    if offline and not is_online and (model in ("smollm2", "tiny") or Path(model).exists()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -247,7 +260,7 @@ def quiet_libraries(model: str, task: TaskConfig | None = None) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def _out(config: Config) -> Path:
+def out_of(config: Config) -> Path:
     """Return the folder of a new run."""
     run, sampling = config.run, config.sampling
     if sampling.memory_from:

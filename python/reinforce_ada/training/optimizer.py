@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforce_ada.config import TrainingConfig
 from reinforce_ada.training.moments import CompactAdamW
 
 
@@ -124,6 +125,23 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def warmed_up(learning_rate: float, step: int, warmup_steps: int) -> float:
-    """Return the linearly warmed-up rate: step 1 of w gets 1/(w+1) of the rate, step w+1 and later the whole."""
-    return learning_rate * min(1.0, step / (warmup_steps + 1))
+def rate_at(training: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1.
+
+    Warm-up is linear: of w warm-up steps, step t gets t/(w+1) of the rate. Then, with N steps in all, m = lr_min_fraction and the share
+    p = (t-w-1)/(N-w) of the way, the rate is multiplied by
+
+        constant  1
+        linear    m + (1-m) (1-p)
+        cosine    m + (1-m) (1+cos(pi p))/2
+
+    so step w+1 gets the whole rate, and m itself would be reached at step N+1: no step is sampled for an update of size 0.
+    Source: the schedules of the same names in transformers, which these equal after warm-up.
+    """
+    warm = training.learning_rate * min(1.0, step / (training.warmup_steps + 1))
+    after = step - training.warmup_steps - 1
+    if training.lr_schedule == "constant" or after <= 0:
+        return warm
+    share = min(1.0, after / max(1, training.steps - training.warmup_steps))
+    shape = 1 - share if training.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return warm * (training.lr_min_fraction + (1 - training.lr_min_fraction) * shape)

@@ -22,15 +22,16 @@ from reinforce_ada.config import Config
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import ASIDE, clear_leftovers, replace_file
 from reinforce_ada.outside import one_line
+from reinforce_ada.training.in_memory import RECORDS
 
 MARKER = ".reinforce-ada"  # holds the run's name, which is random, and is the lock
 CONFIG = "config.toml"
 _END = "# the end of a whole file\n"  # TOML has no end marker: a file that was cut short may still be valid
 _STORE = ("rollouts.sqlite", "rollouts.sqlite-wal", "rollouts.sqlite-shm", "rollouts.sqlite-journal", "rollouts.sqlite.lock")
 # What a start creates before config.toml.
-_OF_A_START = (MARKER, *_STORE, "base_model", "tensorboard", "track.json", "wandb")
+_OF_A_START = (MARKER, *_STORE, RECORDS, "base_model", "tensorboard", "track.json", "wandb")
 _FOLDERS = ("base_model", "tensorboard", "checkpoints", "model", "wandb")
-_FILES = (CONFIG, "log.jsonl", "track.json", "figure.png", "rollouts.parquet", *_STORE)
+_FILES = (CONFIG, RECORDS, "log.jsonl", "track.json", "figure.png", "rollouts.parquet", *_STORE)
 _EVIDENCE = ("rollouts.sqlite", "log.jsonl", "checkpoints", MARKER)  # expected beside a config.toml, which is a common name
 _WHERE = "train"
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -102,6 +102,11 @@ def read_records(task: str | Path, form: Form = _AS_IT_IS, *, needs_answer: bool
     if not records:
         raise InputError("task", f"{task} holds no prompts", "at least one record")
     return records
+
+
+def checked(rows: Iterable[tuple[str, Any]], *, needs_answer: bool) -> list[Record]:
+    """Return the records of (place, value) pairs. Raises: InputError naming the place of a value that is no record."""
+    return [_checked(where, raw, needs_answer) for where, raw in rows]
 
 
 def _raw(task: str | Path, split: str) -> Iterator[tuple[str, Any]]:

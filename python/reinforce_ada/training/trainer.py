@@ -31,6 +31,7 @@ from reinforce_ada.sampling import AdaptiveSampler, Memory, Policy
 from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
+from reinforce_ada.training.callbacks import Callback, Callbacks, TrainerView
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.costs import cost
 from reinforce_ada.training.display import Display, length_text, step_line, truncation_warning
@@ -41,7 +42,7 @@ from reinforce_ada.training.learner import Learner, Minibatch
 from reinforce_ada.training.log import RunLog
 from reinforce_ada.training.loss import inexact, num_seqs_of, samples_with_advantages
 from reinforce_ada.training.meter import EngineMeter
-from reinforce_ada.training.optimizer import warmed_up
+from reinforce_ada.training.optimizer import rate_at
 from reinforce_ada.training.task_defaults import max_tokens_of
 from reinforce_ada.training.tasks import PromptStream
 from reinforce_ada.training.track import Trackers
@@ -69,13 +70,15 @@ class Trainer:
 
     def __init__(
         self, parts: Parts, config: Config, out: Path, display: Display, ranks: Ranks | None = None, trackers: Trackers | None = None,
-        span: Callable[[str], AbstractContextManager[None]] = no_span,
+        span: Callable[[str], AbstractContextManager[None]] = no_span, callbacks: Sequence[Callback] = (),
     ) -> None:  # fmt: skip
         self.parts, self.config, self.out, self.display, self._span = parts, config, out, display, span
         self.log = RunLog(out / "log.jsonl", trackers)
+        self._callbacks = Callbacks(callbacks, display.line)
         self.learner = Learner(parts.model, config, ranks or Ranks())
         self.device = self.learner.device
         self.step = 0  # finished steps; also the policy version
+        self._saved = 0  # the step of the newest checkpoint
         self.position = 0
         self.budget = budget_of(config.training)
         self.spent = 0.0  # of the budget, in the finished steps
@@ -101,13 +104,22 @@ class Trainer:
                 self.save_checkpoint()
             if self._is_due(self.config.task.eval_every):
                 self.evaluate()
+        if self._saved != self.step:  # a callback has ended the run at an evaluation
+            self.save_checkpoint()
         checkpoint.write_folder(self.out / "model", self.parts.model.save)
+        self._tell({"kind": "end", "step": self.step})
 
     def _is_due(self, every: int) -> bool:
         return self._is_over() or bool(every and self.step % every == 0)
 
     def _is_over(self) -> bool:
-        return self.step >= self.config.training.steps or (self.budget is not None and self.spent >= self.budget.amount)
+        is_spent = self.budget is not None and self.spent >= self.budget.amount
+        return self._callbacks.has_stopped or is_spent or self.step >= self.config.training.steps
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        """Call the callbacks; whatever they raise, journal and log have the step already."""
+        view = TrainerView(self.step, self.out, self.config, tuple(self.log.records), self.parts.model.module)
+        self._callbacks.call(record, view)
 
     def _spend(self, records: Sequence[Mapping[str, Any]]) -> None:
         if self.budget is not None:
@@ -127,6 +139,7 @@ class Trainer:
             torch.set_rng_state(tensors.pop(_RNG))
             self.learner.load(tensors)
             self.step, self.position = found.step, found.position
+            self._saved = found.step
             self.memory = self._remembered()
         journaled = self.parts.store.last_step() or 0
         self.display.line(f"resuming after step {self.step}; the journal reaches step {journaled}")
@@ -189,6 +202,7 @@ class Trainer:
             self.parts.store.flush()
             root, run_id = self.out / "checkpoints", self.parts.store.id
             checkpoint.save(root, self.step, self.position, self.parts.model.save, tensors, run=run_id)
+        self._saved = self.step
 
     def check_model(self) -> None:
         """Compare the linear operators and rows that share a prompt with the model's own logits, and print which are used."""
@@ -237,6 +251,7 @@ class Trainer:
         self._spend([record])
         self.display.line(step_line(record, self.config.training.steps))
         self._warn_of_cuts(result.metrics["truncated_fraction"])
+        self._tell(self.log.records[-1])
 
     def _warn_of_cuts(self, truncated_fraction: float) -> None:
         warning = truncation_warning(truncated_fraction, max_tokens_of(self.config))
@@ -312,7 +327,7 @@ class Trainer:
             )
             for samples in shuffled_minibatches(groups, t.minibatches, (self.config.run.seed, step))
         ]
-        learning_rate = warmed_up(t.learning_rate, step, t.warmup_steps)
+        learning_rate = rate_at(t, step)
         num_tokens = sum(m.num_tokens for m in minibatches)
         with self.display.training(f"step {step} training", num_tokens) as advance:
             trained = self.learner.update(minibatches, learning_rate, advance)
@@ -344,6 +359,7 @@ class Trainer:
             f"on {len(e.per_prompt)} prompts{''.join(f', KL {x:.4f}' for x in kl.values())} · {length_text(e.record())} · {seconds:.1f} s"
         )
         self._warn_of_cuts(e.truncated_fraction)
+        self._tell(self.log.records[-1])
 
 
 def _made_up(prompt: Prompt, index: int, length: int) -> Completion:
@@ -379,7 +395,7 @@ def earlier_store(run_dir: str) -> RolloutStore:
 # A resumed run may change its length, its place, its limits and its speed. Everything of the engine except its kind belongs to these.
 _FREE = {
     "model": set(), "task": {"eval_every"}, "sampling": set(), "training": {"steps", "budget", "tokens_per_pass", "gradient_checkpointing"},
-    "run": {"out", "checkpoint_every", "track", "profile"},
+    "run": {"out", "checkpoint_every", "push_to_hub", "track", "profile"},
     "engine": {f.name for f in dataclasses.fields(EngineConfig)} - {"engine"},
 }  # fmt: skip
 
@@ -390,12 +406,18 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def compared(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce a stored `fingerprint`, of this or an earlier version: leave out what is free now, and add new settings at their defaults."""
+    """Reduce a stored `fingerprint`, of this or an earlier version: leave out what is free now, and add new settings at their defaults.
+
+    The number of steps is free with a constant learning rate only. With another schedule it decides the rate of every step, also of those
+    that are trained again from the journal, whose completions would then not be those of the weights.
+    """
     out = dict(run)
     one_seed = run.get("run", {}).get("seed", 0)  # a run without a data_seed took its data from this seed
     for section, defaults in dataclasses.asdict(Config()).items():
         given = run.get(section)
         new = {"data_seed": one_seed} if section == "run" else {}
         if isinstance(given, Mapping):
-            out[section] = {k: v for k, v in {**defaults, **new, **given}.items() if k not in _FREE[section]}
+            merged = {**defaults, **new, **given}
+            kept = {"steps"} if merged.get("lr_schedule", "constant") != "constant" else set()
+            out[section] = {k: v for k, v in merged.items() if k not in _FREE[section] - kept}
     return out

@@ -1,0 +1,99 @@
+"""Rewards that no worker can import: they travel with their code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce_ada.errors import InputError
+from reinforce_ada.rewards import RewardPool, exact_match
+from reinforce_ada.rewards.by_value import ByValue, is_importable, name_of
+
+SCRIPT = """
+    import re
+    import sys
+    import numpy as np
+    from reinforce_ada.rewards import RewardPool
+    from reinforce_ada.rewards.by_value import ByValue, is_importable
+    from reinforce_ada.types import Completion, CompletionId, Prompt
+
+    print("top", file=sys.stderr)
+    BONUS = 0.25
+
+    class Judge:
+        def __init__(self, right):
+            self.right = right
+
+        def __call__(self, prompt, completion):
+            return score(prompt, completion) * (completion == self.right)
+
+    def score(prompt, completion):
+        return float(np.sum([bool(re.search("[0-9]", completion)), BONUS]))
+
+    def scored(reward):
+        assert not is_importable(reward)
+        prompt = Prompt("p", text="?", data={"answer": 1})
+        texts = ["none", "7", "8"]
+        with RewardPool(ByValue(reward), num_workers=1, imports_main=False) as pool:
+            pool.submit([prompt] * 3, [Completion(CompletionId(0, "p", i), [1], [0.0], text, "stop", 0) for i, text in enumerate(texts)])
+            found = []
+            while len(found) < 3:
+                found += pool.poll(1.0)
+        return [event.reward for event in sorted(found, key=lambda event: event.completion.id.index)]
+
+    factor = 2.0
+    print(scored(score), scored(Judge("8")), scored(lambda prompt, completion: factor * len(completion)))
+"""
+
+
+@pytest.mark.parametrize("form", ["a script", "without a file, as a notebook"])
+def test_functions_of_the_program_itself_score_in_workers(tmp_path: Path, form: str) -> None:
+    """The script has no `if __name__ == "__main__":`, and its top level runs once."""
+    code = textwrap.dedent(SCRIPT)
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "script.py")] if form == "a script" else [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.stdout, done.returncode) == ("[0.25, 1.25, 1.25] [0.0, 0.0, 1.25] [8.0, 2.0, 2.0]\n", 0), done.stderr
+    assert done.stderr.count("top") == 1
+
+
+def test_what_can_be_imported_is() -> None:
+    def inner(prompt: Any, completion: str) -> float:
+        return 0.0
+
+    assert is_importable(exact_match)
+    assert name_of(exact_match) == "reinforce_ada.rewards.exact:exact_match"
+    assert not is_importable(inner)
+    assert name_of(inner) == "test_by_value:test_what_can_be_imported_is.<locals>.inner"
+    assert not is_importable(partial(exact_match))
+    assert name_of(partial(exact_match)) == name_of(exact_match)
+    assert not is_importable(lambda prompt, completion: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (3, "reward builtins:int is not callable"),
+        (lambda completion: 0.0, r"reward test_by_value:<lambda>: too many positional arguments"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(reward: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ByValue(reward)
+
+
+def test_what_cannot_be_pickled_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(InputError, match="does not pickle"):
+        RewardPool(ByValue(lambda prompt, completion: float(file.fileno())))
+
+
+def test_without_cloudpickle_the_line_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reinforce_ada.errors.is_installed", lambda name: name != "cloudpickle")
+    with pytest.raises(InputError, match=r"^train: cloudpickle is not installed; pip install .*; or move the reward to a module"):
+        ByValue(exact_match)
