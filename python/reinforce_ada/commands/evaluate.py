@@ -23,7 +23,7 @@ _OF_EVAL = {"temperature", "max_tokens", "stop", "positive_threshold", "preset",
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "eval", "Measure a model on held-out prompts: Avg@k with its standard error, and unbiased pass@k.")
-    parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder (such as RUN/model) or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="smollm2, gemma3-270m, a model folder (such as RUN/model) or a hub id")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     homes = configuration.section_of()
     whole = {key for key, section in homes.items() if section in ("model", "task", "engine")}

@@ -26,7 +26,7 @@ from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import checkpoint, distributed, lineage, models, run_folder, track
+from reinforce_ada.training import built_in, checkpoint, distributed, lineage, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.evaluate import Evaluation, evaluate
@@ -65,6 +65,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = _precision(config.model.dtype, device)
     config = with_dtype(config, device)
+    built_in.check_template(config.model.model, config.task.template)
     track.check_names(config.run.track)
     needs("train", "tomli_w")  # for the configuration in the run folder, which is written after the model has been loaded
     records = load_records(config.task, config.run.seed, config.run.data_seed)
@@ -80,8 +81,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks) -> None:
         # first attempt with a wrong setting leaves no run behind.
         store = _open_store(stack, config, records, folder) if resume else None
         torch.manual_seed(config.run.seed)
-        is_tiny = config.model.model == "tiny"
-        path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.path_of(config.model.model)
+        name, is_new = config.model.model, resume is None
+        path = _tiny_folder(config, records, out, display, is_new=is_new) if name == "tiny" else models.path_of(name, display.line)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: models.load(path, config.model.dtype, device))
         task = render(records, config.task, model.tokenizer, longest=_longest_prompt(config))
@@ -132,10 +133,11 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
     config = with_dtype(config, device)
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
+    built_in.check_template(model_name, config.task.template)
     records = load_records(config.task, config.run.seed, config.run.data_seed)
     if not records.held_out:
         raise InputError("eval", "no held-out prompts", "at least one", "raise --eval-prompts")
-    path = models.path_of(model_name)
+    path = models.path_of(model_name, display.line)
     records, left_out = lineage.without_trained(records, path)
     with ExitStack() as stack:
         rewards = stack.enter_context(make_rewards(config, records))
@@ -156,8 +158,8 @@ def evaluate_model(config: Config, model_name: str) -> Evaluation:
 
 
 def model_path(name: str) -> str:
-    """Return the path that an engine loads for a model of this name."""
-    return models.path_of(name)
+    """Return what an engine loads for a model of this name: the converted folder of a built-in model, otherwise the name itself."""
+    return models.path_of(name) if name in built_in.MODELS else name
 
 
 def pick_device(name: str) -> torch.device:
@@ -219,7 +221,7 @@ def make_engine(
 
 def quiet_libraries(model: str) -> None:
     """Silence warnings that do not concern the run, and keep a local model offline. Call it before transformers is imported."""
-    if model in ("smollm2", "tiny") or Path(model).exists():
+    if model in built_in.NAMES or Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -258,7 +260,7 @@ def _with_whole_paths(config: Config, records: Records) -> Config:
     task, model = config.task.task, config.model.model
     if records.digest:
         task = str(Path(task).absolute())
-    if os.path.isdir(model) and model not in ("smollm2", "tiny"):
+    if os.path.isdir(model) and model not in built_in.NAMES:
         model = str(Path(model).absolute())
     return dataclasses.replace(
         config,
