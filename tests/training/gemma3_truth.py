@@ -88,10 +88,15 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
         self._fields = reader.fields
+        self.keys = frozenset(reader.fields)
         self.tensors = {t.name: t for t in reader.tensors}
 
+        self._contents: dict[str, Any] = {}
+
     def get(self, key: str) -> Any:
-        return self._fields[key].contents()
+        if key not in self._contents:  # to read a list of 262 144 words takes a second
+            self._contents[key] = self._fields[key].contents()
+        return self._contents[key]
 
     def size(self, key: str) -> Any:
         return self.get(f"gemma3.{key}")
@@ -111,17 +116,20 @@ def logits(file: GgufFile, ids: Sequence[int], last: int, dtype: torch.dtype = t
         through: the weights are rounded to this one first.
     """
 
-    def weight(name: str, *, norm: bool = False) -> Tensor:
+    def rounded(name: str, *, norm: bool = False) -> Tensor:
         w = file.tensor(name)
-        if through is not None:  # a norm is kept as its difference from 1
-            w = (w - 1).to(through).float() + 1 if norm else w.to(through).float()
-        return w.to(dtype)
+        if through is None:
+            return w
+        return (w - 1).to(through).float() + 1 if norm else w.to(through).float()  # a norm is kept as its difference from 1
+
+    def weight(name: str, *, norm: bool = False) -> Tensor:
+        return rounded(name, norm=norm).to(dtype)
 
     def rms(x: Tensor, name: str) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + file.size("attention.layer_norm_rms_epsilon")) * weight(name, norm=True)
 
-    embedding = weight("token_embd")
-    x = embedding[list(ids)] * file.size("embedding_length") ** 0.5
+    embedding = rounded("token_embd")
+    x = embedding[list(ids)].to(dtype) * file.size("embedding_length") ** 0.5
     for i in range(file.size("block_count")):
         is_global = (i + 1) % PATTERN == 0
         layer = f"blk.{i}"
@@ -134,7 +142,8 @@ def logits(file: GgufFile, ids: Sequence[int], last: int, dtype: torch.dtype = t
         h = rms(x, f"{layer}.ffn_norm")
         h = torch.nn.functional.gelu(h @ weight(f"{layer}.ffn_gate").T, approximate="tanh") * (h @ weight(f"{layer}.ffn_up").T)
         x = x + rms(h @ weight(f"{layer}.ffn_down").T, f"{layer}.post_ffw_norm")
-    return rms(x[-last:], "output_norm") @ embedding.T
+    x = rms(x[-last:], "output_norm")
+    return torch.cat([x @ rows.to(dtype).T for rows in embedding.split(1 << 14)], dim=1)
 
 
 def _heads(x: Tensor, size: int) -> Tensor:

@@ -119,11 +119,13 @@ def test_a_missing_package_is_one_line(packages: Packages) -> None:
         models.path_of("toy")
 
 
-@pytest.mark.parametrize("damage", ["changed", "absent"])
+@pytest.mark.parametrize("damage", ["changed", "absent", "removed"])
 def test_a_file_that_is_not_the_known_one_is_one_line(packages: Packages, tmp_path: Path, damage: str) -> None:
     part = tmp_path / "tiny.gguf.part01"
     if damage == "changed":
         part.write_bytes(b"x" + part.read_bytes()[1:])
+    elif damage == "removed":
+        part.unlink()
     else:
         packages.files["toy-b"] = []
     with pytest.raises(InputError, match=r"^model: the packages of toy have a GGUF file with SHA-256 .*; pip install --force-reinstall "):

@@ -89,7 +89,8 @@ def _gguf_parts(name: str, model: BuiltIn) -> list[Path]:
             files = importlib.metadata.files(package.split("==")[0]) or []
         except importlib.metadata.PackageNotFoundError:
             raise InputError("model", f"{name} needs the package {package.split('==')[0]}", "its GGUF file", install) from None
-        parts += [Path(str(file.locate())) for file in files if re.search(r"\.gguf(\.part\d+)?$", file.name)]
+        found = [Path(str(file.locate())) for file in files if re.search(r"\.gguf(\.part\d+)?$", file.name)]
+        parts += [path for path in found if path.is_file()]
     digest = hashlib.sha256()
     for piece in _pieces(parts):
         digest.update(piece)
