@@ -120,7 +120,7 @@ def test_logits_are_those_of_the_file_beyond_the_window(model: HuggingFaceModel,
     assert float(expected.std()) > 1
     worst = float((got - expected).abs().max())
     print(f"largest difference {worst:.1e} of logits with a standard deviation of {float(expected.std()):.2f}")
-    assert worst < 2e-3
+    assert worst < 5e-4
     wide = model.module.config.sliding_window
     assert wide == 512 < len(ids) - 16  # the window cuts off the beginning of the row for every one of these tokens
 
