@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +51,6 @@ def judged(engine: VllmEngine, module: Any, requests: Sequence[Request]) -> dict
 def main(model: str, out: str) -> None:
     torch.set_num_threads(1)
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     window = module.config.sliding_window
     engine = VllmEngine(model, dtype="float32", max_tokens=MAX_TOKENS, max_model_len=window + 64, max_num_seqs=8)
     requests = make_requests(window, module.config.vocab_size)
@@ -60,7 +58,6 @@ def main(model: str, out: str) -> None:
     scenes.perturb(module, seed=1, scale=0.1)
     engine.sync_weights(scenes.weights(module), 1)
     facts |= {"after": judged(engine, module, requests)}
-    facts |= {"rss_kb": [before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]}
     engine.close()
     Path(out).write_text(json.dumps(facts))
 
