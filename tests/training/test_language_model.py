@@ -21,7 +21,7 @@ from reinforce_ada.training.models import tiny_config, tiny_tokenizer
 from reinforce_ada.types import Completion, CompletionId, Prompt
 
 TEMPERATURE = 0.7
-TYPES = ["llama", "qwen2", "qwen3", "gemma2", "cohere", "granite"]
+TYPES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "cohere", "granite"]
 
 
 def make_model(model_type: str, **settings: Any) -> HuggingFaceModel:
@@ -31,6 +31,8 @@ def make_model(model_type: str, **settings: Any) -> HuggingFaceModel:
     config = tiny_config(model_type)
     if model_type == "gemma2":
         config.final_logit_softcapping = 1.0
+    if model_type == "gemma3_text":
+        config.layer_types = ["sliding_attention", "full_attention"]
     if model_type == "granite":
         config.logits_scaling = 0.25
     if model_type == "cohere":
@@ -75,9 +77,9 @@ def own_logprobs(model: HuggingFaceModel, samples: list[Sample]) -> Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "mistral"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mistral"])
 def test_shared_rows_keep_a_sliding_window(model_type: str) -> None:
-    """Every second layer of gemma2 and every one of mistral slides; rows are longer than the window."""
+    """One of both layers of gemma2 and gemma3, and every one of mistral slides; some prompts are longer than the window, some shorter."""
     model = make_model(model_type, sliding_window=5)
     truth = own_logprobs(model, SAMPLES)
     assert (truth - own_logprobs(make_model(model_type, sliding_window=4096), SAMPLES)).abs().max() > 0.01

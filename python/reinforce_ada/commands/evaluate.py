@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     about = "Measure a model on held-out prompts: Avg@k, unbiased pass@k and maj@k with standard errors."
     parser = add_command(commands, "eval", about, _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder (such as RUN/model) or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="smollm2, gemma3-270m, a model folder (such as RUN/model) or a hub id")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.add_argument("--greedy", action="store_true", help="decode greedily: temperature 0, one completion per prompt")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="also give the paired difference from what --json printed earlier")

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     about = "Start vLLM servers on this machine for --engine openai, and restart those that die."
     parser = add_command(commands, "serve", about, _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="smollm2, a model folder or a hub id; `train` must start from the same")
+    parser.add_argument("model", metavar="MODEL", help="smollm2, gemma3-270m, a model folder or a hub id; `train` must start from the same")
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="servers, on consecutive ports (default: 1)")
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--expose", action="store_true", help="allow a --host that other machines reach; they can run code here")
@@ -56,9 +56,8 @@ def run(given: argparse.Namespace) -> int:
     settings = {k: v for k, v in vars(given).items() if k in {f.name for f in dataclasses.fields(serve.Serving)}}
     settings["extra"] = serve.split_arguments(given.vllm_args)
     serve.check(serve.Serving(**settings))
-    if given.model == "smollm2":
-        from reinforce_ada.training import launch
+    from reinforce_ada.training import launch
 
-        settings["model"] = launch.model_path(given.model)
+    settings["model"] = launch.model_path(given.model)
     serve.serve(serve.Serving(**settings), show)
     return 0

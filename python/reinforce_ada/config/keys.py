@@ -18,7 +18,7 @@ def option(default: Any, about: str) -> Any:
 class ModelConfig:
     """The policy to train, its dtype and its device."""
 
-    model: str = option("smollm2", "smollm2 | tiny | a folder or hub id of any Hugging Face causal LM")
+    model: str = option("smollm2", "smollm2 | gemma3-270m | tiny | a folder or hub id of any Hugging Face causal LM")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "dtype of the weights; bfloat16 keeps an fp32 master copy; auto: bfloat16 where the device computes in it, else float32"
     )

@@ -15,13 +15,13 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config, EngineConfig, RunConfig
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, is_installed, one_line, read_text
+from reinforce_ada.training import built_in
 from reinforce_ada.training.costs import costs_until
 from reinforce_ada.training.evaluate import paired_difference
 from reinforce_ada.training.lineage import run_beside
 from reinforce_ada.training.log import read_log
 
 CARD = "README.md"
-_SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)['\"]?[ \t]*$", re.MULTILINE)
 _MOST_BYTES = 1 << 20  # of the base model's card
@@ -73,8 +73,8 @@ def _base_of(config: Config) -> tuple[str, str]:
     while (run := run_beside(model)) is not None and run not in seen:
         seen.add(run)
         model = configuration.load_saved(run / "config.toml").model.model
-    if model == "smollm2":
-        return _SMOLLM2
+    if model in built_in.MODELS:
+        return built_in.MODELS[model].hub_id, built_in.MODELS[model].licence
     if model == "tiny" or os.path.isdir(model):
         return os.path.basename(os.path.normpath(model)), _licence_in(Path(model) / CARD)
     return model, _licence_in(_cached_card(model))

@@ -25,7 +25,7 @@ from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import adapters, checkpoint, distributed, hub, lineage, models, run_folder, track
+from reinforce_ada.training import adapters, built_in, checkpoint, distributed, hub, lineage, models, run_folder, track
 from reinforce_ada.training.card import write_card
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
@@ -69,6 +69,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) ->
     policy, engine_name, device = configured(config.sampling), pick_engine(config.engine.engine), pick_device(config.model.device)
     precision = precision_of(config.model.dtype, device)
     config, defaults = completed(with_dtype(config, device))
+    built_in.check_template(config.model.model, config.task.template)
     track.check_names(config.run.track)
     if config.run.push_to_hub:
         hub.check(config.run.push_to_hub)
@@ -82,7 +83,7 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) ->
         records = dataclasses.replace(records, reward=given.reward or records.reward)
         config = _with_whole_paths(config, records)
         if resume is None:
-            if config.model.model not in ("smollm2", "tiny"):
+            if config.model.model not in built_in.NAMES:
                 models.path_of(config.model.model)  # refuses what is no whole model
             lineage.check_held_out(records, config.model.model)
         RunLoss.from_config(config)  # raises for settings that the loss refuses, before anything is made
@@ -91,8 +92,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) ->
         # first attempt with a wrong setting leaves no run behind.
         store = _open_store(stack, config, records, folder) if resume else None
         torch.manual_seed(config.run.seed)
-        is_tiny = config.model.model == "tiny"
-        path = _tiny_folder(config, records, out, display, is_new=resume is None) if is_tiny else models.path_of(config.model.model)
+        name, is_new = config.model.model, resume is None
+        path = _tiny_folder(config, records, out, display, is_new=is_new) if name == "tiny" else models.path_of(name, display.line)
         ranks.send([(path, config.model.dtype)] * ranks.size)
         model = ranks.together(lambda: _load(path, config.model.dtype, device, config))
         task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
@@ -167,8 +168,8 @@ def _load(path: str, dtype: str, device: torch.device, config: Config) -> Huggin
 
 
 def model_path(name: str) -> str:
-    """Return the path that an engine loads for a model of this name."""
-    return models.path_of(name)
+    """Return what an engine loads for a model of this name: the converted folder of a built-in model, otherwise the name itself."""
+    return models.path_of(name) if name in built_in.MODELS else name
 
 
 def pick_device(name: str) -> torch.device:
@@ -247,7 +248,7 @@ def quiet_libraries(model: str, task: TaskConfig | None = None, *, offline: bool
     Call it before transformers is imported. With `offline=False` the process may still use the hub, for another model or for an upload.
     """
     is_online = task is not None and "hub" in (configuration.kind_of(task.task), configuration.kind_of(task.eval_task))
-    if offline and not is_online and (model in ("smollm2", "tiny") or Path(model).exists()):
+    if offline and not is_online and (model in built_in.NAMES or Path(model).exists()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -274,7 +275,7 @@ def _with_whole_paths(config: Config, records: Records) -> Config:
     task, training, model = config.task, config.training, config.model.model
     named = {"task": task.task, "eval_task": task.eval_task} if records.digest else {}  # a generator's name is no path
     whole = configuration.beside(Path(), {**named, "reward": task.reward, "loss": training.loss})
-    if os.path.isdir(model) and model not in ("smollm2", "tiny"):
+    if os.path.isdir(model) and model not in built_in.NAMES:
         model = str(Path(model).absolute())
     return dataclasses.replace(
         config,

