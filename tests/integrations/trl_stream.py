@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from trl_runs import RecordedAdaptive, tenth, trainer_of
+from trl_runs import recorded_adaptive, tenth, trainer_of
 
 from reinforce_ada.engines.vllm import VllmEngine
 
@@ -30,7 +30,7 @@ def colocated(trainer: Any, model: Path) -> Any:
 
 
 def main(model: Path, out: Path) -> None:
-    trainer = trainer_of(model, out, cls=RecordedAdaptive, reward_funcs=tenth, max_steps=3, learning_rate=1e-1, beta=0.04)
+    trainer = trainer_of(model, out, cls=recorded_adaptive(), reward_funcs=tenth, max_steps=3, learning_rate=1e-1, beta=0.04)
     vllm = colocated(trainer, model)
     trainer.vllm_generation, trainer.vllm_mode, trainer.use_vllm, trainer._last_loaded_step = vllm, "colocate", True, -1
     trainer.train()
