@@ -23,7 +23,7 @@ class Done(NamedTuple):
 
 
 class Forks:
-    """Calls run code; a process of its own has no more of torch than these have."""
+    """The process that forks; a call runs code in a fork of it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
