@@ -145,8 +145,8 @@ def test_adapters_learn_and_the_model_stays(model_folder, tmp_path):
 
 def test_generations_are_reused(model_folder, tmp_path):
     trainer = trained(
-        model_folder, tmp_path, cls=recorded_adaptive(), gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=4,
-        per_device_train_batch_size=4,
+        model_folder, tmp_path, cls=recorded_adaptive(), gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2,
+        max_steps=4, per_device_train_batch_size=4,
     )  # fmt: skip
     (result,) = trainer.results  # 4 slices, twice
     assert "old_per_token_logps" in trainer.batches[0]
@@ -164,8 +164,8 @@ def test_several_rewards_are_weighted_and_logged(model_folder, tmp_path):
         return [None if sum(ids) % 5 else 1.0 for ids in completion_ids]
 
     trainer = trained(
-        model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=[third, even, sometimes], reward_weights=[1.0, 0.5, 0.25], max_steps=1,
-        log_completions=True, num_completions_to_print=0,
+        model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=[third, even, sometimes], reward_weights=[1.0, 0.5, 0.25],
+        max_steps=1, log_completions=True, num_completions_to_print=0,
     )  # fmt: skip
     for pool in trainer.results[0].pools:
         for o in pool.outcomes:

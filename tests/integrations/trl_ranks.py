@@ -52,8 +52,8 @@ def balance(round_size: int) -> tuple[str, dict[str, int]]:
 def run(folder: Path, out: Path, *, rows: int, cls: Any = None, **options: Any) -> dict[str, Any]:
     """The pools and the weights of three steps of 12 rows, `rows` of them in each process: of 6, the middle group is in both."""
     trainer = trained(
-        folder, out, cls=cls or recorded_adaptive(), reward_funcs=rewarded, per_device_train_batch_size=rows, max_steps=3, optim="sgd", scale_rewards="none",
-        options={"rollout_func": Rollouts(), **options},
+        folder, out, cls=cls or recorded_adaptive(), reward_funcs=rewarded, per_device_train_batch_size=rows, max_steps=3, optim="sgd",
+        scale_rewards="none", options={"rollout_func": Rollouts(), **options},
     )  # fmt: skip
     pools = [
         [(*o.id, o.reward, *o.completion.token_ids.tolist()) for p in result.pools for o in p.outcomes]
