@@ -11,8 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model here is built on the
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every forked or spawned child
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a second thread mostly waits for the first
 
-# Their files share costly fixtures: real vLLM, and processes that run two at a time; what both of the latter build lies in build/.
-TOGETHER = {"tests/engines/": "engines", "tests/gpu/": "gpu", "tools/gpu_proof/": "gpu"}
+# Their files share what is costly: real vLLM, the import of TRL, and processes that run two at a time; what both of the latter build lies
+# in build/.
+TOGETHER = {"tests/engines/": "engines", "tests/integrations/": "integrations", "tests/gpu/": "gpu", "tools/gpu_proof/": "gpu"}
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

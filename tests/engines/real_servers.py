@@ -1,4 +1,4 @@
-"""Two real vLLM servers under `reinforce-ada serve`, a step to sample from them, and SIGKILL in the middle of it."""
+"""Real vLLM servers under `reinforce-ada serve`, a step to sample from them, and SIGKILL in the middle of it."""
 
 from __future__ import annotations
 
@@ -90,22 +90,20 @@ def _children(pid: int) -> list[int]:
 
 
 @contextmanager
-def serving(model: str, folder: Path) -> Iterator[Serving]:
-    """Two servers that answer; at the end they are gone."""
+def serving(model: str, folder: Path, replicas: int = 2) -> Iterator[Serving]:
+    """Servers that answer; at the end they are gone."""
     port = free_port()
-    while answers(f"http://127.0.0.1:{port + 1}"):
+    while any(answers(f"http://127.0.0.1:{port + i}") for i in range(1, replicas)):
         port = free_port()
-    command = [
-        *(sys.executable, "-m", "reinforce_ada", "serve", model, "--replicas", "2", "--port", str(port), "--dtype", "float32"),
-        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--kv-cache-mb", "64", "--logs", str(folder / "logs")),
-    ]
+    options = f"--replicas {replicas} --port {port} --dtype float32 --max-model-len {MAX_MODEL_LEN} --max-num-seqs 16 --kv-cache-mb 64"
+    command = [sys.executable, "-m", "reinforce_ada", "serve", model, *options.split(), "--logs", str(folder / "logs")]
     log = folder / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
-        both = Serving(process, (port, port + 1), log)
-        both.wait_until_all_answer()
-        yield both
+        servers = Serving(process, range(port, port + replicas), log)
+        servers.wait_until_all_answer()
+        yield servers
     finally:
         process.terminate()
         process.wait(60)
@@ -126,7 +124,7 @@ def engine_of(servers: Serving, weights_folder: Path, **options: Any) -> Iterato
 
 
 def wait_until_ready(engine: HttpEngine) -> None:
-    """Both replicas are up and have the weights."""
+    """All replicas are up and have the weights."""
     deadline = time.monotonic() + START_S
     while not all(m.state is State.ready for m in engine.members):
         assert time.monotonic() < deadline, [(m.state, m.reason) for m in engine.members]

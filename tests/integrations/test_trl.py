@@ -11,16 +11,14 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-import pandas
 import trl
-from peft import LoraConfig
 from trl_runs import (
-    RecordedAdaptive,
-    RecordedPlain,
     data,
     grpo_trainer,
     logged,
     none,
+    recorded_adaptive,
+    recorded_plain,
     tenth,
     third,
     trained,
@@ -41,9 +39,9 @@ def _single_thread():
 
 
 def test_preset_grpo_is_trl_itself(model_folder, tmp_path):
-    plain = trained(model_folder, tmp_path / "a", cls=RecordedPlain, scale_rewards="none", max_steps=5)
+    plain = trained(model_folder, tmp_path / "a", cls=recorded_plain(), scale_rewards="none", max_steps=5)
     guest = trained(
-        model_folder, tmp_path / "b", cls=RecordedAdaptive, scale_rewards="none", max_steps=5,
+        model_folder, tmp_path / "b", cls=recorded_adaptive(), scale_rewards="none", max_steps=5,
         options={"adaptive": ("grpo", {"scale": "none"})},
     )  # fmt: skip
     assert len(plain.batches) == len(guest.batches) == 5
@@ -62,11 +60,19 @@ def test_the_version_is_the_one_that_is_meant():
 # -------------------- what is trained
 
 
+def completions(out):
+    """The one table of completions that TRL wrote."""
+    import pandas
+
+    (table,) = (out / "completions").iterdir()
+    return pandas.read_parquet(table)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"loss_type": "bnpo", "beta": 0.04}, {"gradient_accumulation_steps": 4, "steps_per_generation": 2}]
 )
 def test_balance_trains_on_rewards_less_the_mean_of_the_pool(model_folder, tmp_path, settings):
-    trainer = trained(model_folder, tmp_path, cls=RecordedAdaptive, reward_funcs=tenth, **settings)
+    trainer = trained(model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=tenth, **settings)
     assert len(trainer.results) == 2 * settings.get("gradient_accumulation_steps", 1) / settings.get("steps_per_generation", 1)
     more = 0
     for batch, result in zip(trainer.batches, trainer.results, strict=True):
@@ -86,7 +92,9 @@ def test_balance_trains_on_rewards_less_the_mean_of_the_pool(model_folder, tmp_p
 def test_the_exact_objective_is_divided_by_a_fixed_number(model_folder, tmp_path):
     """By the rows and the longest completion there may be; a ratio of 1 leaves each token its row's advantage."""
     options = {"adaptive": "reinforce-ada-exact"}
-    trainer = trained(model_folder, tmp_path, cls=RecordedAdaptive, reward_funcs=tenth, loss_type="dr_grpo", max_steps=1, options=options)
+    trainer = trained(
+        model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=tenth, loss_type="dr_grpo", max_steps=1, options=options
+    )
     (batch,), (result,) = trainer.batches, trainer.results
     assert len({len(pool.outcomes) for pool in result.pools}) > 1
     tokens = batch["completion_mask"].sum(1)
@@ -95,7 +103,7 @@ def test_the_exact_objective_is_divided_by_a_fixed_number(model_folder, tmp_path
 
 
 def test_what_the_logs_say(model_folder, tmp_path):
-    trainer = trained(model_folder, tmp_path, cls=RecordedAdaptive, log_completions=True, num_completions_to_print=0, max_steps=1)
+    trainer = trained(model_folder, tmp_path, cls=recorded_adaptive(), log_completions=True, num_completions_to_print=0, max_steps=1)
     (result,), (log, *_) = trainer.results, trainer.state.log_history
     first = [o.reward for pool in result.pools for o in pool.outcomes[:8]]
     kept = [s.reward for group in result.groups for s in group.kept]
@@ -107,15 +115,14 @@ def test_what_the_logs_say(model_folder, tmp_path):
     generated = sum(o.completion.token_ids.size for pool in result.pools for o in pool.outcomes)
     assert log["sampling/tokens_generated"] == generated
     assert log["num_tokens"] > generated  # prompts too
-    (table,) = (tmp_path / "completions").iterdir()
-    shown = pandas.read_parquet(table)
+    shown = completions(tmp_path)
     assert shown["third"].tolist() == kept
     assert shown["advantage"].tolist() == pytest.approx([s.reward - g.pool.mean for g in result.groups for s in g.kept])
 
 
 def test_evaluation_is_that_of_trl(model_folder, tmp_path):
     seen = {}
-    for cls in (RecordedPlain, RecordedAdaptive):
+    for cls in (recorded_plain(), recorded_adaptive()):
         trainer = trainer_of(model_folder, tmp_path, cls=cls, options={"eval_dataset": data(8)}, per_device_eval_batch_size=8)
         seen[cls] = trainer.evaluate()
         assert not any("sampling" in name for name in seen[cls])
@@ -124,6 +131,8 @@ def test_evaluation_is_that_of_trl(model_folder, tmp_path):
 
 
 def test_adapters_learn_and_the_model_stays(model_folder, tmp_path):
+    from peft import LoraConfig
+
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = trainer_of(model_folder, tmp_path, options={"peft_config": config})
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -136,8 +145,8 @@ def test_adapters_learn_and_the_model_stays(model_folder, tmp_path):
 
 def test_generations_are_reused(model_folder, tmp_path):
     trainer = trained(
-        model_folder, tmp_path, cls=RecordedAdaptive, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=4,
-        per_device_train_batch_size=4,
+        model_folder, tmp_path, cls=recorded_adaptive(), gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2,
+        max_steps=4, per_device_train_batch_size=4,
     )  # fmt: skip
     (result,) = trainer.results  # 4 slices, twice
     assert "old_per_token_logps" in trainer.batches[0]
@@ -155,16 +164,15 @@ def test_several_rewards_are_weighted_and_logged(model_folder, tmp_path):
         return [None if sum(ids) % 5 else 1.0 for ids in completion_ids]
 
     trainer = trained(
-        model_folder, tmp_path, cls=RecordedAdaptive, reward_funcs=[third, even, sometimes], reward_weights=[1.0, 0.5, 0.25], max_steps=1,
-        log_completions=True, num_completions_to_print=0,
+        model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=[third, even, sometimes], reward_weights=[1.0, 0.5, 0.25],
+        max_steps=1, log_completions=True, num_completions_to_print=0,
     )  # fmt: skip
     for pool in trainer.results[0].pools:
         for o in pool.outcomes:
             total = int(o.completion.token_ids.sum())
             assert o.reward == (total % 3 == 0) + 0.5 * (total % 2 == 0) + 0.25 * (total % 5 == 0)
     assert logged(trainer, "rows")[0] <= 16
-    (table,) = (tmp_path / "completions").iterdir()
-    shown = pandas.read_parquet(table)
+    shown = completions(tmp_path)
     masks = trainer.batches[0]["completion_mask"]
     assert shown["length"].tolist() == masks.sum(1).tolist()
 
@@ -176,7 +184,7 @@ def test_several_rewards_are_weighted_and_logged(model_folder, tmp_path):
 def test_padding_counts_for_nothing(model_folder, tmp_path, loss_type):
     """Prompts of which every completion is a void, or no two differ, have rows in the batch that change no loss."""
     trainer = trainer_of(
-        model_folder, tmp_path, cls=RecordedAdaptive, reward_funcs=void_for_some, loss_type=loss_type, max_steps=1,
+        model_folder, tmp_path, cls=recorded_adaptive(), reward_funcs=void_for_some, loss_type=loss_type, max_steps=1,
         options={"adaptive": ("reinforce-ada-balance", {"degenerate": "drop"})},
     )  # fmt: skip
     losses = []
@@ -215,7 +223,7 @@ def test_a_step_without_any_reward_changes_nothing(model_folder, tmp_path):
 
 @pytest.mark.parametrize("adaptive", ["reinforce-ada-balance", "reinforce-ada-est", "reinforce-ada-memory"])
 def test_a_resumed_run_is_the_undisturbed_one(model_folder, tmp_path, adaptive):
-    settings = {"cls": RecordedAdaptive, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "options": {"adaptive": adaptive}}
+    settings = {"cls": recorded_adaptive(), "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "options": {"adaptive": adaptive}}
     settings["options"]["train_dataset"] = data(40, distinct=6)  # prompts come again, for the policy that remembers them
     if adaptive == "reinforce-ada-memory":
         settings["loss_type"] = "dr_grpo"  # its objective needs a fixed denominator
@@ -232,7 +240,7 @@ def test_a_resumed_run_is_the_undisturbed_one(model_folder, tmp_path, adaptive):
 
 
 def test_a_checkpoint_of_trl_itself_can_be_gone_on_from(model_folder, tmp_path):
-    trained(model_folder, tmp_path, cls=RecordedPlain, max_steps=1, save_strategy="steps", save_steps=1)
+    trained(model_folder, tmp_path, cls=recorded_plain(), max_steps=1, save_strategy="steps", save_steps=1)
     guest = trainer_of(model_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     guest.train(resume_from_checkpoint=True)
     assert guest.sampling_result.pools[0].outcomes[0].id.step == 0
@@ -243,8 +251,9 @@ def test_a_checkpoint_of_trl_itself_can_be_gone_on_from(model_folder, tmp_path):
 
 def test_a_class_that_was_put_in_the_place_of_trls(model_folder, tmp_path, monkeypatch):
     """As unsloth does it: TRL's source is compiled anew, under another name and with another signature, and replaces the class."""
-    source = inspect.getsource(grpo_trainer.GRPOTrainer).replace("class GRPOTrainer(", "class _UnslothGRPOTrainer(")
-    names = dict(vars(grpo_trainer))
+    module = grpo_trainer()
+    source = inspect.getsource(module.GRPOTrainer).replace("class GRPOTrainer(", "class _UnslothGRPOTrainer(")
+    names = dict(vars(module))
     exec(compile(source, "unsloth_compiled_cache", "exec", dont_inherit=True), names)
 
     class UnslothGRPOTrainer(names["_UnslothGRPOTrainer"]):
@@ -252,7 +261,7 @@ def test_a_class_that_was_put_in_the_place_of_trls(model_folder, tmp_path, monke
             super().__init__(model=model, args=args, reward_funcs=reward_funcs, train_dataset=train_dataset, **kwargs)
 
     monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
-    monkeypatch.setattr(grpo_trainer, "GRPOTrainer", UnslothGRPOTrainer)
+    monkeypatch.setattr(module, "GRPOTrainer", UnslothGRPOTrainer)
     cls = adaptive(trl.GRPOTrainer)
     assert cls.__name__ == "AdaptiveUnslothGRPOTrainer"
     patched = trained(model_folder, tmp_path, cls=cls)

@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from datasets import Dataset
-from trl_runs import GRPOTrainer, third, trainer_of
+from trl_runs import grpo_trainer, third, trainer_of
 
 from reinforce_ada import doctor
 from reinforce_ada.errors import InputError
@@ -56,7 +55,7 @@ CASES = [
     ({"adaptive": ("grpo", {"rounds": 2})}, {}, "preset 'grpo': unknown override 'rounds'; known: "),
     ({"adaptive": 4}, {}, """adaptive: 4; a preset's name, a Policy, or ("name", {keyword: value}) is needed"""),
     (
-        {"train_dataset": Dataset.from_dict({"prompt": ["a"] * 9, "image": ["b"] * 9})}, {},
+        {"train_dataset": {"prompt": ["a"] * 9, "image": ["b"] * 9}}, {},
         "adaptive: a data set with 'image'; prompts of text are needed",
     ),
     (
@@ -81,6 +80,9 @@ CASES = [
 
 @pytest.mark.parametrize(("options", "settings", "line"), CASES)
 def test_one_line_when_the_trainer_is_made(model_folder, tmp_path, options, settings, line):
+    from datasets import Dataset
+
+    options = {name: Dataset.from_dict(value) if name == "train_dataset" else value for name, value in options.items()}
     with pytest.raises(InputError) as caught:
         trainer_of(model_folder, tmp_path, options=options, **settings)
     said = str(caught.value)
@@ -119,11 +121,13 @@ def test_tools_and_environments_are_refused(held, line):
 
 
 def test_a_trl_with_other_hooks_is_refused():
-    class Later(GRPOTrainer):
+    trainer = grpo_trainer().GRPOTrainer
+
+    class Later(trainer):
         def _generate(self, prompts, images): ...
 
     class Without:
-        _generate = _generate_and_score_completions = GRPOTrainer._generate
+        _generate = _generate_and_score_completions = trainer._generate
 
     version = hooks.TRL.version()
     with pytest.raises(InputError) as caught:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from trl_runs import RecordedAdaptive, RecordedPlain, tenth, trained, weights
+from trl_runs import recorded_adaptive, recorded_plain, tenth, trained, weights
 
 from reinforce_ada.sampling import request_seed
 
@@ -21,6 +20,8 @@ class Rollouts:
         self._asked: Counter[str] = Counter()
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        from accelerate.utils import gather_object
+
         completions = [self._answer(prompt) for prompt in gather_object(prompts)]
         first = trainer.accelerator.process_index * len(prompts)
         mine = completions[first : first + len(prompts)]
@@ -48,11 +49,11 @@ def balance(round_size: int) -> tuple[str, dict[str, int]]:
     return "reinforce-ada-balance", {"round_size": round_size}
 
 
-def run(folder: Path, out: Path, *, rows: int, cls: Any = RecordedAdaptive, **options: Any) -> dict[str, Any]:
+def run(folder: Path, out: Path, *, rows: int, cls: Any = None, **options: Any) -> dict[str, Any]:
     """The pools and the weights of three steps of 12 rows, `rows` of them in each process: of 6, the middle group is in both."""
     trainer = trained(
-        folder, out, cls=cls, reward_funcs=rewarded, per_device_train_batch_size=rows, max_steps=3, optim="sgd", scale_rewards="none",
-        options={"rollout_func": Rollouts(), **options},
+        folder, out, cls=cls or recorded_adaptive(), reward_funcs=rewarded, per_device_train_batch_size=rows, max_steps=3, optim="sgd",
+        scale_rewards="none", options={"rollout_func": Rollouts(), **options},
     )  # fmt: skip
     pools = [
         [(*o.id, o.reward, *o.completion.token_ids.tolist()) for p in result.pools for o in p.outcomes]
@@ -67,5 +68,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     policies = {"of 8": balance(8), "of 5": balance(5), "grpo": ("grpo", {"scale": "none"})}
     found = {name: run(model, target / "out", rows=6, adaptive=policy) for name, policy in policies.items()}
-    found["TRL"] = run(model, target / "out", rows=6, cls=RecordedPlain)
+    found["TRL"] = run(model, target / "out", rows=6, cls=recorded_plain())
     torch.save(found, target / f"{torch.distributed.get_rank()}.pt")

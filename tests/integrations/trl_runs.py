@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
+from reinforce_ada.integrations.trl import adaptive
+
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # or a rollout_func is warned of
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL says at import which vLLM it was tested with
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-    from trl.trainer import grpo_trainer as grpo_trainer  # for those who import this
 
-    from reinforce_ada.integrations.trl import adaptive
 
-from transformers import PrinterCallback
+@cache
+def grpo_trainer() -> ModuleType:
+    """TRL's module, imported when a trainer is first needed: that takes 7 s of a processor, which a process that only collects tests saves.
+
+    TRL is told that there is no vLLM, which would take another 9 s. trl_stream.py imports TRL first, and so with vLLM.
+    """
+    utils = import_module("trl.import_utils")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(utils, "is_vllm_available", lambda min_version=None: False)
+        return import_module("trl.trainer.grpo_trainer")
+
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6, "max_steps": 2, "learning_rate": 1e-2,
@@ -28,6 +39,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def data(num: int = 40, distinct: int = 40) -> Any:
+    from datasets import Dataset
+
     numbers = [i % distinct for i in range(num)]
     return Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in numbers], "answer": [str(i + i % 7) for i in numbers]})
 
@@ -54,10 +67,11 @@ def none(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
 
 def trainer_of(folder: Path, out: Path, *, cls: Any = None, reward_funcs: Any = third, options: Any = None, **settings: Any) -> Any:
     """A trainer of this class: adaptive(GRPOTrainer) where none is given."""
+    trl = grpo_trainer()
     arguments = {"train_dataset": data(), **(options or {})}
-    args = GRPOConfig(output_dir=str(out), **{**SETTINGS, **settings})
-    trainer = (cls or adaptive(GRPOTrainer))(model=str(folder), reward_funcs=reward_funcs, args=args, **arguments)
-    trainer.remove_callback(PrinterCallback)
+    args = trl.GRPOConfig(output_dir=str(out), **{**SETTINGS, **settings})
+    trainer = (cls or adaptive(trl.GRPOTrainer))(model=str(folder), reward_funcs=reward_funcs, args=args, **arguments)
+    trainer.remove_callback(import_module("transformers").PrinterCallback)
     return trainer
 
 
@@ -92,9 +106,13 @@ class Recorded:
         return batch
 
 
-class RecordedPlain(Recorded, GRPOTrainer):
+@cache
+def recorded_plain() -> type:
     """TRL's own."""
+    return type("RecordedPlain", (Recorded, grpo_trainer().GRPOTrainer), {})
 
 
-class RecordedAdaptive(Recorded, adaptive(GRPOTrainer)):
+@cache
+def recorded_adaptive() -> type:
     """The adaptive one."""
+    return type("RecordedAdaptive", (Recorded, adaptive(grpo_trainer().GRPOTrainer)), {})

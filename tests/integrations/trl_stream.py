@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from trl_runs import RecordedAdaptive, tenth, trainer_of
+from trl_runs import recorded_adaptive, tenth, trainer_of
 
 from reinforce_ada.engines.vllm import VllmEngine
 
@@ -30,7 +31,8 @@ def colocated(trainer: Any, model: Path) -> Any:
 
 
 def main(model: Path, out: Path) -> None:
-    trainer = trainer_of(model, out, cls=RecordedAdaptive, reward_funcs=tenth, max_steps=3, learning_rate=1e-1, beta=0.04)
+    import_module("trl.trainer.grpo_trainer")  # before trl_runs does: TRL is to see that there is a vLLM
+    trainer = trainer_of(model, out, cls=recorded_adaptive(), reward_funcs=tenth, max_steps=3, learning_rate=1e-1, beta=0.04)
     vllm = colocated(trainer, model)
     trainer.vllm_generation, trainer.vllm_mode, trainer.use_vllm, trainer._last_loaded_step = vllm, "colocate", True, -1
     trainer.train()

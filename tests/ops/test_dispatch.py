@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch_forks import Done, Forks, forks
 
 from reinforce_ada import ops
 from reinforce_ada.errors import InputError
@@ -105,25 +107,31 @@ def test_build_info() -> None:
     assert info["compiler"]
 
 
-def selected_isa(choice: str | None) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Forks]:
+    with forks() as apart:
+        yield apart
+
+
+def selected_isa(apart: Forks, choice: str | None) -> Done:
     env = {name: value for name, value in os.environ.items() if name != "REINFORCE_ADA_ISA"}
     env |= {} if choice is None else {"REINFORCE_ADA_ISA": choice}
     code = "from reinforce_ada.ops import _native; info = _native.cpu.build_info(); print(info['selected_isa'], *info['usable_isas'])"
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    return apart(code, env)
 
 
 @needs_native
-def test_isa_from_the_environment() -> None:
-    strongest, *usable = selected_isa(None).stdout.split()
+def test_isa_from_the_environment(apart: Forks) -> None:
+    strongest, *usable = selected_isa(apart, None).stdout.split()
     assert strongest == usable[-1]
-    assert selected_isa("baseline").stdout.split() == ["baseline", "baseline"]
-    unknown = selected_isa("sse9").stderr.strip().splitlines()[-1]
+    assert selected_isa(apart, "baseline").stdout.split() == ["baseline", "baseline"]
+    unknown = selected_isa(apart, "sse9").stderr.strip().splitlines()[-1]
     expected = f"REINFORCE_ADA_ISA: unknown instruction set sse9; usable here: {', '.join(usable)}; or leave it unset"
     assert unknown == f"reinforce_ada.errors.InputError: {expected}"
 
 
 @needs_native
-def test_isa_from_the_environment_is_the_strongest_there_is() -> None:
+def test_isa_from_the_environment_is_the_strongest_there_is(apart: Forks) -> None:
     """So a run, the suite included, is as on a processor that has no more."""
     code = (
         "from reinforce_ada.ops import _native\n"
@@ -133,19 +141,18 @@ def test_isa_from_the_environment_is_the_strongest_there_is() -> None:
         "except ValueError as e: print(e)\n"
     )
     env = {**os.environ, "REINFORCE_ADA_ISA": "baseline"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["['baseline']", "this CPU or this build lacks avx512"]
+    assert apart.checked(code, env).splitlines() == ["['baseline']", "this CPU or this build lacks avx512"]
 
 
 @needs_native
 def test_one_openmp_runtime() -> None:
     """The native module shares torch's libgomp: a second copy in the process would cost 5x on small regions."""
     code = "import reinforce_ada.ops\nprint(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))\n"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # torch must not come first
     assert result.stdout.strip() == "1"
 
 
-def test_without_the_native_module_everything_still_imports() -> None:
+def test_without_the_native_module_everything_still_imports(apart: Forks) -> None:
     """Absent and broken are different, and neither stops the reference."""
     code = (
         "import sys, importlib.util, torch\n"
@@ -156,13 +163,12 @@ def test_without_the_native_module_everything_still_imports() -> None:
         "print(_dispatch.table()['token_logprobs']['cpu'])\n"
         "print(ops.token_logprobs(torch.zeros(1, 4), torch.tensor([1])).exp().item())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    reason, value = result.stdout.strip().splitlines()
+    reason, value = apart.checked(code).strip().splitlines()
     assert reason == "reinforce_ada._cpu is not built (install with a C++17 compiler present)"
     assert float(value) == pytest.approx(0.25)
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(apart: Forks) -> None:
     """`import reinforce_ada.ops` brings torch, and nothing else that is heavy."""
     code = (
         "import sys, torch\n"
@@ -170,5 +176,4 @@ def test_import_is_light() -> None:
         "import reinforce_ada.ops\n"
         "print(*sorted({'triton', 'transformers', 'vllm', 'scipy', 'matplotlib'} & (set(sys.modules) - with_torch)))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == []
+    assert apart.checked(code).split() == []

@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_proof import HERE, ROOT
 from gpu_proof.records import leaves
@@ -34,9 +34,8 @@ STORE = ROOT / "build/gpu"
 BACKENDS = {"cuda": ("cuda", 90, 32), "hip": ("hip", "gfx942", 64)}  # all targets of a backend specialise a launch alike
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """One argument of a launch."""
+class Argument(NamedTuple):
+    """One argument of a launch; a tuple, because there are 200 000 and a pickle restores them in a fifth of a dataclass's time."""
 
     name: str
     kind: str  # "pointer", "scalar", "absent" (None) or "constexpr"
@@ -44,7 +43,7 @@ class Argument:
     value: Any  # the shape a pointer's tensor has, or the number
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Launch:
     """One kernel with all that decides its machine code on one backend, and one example of where it was launched."""
 
@@ -59,12 +58,12 @@ class Launch:
     grid: tuple[int, ...] = field(compare=False)
     arguments: tuple[Argument, ...] = field(compare=False)
 
-    @property
+    @cached_property
     def kinds(self) -> dict[str, str]:
         """The type of every argument, those of a record by the names of its fields."""
         return {leaf.name: leaf.value for leaf in leaves(dict(self.signature))}
 
-    @property
+    @cached_property
     def divisible(self) -> set[str]:
         """The arguments that Triton was told to be multiples of 16."""
         known = {path for path, found in self.attributes if ("tt.divisibility", 16) in found}
@@ -75,16 +74,16 @@ class Launch:
         """The constants of the code that the launcher names; not those that Triton makes of an absent tensor or of a 1."""
         return {a.name: a.value for a in self.arguments if a.kind == "constexpr"}
 
-    @property
+    @cached_property
     def flags(self) -> tuple[tuple[str, str], ...]:
         return flags_of(self.arguments)
 
-    @property
+    @cached_property
     def fullness(self) -> int:
         """How many of the flags are on."""
         return sum(value not in ("False", "0") for _, value in self.flags)
 
-    @property
+    @cached_property
     def code(self) -> str:
         return code_of(self.kernel, self.arguments, dict(self.options))
 

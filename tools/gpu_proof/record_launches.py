@@ -34,12 +34,13 @@ class Recorder:
 
     def run(self, fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert not warmup
-        if fn not in self.binders:
-            self.binders[fn] = create_function_from_signature(fn.signature, fn.params, self.compiler)
-        bound, specialization, extra = self.binders[fn](*args, **kwargs)
+        kernel = id(fn)  # its hash is computed anew each time, from all that it refers to
+        if kernel not in self.binders:
+            self.binders[kernel] = create_function_from_signature(fn.signature, fn.params, self.compiler)
+        bound, specialization, extra = self.binders[kernel](*args, **kwargs)
         names = {param.name: param.is_constexpr for param in fn.params}
         constants = tuple(repr(bound[name]) for name, constant in names.items() if constant)
-        key = (fn, tuple(specialization), constants, tuple(extra.items()))
+        key = (kernel, tuple(specialization), constants, tuple(extra.items()))
         if key not in self.found:
             self.found[key] = self._launch(fn, bound, specialization, extra, kwargs, grid)
         elif self.dtype not in self.found[key].dtypes:
