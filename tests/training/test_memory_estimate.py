@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,25 @@ def test_activations_are_what_autograd_keeps(dtype: str, checkpointing: bool) ->
     shapes = Shapes.of(many.module)
     expected = shapes.width * (4 if dtype == "float32" else 2) if checkpointing else shapes.layer_bytes(dtype)
     assert kept == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"hidden_size": 8, "vocab_size": 10, "num_hidden_layers": 2}, (80, 2, 8, 0, 0, 32)),
+        (
+            {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": [5, 7]},
+            (80, 2, 8, 8, 8, 7),
+        ),
+        ({"n_embd": 8}, (0, 0, 0, 0, 0, 0)),
+    ],
+    ids=["no heads", "layers that differ", "other names"],
+)
+def test_any_configuration_has_shapes(config: dict[str, Any], expected: tuple[int, ...]) -> None:
+    module: Any = torch.nn.Linear(2, 3, bias=False)
+    module.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
+    assert Shapes.of(module) == Shapes(6, 6, *expected)
+    assert estimate(Shapes.of(module), configuration.load(None, {"dtype": "float32"}), "cpu").total > 0
 
 
 def test_each_saver_saves() -> None:

@@ -132,13 +132,14 @@ class Learner:
             return {}
         samples = [Sample(pool.prompt, s.completion, 0.0) for pool in result.pools for s in pool.scored]
         parts: list[tuple[dict[str, float], int]] = []
-        for batch in self._passes(samples):
-            logprobs = token_logprobs(self.model, batch, self.loss.temperature)
-            _, metrics = ops.policy_loss(
-                logprobs, batch.advantages, batch.token_mask, ref_logprobs=batch.ref_logprobs, cu_seqlens=batch.cu_seqlens,
-                advantages_per="sequence", kl=self.loss.kl,
-            )  # fmt: skip
-            parts.append(({"kl": float(metrics["kl"])}, batch.num_written))
+        with self._fits("a pass without a gradient"):
+            for batch in self._passes(samples):
+                logprobs = token_logprobs(self.model, batch, self.loss.temperature)
+                _, metrics = ops.policy_loss(
+                    logprobs, batch.advantages, batch.token_mask, ref_logprobs=batch.ref_logprobs, cu_seqlens=batch.cu_seqlens,
+                    advantages_per="sequence", kl=self.loss.kl,
+                )  # fmt: skip
+                parts.append(({"kl": float(metrics["kl"])}, batch.num_written))
         return combine_metrics(parts)
 
     def _shares(self, minibatch: Minibatch) -> list[Minibatch]:

@@ -38,11 +38,11 @@ class Shapes(NamedTuple):
         if not hasattr(module, "config"):
             return cls(*counts, head_weights=0)
         c = module.config.get_text_config()
-        heads = c.num_attention_heads
-        size = getattr(c, "head_dim", None) or c.hidden_size // heads
-        keys = size * (getattr(c, "num_key_value_heads", None) or heads)
-        mlp = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
-        return cls(*counts, c.vocab_size * c.hidden_size, c.num_hidden_layers, c.hidden_size, size * heads, keys, mlp)
+        width, heads = _size(c, "hidden_size"), _size(c, "num_attention_heads")
+        head = _size(c, "head_dim") or width // max(heads, 1)
+        keys = head * (_size(c, "num_key_value_heads") or heads)
+        mlp = _size(c, "intermediate_size", "ffn_dim") or 4 * width
+        return cls(*counts, _size(c, "vocab_size") * width, _size(c, "num_hidden_layers"), width, head * heads, keys, mlp)
 
     def adapter_weights(self, rank: int) -> int:
         """Return the number of weights in adapters of all linear layers: rank * (in + out) each."""
@@ -57,6 +57,16 @@ class Shapes(NamedTuple):
         """
         states = 6 * self.width + 2 * self.query_width + 2 * self.key_width + 4 * self.mlp_width
         return states * _BYTES[dtype] + (2 * (4 - _BYTES[dtype]) * self.width)
+
+
+def _size(config: Any, *names: str) -> int:
+    """Return the first size that a configuration has under these names, the largest where layers differ; 0 if it has none."""
+    for name in names:
+        value = getattr(config, name, None)
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        if found := [size for size in sizes if type(size) is int]:
+            return max(found)
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
