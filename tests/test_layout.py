@@ -28,7 +28,7 @@ DECLARED = _dispatch.table()
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
 FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
-ENTRIES = {"training.adapters", "training.eval_results", "training.hub", "training.launch", "training.launch_eval"}
+ENTRIES = {"training.eval_results", "training.hub", "training.launch", "training.launch_eval"}
 MAY_IMPORT = {
     "errors": {"outside"},
     "outside": set(),
@@ -51,10 +51,9 @@ MAY_IMPORT = {
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.hub": {*FOUNDATION, "training"},
-    "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "training.adapters", "training.hub", "report"},
+    "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "training.hub", "report"},
     "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", *ENTRIES},
     "training.entry": {*FOUNDATION, "config", "rewards", "training", "training.hub", "training.launch"},
-    "training.adapters": {*FOUNDATION, "config", "training"},
     "training.eval_results": {*FOUNDATION, "training"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},

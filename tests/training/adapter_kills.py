@@ -26,7 +26,7 @@ from reinforce_ada.training import adapters, launch, models
 from reinforce_ada.training.log import read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "adapter_kills.json"
-SEED, STEPS = 0, 8
+SEED, STEPS, KILLS_OF_A_RUN = 0, 8, 5
 
 
 def settings(folder: Path, out: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def start(folder: Path, out: Path) -> int:
         return child
     os.setsid()
     with suppress(BaseException):
-        output = os.open(f"{out}-output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(output_of(out), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         torch.set_num_threads(1)
@@ -61,8 +61,40 @@ def start(folder: Path, out: Path) -> int:
     os._exit(1)
 
 
+def output_of(out: Path) -> Path:
+    return Path(f"{out}-output.txt")
+
+
+def wait_for_training(child: int, out: Path, skip: int) -> None:
+    """Until the process says, after `skip` characters, that it has checked its model: it samples or trains from now on."""
+    while not (output_of(out).exists() and "a row per prompt" in output_of(out).read_text()[skip:]):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), output_of(out).read_text()[-3000:]
+        time.sleep(0.01)
+
+
 def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def whole(folder: Path, out: Path) -> float:
+    """Run to the end; the seconds of sampling and training."""
+    skip = len(output_of(out).read_text()) if output_of(out).exists() else 0
+    child = start(folder, out)
+    wait_for_training(child, out, skip)
+    began = time.monotonic()
+    assert ended(child) == 0, output_of(out).read_text()[-3000:]
+    return time.monotonic() - began
+
+
+def killed(folder: Path, out: Path, after_s: float) -> bool:
+    """Run for so long and kill; False when it was over before."""
+    skip = len(output_of(out).read_text()) if output_of(out).exists() else 0
+    child = start(folder, out)
+    wait_for_training(child, out, skip)
+    time.sleep(after_s)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    return ended(child) == -signal.SIGKILL
 
 
 def steps_of(out: Path) -> int:
@@ -82,22 +114,17 @@ def main(count: int) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        began = time.monotonic()
         undisturbed = folder / "undisturbed"
-        assert ended(start(folder, undisturbed)) == 0, Path(f"{undisturbed}-output.txt").read_text()[-3000:]
-        usual_s = time.monotonic() - began
+        usual_s = whole(folder, undisturbed)
         while len(kills) < count:
             out = folder / f"run-{runs}"
             runs += 1
-            for _ in range(5):
-                child, after_s = start(folder, out), draw.uniform(0, usual_s / 2)
-                time.sleep(after_s)
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                if ended(child) != -signal.SIGKILL:
+            for _ in range(KILLS_OF_A_RUN):
+                after_s = draw.uniform(0, 1.5 * usual_s / KILLS_OF_A_RUN)
+                if not killed(folder, out, after_s):
                     break
                 kills.append({"after_s": round(after_s, 2), "step": steps_of(out)})
-            assert ended(start(folder, out)) == 0, Path(f"{out}-output.txt").read_text()[-3000:]
+            whole(folder, out)
             like += same(out, undisturbed)
             print(f"{len(kills)} kills, {like} of {runs} runs ended as the undisturbed one", flush=True)
     facts = {"runs": runs, "runs_with_the_same_pools_and_adapters": like, "kills": kills}

@@ -26,8 +26,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Write the model, print its folder, and return 0."""
-    from reinforce_ada.training import adapters, launch
+    from reinforce_ada.training import launch
 
-    launch.quiet_libraries(str(given.source))
-    show(str(adapters.export(given.source, None if given.merge is _BESIDE else given.merge, given.dtype)))
+    show(str(launch.export(given.source, None if given.merge is _BESIDE else given.merge, given.dtype)))
     return 0

@@ -167,6 +167,12 @@ def _load(path: str, dtype: str, device: torch.device, config: Config) -> Huggin
     return adapters.add(model, config.model, config.run.seed) if config.model.lora_rank else model
 
 
+def export(source: Path, target: Path | None, dtype: str) -> Path:
+    """Write the whole model of a run that trained adapters, and return its folder; see `adapters.export`."""
+    quiet_libraries(str(source))
+    return adapters.export(source, target, dtype)
+
+
 def model_path(name: str) -> str:
     """Return what an engine loads for a model of this name: the converted folder of a built-in model, otherwise the name itself."""
     return models.path_of(name) if name in built_in.MODELS else name
