@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "report": {*FOUNDATION, "rollouts", "training"},
     "training.hub": {*FOUNDATION, "training"},
     "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "training.hub", "report"},
-    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", *ENTRIES},
+    "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch", "training.eval_results"},
     "training.entry": {*FOUNDATION, "config", "rewards", "training", "training.hub", "training.launch"},
     "training.eval_results": {*FOUNDATION, "training"},
     "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
