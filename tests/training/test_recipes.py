@@ -17,9 +17,8 @@ import pytest
 from word_problems import problems
 
 from reinforce_ada import config as configuration
-from reinforce_ada.config import Config
 from reinforce_ada.rewards.inline import InlineRewards
-from reinforce_ada.rewards.worker import load_reward
+from reinforce_ada.rewards.names import load_reward
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import configured
 from reinforce_ada.training import launch, lineage, models
@@ -64,11 +63,6 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "make_rewards", inline)
 
 
-def reward_of(config: Config) -> dict[str, str]:
-    """The rewards that the recipes name for answers with a rationale and for LaTeX."""
-    return {"reward": "toy_rewards:even_length"} if config.task.reward in ("number", "math") else {}
-
-
 def test_there_are_four() -> None:
     assert [path.stem for path in RECIPES] == ["countdown", "gsm8k", "math", "own_data"]
 
@@ -93,7 +87,7 @@ def test_a_recipe_trains_the_tiny_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = configuration.load(path)
-    launch.train(configuration.load(path, {**TINY, **reward_of(recipe), "out": str(tmp_path / "run")}))
+    launch.train(configuration.load(path, {**TINY, "out": str(tmp_path / "run")}))
     records = read_log(tmp_path / "run/log.jsonl")
     assert [r["step"] for r in records if r["kind"] == "step"] == [1]
     assert len([r for r in records if r["kind"] == "eval"]) == 2
