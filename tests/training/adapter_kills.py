@@ -65,32 +65,27 @@ def output_of(out: Path) -> Path:
     return Path(f"{out}-output.txt")
 
 
-def wait_for_training(child: int, out: Path, skip: int) -> None:
-    """Until the process says, after `skip` characters, that it has checked its model: it samples or trains from now on."""
-    while not (output_of(out).exists() and "a row per prompt" in output_of(out).read_text()[skip:]):
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), output_of(out).read_text()[-3000:]
-        time.sleep(0.01)
-
-
 def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def whole(folder: Path, out: Path) -> float:
-    """Run to the end; the seconds of sampling and training."""
-    skip = len(output_of(out).read_text()) if output_of(out).exists() else 0
-    child = start(folder, out)
-    wait_for_training(child, out, skip)
+    """Run to the end; the seconds that it took."""
     began = time.monotonic()
-    assert ended(child) == 0, output_of(out).read_text()[-3000:]
+    assert ended(start(folder, out)) == 0, output_of(out).read_text()[-3000:]
     return time.monotonic() - began
 
 
-def killed(folder: Path, out: Path, after_s: float) -> bool:
-    """Run for so long and kill; False when it was over before."""
+def killed(folder: Path, out: Path, said: str, after_s: float) -> bool:
+    """Run until it has said this, and for so long; then kill. False when it was over before."""
     skip = len(output_of(out).read_text()) if output_of(out).exists() else 0
     child = start(folder, out)
-    wait_for_training(child, out, skip)
+    while not (output_of(out).exists() and said in output_of(out).read_text()[skip:]):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0, output_of(out).read_text()[-3000:]
+            return False
+        time.sleep(0.01)
     time.sleep(after_s)
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
@@ -109,7 +104,7 @@ def same(a: Path, b: Path) -> bool:
 
 def main(count: int) -> int:
     draw = random.Random(SEED)
-    kills: list[dict[str, float]] = []
+    kills: list[dict[str, Any]] = []
     runs = like = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -119,11 +114,12 @@ def main(count: int) -> int:
         while len(kills) < count:
             out = folder / f"run-{runs}"
             runs += 1
-            for _ in range(KILLS_OF_A_RUN):
-                after_s = draw.uniform(0, 1.5 * usual_s / KILLS_OF_A_RUN)
-                if not killed(folder, out, after_s):
+            for k in range(KILLS_OF_A_RUN):
+                # In turns after the check of the model, with which every start begins, and after a step.
+                said, after_s = ("a row per prompt", " · training ")[k % 2], draw.uniform(0, usual_s / 10)
+                if not killed(folder, out, said, after_s):
                     break
-                kills.append({"after_s": round(after_s, 2), "step": steps_of(out)})
+                kills.append({"after": said.strip(" ·"), "after_s": round(after_s, 2), "step": steps_of(out)})
             whole(folder, out)
             like += same(out, undisturbed)
             print(f"{len(kills)} kills, {like} of {runs} runs ended as the undisturbed one", flush=True)
