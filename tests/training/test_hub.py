@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,20 @@ def test_a_run_is_pushed_and_again_and_whatever_fails_is_one_line(run: Path, tmp
     assert server.holds == {"org/mine": {"private": server.holds["org/mine"]["private"], "files": files, "commits": commits}}
     assert server.holds["org/mine"]["private"] in (True, "private")
     assert commits
+
+
+def test_adapters_do_not_tell_where_their_base_model_lay(run: Path, tmp_path: Path) -> None:
+    """The run beside them knows it; in the repository they name the model as the card does."""
+    out = tmp_path / "adapted"
+    shutil.copytree(run, out)
+    (out / "config.toml").write_text('[model]\nmodel = "smollm2"\n')
+    config = {"r": 16, "base_model_name_or_path": "/home/me/.cache/reinforce_ada/smollm2-135m-instruct"}
+    (out / "model/adapter_config.json").write_text(json.dumps(config))
+    with served() as server:
+        assert push(server.address, [str(out), "--to", "org/adapted"], cwd=tmp_path)[0].endswith("code 0\n")
+    public = json.dumps({**config, "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}, indent=2).encode()
+    assert server.holds["org/adapted"]["files"]["adapter_config.json"] == hashlib.sha256(public).hexdigest()
+    assert json.loads((out / "model/adapter_config.json").read_text()) == config
 
 
 def test_a_network_that_goes_in_the_middle_is_one_line_and_the_next_push_is_whole(run: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ _NOT_GREEDY = ("temperature", "top_p", "top_k", "min_p", "eval_k")
 _EXAMPLES = """\
 examples:
   reinforce-ada eval runs/example/model                             the held-out prompts of the run
-  reinforce-ada eval MODEL --task sums.jsonl --task gcd             two tasks with the same settings, one table
+  reinforce-ada eval MODEL --task sums.jsonl --task gcd --max-tokens 256   two tasks with the same settings, one table
   reinforce-ada eval MODEL --task gsm8k.toml --task sums.toml       each with the table [task] of its own file
   reinforce-ada eval MODEL --task test.parquet --greedy --json > greedy.json
   reinforce-ada eval OTHER --task test.parquet --greedy --compare greedy.json
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--compare", type=Path, metavar="FILE", help="also give the paired difference from what --json printed earlier")
     parser.add_argument(
         "--task", action="append", dest="tasks", metavar="NAME",
-        help="a reasoning-gym dataset, a file of {prompt, answer, ...} records, or a .toml file whose table [task] describes the task; "
+        help="a generator, a file, a folder or a dataset of the hub, as for train, or a .toml file whose table [task] describes the task; "
         "give the flag again for each further task",
     )  # fmt: skip
     homes = configuration.section_of()
@@ -115,6 +115,7 @@ def _own_task(path: Path, flags: Mapping[str, str]) -> TaskConfig:
     own = found.get("task")
     if not isinstance(own, Mapping):
         raise InputError("eval", f"{path} has no table [task]", 'one with at least task = "NAME"')
+    own = configuration.beside(path.parent, own)
     known = [field.name for field in dataclasses.fields(TaskConfig)]
     if unknown := next((key for key in own if key not in known), None):
         raise unknown_name(f"{path} [task]", "key", unknown, known)

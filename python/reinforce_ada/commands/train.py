@@ -18,7 +18,7 @@ examples:
   reinforce-ada train --model tiny --steps 4               a complete run in seconds
   reinforce-ada train --model Qwen/Qwen3-0.6B --task gcd --preset reinforce-ada-pos --max-tokens 64
   reinforce-ada train --task problems.jsonl --max-tokens 400
-  reinforce-ada train --task org/name --eval-split test --reward my_rewards:score
+  reinforce-ada train --task openai/gsm8k:main --eval-split test --reward number --max-model-len 768
   reinforce-ada train --config run.toml --seed 1           a file, with one key overridden
   reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
   torchrun --nproc-per-node 2 -m reinforce_ada train       the same run, its gradients computed by two processes

@@ -41,7 +41,9 @@ class TaskConfig:
     )
     split: str = option("", "part of a dataset to train on (default: train)")
     eval_task: str = option("", "file, folder or hub id of the held-out questions (default: some questions of the task are held out)")
-    eval_split: str = option("", "part of a dataset with the held-out questions, of --eval-task if that is set (default there: test)")
+    eval_split: str = option(
+        "", "part of a dataset whose questions are held out: of --eval-task if that is given (default: test), otherwise of the task"
+    )
     prompt_column: str = option("", "column of the prompts, such as problem or extra_info.question (default: prompt, messages or question)")
     answer_column: str = option("", "column of the answers, such as reward_model.ground_truth (default: answer)")
     task_options: dict[str, Any] = field(
@@ -52,7 +54,7 @@ class TaskConfig:
         "", 'a name (docs/rewards.md), module:function or file.py:function; "number, my.py:form:0.2" adds with weights; "": the task\'s own'
     )
     run_code: bool = option(False, "allow --reward python to run programs that the model wrote; docs/rewards.md has the limits")
-    overlong_buffer: int = option(0, "tokens before max_tokens over which the reward falls to overlong_penalty less, as in DAPO; 0: none")
+    overlong_buffer: int = option(0, "tokens before max_tokens over which the reward falls by up to overlong_penalty, as in DAPO; 0: none")
     overlong_penalty: float = option(1.0, "what a completion of max_tokens loses if there is an overlong_buffer")
     system_prompt: str | None = option(
         None,
@@ -159,7 +161,7 @@ class EngineConfig:
     )
     reward_workers: int = option(1, "processes that score completions")
     reward_timeout_s: float = option(
-        10.0, "limit of a scoring call, tenfold for a worker's first; afterwards the worker is replaced and the call retried"
+        10.0, "limit of a scoring call, tenfold for a worker's first; then the worker is replaced, and the call is retried (math: 0)"
     )
 
 
@@ -190,7 +192,7 @@ class TrainingConfig:
     entropy_coef: float = option(0.0, "entropy bonus")
     kl_coef: float = option(0.0, "factor of the KL to the model before the first step, in the loss; 0 computes none and keeps no copy")
     kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"] = option(
-        "k3", "estimator of that KL on a token; with + its value and the gradient of k2"
+        "k3", "estimator of that KL on a token; a trailing + keeps its value and takes the gradient of k2"
     )
     rollout_correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = option(
         "none", "importance weights for the engine's own logprobs"

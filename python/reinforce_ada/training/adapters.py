@@ -20,11 +20,11 @@ from reinforce_ada.config import ModelConfig, load_saved
 from reinforce_ada.errors import InputError, needs, unknown_name
 from reinforce_ada.files import replace_folder
 from reinforce_ada.outside import GarbageError, one_line, parse_json
-from reinforce_ada.training import lineage, models, run_folder
+from reinforce_ada.training import built_in, lineage, models, run_folder
 from reinforce_ada.training.language_model import HuggingFaceModel
 
 ALL_LINEAR = "all-linear"  # all linear layers but the output head, as in peft
-CONFIG, WEIGHTS = models.ADAPTER_CONFIG, "adapter_model.safetensors"  # peft's names of its files
+CONFIG, WEIGHTS = built_in.ADAPTER_CONFIG, "adapter_model.safetensors"  # peft's names of its files
 
 
 class AdaptedModel(HuggingFaceModel):

@@ -57,6 +57,7 @@ MODELS = {
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
 }  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"  # peft's file, beside adapters
 NAMES = (*MODELS, "tiny")  # tiny is made for each run: see `models.build_tiny`
 
 

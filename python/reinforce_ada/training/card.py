@@ -37,7 +37,7 @@ def write_card(out: Path, config: Config) -> None:
 
     Raises: InputError when it cannot be written or the log cannot be read.
     """
-    is_adapter = (out / "model" / "adapter_config.json").is_file()
+    is_adapter = (out / "model" / built_in.ADAPTER_CONFIG).is_file()
     text = card_text(out.resolve().name, config, read_log(out / "log.jsonl"), is_adapter=is_adapter)
     replace_file(out / "model" / CARD, text, where="card", hint="then resume the run")
 
@@ -50,7 +50,7 @@ def card_text(name: str, config: Config, records: Sequence[Mapping[str, Any]], *
         records: of its log.
         is_adapter: the folder holds a peft adapter, not a whole model.
     """
-    base, licence = _base_of(config)
+    base, licence = base_of(config)
     header: Mapping[str, Any] = next((r for r in records if r["kind"] == "run"), {})
     parts = (
         _front_matter(base, licence, is_adapter=is_adapter),
@@ -66,7 +66,7 @@ def card_text(name: str, config: Config, records: Sequence[Mapping[str, Any]], *
 # -------------------- the base model
 
 
-def _base_of(config: Config) -> tuple[str, str]:
+def base_of(config: Config) -> tuple[str, str]:
     """Return the hub id, or the name, of the model with which training began, through earlier runs; and its licence, "" if unknown."""
     model = config.model.model
     seen: set[Path] = set()

@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from reinforce_ada.files import clear_leftovers, remove_folder, replace_folder
 from reinforce_ada.outside import GarbageError, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEEP = 2  # if the newest is damaged, the one before costs minutes, not the whole run
 _SET_ASIDE = "set-aside-"

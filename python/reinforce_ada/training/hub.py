@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
 
+from reinforce_ada.config import load_saved
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import one_line
-from reinforce_ada.training.card import CARD
+from reinforce_ada.training.built_in import ADAPTER_CONFIG
+from reinforce_ada.training.card import CARD, base_of
+from reinforce_ada.training.run_folder import CONFIG
 
 _WHERE = "hub"
 
@@ -41,14 +45,26 @@ def push(run: Path, repo: str) -> str:
     if not os.path.isfile(model / CARD):
         hint = "train writes it at the end of a run; train --resume finishes one"
         raise InputError(_WHERE, f"{one_line(str(run))} has no model with a card", "the folder of a finished run", hint)
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     try:
+        files = sorted(path for path in model.rglob("*") if path.is_file())
+        added = [CommitOperationAdd(str(path.relative_to(model)), _public(path, run)) for path in files]
         made = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=model, commit_message=f"{run.resolve().name}, by reinforce_ada")
+        api.create_commit(made.repo_id, added, commit_message=f"{run.resolve().name}, by reinforce_ada")
     except Exception as e:  # the client and what is below it have many errors, and none of them is the run's
         given = f"{repo} has not been pushed: {one_line(f'{type(e).__name__}: {e}')}"
         hint = f"the run is whole; `reinforce-ada push {shlex.quote(str(run))} --to {repo}` tries again"
         raise InputError(_WHERE, given, "a token that may write there, and a network", hint) from e
     return str(made)
+
+
+def _public(path: Path, run: Path) -> Path | bytes:
+    """Return a file, or its content if adapters name a folder of this machine as their base model: then with the name in the card."""
+    if path.name != ADAPTER_CONFIG:
+        return path
+    found = json.loads(path.read_text())
+    if os.path.isabs(str(found.get("base_model_name_or_path"))):
+        found["base_model_name_or_path"] = base_of(load_saved(run / CONFIG))[0]
+    return json.dumps(found, indent=2).encode()

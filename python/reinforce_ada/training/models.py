@@ -14,8 +14,6 @@ from reinforce_ada.training import built_in
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.out_of_memory import is_out_of_memory
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's file
-
 
 def path_of(name: str, say: Callable[[str], None] = show) -> str:
     """Return what transformers and vLLM load for a model name: the converted folder of a built-in model, otherwise the name itself.
@@ -39,7 +37,7 @@ def path_of(name: str, say: Callable[[str], None] = show) -> str:
 
 def is_adapters(folder: Path) -> bool:
     """Return whether the folder holds adapters without the model that they adapt."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / built_in.ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
