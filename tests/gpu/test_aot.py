@@ -57,7 +57,7 @@ CASES = [
 def facts(request) -> dict[Variant, Facts | str]:
     """Of everything this run asks for, compiled by two processes before the first test looks."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
-    asked = [call.params["asked"] for call in calls if call and "asked" in call.params]
+    asked = [one for call in calls if call and isinstance(one := call.params.get("asked"), Asked)]
     found = compile_all((variant.launch, variant.target) for one in asked for variant in one.variants())
     return {Variant(launch, target): result for (launch, target), result in found}
 

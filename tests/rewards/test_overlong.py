@@ -8,6 +8,7 @@ import pytest
 from reinforce_ada import config
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import OverlongPenalty, RewardPool
+from reinforce_ada.training.task_defaults import completed
 from reinforce_ada.types import Completion, CompletionId, Prompt, Scored
 
 
@@ -49,5 +50,7 @@ def test_a_buffer_out_of_range_is_refused(buffer: int) -> None:
 
 def test_a_buffer_longer_than_a_completion_is_refused() -> None:
     with pytest.raises(InputError, match=r"^config: overlong_buffer = 13 with max_tokens = 12; a buffer of at most max_tokens$"):
-        config.load(None, {"overlong_buffer": "13"})
+        config.load(None, {"overlong_buffer": "13", "max_tokens": "12"})
+    with pytest.raises(InputError, match=r"^config: overlong_buffer = 13 with max_tokens = 12; a buffer of at most max_tokens$"):
+        completed(config.load(None, {"overlong_buffer": "13"}))  # a generated task's own
     assert config.load(None, {"overlong_buffer": "12", "overlong_penalty": "0.25"}).task.overlong_penalty == 0.25

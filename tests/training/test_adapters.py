@@ -16,7 +16,7 @@ from reinforce_ada import cli
 from reinforce_ada import config as configuration
 from reinforce_ada.config import ModelConfig
 from reinforce_ada.errors import InputError
-from reinforce_ada.training import adapters, launch, models
+from reinforce_ada.training import adapters, launch, launch_eval, models
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.trainer import compared, fingerprint
 
@@ -234,7 +234,9 @@ def test_an_export_destroys_nothing(run: Path, base: str, tmp_path: Path, capsys
 def test_an_evaluation_of_adapters_is_that_of_the_whole_model(run: Path, tmp_path: Path) -> None:
     config = configuration.load_saved(run / "config.toml")
     cli.main(["export", str(run), "--merge", str(tmp_path / "whole")])
-    of_adapters, of_whole = (launch.evaluate_model(config, str(folder)) for folder in (run / "model", tmp_path / "whole"))
+    of_adapters, of_whole = (
+        launch_eval.evaluate_model({"sums": config}, str(folder))[0].evaluation for folder in (run / "model", tmp_path / "whole")
+    )
     assert of_adapters == of_whole
     last = [r for r in read_log(run / "log.jsonl") if r["kind"] == "eval"][-1]
     assert list(of_adapters.per_prompt) == last["per_prompt"]

@@ -67,7 +67,7 @@ def test_the_configuration_of_the_card_repeats_the_run(tmp_path: Path) -> None:
     assert fence == "````"
     (tmp_path / "config.toml").write_text(toml)
     found = configuration.load(tmp_path / "config.toml")
-    given = {**keys, "task": "sums.jsonl", "reward": "my.py:score"}
+    given = {**keys, "task": str(tmp_path / "sums.jsonl"), "reward": f"{tmp_path / 'my.py'}:score"}  # beside the file, from wherever
     assert found == configuration.load(None, {**given, "model": "org/base", "seed": 5, "stop": "]"})
     for private in ("/data", "home2", "/mnt", "host:1"):
         assert private not in text

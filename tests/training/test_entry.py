@@ -169,7 +169,9 @@ def test_data_that_cannot_be_used_are_refused_before_anything_is_made(
 
 
 def test_too_few_records_leave_no_folder(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data.jsonl has 2 records; more than num_examples \+ eval_prompts = 2$"):
+    with pytest.raises(
+        InputError, match=r"data.jsonl has 2 records; more than num_examples \+ eval_prompts = 2; --eval-prompts holds fewer out$"
+    ):
         train(llama, tmp_path / "run", RECORDS[:2])
     assert list(tmp_path.iterdir()) == []
 

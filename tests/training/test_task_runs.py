@@ -315,10 +315,10 @@ def test_a_configuration_beside_its_questions_runs_resumes_and_evaluates_from_ev
     assert "defaults for your own questions" not in printed
     assert configuration.load_saved(tmp_path / "run/config.toml").sampling.max_tokens == 12
     assert cli.main(["eval", str(tmp_path / "run/model"), "--json", "--eval-prompts", "4"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["per_prompt"]) == 4
+    assert len(json.loads(capsys.readouterr().out)["tasks"][0]["per_prompt"]) == 4
     write_task(project / "other.jsonl", [{"prompt": q, "answer": "1"} for q in ("6 + 6 =", "5 + 5 =", "4 + 9 =")])
     assert cli.main(["eval", str(tmp_path / "run/model"), "--json", "--task", str(project / "other.jsonl"), "--eval-prompts", "2"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["per_prompt"]) == 2  # of that file, whatever the run had held out
+    assert len(json.loads(capsys.readouterr().out)["tasks"][0]["per_prompt"]) == 2  # of that file, whatever the run had held out
     assert not trained_questions(tmp_path / "run") & {"0 + 1 =", "9 + 9 =", "8 + 8 =", "7 + 7 ="}
     with (project / "test.jsonl").open("a") as f:
         f.write('{"prompt": "new", "answer": 0}\n')

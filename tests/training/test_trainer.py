@@ -137,7 +137,7 @@ def test_train_extend_eval_and_report_from_the_command_line(
     assert cli.main(["eval", str(out / "model"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)  # nothing else is printed there
     final = next(r for r in read_log(out / "log.jsonl") if r["kind"] == "eval" and r["step"] == 4)
-    assert found["per_prompt"] == final["per_prompt"]  # the saved model is the trained one
+    assert found["tasks"][0]["per_prompt"] == final["per_prompt"]  # the saved model is the trained one
 
 
 @pytest.mark.usefixtures("light")

@@ -100,8 +100,13 @@ def whole_reward(spec: str, folder: Path | None = None) -> str:
 
 
 def without_folders(spec: str) -> str:
+    """Return a text that names files without their folders, which are those of one machine."""
+    return _joined(spec, os.path.basename)
+
+
+def comparable(spec: str) -> str:
     """Return a text that is the same for a file wherever it stands, and for its module; to compare the rewards of two runs."""
-    return _joined(spec, lambda reward: os.path.basename(reward).replace(".py:", ":"))
+    return without_folders(spec).replace(".py:", ":")
 
 
 def _joined(spec: str, change: Callable[[str], str]) -> str:

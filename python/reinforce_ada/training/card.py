@@ -15,6 +15,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import Config, EngineConfig, RunConfig
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, is_installed, one_line, read_text
+from reinforce_ada.rewards import names
 from reinforce_ada.training import built_in
 from reinforce_ada.training.costs import costs_until
 from reinforce_ada.training.evaluate import paired_difference
@@ -22,6 +23,7 @@ from reinforce_ada.training.lineage import run_beside
 from reinforce_ada.training.log import read_log
 
 CARD = "README.md"
+_PATHS = ("model", "task", "eval_task", "memory_from")  # keys of the configuration
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)['\"]?[ \t]*$", re.MULTILINE)
 _MOST_BYTES = 1 << 20  # of the base model's card
@@ -125,7 +127,7 @@ def _front_matter(base: str, licence: str, *, is_adapter: bool) -> str:
 
 def _what(config: Config, base: str, header: Mapping[str, Any], *, is_adapter: bool) -> str:
     version = _plain(str(header.get("reinforce_ada", "")))
-    task, reward = _shared(config.task.task), _shared(config.task.reward)
+    task, reward = _shared(config.task.task), names.without_folders(config.task.reward)
     scored = f"scored by {_plain(reward)}" if reward else "scored by the task's own rule"
     kind = "An adapter for" if is_adapter else "This is"
     loads = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
@@ -176,7 +178,7 @@ def _repeat(config: Config, header: Mapping[str, Any]) -> str:
 
 
 def _is_of_a_program(config: Config) -> bool:
-    return config.task.reward.startswith("__main__:") or "<" in config.task.reward
+    return any(names.is_of_a_program(part.reward) for part in names.parts_of(config.task.reward)) if config.task.reward else False
 
 
 def _shareable(config: Config) -> Config:
@@ -192,12 +194,14 @@ def _shareable(config: Config) -> Config:
 def _without_folders(section: Any) -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
-        yield f.name, _shared(value) if isinstance(value, str) else value
+        if f.name in ("reward", "loss"):
+            value = names.without_folders(value) if ":" in value else value
+        yield f.name, _shared(value) if f.name in _PATHS else value
 
 
 def _shared(value: str) -> str:
     """Return an absolute path without its folder: that of one machine is nobody else's business."""
-    return os.path.basename(value) if os.path.isabs(value) and "\n" not in value else value
+    return os.path.basename(value) if os.path.isabs(value) else value
 
 
 # -------------------- text

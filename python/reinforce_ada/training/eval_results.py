@@ -55,7 +55,8 @@ def table(results: Sequence[TaskResult]) -> list[str]:
     for r in results:
         if r.evaluation.k > 1:
             lines.append(f"{printable(r.task)}: " + "   ".join(f"pass@{j} {value:.4f}" for j, value in r.evaluation.pass_at_k.items()))
-        lines.append(f"{printable(r.task)}: {length_text(r.evaluation.record())}")
+        if not math.isnan(r.evaluation.completion_length_mean):
+            lines.append(f"{printable(r.task)}: {length_text(r.evaluation.record())}")
         if r.evaluation.num_voids:
             lines.append(f"{printable(r.task)}: {r.evaluation.num_voids} completions could not be scored and are left out")
     return lines

@@ -299,7 +299,7 @@ def longest_prompt(config: Config) -> int:
 def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
     then, now = earlier.get("task", {}), run["task"]
-    if names.without_folders(then.get("reward", "")) == names.without_folders(now["reward"]):
+    if names.comparable(then.get("reward", "")) == names.comparable(now["reward"]):
         now["reward"] = then.get("reward", "")
     model = earlier.get("model", {}).get("model", "")
     if os.path.basename(model) == os.path.basename(run["model"]["model"]):
