@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "async_driver": {*FOUNDATION, "sampling", "rewards", "driver"},
     "training": {*FOUNDATION, *STAGES, "advantages", "driver"},
     "report": {*FOUNDATION, "rollouts", "training"},
-    "training.hub": {*FOUNDATION, "training"},
+    "training.hub": {*FOUNDATION, "config", "training"},
     "training.launch": {*FOUNDATION, *STAGES, "advantages", "driver", "training", "training.hub", "report"},
     "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch", "training.eval_results"},
     "training.entry": {*FOUNDATION, "config", "rewards", "training", "training.hub", "training.launch"},

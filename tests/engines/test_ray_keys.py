@@ -37,7 +37,7 @@ def test_every_key_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config = configuration.load(None, {**of_actor, **of_fleet})
     monkeypatch.chdir(tmp_path.parent)
     display, model = Display(), SimpleNamespace(causal_lm=torch.nn.ModuleDict(), tokenizer=None)
-    model.module.get_input_embeddings = lambda: torch.nn.Embedding(11, 2)
+    model.causal_lm.get_input_embeddings = lambda: torch.nn.Embedding(11, 2)
     with launch.make_engine("ray", config, tmp_path.name, model, torch.device("cuda"), tmp_path, display):  # type: ignore[arg-type]
         (engine,) = made
         assert not engine.is_closed

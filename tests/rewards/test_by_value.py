@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,9 @@ import pytest
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import RewardPool, exact_match
 from reinforce_ada.rewards.by_value import ByValue, is_importable, name_of
+from reinforce_ada.rewards.names import load_reward
+from reinforce_ada.rewards.unit_tests import UnitTests
+from reinforce_ada.types import Prompt
 
 SCRIPT = """
     import re
@@ -72,14 +76,29 @@ def test_what_can_be_imported_is() -> None:
     assert not is_importable(inner)
     assert name_of(inner) == "test_by_value:test_what_can_be_imported_is.<locals>.inner"
     assert not is_importable(partial(exact_match))
-    assert name_of(partial(exact_match)) == name_of(exact_match)
+    assert name_of(partial(exact_match)) == "reinforce_ada.rewards.exact:<partial exact_match>"
+    assert name_of(UnitTests()) == "reinforce_ada.rewards.unit_tests:<UnitTests>"
     assert not is_importable(lambda prompt, completion: 0.0)
+
+
+def test_it_has_what_the_reward_has() -> None:
+    """The pool asks for these: what a call that ran out of time is worth, the batch form, what a completion answers."""
+    reward = ByValue(UnitTests())
+    assert reward.timed_out(None, "") == 0.0
+    assert not any(hasattr(reward, name) for name in ("batch", "answer"))
+    assert pickle.loads(pickle.dumps(ByValue(exact_match)))(Prompt("p", data={"answer": "1"}), "1") == 1.0
+
+
+@pytest.mark.parametrize("name", ["__main__:score", "my:<partial score>"])
+def test_a_reward_of_another_program_is_refused_in_words_that_fit(name: str) -> None:
+    with pytest.raises(InputError, match=r"belongs to the program that called reinforce_ada\.train; that program is needed"):
+        load_reward(name)
 
 
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (3, "reward builtins:int is not callable"),
+        (3, "reward builtins:<int> is not callable"),
         (lambda completion: 0.0, r"reward test_by_value:<lambda>: too many positional arguments"),
     ],
 )

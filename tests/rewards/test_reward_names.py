@@ -102,10 +102,11 @@ def test_names_of_the_same_rewards_in_two_runs(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "of_this_folder.py").write_text("")
     assert names.whole_reward("number:1.0, my.py:form:0.50") == f"number,{tmp_path}/my.py:form:0.5"
     assert names.whole_reward("of_this_folder:form") == f"{tmp_path}/of_this_folder.py:form"
-    assert names.whole_reward("") == names.without_folders("") == ""
+    assert names.whole_reward("") == names.comparable("") == ""
     for same in (f"number,{tmp_path}/my.py:form:.5", "number:1, my:form:0.5"):
-        assert names.without_folders(same) == "number,my:form:0.5"
-    assert names.without_folders("exact,my:form:0.5") != names.without_folders("number,my:form:0.5")
+        assert names.comparable(same) == "number,my:form:0.5"
+    assert names.comparable("exact,my:form:0.5") != names.comparable("number,my:form:0.5")
+    assert names.without_folders(f"number,{tmp_path}/my.py:form:.5") == "number,my.py:form:0.5"
 
 
 @pytest.mark.parametrize(

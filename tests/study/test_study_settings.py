@@ -87,6 +87,7 @@ REFUSALS = [
     ([(ARM, ARM + "seed = 4\n")], "study: arm 'balance' sets seed", "what the study sets"),
     ([(ARM, ARM + 'task = "gcd"\n')], "study: arm 'balance' sets task", "[shared]: an arm differs from the others in"),
     ([(ARM, ARM + "temperature = 0.5\n")], "study: arm 'balance' sets temperature", "[shared]"),
+    ([(ARM, ARM + "top_p = 0.9\n")], "study: arm 'balance' sets top_p", "[shared]"),
     ([(ARM, ARM + "positive_threshold = 0.5\n")], "study: arm 'balance' sets positive_threshold", "[shared]"),
     ([(ARM, ARM + "group_size = 0\n")], "config: group_size = 0", "at least 1"),
     ([("learning_rates = [1e-2]", "learning_rates = []")], "study: arm 'balance': learning_rates = []", "a list of numbers"),

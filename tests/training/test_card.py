@@ -73,6 +73,20 @@ def test_the_configuration_of_the_card_repeats_the_run(tmp_path: Path) -> None:
         assert private not in text
 
 
+def test_a_card_names_every_reward_and_no_folder() -> None:
+    keys = {"reward": "number, /home2/me/form.py:form:0.2,/home2/you/b.py:score", "system_prompt": "/no_think"}
+    text = card_text("run", configuration.load(None, keys), RECORDS)
+    assert 'reward = "number,form.py:form:0.2,b.py:score"' in text
+    assert 'system_prompt = "/no_think"' in text  # which is no path
+    assert "home2" not in text
+
+
+@pytest.mark.parametrize("reward", ["__main__:<lambda>", "my:f.<locals>.g", "my:<partial score>", "my:<Judge>"])
+def test_a_reward_of_a_program_is_said_to_be_one(reward: str) -> None:
+    text = card_text("run", configuration.load(None, {"reward": reward}), RECORDS)
+    assert "The reward was a function of the program that called `reinforce_ada.train`." in text
+
+
 @pytest.mark.parametrize(
     ("evals", "said"),
     [([], "Nothing was held out"), ([0], "| Avg@4 | 0.250 ± 0.125 |\n"), ([0, 3], "paired by prompt")],
@@ -92,12 +106,10 @@ def test_a_card_of_a_run_that_has_lost_its_log() -> None:
 
 
 def test_an_adapter_has_the_card_of_an_adapter(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    (out / "model").mkdir(parents=True)
-    (out / "model/adapter_config.json").write_text("{}")
-    (out / "model/README.md").write_text("what peft has written")
-    write_card(out, configuration.load(None, {"model": "org/base"}))
-    text = (out / "model/README.md").read_text()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("what peft has written")
+    write_card(tmp_path, "run", configuration.load(None, {"model": "org/base"}), [])
+    text = (tmp_path / "README.md").read_text()
     assert front_matter(text) == {
         "library_name": "peft", "pipeline_tag": "text-generation", "base_model": "org/base",
         "tags": ["reinforcement-learning", "reinforce-ada", "lora"],
@@ -140,7 +152,8 @@ def test_a_name_is_a_name_in_markdown_and_yaml(name: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(HOSTILE.filter(lambda text: "\0" not in text))
 def test_front_matter_and_tables_stay_whole(name: str) -> None:
-    config = configuration.load(None, {"model": f"org/{name}", "reward": f"m:{name}", "system_prompt": name})
+    reward = f"m:{name}" if re.fullmatch(r"[^\W0-9]\w*", name) else "m:<" + re.sub(r"[<>:,]|[^ -~]", "", name) + "f>"
+    config = configuration.load(None, {"model": f"org/{name}", "reward": reward, "system_prompt": name})
     text = card_text(name, config, RECORDS)
     front = front_matter(text)
     assert set(front) <= {"library_name", "pipeline_tag", "base_model", "license", "tags"}

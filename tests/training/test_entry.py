@@ -169,11 +169,25 @@ def test_data_that_cannot_be_used_are_refused_before_anything_is_made(
 
 
 def test_too_few_records_leave_no_folder(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"data.jsonl has 2 records; more than num_examples \+ eval_prompts = 2; --eval-prompts holds fewer out$"
-    ):
+    with pytest.raises(InputError, match=r"data.jsonl has 2 records; more than num_examples \+ eval_prompts = 2; --eval-prompts"):
         train(llama, tmp_path / "run", RECORDS[:2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_records_may_have_other_columns_and_a_moved_run_still_finds_them(llama: Path, tmp_path: Path) -> None:
+    renamed = [{"problem": r["prompt"], "solution": r["answer"]} for r in RECORDS]
+    train(llama, tmp_path / "run", renamed, prompt_column="problem", answer_column="solution", steps=0)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    saved = configuration.load_saved(tmp_path / "moved/config.toml")
+    assert saved.task.task == str(tmp_path / "moved/data.jsonl")
+    assert [json.loads(line) for line in Path(saved.task.task).read_text().splitlines()] == renamed
+
+
+def test_adapters_are_loaded_around_their_base_model(llama: Path, tmp_path: Path) -> None:
+    run = train(llama, tmp_path / "run", lora_rank=2, steps=1)
+    module, _ = run.load()
+    assert any("lora_A" in name for name, _ in module.named_parameters())
+    assert "library_name: peft" in (run.model / "README.md").read_text()
 
 
 # -------------------- other arguments

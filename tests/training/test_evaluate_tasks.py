@@ -87,7 +87,9 @@ def test_a_task_with_settings_of_its_own(say: Say) -> None:
     found = json.loads(out)
     assert [(t["task"], len(t["per_prompt"]), t["k"]) for t in found["tasks"]] == [("own.toml", 5, 2), ("high.jsonl", 3, 3)]
     assert found["settings"]["seed"] == 0
-    code, out, _ = say("--task", "own.toml", "--json", "--eval-k", "1")
+    Path("inner").mkdir()
+    Path("inner/own.toml").write_text('[task]\ntask = "../low.jsonl"\neval_prompts = 5\n')  # the path starts from the file
+    code, out, _ = say("--task", "inner/own.toml", "--json", "--eval-k", "1")
     assert [(len(t["per_prompt"]), t["k"]) for t in json.loads(out)["tasks"]] == [(5, 1)]
 
 

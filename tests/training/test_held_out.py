@@ -112,6 +112,13 @@ def test_generated_questions_have_no_parts_and_columns(key: str) -> None:
         load_records(TaskConfig(**{key: "x"}), 0, 0)
 
 
+def test_held_out_records_are_checked_for_the_reward_too(tmp_path: Path) -> None:
+    path, other = write(tmp_path / "a.jsonl", questions(1, 2, 3)), tmp_path / "b.jsonl"
+    other.write_text('{"problem": "?", "solution": "none that is known"}\n')
+    with pytest.raises(InputError, match=rf"^task: {other}, record 1; reward number"):
+        load_records(config(path, eval_task=str(other), eval_split="", reward="number"), 0, 0)
+
+
 def test_all_questions_held_out_elsewhere_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", questions(1, 2, 3))
     with pytest.raises(InputError, match=r"a\.jsonl has 0 records"):

@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "model").mkdir(parents=True)
     (out / "model/model.safetensors").write_bytes(bytes(range(256)) * 40)
     (out / "model/config.json").write_text('{"model_type": "llama"}')
-    write_card(out, configuration.load(None, {"model": "org/base"}))
+    write_card(out / "model", "run", configuration.load(None, {"model": "org/base"}), [])
     return out
 
 
@@ -102,7 +102,7 @@ def test_adapters_do_not_tell_where_their_base_model_lay(run: Path, tmp_path: Pa
     out = tmp_path / "adapted"
     shutil.copytree(run, out)
     (out / "config.toml").write_text('[model]\nmodel = "smollm2"\n')
-    config = {"r": 16, "base_model_name_or_path": "/home/me/.cache/reinforce_ada/smollm2-135m-instruct"}
+    config = {"r": 16, "base_model_name_or_path": "/data/of/me/reinforce_ada/smollm2-135m-instruct"}
     (out / "model/adapter_config.json").write_text(json.dumps(config))
     with served() as server:
         assert push(server.address, [str(out), "--to", "org/adapted"], cwd=tmp_path)[0].endswith("code 0\n")

@@ -147,7 +147,7 @@ def play(command: dict[str, Any], rank: int) -> None:
                 folder.begin(config)
                 trainer.run()
         else:
-            Learner(ToyModel(getattr(torch, config.model.dtype)), config, ranks).follow()
+            ranks.together(lambda: Learner(ToyModel(getattr(torch, config.model.dtype)), config, ranks)).follow()
 
 
 def start(command: dict[str, Any], rank: int, port: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforce_ada.config.keys import Config, ModelConfig, TrainingConfig, section_of, sections
-from reinforce_ada.config.paths import beside
+from reinforce_ada.config.paths import RECORDS, beside
 from reinforce_ada.config.values import RANGES, check_text, convert, shown
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.outside import GarbageError, one_line, read_text, server_url
@@ -85,9 +85,13 @@ def _configured(where: str, tables: Mapping[str, Any], overrides: Mapping[str, A
 def load_saved(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Return the configuration in a run's folder, then `overrides`, with the meaning that it had for an older run.
 
-    A run without a data_seed took its data from `seed`. Its paths are absolute already.
+    A run without a data_seed took its data from `seed`. Its paths are absolute already; records that it keeps itself are found wherever the
+    folder has been moved.
     """
     tables = read_toml(path)
+    task, own = tables.get("task"), (path.parent / RECORDS).absolute()
+    if isinstance(task, dict) and Path(str(task.get("task"))).name == RECORDS and own.is_file():
+        task["task"] = str(own)
     run = tables.get("run")
     kept = {"data_seed": run["seed"]} if isinstance(run, Mapping) and "seed" in run and "data_seed" not in run else {}
     return _configured(str(path), tables, {**kept, **(overrides or {})})

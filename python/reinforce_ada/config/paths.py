@@ -12,6 +12,7 @@ from reinforce_ada.loading import whole
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them is in every folder that `datasets` saved
+RECORDS = "data.jsonl"  # in the folder of a run whose records came from a Python program
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^/\s]+)?")
 _TASKS, _CODE = ("task", "eval_task"), ("reward", "loss")
 

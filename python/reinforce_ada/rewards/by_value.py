@@ -24,8 +24,12 @@ class ByValue:
         check_reward(reward, name_of(reward))
         needs("train", "cloudpickle", "or move the reward to a module and name it as module:function")
         self._reward = reward
-        if hasattr(reward, "batch"):
-            self.batch = reward.batch
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the reward has beside its call: `batch`, `timed_out`, `prepare`, `answer`."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._reward, name)
 
     def __call__(self, prompt: Any, completion: str, /) -> float:
         return self._reward(prompt, completion)
@@ -41,10 +45,13 @@ class ByValue:
 
 
 def name_of(reward: object) -> str:
-    """Return "module:name" of a function, of the function in a partial, or of the class of any other object."""
+    """Return "module:name" of a function. A partial or another object is in angle brackets, since no module has it under its name."""
     function = reward.func if isinstance(reward, functools.partial) else reward
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{getattr(named, '__module__', '') or 'builtins'}:{getattr(named, '__qualname__', '')}"
+    is_named = hasattr(function, "__qualname__")
+    named: Any = function if is_named else type(function)
+    name = getattr(named, "__qualname__", "")
+    shown = f"<partial {name}>" if function is not reward else name if is_named else f"<{name}>"
+    return f"{getattr(named, '__module__', '') or 'builtins'}:{shown}"
 
 
 def is_importable(reward: object) -> bool:

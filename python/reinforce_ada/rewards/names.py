@@ -44,8 +44,8 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "python": BuiltIn(UnitTests(), needs_answer=False, check=tests_of, runs_code=True),
 }
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-# Functions of a program that trains, too, which are known by such names: "__main__:f.<locals>.g", "__main__:<lambda>".
-_FUNCTION = re.compile(r"(?:[^\W0-9]\w*|<lambda>)(?:\.(?:[^\W0-9]\w*|<lambda>|<locals>))*")
+# What a program that trains has, too, which is known by such names: "__main__:f.<locals>.g", "__main__:<lambda>", "my:<partial score>".
+_FUNCTION = re.compile(r"(?:[^\W0-9]\w*|<[^<>:,]+>)(?:\.(?:[^\W0-9]\w*|<[^<>:,]+>))*")
 
 
 class Part(NamedTuple):
@@ -180,9 +180,20 @@ def _loaded(reward: str, run_code: bool) -> Reward:
         if built_in.package:
             needs(f"reward {reward}", built_in.package)
         return built_in.reward
+    if is_of_a_program(reward):
+        given, needed = (
+            f"reward {reward!r} belongs to the program that called reinforce_ada.train",
+            "that program is needed to go on",
+        )
+        raise InputError("RewardPool", given, needed, "or --reward names another, where that may change")
     found: Reward = load("RewardPool", "reward", reward)
     check_reward(found, repr(reward))
     return found
+
+
+def is_of_a_program(reward: str) -> bool:
+    """Return whether a name stands for a reward that only the program has which called `reinforce_ada.train`."""
+    return reward.startswith("__main__:") or "<" in reward.rpartition(":")[2]
 
 
 def _unknown(reward: str) -> InputError:

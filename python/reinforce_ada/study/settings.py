@@ -33,7 +33,7 @@ _TABLES = {"name", "seeds", "learning_rates", "remembered", "budget", "target", 
 # The study sets these, or they name something of a single run.
 _OF_THE_STUDY = {"out", "seed", "learning_rate", "budget", "preset", "profile", "push_to_hub"}
 # What the held-out reward depends on must be the same for all arms.
-_OF_THE_EVALUATION = {"positive_threshold", "temperature", "max_tokens", "stop"}
+_OF_THE_EVALUATION = {"positive_threshold", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop"}
 
 
 @dataclass(frozen=True)

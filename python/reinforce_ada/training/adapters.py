@@ -72,7 +72,7 @@ class AdaptedModel(HuggingFaceModel):
         config = copy.copy(self.module.active_peft_config)
         config.inference_mode, config.target_modules = True, sorted(config.target_modules)
         config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.save_beside_weights(folder)
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def export(source: Path, target: Path | None, dtype: str) -> Path:
 
     Args:
         source: a run's folder, or a folder of adapters.
-        target: a folder that is absent or empty; by default `merged` beside the adapters.
+        target: a folder that is absent or empty; by default `merged` in the run's folder, or beside the adapters if there is no run.
         dtype: of the weights; "auto" takes that of the run, or of the base model if there is no run.
     Raises: InputError when there are no adapters or no base model, and when it cannot be written.
     """
@@ -202,10 +202,10 @@ def export(source: Path, target: Path | None, dtype: str) -> Path:
     if not models.is_adapters(folder):
         hint = "a run of --lora-rank 0 has a whole model in RUN/model already"
         raise InputError("export", f"{one_line(str(folder))} has no {CONFIG}", "a run with LoRA adapters, or a folder of some", hint)
-    target = folder.absolute().parent / "merged" if target is None else target
+    run = lineage.run_beside(str(folder))
+    target = (run or folder.parent).absolute() / "merged" if target is None else target
     if target.is_dir() and any(target.iterdir()):
         raise InputError("export", f"{target} is not empty", "a folder that is empty or not there yet", "--merge FOLDER names another")
-    run = lineage.run_beside(str(folder))
     if dtype == "auto":
         dtype = "auto" if run is None else load_saved(run / run_folder.CONFIG).model.dtype
     whole = unloaded(load(folder, dtype, torch.device("cpu")))

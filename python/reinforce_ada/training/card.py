@@ -13,14 +13,12 @@ from typing import Any
 
 from reinforce_ada import config as configuration
 from reinforce_ada.config import Config, EngineConfig, RunConfig
-from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, is_installed, one_line, read_text
 from reinforce_ada.rewards import names
 from reinforce_ada.training import built_in
 from reinforce_ada.training.costs import costs_until
 from reinforce_ada.training.evaluate import paired_difference
 from reinforce_ada.training.lineage import run_beside
-from reinforce_ada.training.log import read_log
 
 CARD = "README.md"
 _PATHS = ("model", "task", "eval_task", "memory_from")  # keys of the configuration
@@ -34,14 +32,10 @@ _COSTS = {
 }  # fmt: skip
 
 
-def write_card(out: Path, config: Config) -> None:
-    """Write the card of the model in the run folder `out`, in the place of any that another library left there.
-
-    Raises: InputError when it cannot be written or the log cannot be read.
-    """
-    is_adapter = (out / "model" / built_in.ADAPTER_CONFIG).is_file()
-    text = card_text(out.resolve().name, config, read_log(out / "log.jsonl"), is_adapter=is_adapter)
-    replace_file(out / "model" / CARD, text, where="card", hint="then resume the run")
+def write_card(folder: Path, name: str, config: Config, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the card of the model in `folder`, in the place of any that another library left there; see `card_text`."""
+    is_adapter = (folder / built_in.ADAPTER_CONFIG).is_file()
+    (folder / CARD).write_text(card_text(name, config, records, is_adapter=is_adapter), encoding="utf-8")
 
 
 def card_text(name: str, config: Config, records: Sequence[Mapping[str, Any]], *, is_adapter: bool = False) -> str:

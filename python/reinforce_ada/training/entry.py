@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
+from reinforce_ada.config import TaskConfig
+from reinforce_ada.config.paths import RECORDS
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.by_value import ByValue, is_importable, name_of
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.training import hub, launch
 from reinforce_ada.training.callbacks import Callback
-from reinforce_ada.training.in_memory import RECORDS, InMemory
+from reinforce_ada.training.held_out import form_of, needs_answer
+from reinforce_ada.training.in_memory import InMemory
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.task_files import checked
 from reinforce_ada.types import Prompt
@@ -54,14 +57,18 @@ class TrainedRun:
 
     @property
     def model(self) -> Path:
-        """Return the folder of the trained model, which transformers and vLLM load."""
+        """Return the folder of the trained model, which transformers and vLLM load; of a run with `lora_rank`, that of its adapters."""
         return self.path / "model"
 
     def load(self) -> tuple[Any, Any]:
-        """Return the trained model and its tokenizer, as transformers loads them, in the dtype in which they are saved."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Return the trained model and its tokenizer, in the dtype of the run; adapters as a peft model around the run's base model."""
+        import torch
 
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype="auto"), AutoTokenizer.from_pretrained(self.model)
+        from reinforce_ada.training import adapters, models
+
+        load = adapters.load if models.is_adapters(self.model) else lambda folder, *how: models.load(str(folder), *how)
+        model = load(self.model, configuration.load_saved(self.path / "config.toml").model.dtype, torch.device("cpu"))
+        return model.module, model.tokenizer
 
     def push(self, repo: str) -> str:
         """Upload the model and its card to the Hugging Face Hub, and return the address; see `training.hub.push`."""
@@ -108,7 +115,7 @@ def train(
     config = configuration.load(None, {**keys, "task": "data" if records is not None else str(data)})
     out = launch.out_of(config)
     keys["task"] = str(out.absolute() / RECORDS) if records is not None else str(data)
-    text = None if records is None else _lines(records, needs_answer=not named)
+    text = None if records is None else _lines(records, config.task)
     saved = out / "config.toml"
     goes_on = resume and saved.is_file()
     config = configuration.load_saved(saved, keys) if goes_on else configuration.load(None, {**keys, "out": str(out)})
@@ -144,13 +151,13 @@ def _rows(data: Any) -> Iterable[Any]:
     return data
 
 
-def _lines(rows: Sequence[Any], *, needs_answer: bool) -> str:
+def _lines(rows: Sequence[Any], task: TaskConfig) -> str:
     """Return the records as JSON lines. Raises: InputError naming the first that is none, or that JSON cannot hold."""
     lines = []
     for number, row in enumerate(rows, 1):
         where = f"data, record {number}"
         raw = {str(k): v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else row
-        checked([(where, raw)], needs_answer=needs_answer)
+        checked([(where, raw)], form_of(task), needs_answer=needs_answer(task))
         try:
             line = json.dumps(raw, ensure_ascii=False, allow_nan=False)
             line.encode()

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reinforce_ada.config.paths import RECORDS
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_file
 from reinforce_ada.training.callbacks import Callback
-
-RECORDS = "data.jsonl"  # in the run folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)

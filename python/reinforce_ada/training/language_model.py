@@ -137,7 +137,14 @@ class HuggingFaceModel:
     def save(self, folder: Path) -> None:
         """Write the weights as safetensors, the configuration and the tokenizer."""
         self.module.save_pretrained(folder)
+        self.save_beside_weights(folder)
+
+    def save_beside_weights(self, folder: Path) -> None:
+        """Write the tokenizer, and the notice that a licence asks for if the base model came with one."""
         self.tokenizer.save_pretrained(folder)
+        notice = Path(self.causal_lm.name_or_path) / "NOTICE"
+        if notice.is_file():
+            (folder / notice.name).write_bytes(notice.read_bytes())
 
 
 def token_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:

@@ -26,7 +26,6 @@ from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
 from reinforce_ada.training import adapters, built_in, checkpoint, distributed, hub, lineage, models, run_folder, track
-from reinforce_ada.training.card import write_card
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.in_memory import InMemory
@@ -57,9 +56,9 @@ def train(config: Config, resume: Path | None = None, given: InMemory | None = N
             _lead(config, resume, ranks, given or InMemory())
             return
         try:
-            path, dtype = ranks.receive()
-            model = ranks.together(lambda: _load(path, dtype, pick_device(config.model.device), config))
-            Learner(model, config, ranks).follow()
+            path, whole = ranks.receive()  # with what rank 0 has filled in
+            model = ranks.together(lambda: _load(path, pick_device(whole.model.device), whole))
+            ranks.together(lambda: Learner(model, whole, ranks)).follow()
         except RankError:  # rank 0 reports it
             raise SystemExit(1) from None
 
@@ -94,8 +93,8 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) ->
         torch.manual_seed(config.run.seed)
         name, is_new = config.model.model, resume is None
         path = _tiny_folder(config, records, out, display, is_new=is_new) if name == "tiny" else models.path_of(name, display.line)
-        ranks.send([(path, config.model.dtype)] * ranks.size)
-        model = ranks.together(lambda: _load(path, config.model.dtype, device, config))
+        ranks.send([(path, config)] * ranks.size)
+        model = ranks.together(lambda: _load(path, device, config))
         task = render(records, config.task, model.tokenizer, longest=longest_prompt(config))
         for note in filter(None, (defaults, *task.notes)):
             display.line(note)
@@ -117,15 +116,20 @@ def _lead(config: Config, resume: Path | None, ranks: Ranks, given: InMemory) ->
         if not any(record["kind"] == "run" for record in trainer.log.records):
             trainer.log.write({**_header(config, engine, device, ranks.size), "run_id": store.id})
         trainer.run()
-        write_card(out, config)
+    _conclude(trainer, trace)
+
+
+def _conclude(trainer: Trainer, trace: Trace | None) -> None:
+    """Report a run that has ended, and push its model if that was asked for."""
+    out, display, repo = trainer.out, trainer.display, trainer.config.run.push_to_hub
     if any(record["kind"] != "run" for record in trainer.log.records):
         finish(out, display)
     else:
         display.line(f"{out}: no step and no evaluation, so there is nothing to report")
     if trace:
         display.line(f"profile {trace.path}")
-    if config.run.push_to_hub:
-        display.line(f"pushed to {hub.push(out, config.run.push_to_hub)}")
+    if repo:
+        display.line(f"pushed to {hub.push(out, repo)}")
 
 
 def estimate_memory(config: Config) -> str:
@@ -161,9 +165,9 @@ def finish(out: Path, display: Display) -> None:
     display.line(f"figure {report.draw(out)} · model {out / 'model'} · log {out / 'log.jsonl'}")
 
 
-def _load(path: str, dtype: str, device: torch.device, config: Config) -> HuggingFaceModel:
+def _load(path: str, device: torch.device, config: Config) -> HuggingFaceModel:
     """Return the model that is trained, with new adapters if the configuration has a rank for them."""
-    model = models.load(path, dtype, device)
+    model = models.load(path, config.model.dtype, device)
     return adapters.add(model, config.model, config.run.seed) if config.model.lora_rank else model
 
 
@@ -174,8 +178,8 @@ def export(source: Path, target: Path | None, dtype: str) -> Path:
 
 
 def model_path(name: str) -> str:
-    """Return what an engine loads for a model of this name: the converted folder of a built-in model, otherwise the name itself."""
-    return models.path_of(name) if name in built_in.MODELS else name
+    """Return what an engine loads for a model of this name. Raises: InputError for adapters, which are no whole model."""
+    return models.path_of(name) if name in built_in.MODELS or models.is_adapters(Path(name)) else name
 
 
 def pick_device(name: str) -> torch.device:
@@ -248,13 +252,14 @@ def make_engine(
     return closing(import_module(f"reinforce_ada.engines.{name}").launch(run))
 
 
-def quiet_libraries(model: str, task: TaskConfig | None = None, *, offline: bool = True) -> None:
-    """Silence warnings that do not concern the run, and keep a local model with local questions offline.
+def quiet_libraries(model: str, *tasks: TaskConfig, offline: bool = True) -> None:
+    """Silence warnings that do not concern the run, and keep a whole local model with local questions offline.
 
-    Call it before transformers is imported. With `offline=False` the process may still use the hub, for another model or for an upload.
+    Call it once, before transformers is imported. Adapters may have a base model of the hub. With `offline=False` the process may still use
+    the hub, for another model or for an upload.
     """
-    is_online = task is not None and "hub" in (configuration.kind_of(task.task), configuration.kind_of(task.eval_task))
-    if offline and not is_online and (model in built_in.NAMES or Path(model).exists()):
+    is_online = any("hub" in (configuration.kind_of(task.task), configuration.kind_of(task.eval_task)) for task in tasks)
+    if offline and not is_online and (model in built_in.NAMES or (Path(model).exists() and not models.is_adapters(Path(model)))):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

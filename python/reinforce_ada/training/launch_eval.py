@@ -56,8 +56,7 @@ def evaluate_model(configs: Mapping[str, Config], model_name: str) -> list[TaskR
     """
     if distributed.world_size() > 1:
         raise InputError("eval", f"WORLD_SIZE={distributed.world_size()}", "one process: only train works with several", "no torchrun")
-    for each in configs.values():
-        quiet_libraries(model_name, each.task)
+    quiet_libraries(model_name, *(each.task for each in configs.values()))
     display = Display(stderr=True)
     config = next(iter(configs.values()))
     engine_name, device = pick_engine(config.engine.engine), pick_device(config.model.device)

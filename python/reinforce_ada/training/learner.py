@@ -179,8 +179,7 @@ class Learner:
             report = ranks.together(fits("a training pass")(partial(self._gradient, minibatch, passes, old, advance)))
             reports = ranks.exchange(report)
             self.optimizer.add_up(ranks.add_up, set().union(*(r.touched for r in reports)))
-            with self._fits("the optimizer's step"):
-                norms.append(self.optimizer.step(work.learning_rate))
+            norms.append(ranks.together(fits("the optimizer's step")(partial(self.optimizer.step, work.learning_rate))))
             losses.append(sum(r.loss for r in reports))
             parts += [part for r in reports for part in r.parts]
         predicted = {} if self.predictor is None else self.predictor.update(ranks.add_up)

@@ -69,6 +69,8 @@ def load(path: str, dtype: str, device: torch.device) -> HuggingFaceModel:
         first = next(iter(str(e).splitlines()), type(e).__name__)
         raise InputError("model", f"{path} does not load: {one_line(first)}", "a causal LM for transformers") from e
     module, info = loaded
+    if getattr(module, "peft_config", None):  # transformers puts adapters of the hub around their base model by itself
+        raise InputError("model", f"{path} holds LoRA adapters without the model that they adapt", "a whole model", "download them first")
     if missing := sorted(info["missing_keys"]):
         raise InputError("model", f"{path} lacks {missing[0]}, which would be random", "a whole model")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from reinforce_ada import config as configuration
 from reinforce_ada.config import Config
+from reinforce_ada.config.paths import RECORDS
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import ASIDE, clear_leftovers, replace_file
 from reinforce_ada.outside import one_line
-from reinforce_ada.training.in_memory import RECORDS
 
 MARKER = ".reinforce-ada"  # holds the run's name, which is random, and is the lock
 CONFIG = "config.toml"

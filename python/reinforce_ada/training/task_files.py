@@ -104,9 +104,9 @@ def read_records(task: str | Path, form: Form = _AS_IT_IS, *, needs_answer: bool
     return records
 
 
-def checked(rows: Iterable[tuple[str, Any]], *, needs_answer: bool) -> list[Record]:
+def checked(rows: Iterable[tuple[str, Any]], form: Form, *, needs_answer: bool) -> list[Record]:
     """Return the records of (place, value) pairs. Raises: InputError naming the place of a value that is no record."""
-    return [_checked(where, raw, needs_answer) for where, raw in rows]
+    return [_checked(where, _in_columns(where, raw, form), needs_answer) for where, raw in rows]
 
 
 def _raw(task: str | Path, split: str) -> Iterator[tuple[str, Any]]:

@@ -266,11 +266,12 @@ def _own_records(config: TaskConfig, seed: int, data_seed: int, trains: bool) ->
     from reinforce_ada.rewards import exact_match, names
 
     records = read_records(config.task, form_of(config), needs_answer=needs_answer(config))
-    if config.reward:
-        names.check_records(config.reward, records, config.task)
-    else:
-        check_compared(config.task, records)
     apart = read_apart(config, records)
+    for name, part in ((config.task, records), *([(apart.name, apart.records)] if apart else [])):
+        if config.reward:
+            names.check_records(config.reward, part, name)
+        else:
+            check_compared(name, part)
     count = num_examples_of(config)
     spent = count + (0 if apart else config.eval_prompts)
     left = [record for record in _shuffled(records, data_seed, 1) if apart is None or question_of(record) not in apart.questions]

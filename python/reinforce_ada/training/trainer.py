@@ -32,6 +32,7 @@ from reinforce_ada.sampling.windows import window_of
 from reinforce_ada.training import checkpoint
 from reinforce_ada.training.batching import Sample, collate, rows_of, shuffled_minibatches
 from reinforce_ada.training.callbacks import Callback, Callbacks, TrainerView
+from reinforce_ada.training.card import write_card
 from reinforce_ada.training.checkpoint import Checkpoint
 from reinforce_ada.training.costs import cost
 from reinforce_ada.training.display import Display, length_text, step_line, truncation_warning
@@ -75,7 +76,8 @@ class Trainer:
         self.parts, self.config, self.out, self.display, self._span = parts, config, out, display, span
         self.log = RunLog(out / "log.jsonl", trackers)
         self._callbacks = Callbacks(callbacks, display.line)
-        self.learner = Learner(parts.model, config, ranks or Ranks())
+        ranks = ranks or Ranks()
+        self.learner = ranks.together(lambda: Learner(parts.model, config, ranks))
         self.device = self.learner.device
         self.step = 0  # finished steps; also the policy version
         self._saved = 0  # the step of the newest checkpoint
@@ -106,8 +108,12 @@ class Trainer:
                 self.evaluate()
         if self._saved != self.step:  # a callback has ended the run at an evaluation
             self.save_checkpoint()
-        checkpoint.write_folder(self.out / "model", self.parts.model.save)
+        checkpoint.write_folder(self.out / "model", self._save_trained)
         self._tell({"kind": "end", "step": self.step})
+
+    def _save_trained(self, folder: Path) -> None:
+        self.parts.model.save(folder)
+        write_card(folder, self.out.resolve().name, self.config, self.log.records)
 
     def _is_due(self, every: int) -> bool:
         return self._is_over() or bool(every and self.step % every == 0)
