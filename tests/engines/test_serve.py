@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from engine_scenes import refusal
-from scripted_servers import answers, free_port, until
+from scripted_servers import answers, until
 
 from reinforce_ada.cli import main
 from reinforce_ada.engines import serve
@@ -33,12 +35,13 @@ serve(serving, lambda line: print(line, flush=True), command=lambda i: wrong if 
 
 
 def two_free_ports() -> int:
-    """The first of two that follow each other."""
+    """The first of two that follow each other, below those that the system gives to the connections of other tests."""
     while True:
-        port = free_port()
-        with socket.socket() as probe:
-            if port < 65535 and probe.connect_ex(("127.0.0.1", port + 1)) != 0:
-                return port
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as one, socket.socket() as two, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            two.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def started(port: int, logs: Path, how: str = "") -> subprocess.Popen[str]:
