@@ -2,7 +2,7 @@
 
     y = W x + s B (A x),   s = lora_alpha / lora_rank,   A [rank, in] and B [out, rank] in float32
 
-Source: Hu et al. 2021, arXiv 2106.09685. The layers are peft's.
+Source: Hu et al. 2021, arXiv 2106.09685. The layers are peft's, and those of nn.Linear are computed by `low_rank`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def adapted(causal_lm: Any, settings: ModelConfig) -> Any:
     """Return the peft model with new adapters around a transformers model. Raises: InputError as `add` does."""
     from peft import LoraConfig, get_peft_model
 
+    from reinforce_ada.training import low_rank
+
     rank = settings.lora_rank
     config = LoraConfig(
         r=rank,
@@ -112,7 +114,7 @@ def adapted(causal_lm: Any, settings: ModelConfig) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(causal_lm, config, autocast_adapter_dtype=True)  # float32, whatever the weights are
+    return get_peft_model(causal_lm, low_rank.use(config), autocast_adapter_dtype=True)  # float32, whatever the weights are
 
 
 # -------------------- folders of adapters
@@ -151,13 +153,15 @@ def load(folder: Path, dtype: str, device: torch.device) -> AdaptedModel:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from reinforce_ada.training import low_rank
+
     model = models.load(base_of(folder), dtype, device)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if strange := _strange(config):
             raise InputError("model", f"{folder} has {strange}", "plain LoRA adapters of linear layers")
         config.inference_mode = False  # so that the adapters can be told from the weights by their gradients
-        module = get_peft_model(model.causal_lm, config, autocast_adapter_dtype=True)
+        module = get_peft_model(model.causal_lm, low_rank.use(config), autocast_adapter_dtype=True)
         found = set_peft_model_state_dict(module, load_file(folder / WEIGHTS, device=str(device)))
     except InputError:
         raise
