@@ -83,3 +83,25 @@ def test_two_ray_actors(tiny_model: Path, tmp_path: Path, play_apart: Callable[.
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts.pop("replicas") == 2
     adapter_scenes.check(facts)
+
+
+@with_vllm
+@pytest.mark.vllm
+@pytest.mark.slow  # one more vLLM starts
+def test_vllm_serves_saved_adapters_as_a_lora(tiny_model: Path, tmp_path: Path, play_apart: Callable[..., None]) -> None:
+    """The folder that a run leaves, in peft's form, beside the trained model: greedy tokens, and logprobs within 1e-4."""
+    base = tmp_path / "base"
+    model = adapter_scenes.adapted(str(tiny_model))
+    with model.module.disable_adapter():  # the base as `adapted` has spread it
+        model.tokenizer.save_pretrained(base)
+        copy.deepcopy(model.module).unload().save_pretrained(base)
+    adapter_scenes.draw(model, 1, adapter_scenes.LARGE)
+    model.save(tmp_path / "adapters")
+    play_apart("saved_adapters_child.py", base, tmp_path / "adapters", tmp_path / "served.json", timeout_s=280)
+    served = json.loads((tmp_path / "served.json").read_text())
+    for request, said, plain in zip(adapter_scenes.REQUESTS, served["with"], served["without"], strict=True):
+        ids = [token for token, _ in said]
+        truth = scenes.logits_of(model.causal_lm, request.prompt.token_ids, ids).float().log_softmax(-1)
+        assert truth.argmax(-1).tolist() == ids
+        torch.testing.assert_close(truth[range(len(ids)), ids], torch.tensor([x for _, x in said]), rtol=0, atol=1e-4)
+        assert max(abs(x - y) for (_, x), (_, y) in zip(said, plain, strict=True)) > 1e-2

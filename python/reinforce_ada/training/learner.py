@@ -12,7 +12,7 @@ from torch import Tensor
 from reinforce_ada import ops
 from reinforce_ada.config import Config
 from reinforce_ada.sampling import configured
-from reinforce_ada.training import out_of_memory
+from reinforce_ada.training import heap, out_of_memory
 from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares_of
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
@@ -210,6 +210,8 @@ class Learner:
             loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs, self.predictor)
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
+            if self.device.type == "cpu":
+                heap.trim()
             losses.append(loss.detach())
             parts.append((metrics, batch.num_written))
             advance(batch.num_written)

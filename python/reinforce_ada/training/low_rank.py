@@ -19,7 +19,8 @@ class LowRankLinear(peft.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
-            return super().forward(x, *args, **kwargs)
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
         (name,) = self.active_adapters
         base = self.get_base_layer()
         return low_rank_linear(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
@@ -45,7 +46,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
         scale: s.
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
     return y
 
 
