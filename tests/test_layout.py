@@ -26,12 +26,13 @@ DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
-FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
+FOUNDATION = {"errors", "files", "heartbeat", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
 ENTRIES = {"training.eval_results", "training.hub", "training.launch", "training.launch_eval"}
 MAY_IMPORT = {
     "errors": {"outside"},
-    "outside": set(),
+    "heartbeat": set(),
+    "outside": {"heartbeat"},
     "packing": set(),
     "files": {"errors", "outside"},
     "loading": {"errors", "outside"},

@@ -34,7 +34,7 @@ _MAX_SLOW_STARTS = 2  # in a row; after so many first calls that exceeded even t
 _MAX_PICKLES = 4096  # of prompts, kept for their next completions
 _LONGEST_WAIT_S = 1e5  # an epoll takes no number of seconds past 2.1e6
 
-_log = logging.getLogger("reinforce_ada")
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class RewardPool:
             chunk counts as an attempt of none of them.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call, unless
             the reward has a `prepare` method. A reward with a `timed_out` method says itself what a call that exceeds its limit is worth
-            (see `protocol.TimeLimited`).
+            (see `Reward`).
         retries: further attempts for a completion whose attempt failed.
         penalty: is added to every reward; None adds nothing.
         run_code: allow the name "python", a reward that runs what the model wrote.
