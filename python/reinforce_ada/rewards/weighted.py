@@ -19,7 +19,7 @@ class WeightedSum:
     """The reward sum_i weight_i * reward_i(prompt, completion), a Reward itself.
 
     If one of them raises, the whole attempt has failed. If the call runs out of time, it is made once more with the values that the rewards
-    declare for this case (see `protocol.TimeLimited`); a reward that declares none is called again.
+    declare for this case (see `Reward`); a reward that declares none is called again.
 
     Args:
         parts: pairs (weight, reward) with finite weights other than 0.
