@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 import reinforce_ada
-from reinforce_ada.engines.openai import HttpEngine
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.rewards import number_match
 from reinforce_ada.training.task_files import question_of, read_records
@@ -38,8 +37,8 @@ def main(given: argparse.Namespace) -> None:
         ids = tuple(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else ()
         prompts.append(Prompt(str(i), ids, text=text, data=record))
     policy = reinforce_ada.preset(given.preset)
-    engine = HttpEngine(given.server, model=given.model, tokenizer=tokenizer, max_tokens=given.max_tokens, max_num_seqs=16, say=print)
-    with closing(engine):
+    settings = {"model": given.model, "tokenizer": tokenizer, "max_tokens": given.max_tokens, "max_num_seqs": 16}
+    with closing(reinforce_ada.HttpEngine(given.server, **settings, say=print)) as engine:
         result = reinforce_ada.run(reinforce_ada.AdaptiveSampler(prompts, policy), engine, number_match)
     for pool in result.pools:
         print(pool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import logging
 import re
@@ -193,6 +194,29 @@ def test_commands_give_signs_of_life_where_there_is_no_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
     monkeypatch.setattr(explain, "run", run)
     assert cli.main(["explain"]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "study s.toml", "eval m", "simulate", "bench", "explain", "export r --merge", "report r"])
+def test_the_sign_of_life_is_where_the_other_lines_are(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output of most commands is a result, which nothing else may be written into."""
+    streams = {name: io.StringIO() for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def run(given: object) -> int:
+        deadline = time.monotonic() + 20
+        while not any(stream.getvalue() for stream in streams.values()):
+            assert time.monotonic() < deadline
+        return 0
+
+    name, *more = command.split()
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.02)
+    monkeypatch.setattr(importlib.import_module(f"reinforce_ada.commands.{'evaluate' if name == 'eval' else name}"), "run", run)
+    assert cli.main([name, *more]) == 0
+    said = {stream: text.getvalue() for stream, text in streams.items()}
+    place, other = ("stdout", "stderr") if name in ("train", "study") else ("stderr", "stdout")
+    assert said[place].startswith(f"reinforce-ada {name}: 0 s: still running\n")
+    assert said[other] == ""
 
 
 def test_a_server_needs_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:

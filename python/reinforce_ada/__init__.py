@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reinforce_ada.async_driver import adaptive_group, arun
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
+    from reinforce_ada.engines.openai import HttpEngine
     from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
     from reinforce_ada.training.callbacks import StopTraining
     from reinforce_ada.training.entry import train
@@ -27,6 +28,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program decid
 _HOME = {
     "AdaptiveSampler": "reinforce_ada.sampling",
     "FunctionEngine": "reinforce_ada.engines.function",
+    "HttpEngine": "reinforce_ada.engines.openai",
     "Policy": "reinforce_ada.sampling",
     "Prompt": "reinforce_ada.types",
     "StopTraining": "reinforce_ada.training.callbacks",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "AdaptiveSampler",
     "FunctionEngine",
+    "HttpEngine",
     "Policy",
     "Prompt",
     "StopTraining",

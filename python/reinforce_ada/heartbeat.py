@@ -47,4 +47,4 @@ def beating(say: Callable[[str], None], every_s: float | None = None) -> Iterato
         yield
     finally:
         is_over.set()
-        thread.join()
+        thread.join(1.0)  # not for ever on a reader that has stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 
 from completions_server import CompletionsServer, completions_server, one_sum
 from reinforce_ada import AdaptiveSampler, Prompt, preset, run
-from reinforce_ada.engines.endpoint import tokens_of
+from reinforce_ada.engines.endpoint import EndpointAnswer, tokens_of, wrong_answer
 from reinforce_ada.engines.openai import HttpEngine
+from reinforce_ada.outside import GarbageError
 from reinforce_ada.sampling.sampler import request_seed
 from reinforce_ada.types import Completion, CompletionId, Request
 
@@ -109,7 +111,7 @@ def test_what_was_asked_for_is_sent_all_the_same() -> None:
 
 def test_without_a_tokenizer_there_are_texts() -> None:
     said: list[str] = []
-    with completions_server(logprobs="none") as server, engine_of(server, say=said.append) as engine:
+    with completions_server(logprobs="none") as server, engine_of(server, say=said.append, max_model_len=64) as engine:
         completion = one(engine, Prompt("p", text="7+8"))
         assert (completion.text in ("15", "16"), len(completion.token_ids), len(completion.rollout_logprobs)) == (True, 0, 0)
         assert server.bodies[0]["prompt"] == "7+8"
@@ -225,6 +227,57 @@ def test_settings_of_the_other_use_are_refused(tmp_path: Path) -> None:
     for options in ({}, {"max_model_len": 64}, {"max_model_len": 64, "vocab_size": 9, "model": "m"}):
         said = refusal(lambda options=options: HttpEngine("http://127.0.0.1:9", str(tmp_path), max_tokens=8, **options))
         assert "the first two for sampling alone, the other two with weights" in said
+
+
+def assembled(choices: list[dict[str, Any]]) -> Completion:
+    """The completion of at most two tokens whose stream has these choices."""
+    request = Request(CompletionId(0, "p", 0), SUMS[0], 1, 0)
+    answer = EndpointAnswer(request, 2, 300, gives_ids=False, tokenizer=Characters())
+    for choice in choices:
+        answer.add(f"data: {json.dumps({'choices': [choice]})}".encode())
+    return answer.completion(0)
+
+
+WHOLE = {"index": 0, "text": "7", "logprobs": {"tokens": ["7"], "token_logprobs": [-0.5]}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([{**WHOLE, "logprobs": {"tokens": ["7", "8"], "token_logprobs": [-0.5]}}], "2 tokens with 1 logprobs"),
+        ([{**WHOLE, "logprobs": {"tokens": ["7"], "token_logprobs": [0.5]}}], "a logprob that is not one: 0.5"),
+        ([{**WHOLE, "logprobs": {"tokens": ["7"], "token_logprobs": [None]}}], "a logprob that is not one: None"),
+        ([{**WHOLE, "logprobs": {"tokens": [7], "token_logprobs": [-0.5]}}], "a token is a number"),
+        ([{**WHOLE, "logprobs": {"content": ["7"]}}], "a token is a string where an object belongs"),
+        ([{**WHOLE, "logprobs": {"content": [{"token": "7"}]}}], "a logprob that is not one: None"),
+        ([{**WHOLE, "logprobs": {"tokens": ["7"] * 9, "token_logprobs": [-0.5] * 9}}], "tokens has 9 items; 3 at most"),
+        ([{**WHOLE, "finish_reason": None}] * 4, "more than 2 tokens"),
+        ([{**WHOLE, "index": 1}], "an answer to another request"),
+        ([{**WHOLE, "text": ["7"]}], "text is an array"),
+        ([WHOLE, WHOLE], "a completion that goes on after its end"),
+        ([{**WHOLE, "finish_reason": None}], "a stream that ended before the completion did"),
+    ],
+)
+def test_garbage_is_found(choices: list[dict[str, Any]], said: str) -> None:
+    assert assembled([WHOLE]).text == "7"
+    with pytest.raises(GarbageError, match=said):
+        assembled(choices)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"policy_version": 1}, "policy version 1 instead of 0"),
+        ({"finish_reason": "content_filter"}, "finish_reason 'content_filter'"),
+        ({"token_ids": [300], "rollout_logprobs": [math.nan]}, "token 300 of a vocabulary of 300"),
+        ({"rollout_logprobs": [math.nan]}, ""),
+        ({"token_ids": [], "rollout_logprobs": []}, ""),
+        ({"token_ids": [7] * 9, "rollout_logprobs": [-1.0] * 9}, ""),
+    ],
+)
+def test_what_is_wrong_with_a_completion(changed: dict[str, Any], said: str) -> None:
+    whole = Completion(CompletionId(0, "p", 0), [7], [-1.0], "7", "stop", 0)
+    assert wrong_answer(dataclasses.replace(whole, **changed), 0, 2, 300) == said
 
 
 # -------------------- the example of docs/engines.md

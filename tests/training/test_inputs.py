@@ -135,6 +135,7 @@ def test_adapters_do_not_go_on_with_another_base_at_the_same_path(run: Any, base
         assert store.run["base"] == base_digest(str(llama))
 
 
+@pytest.mark.slow
 def test_a_run_that_knows_no_digest_goes_on_by_the_name_of_the_folder(run: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "base_digest", lambda model: "")  # as before there was one
     run()

@@ -124,7 +124,8 @@ class HttpEngine(Fleet):
             raise
         publish = _refuse_weights if weights is None else partial(write_weights, Path(weights).resolve())
         super().__init__(
-            replicas, publish, max_tokens=max_tokens, vocab_size=vocab_size, max_model_len=max_model_len, give_up_s=give_up_s, say=say,
+            replicas, publish, max_tokens=max_tokens, vocab_size=vocab_size, give_up_s=give_up_s, say=say,
+            max_model_len=None if self._is_alone else max_model_len,  # a prompt that is a text has a length that only the server knows
             policy_version=0 if self._is_alone else None, wrong=wrong_answer if self._is_alone else garbage,
         )  # fmt: skip
 

@@ -142,7 +142,7 @@ def check_threshold(spec: str, threshold: float) -> None:
     if not least <= threshold < most:
         given = f"{spec} gives {least:g} to {most:g}, and positive_threshold is {threshold:g}"
         needed = "a completion is correct when its reward exceeds the threshold, so that a threshold between the two is needed"
-        raise InputError("reward", given, needed, "--positive-threshold sets it")
+        raise InputError(FLAG, given, needed, "--positive-threshold sets it")
 
 
 # -------------------- votes

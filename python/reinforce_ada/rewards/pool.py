@@ -18,7 +18,7 @@ from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.by_value import ByValue
 from reinforce_ada.rewards.loading import check_reward
-from reinforce_ada.rewards.names import load_reward
+from reinforce_ada.rewards.names import FLAG, load_reward
 from reinforce_ada.rewards.overlong import OverlongPenalty
 from reinforce_ada.rewards.process import WorkerProcess, exit_text, has_main_file
 from reinforce_ada.rewards.protocol import Reward
@@ -304,7 +304,8 @@ class RewardPool:
         if trace:
             _log.warning("a reward worker could not load the reward\n%s", trace)
         self.close()
-        raise InputError("reward", f"a worker cannot load it ({failure})", "one that a fresh process can load", hint)
+        where, reward = (FLAG, f"reward {self._reward!r}") if isinstance(self._reward, str) else ("reward", "it")
+        raise InputError(where, f"a worker cannot load {reward} ({failure})", "one that a fresh process can load", hint)
 
     # -------------------- messages to workers
 
