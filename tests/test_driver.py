@@ -441,7 +441,7 @@ def test_function_engine_batches_and_passes_seeds() -> None:
 
 
 def test_function_engine_counts_the_texts() -> None:
-    with pytest.raises(InputError, match="FunctionEngine: 1 texts from generate for 8 prompts; one each is needed"):
+    with pytest.raises(InputError, match=r"FunctionEngine: 1 answers from generate for 8 prompts; a text, or .* for each prompt is needed"):
         run(sampler_of("a"), FunctionEngine(lambda prompts, seeds: ["+"], batch_size=8), plus)
 
 

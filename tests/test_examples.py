@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from loaded_tasks import load_task
 from reinforce_ada import cli, config
 from reinforce_ada.commands import bench, doctor, evaluate, explain, export, push, report, simulate, study, train
 from reinforce_ada.driver import run
@@ -20,7 +21,6 @@ from reinforce_ada.sampling import AdaptiveSampler, preset
 from reinforce_ada.simulate.command import settings
 from reinforce_ada.study.settings import read_study
 from reinforce_ada.training.models import tiny_tokenizer
-from reinforce_ada.training.tasks import load_task
 from reinforce_ada.types import Prompt
 
 ROOT = Path(__file__).parent.parent

@@ -26,17 +26,18 @@ DECLARED = _dispatch.table()
 
 # What each part may import; the part of a module is the longest entry it starts with. launch puts a run together for the command line
 # and ends it with the report, so nothing else in training may import it but launch_eval, which puts an evaluation together.
-FOUNDATION = {"errors", "files", "loading", "machine", "outside", "types"}
+FOUNDATION = {"errors", "files", "heartbeat", "loading", "machine", "outside", "types"}
 STAGES = {"sampling", "rewards", "ops", "engines", "rollouts", "config"}
 ENTRIES = {"training.eval_results", "training.hub", "training.launch", "training.launch_eval"}
 MAY_IMPORT = {
     "errors": {"outside"},
-    "outside": set(),
+    "heartbeat": set(),
+    "outside": {"heartbeat"},
     "packing": set(),
     "files": {"errors", "outside"},
     "loading": {"errors", "outside"},
     "machine": set(),
-    "types": {"errors"},
+    "types": {"errors", "outside"},
     "config": {"errors", "files", "loading", "outside", "rewards"},
     "sampling": FOUNDATION,
     "rewards": FOUNDATION,
@@ -64,6 +65,9 @@ MAY_IMPORT = {
     "cli": {*FOUNDATION, "commands"},
     "__main__": {"cli"},
 }
+
+# The imports that go up: a method of a record that calls what stands above it, when somebody calls the method, and names for its types.
+UP = {"types": {"sampling", "training.tensors"}}
 
 
 def module_name(path: Path) -> str:
@@ -197,7 +201,7 @@ def test_every_kernel_is_in_the_header():
 def test_imports_go_one_way(module):
     part = part_of(module)
     ours = {name.removeprefix("reinforce_ada.") for name in imports(TREES[module]) if name.startswith("reinforce_ada.")}
-    assert {name for name in ours if part_of(name) not in {part, *MAY_IMPORT[part]}} == set()
+    assert {name for name in ours - UP.get(module, set()) if part_of(name) not in {part, *MAY_IMPORT[part]}} == set()
 
 
 def test_the_parts_have_an_order():

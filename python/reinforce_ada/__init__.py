@@ -6,6 +6,7 @@ package imports neither torch nor an engine.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from reinforce_ada.async_driver import adaptive_group, arun
     from reinforce_ada.driver import run
     from reinforce_ada.engines.function import FunctionEngine
+    from reinforce_ada.engines.openai import HttpEngine
     from reinforce_ada.sampling import AdaptiveSampler, Policy, preset
     from reinforce_ada.training.callbacks import StopTraining
     from reinforce_ada.training.entry import train
     from reinforce_ada.types import Prompt
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program decides what it shows; the command line shows INFO and above
+
 _HOME = {
     "AdaptiveSampler": "reinforce_ada.sampling",
     "FunctionEngine": "reinforce_ada.engines.function",
+    "HttpEngine": "reinforce_ada.engines.openai",
     "Policy": "reinforce_ada.sampling",
     "Prompt": "reinforce_ada.types",
     "StopTraining": "reinforce_ada.training.callbacks",
@@ -38,6 +43,7 @@ _HOME = {
 __all__ = [
     "AdaptiveSampler",
     "FunctionEngine",
+    "HttpEngine",
     "Policy",
     "Prompt",
     "StopTraining",

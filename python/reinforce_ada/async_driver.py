@@ -19,7 +19,7 @@ from reinforce_ada.types import Aborted, Completion, CompletionId, Event, Failed
 
 SampleFunction: TypeAlias = Callable[[Request], Awaitable[tuple[Any, float]]]
 
-_log = logging.getLogger("reinforce_ada")
+_log = logging.getLogger(__name__)
 
 
 async def arun(

@@ -10,14 +10,17 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import reinforce_ada
+from reinforce_ada import heartbeat
 from reinforce_ada.commands import bench, doctor, evaluate, explain, export, push, report, serve, simulate, study, train
 from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, not_installed
-from reinforce_ada.outside import one_line
+from reinforce_ada.outside import log_on_stderr, one_line, show
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
+_PROGRESS_ON_STDOUT = ("train", "study")  # the output of the others is a result
 _LONGEST_ARGUMENT = 100_000  # characters
 _GOES_ON = {
     "train": "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on",
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(_readable(parser, sys.argv[1:] if arguments is None else arguments))
     try:
-        code = int(given.run(given) or 0)
+        with log_on_stderr(), _heartbeat(given.command):
+            code = int(given.run(given) or 0)
         sys.stdout.flush()
         return code
     except InputError as e:
@@ -56,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{_GOES_ON.get(given.command, '')}", first="\n")
         return 130
+
+
+def _heartbeat(command: str) -> AbstractContextManager[None]:
+    """Return what tells every 30 s that a command is still there, on the stream of its progress if that is no terminal."""
+    stream = sys.stdout if command in _PROGRESS_ON_STDOUT else sys.stderr
+    if command == "serve" or stream.isatty() or _is_another_rank():
+        return nullcontext()
+    return heartbeat.beating(lambda text: show(f"reinforce-ada {command}: {text}", file=stream))
 
 
 def _missing_package(e: BaseException | None) -> str | None:
@@ -135,15 +147,17 @@ class _Version(argparse.Action):
 
 
 def _fail(text: str, *, first: str = "") -> int:
-    """Print it on one line, once where torchrun has started several of us, and return 2; messages quote what was typed, files and servers.
-
-    A RANK without the rest of torchrun's variables silences nobody.
-    """
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    is_one_of_several = rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
-    if not (is_one_of_several and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
+    """Print it on one line, once where torchrun has started several of us, and return 2; messages quote what was typed and servers."""
+    if not _is_another_rank():
         print(first + one_line(text, most=4000), file=sys.stderr)
     return 2
+
+
+def _is_another_rank() -> bool:
+    """Return whether another process speaks for this one. A RANK without the rest of torchrun's variables silences nobody."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_one_of_several = rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
+    return is_one_of_several and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def _cpu_has_bfloat16() -> bool:
     return bool(flags & _BFLOAT16_FLAGS) and (not x86 or torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
+def device_of(name: str) -> str:
+    """Return "cpu" or "cuda" for one of these or for "auto", which is cuda if torch has such a device."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def native_dtype(device: str) -> Literal["bfloat16", "float32"]:
     """Return "bfloat16" if `device` ("cpu" or "cuda") multiplies it in hardware, otherwise "float32".
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import re
 import sys
@@ -17,6 +18,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
+
+from reinforce_ada import heartbeat
 
 
 class GarbageError(ValueError):
@@ -118,6 +121,31 @@ def one_line(text: str, most: int = 300) -> str:
 def show(text: str, *, file: IO[str] | None = None, end: str = "\n") -> None:
     """Print `text` so that it cannot steer the terminal; on standard output by default."""
     print(printable(text), file=sys.stdout if file is None else file, end=end, flush=True)
+    heartbeat.heard()
+
+
+class _OnStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        show(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Show what the package logs, from INFO on, on standard error; a program that has configured logging itself keeps its own ways."""
+    logger = logging.getLogger("reinforce_ada")
+    if any(not isinstance(handler, logging.NullHandler) for handler in (*logger.handlers, *logging.getLogger().handlers)):
+        yield
+        return
+    handler, level, propagates = _OnStderr(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level or logging.INFO)
+    logger.propagate = False  # a library may give the root logger a handler meanwhile
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 @contextmanager

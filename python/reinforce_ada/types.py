@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
+
+if TYPE_CHECKING:
+    from reinforce_ada.sampling import Policy
+    from reinforce_ada.training.tensors import StepTensors
 
 _NO_IDS, _NO_LOGPROBS = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -29,7 +34,11 @@ class CompletionId(NamedTuple):
     index: int  # type: ignore[assignment]  # shadows tuple.index, which no id needs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _shown(text: str) -> str:
+    return one_line(repr(text), 60)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Prompt:
     """A prompt as the sampler sees it: an id, token ids for the engine, and the data that its reward function needs."""
 
@@ -38,6 +47,9 @@ class Prompt:
     text: str = ""  # rendered, as the engine sees it
     data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
     key: str = ""  # identifies the prompt across steps and runs, for a memory; "" is prompt_id
+
+    def __repr__(self) -> str:
+        return f"<Prompt {_shown(self.prompt_id)}: {len(self.token_ids)} tokens, {_shown(self.text)}>"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +68,7 @@ class Request:
         return Completion(self.id, token_ids, rollout_logprobs, text, finish_reason, self.policy_version, **others)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Completion:
     """One sampled response. `policy_version` is that of the weights that sampled it, as the engine reports it."""
 
@@ -81,6 +93,13 @@ class Completion:
         """Return how many of the tokens the policy wrote."""
         return len(self.token_ids) if self.token_mask is None else int(self.token_mask.sum())
 
+    def __repr__(self) -> str:
+        return f"<Completion {_name(self.id)}: {len(self.token_ids)} tokens, {self.finish_reason}, {_shown(self.text)}>"
+
+
+def _name(completion: CompletionId) -> str:
+    return f"{completion.index} of {_shown(completion.prompt_id)} in step {completion.step}"
+
 
 def _mask(given: Any, length: int) -> NDArray[np.bool_]:
     mask = np.asarray(given)
@@ -89,12 +108,15 @@ def _mask(given: Any, length: int) -> NDArray[np.bool_]:
     return mask.astype(np.bool_)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Scored:
     """A completion with its reward (finite)."""
 
     completion: Completion
     reward: float
+
+    def __repr__(self) -> str:
+        return f"<Scored {_name(self.id)}: reward {self.reward:g}, {_shown(self.completion.text)}>"
 
     @property
     def id(self) -> CompletionId:
@@ -185,15 +207,18 @@ class Pool:
 
     def __repr__(self) -> str:
         counts = f"{self.num_correct} correct, {self.num_wrong} wrong, {self.num_void} void"
-        return f"<Pool {self.prompt.prompt_id!r}: {counts}, {self.exit}>"
+        return f"<Pool {_shown(self.prompt.prompt_id)}: {counts}, {self.exit}>"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Group:
     """The completions kept for the loss, in request order, with the pool they came from."""
 
     pool: Pool
     kept: tuple[Scored, ...]  # [<= group_size]
+
+    def __repr__(self) -> str:
+        return f"<Group {_shown(self.pool.prompt.prompt_id)}: {len(self.kept)} kept of {self.pool.count} scored>"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -214,3 +239,17 @@ class SamplingResult:
         rows = [(g.pool.count, g.pool.mean, g.pool.m2, g.pool.min, g.pool.max) for g in self.groups]
         columns = np.asarray(rows, dtype=np.float64).reshape(len(rows), 5).T
         return PoolStats(*columns)
+
+    def to_tensors(self, policy: Policy, *, pad_id: int = 0) -> StepTensors:
+        """Return the kept completions as the tensors that a training loop needs, with their advantages.
+
+        Args:
+            policy: the one that sampled; its weight hook says how advantages are computed, over the statistics of the whole pools.
+            pad_id: any id of the vocabulary, for the ends of shorter rows, which `attention_mask` leaves out.
+        Returns: `StepTensors`, which has shapes and dtypes, on the CPU; rows are in the order of `groups` and of their `kept`.
+        Raises: InputError when nothing was kept, when a prompt or a completion has no token ids, and for a policy whose baseline is
+            predicted, which needs the trainer.
+        """
+        from reinforce_ada.training.tensors import tensors_of  # the records need no torch; this method alone does
+
+        return tensors_of(self, policy, pad_id)

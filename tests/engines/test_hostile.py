@@ -21,7 +21,7 @@ from hostile_modes import COMPLETE, HANDSHAKE, MODES, Mode
 from hostile_server import HostileServer, hostile, loop_in_a_thread
 
 from reinforce_ada.driver import run
-from reinforce_ada.engines import openai
+from reinforce_ada.engines import http_replica, openai
 from reinforce_ada.engines.openai import HttpEngine
 from reinforce_ada.errors import EngineLost, InputError
 from reinforce_ada.outside import one_line
@@ -119,7 +119,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for variable in ("VLLM_API_KEY", "OPENAI_API_KEY"):
             patch.delenv(variable, raising=False)
         patch.setattr(openai, "_trusted", lambda: trusted)
-        patch.setattr(openai, "_LOAD_S", LOAD_S)
+        patch.setattr(http_replica, "_LOAD_S", LOAD_S)
         good = threads.submit(play, loop, folder / "good", None, is_alone=True)
         good.result()
         yield {("", True): good} | {

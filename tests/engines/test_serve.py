@@ -15,9 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from engine_scenes import refusal
 from scripted_servers import answers, until
 
+from reinforce_ada import machine
 from reinforce_ada.cli import main
 from reinforce_ada.engines import serve
 from reinforce_ada.engines.serve import Serving
@@ -147,6 +149,16 @@ def test_commands_and_cores() -> None:
     assert set(",".join(bound).split(",")) == set(map(str, cores))
     on_gpus = Serving(model="folder", replicas=2, device="cuda", tensor_parallel=2)
     assert "--tensor-parallel-size 2" in " ".join(serve.command_of(on_gpus, 0))
+
+
+def test_the_device_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --device the servers take what is there, and a GPU too few is refused as with --device cuda."""
+    for is_there, name in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
+        assert [machine.device_of(given) for given in ("auto", "cpu", "cuda")] == [name, "cpu", "cuda"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    said = refusal(lambda: serve.check(Serving(model="m", replicas=2, port=two_free_ports()), needs_vllm=False))
+    assert "CUDA_VISIBLE_DEVICES=4 for 2 x 1 GPUs" in said
 
 
 # What is inherited, and what each of two servers with two GPUs gets of it; a text: what is said instead.

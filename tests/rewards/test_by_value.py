@@ -67,6 +67,36 @@ def test_functions_of_the_program_itself_score_in_workers(tmp_path: Path, form: 
     assert done.stderr.count("top") == 1
 
 
+CELL = """
+    from reinforce_ada.rewards import RewardPool, WeightedSum, exact_match
+    from reinforce_ada.types import Completion, CompletionId, Prompt
+
+    RIGHT = "7"
+
+    def score(prompt, completion):
+        return float(completion == RIGHT)
+
+    rewards = [score, lambda prompt, completion: 2.0, WeightedSum([(1.0, score), (0.5, exact_match)]), exact_match, "exact"]
+    prompt = Prompt("p", data={"answer": "7"})
+    for reward in rewards:
+        with RewardPool(reward, num_workers=1) as pool:
+            pool.submit([prompt], [Completion(CompletionId(0, "p", 0), [1], [0.0], "7", "stop", 0)])
+            found = []
+            while not found:
+                found += pool.poll(1.0)
+            print(found[0].reward, end=" ")
+"""
+
+
+@pytest.mark.parametrize("form", ["-c", "-"])
+def test_a_pool_takes_what_was_typed_into_an_interpreter(tmp_path: Path, form: str) -> None:
+    """No worker can import this program: there is no file of it. A notebook is the same."""
+    code = textwrap.dedent(CELL)
+    command, typed = ([sys.executable, "-c", code], "") if form == "-c" else ([sys.executable, "-"], code)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.stdout, done.stderr) == ("1.0 2.0 1.5 1.0 1.0 ", "")
+
+
 def test_what_can_be_imported_is() -> None:
     def inner(prompt: Any, completion: str) -> float:
         return 0.0
@@ -98,8 +128,8 @@ def test_a_reward_of_another_program_is_refused_in_words_that_fit(name: str) -> 
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (3, "reward builtins:<int> is not callable"),
-        (lambda completion: 0.0, r"reward test_by_value:<lambda>: too many positional arguments"),
+        (3, "reward: builtins:<int> is not callable"),
+        (lambda completion: 0.0, r"reward: test_by_value:<lambda>: too many positional arguments"),
     ],
 )
 def test_what_cannot_be_called_is_refused(reward: Any, said: str) -> None:
@@ -114,5 +144,5 @@ def test_what_cannot_be_pickled_is_refused_before_a_worker_starts(tmp_path: Path
 
 def test_without_cloudpickle_the_line_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reinforce_ada.errors.is_installed", lambda name: name != "cloudpickle")
-    with pytest.raises(InputError, match=r"^train: cloudpickle is not installed; pip install .*; or move the reward to a module"):
+    with pytest.raises(InputError, match=r"^reward: cloudpickle is not installed; pip install .*; or move the reward to a module"):
         ByValue(exact_match)

@@ -104,7 +104,7 @@ BAD = {
 
 @pytest.mark.parametrize("spec", BAD)
 def test_what_may_not_is_one_line(here: Path, spec: str) -> None:
-    with pytest.raises(InputError, match=r"^RewardPool: reward ") as caught:
+    with pytest.raises(InputError, match=r"^--reward: reward ") as caught:
         RewardPool(spec.replace("{}", str(here)))
     assert BAD[spec].replace("{}", str(here)) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -52,7 +52,7 @@ def test_the_parts_of_a_text(spec: str) -> None:
         assert names.parts_of(spec) == expected
         assert names.parts_of(",".join(map(str, names.parts_of(spec)))) == expected
         return
-    with pytest.raises(InputError, match=r"^RewardPool: reward ") as caught:
+    with pytest.raises(InputError, match=r"^--reward: reward ") as caught:
         names.parts_of(spec)
     assert (expected or "or the form") in str(caught.value)
 

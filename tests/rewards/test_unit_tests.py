@@ -80,7 +80,7 @@ def test_a_record_without_tests_is_refused(tests: object) -> None:
 
 def test_nothing_runs_unless_it_is_allowed() -> None:
     for spec in ("python", "exact,python:0.5"):
-        with pytest.raises(InputError, match=r"^RewardPool: reward 'python' runs code that the model wrote; run_code = true") as caught:
+        with pytest.raises(InputError, match=r"^--reward: reward 'python' runs code that the model wrote; run_code = true") as caught:
             RewardPool(spec)
         assert "\n" not in str(caught.value)
     assert not names.needs_answer("python")

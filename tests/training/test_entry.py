@@ -205,9 +205,9 @@ async def later(prompt: Prompt, completion: str) -> float:
         ({"task": "gcd"}, "train: task= among the settings; the argument data"),
         ({"model": SimpleNamespace()}, r"train: the model is a SimpleNamespace; a name or a folder; save_pretrained\(folder\)"),
         ({"model": "./gone"}, "model: './gone' is no folder"),
-        ({"reward": later}, "RewardPool: reward test_entry:later is an async function"),
-        ({"reward": len}, "RewardPool: reward builtins:len"),
-        ({"reward": "gone:score"}, "RewardPool: reward 'gone:score': No module named 'gone'"),
+        ({"reward": later}, "reward: test_entry:later is an async function"),
+        ({"reward": len}, "reward: builtins:len"),
+        ({"reward": "gone:score"}, "--reward: reward 'gone:score': No module named 'gone'"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_one_line(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:

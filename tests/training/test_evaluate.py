@@ -33,6 +33,7 @@ def test_evaluation_of_a_scripted_engine():
     assert e.num_voids == 0
     assert (e.maj_at_k, e.maj_at_k_stderr) == (None, None)
     assert "maj_at_k" not in e.record()
+    assert repr(e) == "<Evaluation: Avg@4 0.500 ± 0.289 on 3 prompts>"
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from loaded_tasks import load_task
 from reinforce_ada import config as configuration
 from reinforce_ada.errors import InputError
 from reinforce_ada.training.loss import RunLoss
 from reinforce_ada.training.models import tiny_tokenizer
 from reinforce_ada.training.task_defaults import completed, is_generated
-from reinforce_ada.training.tasks import load_task
 from reinforce_ada.training.trainer import compared, fingerprint
 
 DEMO = ("Reply with one number and nothing else.", 1, 12)

@@ -18,6 +18,7 @@ from reinforce_ada.training import launch, launch_eval, lineage, models
 from reinforce_ada.training.log import read_log
 from reinforce_ada.training.task_files import question_of
 from reinforce_ada.training.tasks import content_key, load_records
+from reinforce_ada.training.trainer import compared, fingerprint
 from reinforce_ada.types import Prompt
 
 QUESTIONS = [f"{a} + {b} =" for a in range(6) for b in range(4)]
@@ -189,10 +190,10 @@ def test_an_older_runs_data_is_of_its_seed(run: Path, tmp_path: Path) -> None:
     assert configuration.load_saved(older, {"data_seed": 2}).run.data_seed == 2
     assert configuration.load(older).run.data_seed == 0
     assert configuration.load_saved(run / "config.toml").run.data_seed == 0
-    kept = launch.fingerprint(configuration.load_saved(older))
+    kept = fingerprint(configuration.load_saved(older))
     without = {**kept, "run": {key: value for key, value in kept["run"].items() if key != "data_seed"}}
-    assert launch.compared(without) == launch.compared(kept)  # what the store of such a run has
-    assert launch.compared(launch.fingerprint(configuration.load(older))) != launch.compared(without)
+    assert compared(without) == compared(kept)  # what the store of such a run has
+    assert compared(fingerprint(configuration.load(older))) != compared(without)
 
 
 # -------------------- rewards that never score

@@ -6,11 +6,12 @@ from itertools import islice
 
 import pytest
 
+from loaded_tasks import load_task
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.errors import InputError
 from reinforce_ada.rewards import exact_match
 from reinforce_ada.training.models import tiny_tokenizer
-from reinforce_ada.training.tasks import content_key, load_records, load_task, render
+from reinforce_ada.training.tasks import content_key, load_records, render
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,14 @@ def test_seed_changes_the_order(letters, tokenizer):
 
 
 def test_reasoning_gym_never_trains_on_a_held_out_question(tokenizer):
-    task = load_task(TaskConfig(eval_prompts=64), tokenizer, 0, 0)
+    config = TaskConfig(eval_prompts=64)
+    task, reward = load_task(config, tokenizer, 0, 0), load_records(config, 0, 0).reward
     questions = {p.data["question"] for p in task.held_out}
     assert len(questions) == 64
     assert not questions & {p.data["question"] for p in islice(task.train(0), 500)}
     answer = str(task.held_out[0].data["answer"])
-    assert task.reward(task.held_out[0], answer) == 1.0
-    assert task.reward(task.held_out[0], "no number") == 0.0
+    assert reward(task.held_out[0], answer) == 1.0
+    assert reward(task.held_out[0], "no number") == 0.0
 
 
 def test_all_questions_held_out_is_an_error_not_an_endless_loop(tokenizer):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from reinforce_ada import heartbeat
 from reinforce_ada.bench import figure, machine, memory, tables
 from reinforce_ada.bench.case import Case
 from reinforce_ada.bench.catalogue import choose
@@ -55,6 +56,7 @@ def _measure(cases: Sequence[Case], device: str, quick: bool, to: Path) -> tuple
     wrong: list[str] = []
     for i, case in enumerate(cases, 1):
         seconds = int(time.monotonic() - start)
+        heartbeat.begins(str(case))
         _say(f"[{i:>{len(str(len(cases)))}}/{len(cases)}] {seconds // 60}:{seconds % 60:02} {case}", end=" ")
         try:
             records.append(Session(case, device).run())

@@ -40,7 +40,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=shown)
     parser.add_argument("--max-model-len", type=int, default=512, metavar="N", help="longest prompt + completion in tokens (default: 512)")
     parser.add_argument("--max-num-seqs", type=int, default=128, metavar="N", help="concurrent requests per server (default: 128)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: consecutive GPUs for each server (default: cpu)")
+    shown = "cuda: consecutive GPUs for each server; auto: cuda if there is a device that torch can use, else cpu (default: auto)"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=shown)
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="cuda: GPUs per server (default: 1)")
     parser.add_argument("--memory-fraction", type=float, default=0.9, metavar="X", help="cuda: share of the GPU's memory (default: 0.9)")
     parser.add_argument("--kv-cache-mb", type=int, default=512, metavar="N", help="cpu: key-value cache per server (default: 512)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -149,14 +149,23 @@ def refusal(status: int, retry_after: str, text: str, path: str) -> Exception:
     return BrokenError(answers)
 
 
-def models_of(text: bytes) -> list[tuple[str, int | None]]:
-    """Return the names and the longest contexts from an answer of /v1/models."""
+class Served(NamedTuple):
+    """A model that a server has."""
+
+    name: str
+    max_model_len: int | None  # of prompt and completion; None if the server does not say
+    owner: str  # "vllm" for vLLM; "" if the server does not say
+
+
+def models_of(text: bytes) -> list[Served]:
+    """Return the models from an answer of /v1/models."""
     found = []
     for entry in items(fields(parse_json(text), "the answer").get("data"), "data", 1000):
         model = fields(entry, "a model")
         longest = model.get("max_model_len")
         name = text_of(model.get("id"), "the name of a model", _MOST_NAME)
-        found.append((name, None if longest is None else count(longest, "max_model_len")))
+        owner = model.get("owned_by")
+        found.append(Served(name, None if longest is None else count(longest, "max_model_len"), owner if isinstance(owner, str) else ""))
     return found
 
 
@@ -199,8 +208,11 @@ class Answer:
             self._is_over = True
             return False
         self._take(fields(parse_json(data), "a message"))
-        before, self._progress = self._progress, -(-len(self._tokens) // TOKENS_A_MESSAGE) + bool(self.finish_reason)
+        before, self._progress = self._progress, -(-self._num_tokens() // TOKENS_A_MESSAGE) + bool(self.finish_reason)
         return self._progress > before
+
+    def _num_tokens(self) -> int:
+        return len(self._tokens)
 
     def _take(self, message: dict[str, Any]) -> None:
         if message.get("error") is not None:

@@ -7,6 +7,7 @@ current by then.
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections import defaultdict, deque
@@ -25,6 +26,8 @@ from reinforce_ada.types import Completion, CompletionId, Request
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 MOST_DROPS = 20  # of one request in a row: otherwise a request that every replica refuses would be passed round for ever
 _NUM_PLACEMENTS = 65536  # kept for a profile, which reads them at every poll
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +147,10 @@ class Fleet(Engine):
         max_tokens: the most tokens of a completion.
         vocab_size: every token id must be below.
         max_model_len: the longest prompt + completion; None leaves the check of prompts to the replicas.
+        policy_version: that of the weights which the replicas have from the start; None if they have none before a sync.
+        wrong: says what is wrong with a completion, from (completion, policy version, max_tokens, vocab_size); "" if nothing is.
         give_up_s: raise EngineLost after this long without any replica, counted since the last answer of one.
-        say: takes one line whenever a replica comes or goes.
+        say: takes one line whenever a replica comes or goes; by default the log of this module does.
         clock, wait_s: monotonic seconds; how long `poll` waits for a message at most.
     """
 
@@ -157,8 +162,10 @@ class Fleet(Engine):
         max_tokens: int,
         vocab_size: int,
         max_model_len: int | None = None,
+        policy_version: int | None = None,
+        wrong: Callable[[Completion, int | None, int, int], str] = garbage,
         give_up_s: float = 600.0,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = _log.info,
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = 0.05,
     ) -> None:
@@ -168,7 +175,7 @@ class Fleet(Engine):
         self._waiting: deque[Request] = deque()
         self._droppers: dict[CompletionId, list[Member]] = {}  # replicas that dropped a request since it was last answered
         self._weights: Any = None
-        self._version: int | None = None
+        self._version, self._wrong = policy_version, wrong
         self._lost_s = 0.0  # seconds without a replica, since the last answer
         self._lost_at: float | None = None  # when `_lost_s` was last increased; None while a replica can be used
         self.counts, self.hits = FleetCounts(), PrefixHits()
@@ -312,7 +319,7 @@ class Fleet(Engine):
     def _completed(self, member: Member, completion: Completion) -> Completion | None:
         if completion.id not in member.running:
             self.counts.late += 1
-        elif wrong := garbage(completion, self._version, self._max_tokens, self._vocab_size):
+        elif wrong := self._wrong(completion, self._version, self._max_tokens, self._vocab_size):
             self._reject(member, f"answered garbage: {wrong}")
         else:
             self.hits.add(member.running.pop(completion.id), completion)

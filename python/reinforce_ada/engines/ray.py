@@ -22,6 +22,8 @@ from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import installed_version, one_line
 from reinforce_ada.types import Completion, CompletionId, Request
 
+_log = logging.getLogger(__name__)
+
 _TURN_S = 0.05  # an actor answers after this time, or with the first completion
 _BEAT_S = 1.0  # between two checks of an actor that has nothing to do
 _CONNECT_S, _END_S = 5.0, 10.0
@@ -270,7 +272,7 @@ class RayEngine(Fleet):
         cpus: int = 1,
         hung_after_s: float = 60.0,
         give_up_s: float = 600.0,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = _log.info,
     ) -> None:
         if num_replicas < 1 or cpus < 1:
             raise InputError("engine", f"{num_replicas} replicas of {cpus} cores", "at least 1 of each")

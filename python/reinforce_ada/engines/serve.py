@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Serving:
     dtype: str = "auto"  # bfloat16 if the device computes in it, otherwise float32
     max_model_len: int = 512
     max_num_seqs: int = 128
-    device: str = "cpu"
+    device: str = "auto"  # cuda if torch has such a device, otherwise cpu
     tensor_parallel: int = 1
     memory_fraction: float = 0.9
     kv_cache_mb: int = 512
@@ -162,6 +162,7 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
     Raises: InputError when a port is taken, vLLM is not installed, or a server ends before it was ever ready.
     """
     check(serving, needs_vllm=command is None)
+    serving = replace(serving, device=machine.device_of(serving.device))
     command = command or partial(command_of, serving)
     servers = [
         Server(serving.url(i), command(i), environment_of(serving, i), serving.logs / f"{serving.port + i}.log")
@@ -170,7 +171,7 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
     # Both signals: a shell without job control starts background processes with SIGINT ignored.
     before = {how: signal.signal(how, signal.default_int_handler) for how in (signal.SIGINT, signal.SIGTERM)}
     try:
-        say(f"serve: starting {len(servers)} of {serving.model}; logs in {serving.logs}/")
+        say(f"serve: starting {len(servers)} of {serving.model} on {serving.device}; logs in {serving.logs}/")
         if not _is_loopback(serving.host):
             say(f"serve: WARNING: whoever reaches {serving.host} can load weights and run code here; VLLM_API_KEY does not guard that")
         for server in servers:
@@ -198,7 +199,6 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     if needed := _RANGES["port"].needed(last):
         raise InputError("serve", f"{serving.replicas} replicas from port {serving.port} on", f"a last port of {needed}")
     _check_host(serving)
-    _check_gpus(serving)
     if needs_vllm:
         needs("serve", "vllm")
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
@@ -209,6 +209,7 @@ def check(serving: Serving, *, needs_vllm: bool = True) -> None:
                 probe.bind((serving.host, port))
             except (OSError, OverflowError) as e:
                 raise InputError("serve", f"port {port} on {serving.host}: {e}", "a free one", "--port names the first of them") from e
+    _check_gpus(serving)
 
 
 def _check_host(serving: Serving) -> None:
@@ -234,7 +235,7 @@ def _is_loopback(host: str) -> bool:
 def _check_gpus(serving: Serving) -> None:
     visible = _visible_gpus()
     needed = serving.replicas * serving.tensor_parallel
-    if serving.device == "cuda" and visible is not None and len(set(visible)) < needed:
+    if machine.device_of(serving.device) == "cuda" and visible is not None and len(set(visible)) < needed:
         given = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} for {serving.replicas} x {serving.tensor_parallel} GPUs"
         raise InputError("serve", given, f"{needed} different ones", "lower --replicas or --tensor-parallel")
 

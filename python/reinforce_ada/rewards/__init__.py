@@ -10,13 +10,12 @@ from reinforce_ada.rewards.latex import MathMatch
 from reinforce_ada.rewards.number import number_match
 from reinforce_ada.rewards.overlong import OverlongPenalty
 from reinforce_ada.rewards.pool import RewardCounters, RewardPool
-from reinforce_ada.rewards.protocol import BatchReward, Reward, RewardRunner
+from reinforce_ada.rewards.protocol import Reward, RewardRunner
 from reinforce_ada.rewards.reasoning_gym import ReasoningGymReward, make_entries
 from reinforce_ada.rewards.unit_tests import UnitTests
 from reinforce_ada.rewards.weighted import WeightedSum
 
 __all__ = [
-    "BatchReward",
     "InlineRewards",
     "MathMatch",
     "OverlongPenalty",

@@ -22,7 +22,7 @@ class ByValue:
 
     def __init__(self, reward: Reward) -> None:
         check_reward(reward, name_of(reward))
-        needs("train", "cloudpickle", "or move the reward to a module and name it as module:function")
+        needs("reward", "cloudpickle", "or move the reward to a module and name it as module:function")
         self._reward = reward
 
     def __getattr__(self, name: str) -> Any:

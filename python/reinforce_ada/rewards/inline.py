@@ -10,7 +10,7 @@ from reinforce_ada.rewards.loading import as_reward, check_reward, describe
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
-_log = logging.getLogger("reinforce_ada")
+_log = logging.getLogger(__name__)
 
 
 class InlineRewards:

@@ -52,19 +52,19 @@ def describe(error: BaseException) -> tuple[str, str]:
     return line[:300], "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
 
 
-def check_reward(reward: object, shown: str) -> None:
-    """Raise InputError, naming the reward, if it cannot be called with (prompt, text), or would not return a number."""
+def check_reward(reward: object, shown: str, where: str = "reward") -> None:
+    """Raise InputError, naming the reward as it is `shown`, if it cannot be called with (prompt, text), or would not return a number."""
     if not callable(reward):
-        raise InputError("RewardPool", f"reward {shown} is not callable", _CALLED_WITH)
+        raise InputError(where, f"{shown} is not callable", _CALLED_WITH)
     if inspect.isclass(reward):
-        raise InputError("RewardPool", f"reward {shown} is a class", _CALLED_WITH, "an object of it can be a reward")
+        raise InputError(where, f"{shown} is a class", _CALLED_WITH, "an object of it can be a reward")
     for form in (reward, getattr(reward, "__call__", None), getattr(reward, "batch", None)):  # noqa: B004 - the method itself
         plain = form.func if isinstance(form, functools.partial) else form
         if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
-            given, needed = f"reward {shown} is an async function", "one that returns a number is needed: nobody awaits it"
-            raise InputError("RewardPool", given, needed, "await it inside the sample function of reinforce_ada.arun")
+            given, needed = f"{shown} is an async function", "one that returns a number is needed: nobody awaits it"
+            raise InputError(where, given, needed, "await it inside the sample function of reinforce_ada.arun")
         if inspect.isgeneratorfunction(plain):
-            raise InputError("RewardPool", f"reward {shown} is a generator function", "one that returns a number is needed")
+            raise InputError(where, f"{shown} is a generator function", "one that returns a number is needed")
     try:
         signature = inspect.signature(reward)
     except (ValueError, TypeError):  # some builtins have no signature
@@ -72,4 +72,4 @@ def check_reward(reward: object, shown: str) -> None:
     try:
         signature.bind(None, "")
     except TypeError as error:
-        raise InputError("RewardPool", f"reward {shown}: {error}", _CALLED_WITH) from error
+        raise InputError(where, f"{shown}: {error}", _CALLED_WITH) from error

@@ -43,6 +43,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "number": BuiltIn(number_match, check=readable_answers, answer=number_given),
     "python": BuiltIn(UnitTests(), needs_answer=False, check=tests_of, runs_code=True),
 }
+FLAG = "--reward"
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # What a program that trains has, too, which is known by such names: "__main__:f.<locals>.g", "__main__:<lambda>", "my:<partial score>".
 _FUNCTION = re.compile(r"(?:[^\W0-9]\w*|<[^<>:,]+>)(?:\.(?:[^\W0-9]\w*|<[^<>:,]+>))*")
@@ -72,7 +73,7 @@ def parts_of(spec: str) -> list[Part]:
         part = Part(reward, float(last)) if reward and _WEIGHT.fullmatch(last) else Part(held)
         if _is_whole(part.reward):
             if part.weight != 1:
-                check_weight(part.weight)
+                check_weight(part.weight, FLAG)
             parts.append(part)
             held = ""
         elif not any(mark in held for mark in (":", os.sep, ".")):
@@ -141,7 +142,7 @@ def check_threshold(spec: str, threshold: float) -> None:
     if not least <= threshold < most:
         given = f"{spec} gives {least:g} to {most:g}, and positive_threshold is {threshold:g}"
         needed = "a completion is correct when its reward exceeds the threshold, so that a threshold between the two is needed"
-        raise InputError("reward", given, needed, "--positive-threshold sets it")
+        raise InputError(FLAG, given, needed, "--positive-threshold sets it")
 
 
 # -------------------- votes
@@ -176,7 +177,7 @@ def _loaded(reward: str, run_code: bool) -> Reward:
         built_in = BUILT_IN[reward]
         if built_in.runs_code and not run_code:
             given, needed = f"reward {reward!r} runs code that the model wrote", "run_code = true (--run-code true) is needed to allow it"
-            raise InputError("RewardPool", given, needed, "docs/rewards.md says what its sandbox does not protect from")
+            raise InputError(FLAG, given, needed, "docs/rewards.md says what its sandbox does not protect from")
         if built_in.package:
             needs(f"reward {reward}", built_in.package)
         return built_in.reward
@@ -185,9 +186,9 @@ def _loaded(reward: str, run_code: bool) -> Reward:
             f"reward {reward!r} belongs to the program that called reinforce_ada.train",
             "that program is needed to go on",
         )
-        raise InputError("RewardPool", given, needed, "or --reward names another, where that may change")
-    found: Reward = load("RewardPool", "reward", reward)
-    check_reward(found, repr(reward))
+        raise InputError(FLAG, given, needed, "or --reward names another, where that may change")
+    found: Reward = load(FLAG, "reward", reward)
+    check_reward(found, f"reward {reward!r}", FLAG)
     return found
 
 
@@ -199,4 +200,4 @@ def is_of_a_program(reward: str) -> bool:
 def _unknown(reward: str) -> InputError:
     nearest = difflib.get_close_matches(reward[:100], BUILT_IN, n=1)
     needed = f'one of {", ".join(BUILT_IN)}, or the form "module:function" or "file.py:function" is needed'
-    return InputError("RewardPool", f"reward {one_line(repr(reward))}", needed, f"did you mean {nearest[0]!r}?" if nearest else "")
+    return InputError(FLAG, f"reward {one_line(repr(reward))}", needed, f"did you mean {nearest[0]!r}?" if nearest else "")

@@ -11,13 +11,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from reinforce_ada.errors import InputError
+from reinforce_ada.outside import one_line
+from reinforce_ada.rewards.by_value import ByValue
 from reinforce_ada.rewards.loading import check_reward
-from reinforce_ada.rewards.names import load_reward
+from reinforce_ada.rewards.names import FLAG, load_reward
 from reinforce_ada.rewards.overlong import OverlongPenalty
-from reinforce_ada.rewards.process import WorkerProcess, exit_text
+from reinforce_ada.rewards.process import WorkerProcess, exit_text, has_main_file
 from reinforce_ada.rewards.protocol import Reward
 from reinforce_ada.rewards.worker import START_TIMEOUT_S, Score, Started, TimeLimits
 from reinforce_ada.types import Completion, Failed, Prompt, Scored
@@ -31,7 +34,7 @@ _MAX_SLOW_STARTS = 2  # in a row; after so many first calls that exceeded even t
 _MAX_PICKLES = 4096  # of prompts, kept for their next completions
 _LONGEST_WAIT_S = 1e5  # an epoll takes no number of seconds past 2.1e6
 
-_log = logging.getLogger("reinforce_ada")
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,13 +98,14 @@ class RewardPool:
     does not read or answer.
 
     Args:
-        reward: (prompt, completion text) -> float; a callable that can be pickled, or what `--reward` takes: a name such as "number",
+        reward: (prompt, completion text) -> float; a callable, which travels with its code where a worker cannot import it (a lambda, a
+            function of a notebook; see `ByValue`); or what `--reward` takes: a name such as "number",
             "module:function" or "file.py:function", several with weights (see `names.parts_of`). With a `batch` method,
             one call scores a chunk of up to 16 completions; a chunk that fails is tried again one completion at a time, and the failed
             chunk counts as an attempt of none of them.
         timeout_s: seconds for one call, measured in the worker from the call's start; ten times as many for a worker's first call, unless
             the reward has a `prepare` method. A reward with a `timed_out` method says itself what a call that exceeds its limit is worth
-            (see `protocol.TimeLimited`).
+            (see `Reward`).
         retries: further attempts for a completion whose attempt failed.
         penalty: is added to every reward; None adds nothing.
         run_code: allow the name "python", a reward that runs what the model wrote.
@@ -118,8 +122,9 @@ class RewardPool:
     ) -> None:  # fmt: skip
         _check_settings(num_workers, timeout_s, retries)
         function = load_reward(reward, run_code=run_code) if isinstance(reward, str) else reward  # here, so that a typo costs no process
-        check_reward(function, repr(reward))
-        self._reward = reward if isinstance(reward, str) else _pickled(reward)
+        if not isinstance(reward, str):
+            check_reward(reward, repr(reward))
+        self._reward = reward if isinstance(reward, str) else _pickled(reward, imports_main)
         self._has_batch_form = hasattr(function, "batch")
         self._has_late_form = getattr(function, "timed_out", None) is not None
         self._first_call = 1 if getattr(function, "prepare", None) is not None else _FIRST_CALL
@@ -299,7 +304,8 @@ class RewardPool:
         if trace:
             _log.warning("a reward worker could not load the reward\n%s", trace)
         self.close()
-        raise InputError("RewardPool", f"a worker cannot load the reward ({failure})", "a reward that a fresh process can import", hint)
+        where, reward = (FLAG, f"reward {self._reward!r}") if isinstance(self._reward, str) else ("reward", "it")
+        raise InputError(where, f"a worker cannot load {reward} ({failure})", "one that a fresh process can load", hint)
 
     # -------------------- messages to workers
 
@@ -364,12 +370,20 @@ def _check_settings(num_workers: int, timeout_s: float, retries: int) -> None:
         raise InputError("RewardPool", f"retries={retries}", "0 or more is needed")
 
 
-def _pickled(reward: Reward) -> bytes:
+def _pickled(reward: Reward, imports_main: bool) -> bytes:
+    """Return the pickle of a reward: by name where a worker can import it, otherwise with its code."""
+    if not isinstance(reward, ByValue):
+        with suppress(Exception):  # whatever its contents raise, a lambda does; its code may travel all the same
+            named = pickle.dumps(reward)
+            if b"__main__" not in named or (imports_main and has_main_file()):
+                return named
+        reward = ByValue(reward)
     try:
         return pickle.dumps(reward)
-    except Exception as error:  # its contents may raise anything
-        hint = "define it at the top level of a module, not as a lambda or inside a function"
-        raise InputError("RewardPool", f"reward {reward!r} does not pickle ({error})", "workers need a pickle", hint) from error
+    except Exception as error:
+        hint = "make what cannot travel, such as an open file or a lock, inside the function"
+        given = f"{reward!r} does not pickle ({one_line(str(error), 200)})"
+        raise InputError("reward", given, "workers need a pickle", hint) from error
 
 
 def _close_at_exit(reference: weakref.ref[RewardPool]) -> None:

@@ -39,7 +39,7 @@ class WorkerProcess:
     def __init__(self, reward: str | bytes, limits: TimeLimits, *, imports_main: bool = True) -> None:
         preparation = spawn.get_preparation_data("reward-worker")
         preparation.pop("authkey", None)  # it cannot be pickled, and nothing uses it
-        if not imports_main:
+        if not (imports_main and has_main_file()):
             for name in ("init_main_from_name", "init_main_from_path"):
                 preparation.pop(name, None)
         ours, theirs = socket.socketpair()
@@ -87,6 +87,12 @@ class WorkerProcess:
         self.channel.close()
         self._progress.close()
         return self._keeper.returncode, report
+
+
+def has_main_file() -> bool:
+    """Return whether a worker can import the program of this process: not what was typed into an interpreter or a notebook."""
+    preparation = spawn.get_preparation_data("reward-worker")
+    return "init_main_from_name" in preparation or os.path.isfile(preparation.get("init_main_from_path", ""))
 
 
 def _rest_of(fd: int) -> str:

@@ -9,16 +9,18 @@ from reinforce_ada.types import Completion, Failed, Prompt, Scored
 
 
 class Reward(Protocol):
-    """Maps (prompt, completion text) to a finite float. May also offer `batch(prompts, completions) -> list of floats`."""
+    """Maps (prompt, completion text) to a finite float. It may also offer:
+
+    - `batch(prompts, completions) -> floats`, which scores many completions in one call;
+    - `prepare()`, which loads what the reward needs: called once in each worker, outside the time limit of calls, so that the first call
+      has the limit of any other;
+    - `timed_out(prompt, completion) -> float`, for a reward for which a call that takes too long says something about the completion, and
+      is no failure of the reward. In the pool a call that exceeds its time limit ends its worker; the completion is then scored by
+      `timed_out`, in a fresh worker;
+    - `answer(completion)`, see `Answering`.
+    """
 
     def __call__(self, prompt: Prompt, completion: str, /) -> float: ...
-
-
-@runtime_checkable
-class BatchReward(Protocol):
-    """A reward that scores many completions in one call."""
-
-    def batch(self, prompts: Sequence[Prompt], completions: Sequence[str], /) -> Sequence[float]: ...
 
 
 # (completion text) -> what it answers, in a form in which equal answers are equal values; None if it gives no answer.
@@ -31,24 +33,6 @@ class Answering(Protocol):
 
     def answer(self, completion: str, /) -> Hashable | None:
         """Return the answer, equal for completions that say the same; None if there is none."""
-
-
-@runtime_checkable
-class Prepared(Protocol):
-    """A reward that loads what it needs before its first call."""
-
-    def prepare(self) -> None:
-        """Load it: called once in each worker, outside the time limit of calls. The first call then has the limit of any other."""
-
-
-@runtime_checkable
-class TimeLimited(Protocol):
-    """A reward for which a call that takes too long says something about the completion, and is no failure of the reward.
-
-    In the pool a call that exceeds its time limit ends its worker. The completion is then scored by `timed_out`, in a fresh worker.
-    """
-
-    def timed_out(self, prompt: Prompt, completion: str, /) -> float: ...
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ class WeightedSum:
     """The reward sum_i weight_i * reward_i(prompt, completion), a Reward itself.
 
     If one of them raises, the whole attempt has failed. If the call runs out of time, it is made once more with the values that the rewards
-    declare for this case (see `protocol.TimeLimited`); a reward that declares none is called again.
+    declare for this case (see `Reward`); a reward that declares none is called again.
 
     Args:
         parts: pairs (weight, reward) with finite weights other than 0.
@@ -29,7 +29,7 @@ class WeightedSum:
     def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
         self.parts = tuple(parts)
         for weight, reward in self.parts:
-            check_weight(weight)
+            check_weight(weight, "WeightedSum")
             check_reward(reward, repr(reward))
 
     def __call__(self, prompt: Prompt, completion: str) -> float:
@@ -52,10 +52,10 @@ class WeightedSum:
         return partial(_call_all, [call for call in calls if call is not None])
 
 
-def check_weight(weight: float) -> None:
+def check_weight(weight: float, where: str) -> None:
     """Raise InputError unless the weight is a finite number other than 0."""
     if not (0 < abs(weight) <= _MAX_WEIGHT):
-        raise InputError("RewardPool", f"reward with the weight {weight:g}", f"a number other than 0 and at most {_MAX_WEIGHT:g} is needed")
+        raise InputError(where, f"reward with the weight {weight:g}", f"a number other than 0 and at most {_MAX_WEIGHT:g} is needed")
 
 
 def _is_ours(reward: object) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from reinforce_ada import heartbeat
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import literal_names, one_line, show
@@ -136,7 +137,7 @@ def _check_files(json_to: Path | None, figure_to: Path | None) -> None:
 
 
 class _ProgressLine:
-    """The progress line on standard error, which is overwritten at each update; nothing is printed if that is no terminal."""
+    """The progress line on standard error, which is overwritten at each update; the heartbeat tells the same if that is no terminal."""
 
     def __init__(self, num_runs: int) -> None:
         self._num_runs = num_runs
@@ -148,12 +149,15 @@ class _ProgressLine:
         """Show how far a run is."""
         self._seen[id(s), seed] = None
         now = time.monotonic()
-        if not self._is_terminal or now < self._shown + _EVERY_S:
+        if now < self._shown + _EVERY_S:
             return
         self._shown = now
         elapsed = int(now - self._started)
         what = one_line(f"{s.policy_text} {s.schedule_label}, seed {seed}: {num_ended} completions")
-        print(f"\r\033[K[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}", end="", file=sys.stderr, flush=True)
+        text = f"[{len(self._seen)}/{self._num_runs}] {elapsed // 60}:{elapsed % 60:02} {what}"
+        heartbeat.begins(text)
+        if self._is_terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _ProgressLine:
         return self

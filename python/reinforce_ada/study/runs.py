@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from reinforce_ada import config as configuration
+from reinforce_ada import heartbeat
 from reinforce_ada.errors import InputError
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import one_line
@@ -119,6 +120,7 @@ def execute_all(out: Path, cells: Sequence[Cell], tell: Callable[[str], None], n
                 what = f"[{num_runs - len(waiting)}/{num_runs}] {run.name}"
                 tell(f"{what} {'goes on' if (out / run.name / 'config.toml').is_file() else 'begins'}")
                 running[what] = Training(out, run, num_jobs), time.monotonic()
+            heartbeat.begins(f"{num_ended} of {num_runs} ended; {', '.join(running)}")
             for what, (training, began) in list(running.items()):
                 if training.process.poll() is None:
                     continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from reinforce_ada import heartbeat
 from reinforce_ada.outside import printable
 from reinforce_ada.sampling import Progress
 
@@ -25,6 +26,7 @@ class Display:
     def line(self, text: str) -> None:
         """Print one line, even while a bar is shown."""
         self._console.print(_literal(text))
+        heartbeat.heard()
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print two columns under a title."""
@@ -70,7 +72,9 @@ class Display:
             def advance(count: int) -> None:
                 bar.advance(task, count)
                 done = bar.tasks[0].completed
-                bar.update(task, text=f"{done:.0f} tokens · {done / max(time.monotonic() - started, 1e-3):.0f} tok/s")
+                text = f"{done:.0f} tokens · {done / max(time.monotonic() - started, 1e-3):.0f} tok/s"
+                bar.update(task, text=text)
+                heartbeat.begins(f"{what} · {text}")
 
             bar.update(task, total=num_tokens)
             yield advance
@@ -80,6 +84,7 @@ class Display:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
+        heartbeat.begins(what)
         words = [TextColumn(form, markup=False) for form in ("{task.description}", text)]
         columns = (words[0], BarColumn(bar_width=20), words[1], TimeElapsedColumn())
         with Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:

@@ -14,7 +14,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.config import TaskConfig
 from reinforce_ada.config.paths import RECORDS
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
+from reinforce_ada.outside import log_on_stderr, one_line
 from reinforce_ada.rewards.by_value import ByValue, is_importable, name_of
 from reinforce_ada.rewards.loading import check_reward
 from reinforce_ada.training import hub, launch
@@ -119,7 +119,7 @@ def train(
     saved = out / "config.toml"
     goes_on = resume and saved.is_file()
     config = configuration.load_saved(saved, keys) if goes_on else configuration.load(None, {**keys, "out": str(out)})
-    with warnings.catch_warnings():  # launch silences libraries, and the program keeps its own filters
+    with warnings.catch_warnings(), log_on_stderr():  # launch silences libraries, and the program keeps its own filters
         launch.train(config, out if goes_on else None, InMemory(text, called, tuple(callbacks)))
     return TrainedRun(out)
 

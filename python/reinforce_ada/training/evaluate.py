@@ -22,7 +22,7 @@ from reinforce_ada.types import Failed, Pool, Prompt, SamplingResult, Scored
 _STEP = -1  # an evaluation is not a training step; the number is always the same, so that before and after draw from the same seeds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """The result of k completions for each of P prompts."""
 
@@ -38,6 +38,9 @@ class Evaluation:
     num_voids: int
     completion_length_mean: float = math.nan  # tokens per scored completion
     truncated_fraction: float = math.nan  # share of these that were cut at max_tokens
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: Avg@{self.k} {self.avg_at_k:.3f} ± {self.stderr:.3f} on {len(self.per_prompt)} prompts>"
 
     def record(self) -> dict[str, Any]:
         """Return the evaluation as a line of the log; what was not measured is left out."""

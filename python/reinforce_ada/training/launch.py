@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +24,7 @@ from reinforce_ada.outside import installed_version, is_installed
 from reinforce_ada.rewards import OverlongPenalty, RewardPool, names
 from reinforce_ada.rollouts import RolloutStore
 from reinforce_ada.sampling import Policy, configured
-from reinforce_ada.training import adapters, built_in, checkpoint, distributed, hub, lineage, models, run_folder, track
+from reinforce_ada.training import adapters, built_in, checkpoint, distributed, hub, inputs, lineage, models, run_folder, track
 from reinforce_ada.training.display import Display
 from reinforce_ada.training.distributed import RankError, Ranks
 from reinforce_ada.training.in_memory import InMemory
@@ -38,7 +37,7 @@ from reinforce_ada.training.task_defaults import completed, max_tokens_of
 from reinforce_ada.training.task_files import answer_of
 from reinforce_ada.training.tasks import Records, Task, load_records, name_of, render
 from reinforce_ada.training.track import Trackers
-from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store, fingerprint
+from reinforce_ada.training.trainer import Parts, Trainer, compared, earlier_store
 from reinforce_ada.types import Prompt
 
 
@@ -186,9 +185,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device to train on. Raises: InputError for cuda if there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train", "device cuda", "a CUDA device and a torch built for it", "--device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return distributed.local_device(name)
+    return distributed.local_device(machine.device_of(name))
 
 
 def with_dtype(config: Config, device: torch.device) -> Config:
@@ -301,28 +298,12 @@ def longest_prompt(config: Config) -> int:
     return config.engine.max_model_len - max_tokens_of(config)
 
 
-def _check_file(config: Config, run: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """Keep the stored paths of files that have been moved but not renamed. Raises: InputError if the questions changed."""
-    then, now = earlier.get("task", {}), run["task"]
-    if names.comparable(then.get("reward", "")) == names.comparable(now["reward"]):
-        now["reward"] = then.get("reward", "")
-    model = earlier.get("model", {}).get("model", "")
-    if os.path.basename(model) == os.path.basename(run["model"]["model"]):
-        run["model"]["model"] = model
-    if not earlier.get("records") or not run["records"]:
-        return
-    if earlier["records"] != run["records"]:
-        given = f"{config.task.task} has changed since the run began"
-        raise InputError("train", given, "the file as it was", "put it back, or begin a new run with another --out")
-    now.update({key: then[key] for key in ("task", "eval_task") if key in then})
-
-
 def _open_store(stack: ExitStack, config: Config, records: Records, folder: RunFolder) -> RolloutStore:
-    run = {**fingerprint(config), "records": records.digest}
+    run = inputs.inputs_of(config, records)
     path = folder.path / "rollouts.sqlite"
     if path.is_file():
         with RolloutStore(path, read_only=True) as earlier:
-            _check_file(config, run, earlier.run)
+            inputs.check_inputs(config, run, earlier.run)
     store = stack.enter_context(RolloutStore(path, run=run, compared=compared))
     folder.begin(config)
     return store

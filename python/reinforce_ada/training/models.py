@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line, show
+from reinforce_ada.outside import one_line
 from reinforce_ada.training import built_in
 from reinforce_ada.training.language_model import HuggingFaceModel
 from reinforce_ada.training.out_of_memory import is_out_of_memory
 
+_log = logging.getLogger(__name__)
 
-def path_of(name: str, say: Callable[[str], None] = show) -> str:
+
+def path_of(name: str, say: Callable[[str], None] = _log.info) -> str:
     """Return what transformers and vLLM load for a model name: the converted folder of a built-in model, otherwise the name itself.
 
     Args:

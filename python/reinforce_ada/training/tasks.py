@@ -47,12 +47,11 @@ class Records:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """Training prompts, held-out prompts, and the reward."""
+    """Training prompts and held-out prompts."""
 
     name: str
     train: Callable[[int], PromptStream]  # position -> a stream of prompts from there
     held_out: tuple[Prompt, ...]
-    reward: Any  # a picklable callable, "module:function" or "file.py:function"
     make: Callable[[str, Record], Prompt]  # (name, record) -> its prompt
     notes: tuple[str, ...] = ()  # lines for the user
 
@@ -114,11 +113,6 @@ def content_key(record: Record) -> str:
 # -------------------- records
 
 
-def load_task(config: TaskConfig, tokenizer: Any, seed: int, data_seed: int) -> Task:
-    """Return the task of the configuration as prompts for one tokenizer; see `load_records` and `render`."""
-    return render(load_records(config, seed, data_seed), config, tokenizer)
-
-
 def load_records(config: TaskConfig, seed: int, data_seed: int, *, trains: bool = True) -> Records:
     """Return the records of the configured task: those of a reasoning-gym dataset if it names one, otherwise a person's own.
 
@@ -170,7 +164,7 @@ def render(records: Records, config: TaskConfig, tokenizer: Any, *, longest: int
     def stream(position: int) -> PromptStream:
         return PromptStream(records.train, excluded, make, position, longest)
 
-    return Task(name_of(config.task), stream, held_out, records.reward, make, tuple(notes))
+    return Task(name_of(config.task), stream, held_out, make, tuple(notes))
 
 
 def _check_held_out(held_out: Sequence[Prompt], longest: int) -> None:

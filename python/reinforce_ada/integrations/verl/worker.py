@@ -15,7 +15,7 @@ from reinforce_ada.integrations.verl.memory import Given, Seen
 from reinforce_ada.integrations.verl.settings import HISTORY, TAG, TRAIN, Settings, settings_of
 from reinforce_ada.types import Prompt, Request, SamplingResult, Scored
 
-_log = logging.getLogger("reinforce_ada")
+_log = logging.getLogger(__name__)
 
 
 class Session(NamedTuple):
