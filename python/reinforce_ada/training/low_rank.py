@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class LowRankLinear(peft.Linear):
+class LowRankLinear(peft.Linear):  # type: ignore[misc]
     """peft's layer for nn.Linear, computed by `low_rank_linear` while its adapter is on. There is no dropout."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
