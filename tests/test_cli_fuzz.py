@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,11 @@ import pytest
 
 from cli_fuzz import RATE_FILES, RATE_JSONS, TOML_FILES, TOML_VALUES, VALUES, Ended, flags_of, lines, make_world, run_line
 from reinforce_ada import config
+from reinforce_ada.config import values
+from reinforce_ada.config.serving import Serving
 from reinforce_ada.errors import InputError
+from reinforce_ada.explain.costs import Costs
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 
 NUM_IN_PROCESS, NUM_IN_CAMPAIGN, NUM_OF_A_WORKER = 150, 1500, 100
 ONE_LINE = re.compile(r"[^\n\r]{1,4000}")
@@ -135,36 +140,36 @@ def test_a_device_without_an_end_is_no_file() -> None:
 
 # (key, what is given, what is needed): numbers past any limit are refused where they are typed, not where they are used.
 PAST_LIMITS = [
-    ("reward_timeout_s", "1e10", "at most 1000000"),
-    ("reward_timeout_s", "0", "at least 0.001"),
-    ("request_timeout_s", "-1", "at least 0"),
-    ("hung_after_s", "1e300", "at most 1000000"),
-    ("give_up_s", "inf", "a finite number"),
-    ("steps", str(10**30), "at most 1000000000"),
-    ("steps", "9" * 400, "at most 1000000000"),
-    ("learning_rate", "9" * 400, "a finite number"),
-    ("steps", "-1", "at least 0"),
-    ("steps", "1.5", "int"),
-    ("seed", str(2**64), f"at most {2**63 - 1:.10g}"),
-    ("seed", "-1", "at least 0"),
-    ("max_num_seqs", str(10**12), "at most 65536"),
-    ("reward_workers", "1000000", "at most 1024"),
-    ("clip_low", "5", "at most 1"),
-    ("clip_low", "-0.1", "at least 0"),
-    ("clip_high", "-1", "at least 0"),
-    ("clip_high", "1e39", "at most 1000000"),
-    ("correction_high", "0", "a positive number"),
-    ("entropy_coef", "nan", "a finite number"),
-    ("learning_rate", "1e39", "at most 1"),
-    ("learning_rate", "-0.0", "a positive number"),
-    ("max_grad_norm", "1e39", "at most 1e+30"),
-    ("memory_fraction", "1.5", "at most 1"),
-    ("temperature", "1e-300", "at least 0.01"),
-    ("alpha", "1e308", "at most 100"),
-    ("eval_k", str(10**9), "at most 2048"),
-    ("group_size", "", "an integer"),
-    ("max_tokens", " ", "an integer"),
-    ("preset", "\ud800", "text that UTF-8 can hold"),
+    ("reward_timeout_s", "1e10", "a number from 0.001 to 1000000"),
+    ("reward_timeout_s", "0", "a number from 0.001 to 1000000"),
+    ("request_timeout_s", "-1", "a number from 0 to 1000000"),
+    ("hung_after_s", "1e300", "a number from 0.001 to 1000000"),
+    ("give_up_s", "inf", "a number from 0.001 to 1000000"),
+    ("steps", str(10**30), "an integer from 0 to 1000000000"),
+    ("steps", "9" * 400, "an integer from 0 to 1000000000"),
+    ("learning_rate", "9" * 400, "a number above 0 and up to 1"),
+    ("steps", "-1", "an integer from 0 to 1000000000"),
+    ("steps", "1.5", "an integer from 0 to 1000000000"),
+    ("seed", str(2**64), "an integer from 0 to 9223372036854775807"),
+    ("seed", "-1", "an integer from 0 to 9223372036854775807"),
+    ("max_num_seqs", str(10**12), "an integer from 1 to 65536"),
+    ("reward_workers", "1000000", "an integer from 1 to 1024"),
+    ("clip_low", "5", "a number from 0 to 1"),
+    ("clip_low", "-0.1", "a number from 0 to 1"),
+    ("clip_high", "-1", "a number from 0 to 1000000"),
+    ("clip_high", "1e39", "a number from 0 to 1000000"),
+    ("correction_high", "0", "a number above 0 and up to 1000000"),
+    ("entropy_coef", "nan", "a number from 0 to 1000000"),
+    ("learning_rate", "1e39", "a number above 0 and up to 1"),
+    ("learning_rate", "-0.0", "a number above 0 and up to 1"),
+    ("max_grad_norm", "1e39", "a number above 0 and up to 1e+30"),
+    ("memory_fraction", "1.5", "a number above 0 and up to 1"),
+    ("temperature", "1e-300", "a number from 0.01 to 100"),
+    ("alpha", "1e308", "a number above 0 and up to 100"),
+    ("eval_k", str(10**9), "an integer from 1 to 2048"),
+    ("group_size", "", "an integer from 1 to 1000000"),
+    ("max_tokens", " ", "an integer from 1 to 1000000"),
+    ("out", "\ud800", "text that UTF-8 can hold"),
     ("out", "a\0b", "text without a NUL character"),
     ("model", "m" * 200_000, "at most 100000"),
     ("stop", '["\\ud800"]', "text, or a list of texts"),
@@ -184,14 +189,30 @@ def test_what_is_past_a_limit_is_refused_when_it_is_read(key: str, given: str, n
     assert ONE_LINE.fullmatch(error)
 
 
-def test_every_number_has_a_range() -> None:
-    numbers = {
-        f.name
-        for _, cls in config.sections()
-        for f in dataclasses.fields(cls)
-        if re.search(r"\b(int|float)\b", str(f.type))
-    }  # fmt: skip
-    assert numbers == set(config.RANGES)
+@pytest.mark.parametrize("cls", [*(cls for _, cls in config.sections()), Serving, Costs, EngineModel, LengthModel])
+def test_every_number_has_a_range_that_holds_its_default(cls: type) -> None:
+    declared = {f.name: f.default for f in dataclasses.fields(cls)}
+    for name, hint in values.hints_of(cls).items():
+        for kind in values.kinds_of(hint):
+            if values.plain_of(kind) in (int, float):
+                limits = values.range_of(kind)
+                assert limits is not None, name
+                assert not isinstance(declared[name], (int, float)) or declared[name] in limits, name
+
+
+@pytest.mark.parametrize(
+    ("limits", "inside", "outside", "words"),
+    [
+        (values.Range(1, 10**6), (1, 2.5, 10**6), (0, 10**6 + 1, math.nan, math.inf), "from 1 to 1000000"),
+        (values.Range(0, 1, above=True), (1e-300, 1), (0, -0.0, 1.0000001, math.nan), "above 0 and up to 1"),
+        (values.Range(-1e30, 1e30), (-1e30, 0), (-1e31, math.inf, -math.inf), "from -1e+30 to 1e+30"),
+        (values.Range(0.01, 100), (0.01, 100), (0.0099,), "from 0.01 to 100"),
+    ],
+)
+def test_a_range_holds_its_numbers(limits: values.Range, inside: tuple[float, ...], outside: tuple[float, ...], words: str) -> None:
+    assert [n for n in inside if n not in limits] == []
+    assert [n for n in outside if n in limits] == []
+    assert str(limits) == words
 
 
 # -------------------- files of pass rates

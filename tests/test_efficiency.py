@@ -162,10 +162,10 @@ def test_a_policy_without_weight_has_no_efficiency(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--cost-ratio -1", "--cost-ratio -1.0; a number of at least 0"),
-        ("--cost-ratio nan", "--cost-ratio nan; a number of at least 0"),
-        ("--cost-ratio 1 --score-variance inf", "--score-variance inf; a number of at least 0"),
-        ("--cost-ratio 1 --remembered 300", "--remembered 300; a number of at least 0 and at most 256"),
+        ("--cost-ratio -1", "argument --cost-ratio: '-1'; a number from 0 to 1000000"),
+        ("--cost-ratio nan", "argument --cost-ratio: 'nan'; a number from 0 to 1000000"),
+        ("--cost-ratio 1 --score-variance inf", "argument --score-variance: 'inf'; a number from 0 to 1000000"),
+        ("--cost-ratio 1 --remembered 300", "argument --remembered: '300'; an integer from 0 to 256"),
         ("--remembered 3", "--remembered without --cost-ratio"),
         ("grpo --score-variance 3", "--score-variance without --cost-ratio"),
     ],
@@ -224,7 +224,7 @@ def test_a_run_says_what_training_costs_and_how_hard_its_prompts_are(tmp_path: P
         ([step(1, 1.0, 1.0), evaluated(1, LATE, k=1)], "", "no evaluation of at least 2 completions a prompt"),
         ([evaluated(0, LATE)], "", "no step that sampled and trained"),
         ([step(1, 1.0, 1.0), evaluated(1, LATE)], "--population 1,2", "--population with --of; one of the two"),
-        ([step(1, 1.0, 1.0), evaluated(1, LATE)], "--remembered 300", "--remembered 300"),
+        ([step(1, 1.0, 1.0), evaluated(1, LATE)], "--remembered 300", "argument --remembered: '300'"),
     ],
 )
 def test_runs_that_say_nothing(

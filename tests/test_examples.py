@@ -13,7 +13,7 @@ import pytest
 
 from loaded_tasks import load_task
 from reinforce_ada import cli, config
-from reinforce_ada.commands import bench, doctor, evaluate, explain, export, push, report, simulate, study, train
+from reinforce_ada.commands import bench, completion, doctor, evaluate, explain, export, push, report, simulate, study, train
 from reinforce_ada.driver import run
 from reinforce_ada.engines.function import FunctionEngine
 from reinforce_ada.rewards import RewardPool
@@ -91,7 +91,7 @@ def test_readme_has_the_two_blocks_for_use_as_a_library(here, capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_lines_are_accepted(line, monkeypatch):
     seen = []
-    for command in (train, evaluate, explain, export, push, report, simulate, study, bench, doctor):
+    for command in (train, evaluate, explain, export, push, report, simulate, study, bench, completion, doctor):
         monkeypatch.setattr(command, "run", lambda given: seen.append(given) or 0)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert len(seen) == 1

@@ -384,7 +384,7 @@ def test_the_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path, what: st
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("reinforce-ada-bal", "preset: unknown name 'reinforce-ada-bal'"),
+        ("reinforce-ada-bal", "preset = 'reinforce-ada-bal'; one of grpo, dapo,"),
         ("nothing.toml", "config: cannot read nothing.toml"),
         ("tests", "config: cannot read tests/config.toml"),
         ("--decide-every 1", "--decide-every without a policy; a preset or a configuration file is needed"),

@@ -32,6 +32,7 @@ LINES: dict[str, set[str]] = {
     "simulate grpo --seeds 1 --prompts 2 --figure study.png": {"matplotlib"},
     "doctor": set(),
     "bench --list": set(),
+    "completion bash": {"argcomplete"},
     "report gone": {"matplotlib"},
     "serve ./gone --expose --host 203.0.113.1": {"vllm"},
     "eval model --task good.jsonl --eval-prompts 1 --eval-k 1 --dtype float32 --device cpu --engine transformers": {
@@ -101,6 +102,7 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
         "report",
         "train",
         "datasets",
+        "completion",
     ):  # matplotlib is in two
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0].replace("-", "_")  # type: ignore[index]

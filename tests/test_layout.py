@@ -56,13 +56,13 @@ MAY_IMPORT = {
     "training.launch_eval": {*FOUNDATION, *STAGES, "driver", "training", "training.launch", "training.eval_results"},
     "training.entry": {*FOUNDATION, "config", "rewards", "training", "training.hub", "training.launch"},
     "training.eval_results": {*FOUNDATION, "training"},
-    "simulate": {*FOUNDATION, "sampling", "rollouts", "training"},
+    "simulate": {*FOUNDATION, "sampling", "rollouts", "config", "training"},
     "doctor": {*FOUNDATION, "ops", "integrations", "_cpu", "_cuda"},
     "explain": {*FOUNDATION, "sampling", "config", "training"},
     "study": {*FOUNDATION, "sampling", "config", "explain", "training"},
     "bench": {*FOUNDATION, "ops", "_cpu"},
     "commands": {*FOUNDATION, "config", "explain", "report", "simulate", "study", "bench", "doctor", "engines.serve", *ENTRIES},
-    "cli": {*FOUNDATION, "commands"},
+    "cli": {*FOUNDATION, "commands", "config"},
     "__main__": {"cli"},
 }
 

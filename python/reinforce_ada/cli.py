@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import io
 import os
@@ -15,13 +14,27 @@ from typing import Any
 
 import reinforce_ada
 from reinforce_ada import heartbeat
-from reinforce_ada.commands import bench, doctor, evaluate, explain, export, push, report, serve, simulate, study, train
-from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, not_installed
+from reinforce_ada.commands import bench, completion, doctor, evaluate, explain, export, push, report, serve, simulate, study, train
+from reinforce_ada.commands.flags import HelpFormatter, flag_of
+from reinforce_ada.config import OTHER_NAMES
+from reinforce_ada.errors import EXTRA_OF, EngineLost, InputError, did_you_mean, not_installed
 from reinforce_ada.outside import log_on_stderr, one_line, show
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENXIO)
 _PROGRESS_ON_STDOUT = ("train", "study")  # the output of the others is a result
 _LONGEST_ARGUMENT = 100_000  # characters
+_ABOUT = """\
+Adaptive sampling for reinforcement learning of language models: a prompt gets
+completions until its pool holds right and wrong answers, or a cap is reached,
+and a small balanced group of them is trained on."""
+_EXAMPLES = """\
+examples:
+  reinforce-ada train --model tiny --steps 4      a complete run, in seconds
+  reinforce-ada train --task problems.jsonl       your own questions
+
+`reinforce-ada COMMAND --help` has the flags of a command, and examples.
+"""
+COMMANDS = (doctor, train, evaluate, report, explain, simulate, study, export, push, serve, bench, completion)
 _GOES_ON = {
     "train": "; nothing scored is lost, `reinforce-ada train --resume DIR` goes on",
     "study": "; nothing is lost, the same command goes on",
@@ -33,13 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal whose encoding lacks a character gets an escape, not an exception
             stream.reconfigure(errors="backslashreplace")
-    parser = _parser()
-    given = parser.parse_args(_readable(parser, sys.argv[1:] if arguments is None else arguments))
+    command = ""
     try:
-        with log_on_stderr(), _heartbeat(given.command):
+        parser = _parser()
+        if completion.ASKED in os.environ:
+            completion.answer(parser)
+        given = parser.parse_args(_readable(parser, sys.argv[1:] if arguments is None else arguments))
+        command = given.command
+        with log_on_stderr(), _heartbeat(command):
             code = int(given.run(given) or 0)
         sys.stdout.flush()
         return code
+    except _UsageError as e:
+        return _fail(str(e))
     except InputError as e:
         return _fail(f"reinforce-ada: {e}")
     except EngineLost as e:
@@ -49,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = _missing_package(e)
         if package is None:
             raise
-        return _fail(f"reinforce-ada: {not_installed(given.command, package)}")
+        return _fail(f"reinforce-ada: {not_installed(command, package)}")
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed into the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -58,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as e:
         return _fail(f"reinforce-ada: {InputError('memory', str(e) or 'there is no more', 'a smaller size of what was asked for')}")
     except KeyboardInterrupt as e:
-        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{_GOES_ON.get(given.command, '')}", first="\n")
+        _fail(f"reinforce-ada: interrupted{f' {e}' if str(e) else ''}{_GOES_ON.get(command, '')}", first="\n")
         return 130
 
 
@@ -91,6 +110,8 @@ def _readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Sequ
             parser.error(f"argument {one_line(argument)}: a NUL character")
         if len(argument) > _LONGEST_ARGUMENT:
             parser.error(f"argument {one_line(argument)}: longer than {_LONGEST_ARGUMENT} characters")
+    if arguments and arguments[0].startswith("-") and arguments[0] not in parser._option_string_actions:
+        parser.error(f"unknown flag {arguments[0]!r}; a command comes first, such as train")
     return arguments
 
 
@@ -106,14 +127,22 @@ def _of_the_system(e: OSError) -> InputError:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="reinforce-ada",
-        description="Adaptive sampling for LLM reinforcement learning: rollouts go where the learning signal is.",
-    )
-    parser.add_argument("--version", action=_Version, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command", parser_class=_Parser)
-    for command in (train, evaluate, export, push, study, explain, report, simulate, serve, bench, doctor):
+        prog="reinforce-ada", usage="reinforce-ada COMMAND ...", description=_ABOUT, epilog=_EXAMPLES, add_help=False,
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    title = "commands, in the order in which you may need them"
+    commands = parser.add_subparsers(title=title, prog="reinforce-ada", metavar="COMMAND", dest="command", parser_class=_Parser)
+    for command in COMMANDS:
         command.add(commands)
+    options = parser.add_argument_group("options")
+    options.add_argument("-h", "--help", action="help", help="show this help message and exit")
+    options.add_argument("--version", action=_Version, help="print the version and exit")
+    parser.set_defaults(run=lambda given: parser.print_help())
     return parser
+
+
+class _UsageError(Exception):
+    """Arguments that cannot be parsed; the message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,13 +155,26 @@ class _Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> typing.NoReturn:
-        sys.exit(_fail(f"{self.prog}: {message}; see {self.prog} --help"))
+        raise _UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> typing.NoReturn:
+        sys.stdout.flush()  # the help; a reader that has seen enough is no error of ours
+        super().exit(status, message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            nearest = did_you_mean(value, [*action.choices, *self._option_string_actions])
+            self.error(f"unknown command {value!r}; known: {', '.join(action.choices)}{f'; {nearest}' if nearest else ''}")
 
     def _unknown(self, argument: str) -> str:
+        """Return what is wrong with an argument, and what may be meant: a file for --config, another trainer's flag, or the nearest."""
+        flags = self._option_string_actions
         if not argument.startswith("-"):
-            return f"unexpected argument {argument!r}"
-        nearest = difflib.get_close_matches(argument, self._option_string_actions, n=1, cutoff=0.7)
-        return f"unknown flag {argument!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+            is_config = argument.endswith(".toml") and "--config" in flags
+            return f"unexpected argument {argument!r}" + (f"; did you mean '--config {argument}'?" if is_config else "")
+        meant = flag_of(OTHER_NAMES.get(argument.lstrip("-").replace("-", "_"), ""))
+        nearest = f"did you mean {meant!r}?" if meant in flags else did_you_mean(argument, flags, likeness=0.7)
+        return f"unknown flag {argument!r}" + (f"; {nearest}" if nearest else "")
 
 
 class _Version(argparse.Action):

@@ -16,6 +16,7 @@ EXTRA_OF = {
     ),
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),
+    "argcomplete": "completion",
     "datasets": "datasets",
     "math_verify": "math",
     "peft": "lora",
@@ -43,9 +44,13 @@ class EngineLost(RuntimeError):  # noqa: N818 - an end, not a mistake
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> InputError:
     """Return an InputError for `name` not among `known`, naming the nearest valid one."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else ""
-    return InputError(where, f"unknown {kind} {one_line(repr(name))}", f"known: {', '.join(names)}", hint)
+    return InputError(where, f"unknown {kind} {one_line(repr(name))}", f"known: {', '.join(names)}", did_you_mean(name, names))
+
+
+def did_you_mean(name: object, known: Iterable[str], *, likeness: float = 0.5) -> str:
+    """Return the question that names the nearest of `known`; "" if none is as like as `likeness`, where 1 is equal."""
+    nearest = difflib.get_close_matches(str(name)[:100], list(known), n=1, cutoff=likeness)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def not_installed(where: str, package: str, hint: str = "") -> InputError:

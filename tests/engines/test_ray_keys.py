@@ -52,5 +52,5 @@ def test_every_key_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("key", ["replicas", "cpus_per_replica", "tensor_parallel", "hung_after_s", "give_up_s"])
 def test_zero_of_it_is_refused(key: str) -> None:
-    with pytest.raises(InputError, match=rf"config: {key} = 0(\.0)?; at least (1|0.001)"):
+    with pytest.raises(InputError, match=rf"config \[engine\]: {key} = '0'; an? (integer|number) from (1|0.001) to "):
         configuration.load(None, {key: "0"})

@@ -118,8 +118,8 @@ def test_a_run_gives_the_models_and_flags_override_them(capsys, tmp_path: Path) 
         ("grpo --window x", "simulate: window 'x'; a number, adaptive, posterior or posterior:SURVIVAL is needed"),
         ("grpoo", "preset: unknown name 'grpoo'"),
         ("grpo --population no.csv", "simulate: cannot read no.csv: No such file or directory; a file of pass rates is needed"),
-        ("grpo --prompts 0", "simulate: prompts 0; a finite number of at least 1 is needed"),
-        ("grpo --slots 0", "EngineModel: slots 0; a finite number of at least 1 is needed"),
+        ("grpo --prompts 0", "simulate: argument --prompts: '0'; an integer from 1 to 10000000"),
+        ("grpo --slots 0", "simulate: argument --slots: '0'; an integer from 1 to 1000000"),
         ("grpo --json no/where.json", "simulate: --json no/where.json; a file in a folder that exists is needed"),
         ("grpo --json .", "simulate: --json .; a file in a folder that exists is needed"),
         ("grpo --figure study.pdf", "simulate: --figure study.pdf; a file name that ends with .png is needed"),
@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_one_line(capsys, arguments: str, message: str) -
     code, out, err = simulate(capsys, *arguments.split())
     assert (code, out) == (2, "")
     assert message in err
-    assert err.startswith("reinforce-ada: ")
+    assert err.startswith("reinforce-ada")
     assert err.count("\n") == 1
 
 

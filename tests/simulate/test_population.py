@@ -97,7 +97,7 @@ def test_words_for_a_population(tmp_path: Path) -> None:
     assert population("beta:.5,2.5") == BetaRates(0.5, 2.5)
     for text, message in (
         ("beta:1", "population 'beta:1'; beta:A,B with two numbers is needed"),
-        ("beta:0,1", "BetaRates: a 0.0; a finite number of at least 1e-06 is needed"),
+        ("beta:0,1", "BetaRates: a = 0.0; a number from 1e-06 to 1000000"),
         ("no.csv", "simulate: cannot read no.csv: No such file or directory; a file of pass rates is needed"),
         (str(tmp_path), "does not exist; a store to read is needed"),
     ):
@@ -108,11 +108,11 @@ def test_words_for_a_population(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EngineModel(slots=0), "EngineModel: slots 0; a finite number of at least 1 is needed"),
-        (lambda: EngineModel(step_ms=-1), "EngineModel: step_ms -1; a finite number of at least 0 is needed"),
+        (lambda: EngineModel(slots=0), "EngineModel: slots = 0; an integer from 1 to 1000000"),
+        (lambda: EngineModel(step_ms=-1), "EngineModel: step_ms = -1; a number from 0 to 10000000"),
         (lambda: EngineModel(step_ms=0, busy_ms=0), "EngineModel: step_ms 0 and busy_ms 0; a decode step that takes time is needed"),
-        (lambda: LengthModel(median_wrong=0), "LengthModel: median_wrong 0; a finite number above 0 is needed"),
-        (lambda: LengthModel(sigma=math.nan), "LengthModel: sigma nan; a finite number of at least 0 is needed"),
+        (lambda: LengthModel(median_wrong=0), "LengthModel: median_wrong = 0; a number above 0 and up to 10000000"),
+        (lambda: LengthModel(sigma=math.nan), "LengthModel: sigma = nan; a number from 0 to 10"),
     ],
 )
 def test_models_of_nothing_are_refused(make, message: str) -> None:

@@ -223,7 +223,7 @@ def test_an_export_destroys_nothing(run: Path, base: str, tmp_path: Path, capsys
     (tmp_path / "mine.txt").write_text("")
     for arguments, said in (
         ([str(run), "--merge", str(tmp_path)], f"export: {tmp_path} is not empty; a folder that is empty or not there yet"),
-        ([str(tmp_path / "gone"), "--merge"], f"export: {tmp_path / 'gone'} is not there; a run that has ended, or a folder of adapters"),
+        ([str(tmp_path / "gone"), "--merge"], f"export: {tmp_path / 'gone'} is no folder; a run that has ended, or a folder of adapters"),
         ([base, "--merge"], f"export: {base} has no adapter_config.json; a run with LoRA adapters, or a folder of some"),
     ):
         assert cli.main(["export", *arguments]) == 2

@@ -15,6 +15,7 @@ import torch
 
 from reinforce_ada import cli, config
 from reinforce_ada.commands import evaluate, serve
+from reinforce_ada.config import values
 from reinforce_ada.errors import InputError
 from reinforce_ada.training import built_in, launch, models
 
@@ -162,8 +163,7 @@ def test_a_base_model_asks_for_the_plain_template_before_anything_else(
 
 
 def test_every_page_of_help_names_the_built_in_models(capsys: pytest.CaptureFixture[str]) -> None:
-    about = next(f.metadata["about"] for f in dataclasses.fields(config.ModelConfig) if f.name == "model")
-    assert all(name in about for name in built_in.NAMES)
+    assert values.choices_of(values.hints_of(config.ModelConfig)["model"]) == list(built_in.NAMES)
     for module in (evaluate, serve):
         with pytest.raises(SystemExit):
             cli.main([module.__name__.rsplit(".", 1)[-1].replace("evaluate", "eval"), "--help"])

@@ -167,7 +167,7 @@ def test_the_paired_difference(say: Say) -> None:
         ("--task low.jsonl --compare low.jsonl", "eval: cannot read low.jsonl: not JSON"),
         ("--task low.jsonl --compare list.json", "eval: list.json is no evaluation (TypeError: "),
         ("--task low.jsonl --task high.jsonl --compare other.json", "eval: other.json has no task high.jsonl; it has low.jsonl, gcd; the"),
-        ("--top-p 0", "config: top_p = 0.0; a positive number"),
+        ("--top-p 0", "argument --top-p: '0'; a number above 0 and up to 1; see reinforce-ada eval --help"),
     ],
 )
 def test_refusals(say: Say, arguments: str, said: str) -> None:
@@ -178,7 +178,7 @@ def test_refusals(say: Say, arguments: str, said: str) -> None:
     Path("other.json").write_text(json.dumps({"tasks": [{"task": "low.jsonl", **one}, {"task": "gcd", **one}]}))
     code, out, err = say(*arguments.split())
     assert (code, out) == (2, "")
-    assert err.startswith(f"reinforce-ada: {said}")
+    assert err.startswith((f"reinforce-ada: {said}", f"reinforce-ada eval: {said}"))
     assert err.count("\n") == 1
 
 

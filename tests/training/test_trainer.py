@@ -405,14 +405,14 @@ def test_ratios_are_to_logprobs_from_before_the_steps_first_update(tmp_path: Pat
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"preset": "reinforce-ada-balanc"}, r"^preset: unknown name .*did you mean 'reinforce-ada-balance'"),
+        ({"preset": "reinforce-ada-balanc"}, r"^config \[sampling\]: preset = .*; did you mean 'reinforce-ada-balance'"),
         ({"engine": "vlm"}, r"engine = 'vlm'"),
         ({"task": "chain_sums"}, r"^task: unknown reasoning-gym dataset 'chain_sums'; .*; did you mean 'chain_sum'\?$"),
         ({"task": "absent.jsonl"}, r"^task: cannot read absent.jsonl"),
         ({"model": "absent/../folder"}, r"^model: 'absent/../folder' is no folder"),
         ({"reward": "toy_rewards:absent"}, r"toy_rewards:absent"),
-        ({"clip_low": 5.0}, r"^config: clip_low = 5.0; at most 1$"),
-        ({"clip_low": 5.0, "loss": "gspo", "rollout_correction": "sequence-mask"}, r"^config: clip_low = 5.0"),
+        ({"clip_low": 5.0}, r"^config \[training\]: clip_low = 5.0; a number from 0 to 1$"),
+        ({"clip_low": 5.0, "loss": "gspo", "rollout_correction": "sequence-mask"}, r"^config \[training\]: clip_low = 5.0"),
         ({"loss": "pppo"}, r"^policy_loss: unknown loss 'pppo'; .*; did you mean 'ppo'\?$"),
         ({"loss": "no_such_module:f"}, r"^train: loss 'no_such_module:f': No module named 'no_such_module'; an importable module"),
         ({"loss": "math:hypot"}, r"^train: loss math:hypot: (Value|Type)Error: .*; one loss a token from \(logprobs, old_logprobs, advan"),

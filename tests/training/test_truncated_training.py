@@ -25,13 +25,13 @@ EXACT = {"objective": "mean", "loss": "reinforce", "max_grad_norm": 1e6}
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"top_p": "0"}, "config: top_p = 0.0; a positive number"),
-        ({"top_p": "1.01"}, "config: top_p = 1.01; at most 1"),
-        ({"top_p": "nan"}, "config: top_p = nan; a finite number"),
-        ({"top_k": "-1"}, "config: top_k = -1; at least 0"),
-        ({"top_k": "0.5"}, "config [sampling]: top_k = '0.5'; an integer (int)"),
-        ({"min_p": "-0.1"}, "config: min_p = -0.1; at least 0"),
-        ({"min_p": "2"}, "config: min_p = 2.0; at most 1"),
+        ({"top_p": "0"}, "config [sampling]: top_p = '0'; a number above 0 and up to 1"),
+        ({"top_p": "1.01"}, "config [sampling]: top_p = '1.01'; a number above 0 and up to 1"),
+        ({"top_p": "nan"}, "config [sampling]: top_p = 'nan'; a number above 0 and up to 1"),
+        ({"top_k": "-1"}, "config [sampling]: top_k = '-1'; an integer from 0 to 10000000"),
+        ({"top_k": "0.5"}, "config [sampling]: top_k = '0.5'; an integer from 0 to 10000000"),
+        ({"min_p": "-0.1"}, "config [sampling]: min_p = '-0.1'; a number from 0 to 1"),
+        ({"min_p": "2"}, "config [sampling]: min_p = '2'; a number from 0 to 1"),
     ],
 )
 def test_values_out_of_range(keys: dict[str, str], said: str) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.commands.flags import add_command, add_config_flags, import_from_here, overrides
-from reinforce_ada.config import Config, TaskConfig
-from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.commands.flags import Typed, add_command, add_config_flag, add_key_flags, import_from_here, overrides
+from reinforce_ada.config import Config, ModelName, TaskConfig
+from reinforce_ada.errors import InputError
 from reinforce_ada.outside import show
 
 # The keys about model, task and engine that an evaluation does not read, or has a flag of its own for, and those of other tables that it
@@ -27,11 +27,15 @@ _OF_EVAL = {*_OF_SAMPLING, "positive_threshold", "preset", "seed", "data_seed"}
 _NOT_GREEDY = ("temperature", "top_p", "top_k", "min_p", "eval_k")
 _EXAMPLES = """\
 examples:
-  reinforce-ada eval runs/example/model                             the held-out prompts of the run
-  reinforce-ada eval MODEL --task sums.jsonl --task gcd --max-tokens 256   two tasks with the same settings, one table
-  reinforce-ada eval MODEL --task gsm8k.toml --task sums.toml       each with the table [task] of its own file
-  reinforce-ada eval MODEL --task test.parquet --greedy --json > greedy.json
-  reinforce-ada eval OTHER --task test.parquet --greedy --compare greedy.json
+  the held-out prompts of a run, with its settings
+    reinforce-ada eval runs/example/model
+  two tasks with the same settings, in one table
+    reinforce-ada eval MODEL --task sums.jsonl --task gcd --max-tokens 256
+  tasks with the table [task] of their own files
+    reinforce-ada eval MODEL --task gsm8k.toml --task sums.toml
+  two models, prompt by prompt
+    reinforce-ada eval MODEL --task test.jsonl --greedy --json > before.json
+    reinforce-ada eval OTHER --task test.jsonl --greedy --compare before.json
 
 docs/evaluation.md says what the numbers are.
 """
@@ -42,19 +46,29 @@ _OF_THE_SOURCE = ("split", "eval_task", "eval_split", "prompt_column", "answer_c
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     about = "Measure a model on held-out prompts: Avg@k, unbiased pass@k and maj@k with standard errors."
-    parser = add_command(commands, "eval", about, _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="smollm2, gemma3-270m, a model folder (such as RUN/model) or a hub id")
+    parser = add_command(
+        commands,
+        "eval",
+        "measure a model on held-out prompts",
+        about,
+        _EXAMPLES,
+        usage="reinforce-ada eval MODEL [--task NAME ...] [FLAGS]",
+    )
+    parser.add_argument(
+        "model", type=Typed(ModelName | str), metavar="MODEL", help="smollm2, gemma3-270m, a model folder (such as RUN/model) or a hub id"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.add_argument("--greedy", action="store_true", help="decode greedily: temperature 0, one completion per prompt")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="also give the paired difference from what --json printed earlier")
     parser.add_argument(
         "--task", action="append", dest="tasks", metavar="NAME",
         help="a generator, a file, a folder or a dataset of the hub, as for train, or a .toml file whose table [task] describes the task; "
-        "give the flag again for each further task",
+        "give the flag again for each further task (default: the task of the run whose model it is, else chain_sum)",
     )  # fmt: skip
     homes = configuration.section_of()
     whole = {key for key, section in homes.items() if section in ("model", "task", "engine")}
-    add_config_flags(parser, [key for key in homes if key in whole - _NOT_OF_EVAL | _OF_EVAL])
+    add_config_flag(parser)
+    add_key_flags(parser, whole - _NOT_OF_EVAL | _OF_EVAL)
     parser.set_defaults(run=run)
 
 
@@ -118,7 +132,7 @@ def _own_task(path: Path, flags: Mapping[str, str]) -> TaskConfig:
     own = configuration.beside(path.parent, own)
     known = [field.name for field in dataclasses.fields(TaskConfig)]
     if unknown := next((key for key in own if key not in known), None):
-        raise unknown_name(f"{path} [task]", "key", unknown, known)
+        raise configuration.unknown_key(f"{path} [task]", unknown, known)
     if others := ", ".join(f"[{name}]" for name in found if name != "task"):
         show(f"{path}: only its table [task] is read, not {others}", file=sys.stderr)
     return configuration.load(None, {**own, **{key: value for key, value in flags.items() if key in known}}).task

@@ -9,10 +9,19 @@ from typing import Any
 from reinforce_ada.commands.flags import add_command
 from reinforce_ada.outside import show
 
+_EXAMPLES = """\
+examples:
+  the model of a finished run, into a private repository
+    reinforce-ada push runs/mine --to org/name
+
+The token is the one of `hf auth login`, or HF_TOKEN; it must be able to write.
+"""
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "push", "Upload the trained model of a run, with its model card, to the Hugging Face Hub.")
+    about = "Upload the trained model of a run, with its model card, to the Hugging Face Hub."
+    parser = add_command(commands, "push", "upload a trained model to the Hugging Face Hub", about, _EXAMPLES)
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository; a new one is private")
     parser.set_defaults(run=run)

@@ -9,11 +9,18 @@ from typing import Any
 from reinforce_ada.commands.flags import add_command
 from reinforce_ada.outside import show
 
+_EXAMPLES = """\
+examples:
+  the figure, the rollouts as Parquet and the summary, also while the run goes
+    reinforce-ada report runs/mine
+"""
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "report", "Redraw the figure of a run and export its rollouts to Parquet.")
-    parser.add_argument("run_dir", type=Path, metavar="DIR", help="a folder that `reinforce-ada train` wrote")
+    about = "Redraw the figure of a run, export its rollouts to Parquet, and print its summary. The run may be going on."
+    parser = add_command(commands, "report", "figure, Parquet and summary of a run", about, _EXAMPLES)
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the folder that `reinforce-ada train` wrote")
     parser.set_defaults(run=run)
 
 

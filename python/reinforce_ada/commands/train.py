@@ -8,31 +8,57 @@ from pathlib import Path
 from typing import Any
 
 from reinforce_ada import config as configuration
-from reinforce_ada.commands.flags import add_command, add_config_flags, import_from_here, overrides
+from reinforce_ada.commands.flags import add_command, add_config_flag, add_key_flag, add_key_flags, import_from_here, overrides
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import show
 
+_FIRST = ("model", "task", "reward", "preset", "steps", "out")  # what most runs set; the other keys follow by table
+_USAGE = """\
+reinforce-ada train [FLAGS]
+       reinforce-ada train --config FILE [FLAGS]
+       reinforce-ada train --resume DIR [FLAGS]"""
 _EXAMPLES = """\
 examples:
-  reinforce-ada train                                      SmolLM2-135M learns one-digit sums (minutes on two cores)
-  reinforce-ada train --model tiny --steps 4               a complete run in seconds
-  reinforce-ada train --model Qwen/Qwen3-0.6B --task gcd --preset reinforce-ada-pos --max-tokens 64
-  reinforce-ada train --task problems.jsonl --max-tokens 400
-  reinforce-ada train --task openai/gsm8k:main --eval-split test --reward number --max-model-len 768
-  reinforce-ada train --config run.toml --seed 1           a file, with one key overridden
-  reinforce-ada train --resume runs/smollm2-chain_sum-reinforce-ada-balance-seed0
-  torchrun --nproc-per-node 2 -m reinforce_ada train       the same run, its gradients computed by two processes
+  a complete run in seconds, with a model that is made on the spot
+    reinforce-ada train --model tiny --steps 4
+  SmolLM2-135M learns one-digit sums, in minutes on two cores
+    reinforce-ada train
+  questions of your own: {"prompt": ..., "answer": ...} on each line
+    reinforce-ada train --task problems.jsonl --max-tokens 200 --out runs/mine
+  a dataset of the Hugging Face hub
+    reinforce-ada train --model Qwen/Qwen2.5-1.5B-Instruct \\
+      --task openai/gsm8k:main --eval-split test --reward number \\
+      --max-model-len 768
+  the memory that a run will take
+    reinforce-ada train --config run.toml --estimate
+  a file, with one key overridden
+    reinforce-ada train --config run.toml --seed 1
+  a run that was interrupted or killed goes on
+    reinforce-ada train --resume runs/mine
+  the gradients are computed by two processes
+    torchrun --nproc-per-node 2 -m reinforce_ada train --config run.toml
 
-The TOML file of --config may set every key below, in the table that its heading names.
+Every flag with a table in brackets is a key of the TOML file, there with
+underscores: "[training] steps = 100" is --steps 100. Times are in seconds and
+lengths in tokens. docs/training.md says what a run does.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "train", "Train a model by adaptive sampling.", _EXAMPLES)
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR with its own configuration")
-    parser.add_argument("--estimate", action="store_true", help="print the memory that the run would take, and end; no weights are loaded")
-    add_config_flags(parser)
+    parser = add_command(
+        commands, "train", "train a model by adaptive sampling", "Train a model by adaptive sampling.", _EXAMPLES,
+        usage=_USAGE, add_help=False,
+    )  # fmt: skip
+    first = parser.add_argument_group("what most runs set")
+    for key in _FIRST:
+        add_key_flag(first, key, note=f"[{configuration.section_of()[key]}]")
+    whole = parser.add_argument_group("the run as a whole")
+    add_config_flag(whole)
+    whole.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder, with its own configuration")
+    whole.add_argument("--estimate", action="store_true", help="print the memory that the run would take, and end; no weights are loaded")
+    whole.add_argument("-h", "--help", action="help", help="show this help message and exit")
+    add_key_flags(parser, configuration.section_of().keys() - set(_FIRST))
     parser.set_defaults(run=run)
 
 

@@ -5,12 +5,15 @@ It needs the standard library alone, so that `--help` stays fast and a base inst
 
 from __future__ import annotations
 
-from reinforce_ada.config.files import BUDGET_UNITS, Budget, budget_of, check_room, dump, load, load_saved, read_toml
+from reinforce_ada.config.files import BUDGET_UNITS, Budget, budget_of, check_room, dump, load, load_saved, read_toml, unknown_key
 from reinforce_ada.config.keys import (
+    OTHER_NAMES,
     POLICY_KEYS,
     Config,
     EngineConfig,
     ModelConfig,
+    ModelName,
+    PresetName,
     RunConfig,
     SamplingConfig,
     TaskConfig,
@@ -19,18 +22,20 @@ from reinforce_ada.config.keys import (
     sections,
 )
 from reinforce_ada.config.paths import FILE_KINDS, SAVED_DATASET, beside, kind_of, suffix_of
-from reinforce_ada.config.values import RANGES, Range
+from reinforce_ada.config.values import Range
 
 __all__ = [
     "BUDGET_UNITS",
     "FILE_KINDS",
+    "OTHER_NAMES",
     "POLICY_KEYS",
-    "RANGES",
     "SAVED_DATASET",
     "Budget",
     "Config",
     "EngineConfig",
     "ModelConfig",
+    "ModelName",
+    "PresetName",
     "Range",
     "RunConfig",
     "SamplingConfig",
@@ -47,4 +52,5 @@ __all__ = [
     "section_of",
     "sections",
     "suffix_of",
+    "unknown_key",
 ]

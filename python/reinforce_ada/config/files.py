@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reinforce_ada.config.keys import Config, ModelConfig, TrainingConfig, section_of, sections
-from reinforce_ada.config.paths import RECORDS, beside
-from reinforce_ada.config.values import RANGES, check_text, convert, shown
+from reinforce_ada.config.keys import OTHER_NAMES, Config, ModelConfig, TrainingConfig, section_of, sections
+from reinforce_ada.config.paths import FILE_KINDS, RECORDS, beside, suffix_of
+from reinforce_ada.config.values import convert, shown
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.outside import GarbageError, one_line, read_text, server_url
 
@@ -64,6 +64,8 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     """
     if path is None:
         return _configured("config", {}, overrides)
+    if suffix_of(path) in FILE_KINDS:  # an empty one would be read as a configuration that sets nothing
+        raise InputError("config", f"{path} is named like a file of questions", "a TOML file", f"--task {path}")
     tables = {name: beside(path.parent, table) if isinstance(table, Mapping) else table for name, table in read_toml(path).items()}
     return _configured(str(path), tables, overrides)
 
@@ -75,9 +77,9 @@ def _configured(where: str, tables: Mapping[str, Any], overrides: Mapping[str, A
     homes = section_of()
     for key, value in (overrides or {}).items():
         if key not in homes:
-            raise unknown_name("config", "key", key, homes)
+            raise unknown_key("config", key, homes)
         merged[homes[key]][key] = value
-    config = Config(**{name: convert(name, cls, merged[name]) for name, cls in sections()})
+    config = Config(**{name: convert(f"{where} [{name}]", cls, merged[name]) for name, cls in sections()})
     _check(config)
     return config
 
@@ -112,6 +114,8 @@ def dump(config: Config) -> str:
 
 
 def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, values: Any) -> None:
+    if section not in merged and (home := section_of().get(section)):
+        raise InputError(where, f"{section} above the first table", f"the table [{home}] for it")
     if section not in merged:
         raise unknown_name(where, "section", section, merged)
     if not isinstance(values, Mapping):
@@ -119,8 +123,17 @@ def _merge_section(merged: dict[str, dict[str, Any]], where: str, section: str, 
     known = [f.name for f in dataclasses.fields(dict(sections())[section])]
     for key, value in values.items():
         if key not in known:
-            raise unknown_name(f"{where} [{section}]", "key", key, known)
+            raise unknown_key(f"{where} [{section}]", key, known)
         merged[section][key] = value
+
+
+def unknown_key(where: str, key: str, known: Collection[str]) -> InputError:
+    """Return an InputError for a key that is not `known`, naming the one that is meant: by its name in other trainers, or the nearest."""
+    home = section_of().get(meant := OTHER_NAMES.get(key, key))
+    if home is None:
+        return unknown_name(where, "key", key, known)
+    hint = f"did you mean {meant!r}?" if meant in known else f"{meant!r} belongs to the table [{home}]"
+    return InputError(where, f"unknown key {key!r}", f"known: {', '.join(sorted(known))}", hint)
 
 
 def check_room(config: Config, max_tokens: int) -> None:
@@ -134,13 +147,7 @@ def check_room(config: Config, max_tokens: int) -> None:
 
 
 def _check(config: Config) -> None:
-    """Check all values as far as the configuration alone allows."""
-    values = {f.name: getattr(getattr(config, section), f.name) for section, cls in sections() for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if isinstance(value, str):
-            check_text(key, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (needed := RANGES[key].needed(value)):
-            raise InputError("config", f"{key} = {shown(value)}", needed)
+    """Check the values that depend on each other; each of them has been held to its type."""
     if budget_of(config.training) is not None and config.training.lr_schedule != "constant":
         given = f"lr_schedule {config.training.lr_schedule} with a budget"
         raise InputError("config", given, "a run whose last step is known", "end it by --steps alone, or use lr_schedule constant")
@@ -153,8 +160,6 @@ def _check(config: Config) -> None:
         check_room(config, sampling.max_tokens)
     if config.task.template_options and config.task.template == "plain":
         raise InputError("config", "template_options with template = 'plain'", "a chat template to pass them to", "leave one of them out")
-    for text in sampling.stop:
-        check_text("stop", text)
     if "" in sampling.stop:
         raise InputError("config", f"stop = {shown(sampling.stop)}", "strings that are not empty")
     try:

@@ -15,50 +15,19 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from reinforce_ada import machine
-from reinforce_ada.config import RANGES, Range
+from reinforce_ada.config.serving import PORTS, Serving
+from reinforce_ada.config.values import check_fields
 from reinforce_ada.engines.fleet import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.outside import one_line
 
 _LOOK_EVERY_S, _LOOK_S = 0.5, 5.0
 _END_S = 15.0  # the time that a server has to end by itself
-
-# Settings that the configuration of a run also has keep its ranges.
-_RANGES = {name: RANGES[name] for name in ("replicas", "tensor_parallel", "memory_fraction", "max_model_len", "max_num_seqs")} | {
-    "port": Range(1, 65535),
-    "kv_cache_mb": Range(1, 10**7),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """The settings of the servers.
-
-    `expose` allows a host that other machines can reach. `extra` arguments are passed to vLLM's server unchanged.
-    """
-
-    model: str
-    replicas: int = 1
-    host: str = "127.0.0.1"
-    expose: bool = False
-    port: int = 8000
-    dtype: str = "auto"  # bfloat16 if the device computes in it, otherwise float32
-    max_model_len: int = 512
-    max_num_seqs: int = 128
-    device: str = "auto"  # cuda if torch has such a device, otherwise cpu
-    tensor_parallel: int = 1
-    memory_fraction: float = 0.9
-    kv_cache_mb: int = 512
-    logs: Path = Path("serve-logs")
-    extra: Sequence[str] = ()
-
-    def url(self, i: int) -> str:
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port + i}"
 
 
 def command_of(serving: Serving, i: int) -> list[str]:
@@ -162,7 +131,7 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
     Raises: InputError when a port is taken, vLLM is not installed, or a server ends before it was ever ready.
     """
     check(serving, needs_vllm=command is None)
-    serving = replace(serving, device=machine.device_of(serving.device))
+    serving = replace(serving, device=machine.device_of(serving.device))  # type: ignore[arg-type]
     command = command or partial(command_of, serving)
     servers = [
         Server(serving.url(i), command(i), environment_of(serving, i), serving.logs / f"{serving.port + i}.log")
@@ -192,12 +161,9 @@ def serve(serving: Serving, say: Callable[[str], None], *, command: Callable[[in
 
 def check(serving: Serving, *, needs_vllm: bool = True) -> None:
     """Raise InputError for anything that cannot be served here."""
-    for name, allowed in _RANGES.items():
-        if needed := allowed.needed(value := getattr(serving, name)):
-            raise InputError("serve", f"{name} = {one_line(str(value))}", needed)
-    last = serving.port + serving.replicas - 1
-    if needed := _RANGES["port"].needed(last):
-        raise InputError("serve", f"{serving.replicas} replicas from port {serving.port} on", f"a last port of {needed}")
+    check_fields("serve", serving)
+    if serving.port + serving.replicas - 1 not in PORTS:
+        raise InputError("serve", f"{serving.replicas} replicas from port {serving.port} on", f"a last port of at most {PORTS.most}")
     _check_host(serving)
     if needs_vllm:
         needs("serve", "vllm")

@@ -11,15 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 from reinforce_ada import config as configuration
+from reinforce_ada.config.values import check_fields
 from reinforce_ada.errors import InputError, needs
+from reinforce_ada.explain.costs import Costs
 from reinforce_ada.explain.measured import Measured, measured
 from reinforce_ada.explain.page import POPULATIONS, Explanation, beta_name, comparison, comparison_page, explain, page
-from reinforce_ada.explain.ranking import Costs, Populations, ranking_page, ranking_record
+from reinforce_ada.explain.ranking import Populations, ranking_page, ranking_record
 from reinforce_ada.outside import literal_names, one_line, show
 from reinforce_ada.sampling import PRESETS, Centered, Policy, configured
 
-_LARGEST = 1e6  # limit on Beta parameters, class weights, cost ratios and variances
-_MOST_REMEMBERED = 256  # the numbers of a group of 1 take 1 ms for each
+_LARGEST = 1e6  # limit on Beta parameters and class weights
 
 
 def run(
@@ -66,7 +67,7 @@ def _ranking(
     if found is None and "cost_ratio" not in given:
         raise InputError("explain", f"--{next(iter(given)).replace('_', '-')} without --cost-ratio", "it belongs to the ranking by cost")
     costs = Costs(**{**({} if found is None else {"cost_ratio": found.cost_ratio}), **given})  # type: ignore[arg-type]
-    _check(costs)
+    check_fields("explain", costs)
     if of is None or found is None:
         return costs, {beta_name(a, b): {(a, b): 1.0} for a, b in over}, ""
     return costs, {"this run": found.rates}, _about(of, found)
@@ -79,16 +80,6 @@ def _about(run: Path, found: Measured) -> str:
         f"  Training on a completion took {found.cost_ratio:.3g} times as long as generating one.\n"
         f"  The held-out pass rate after step {found.step} was {mean:.3f}; each prompt has its posterior.\n\n"
     )
-
-
-def _check(costs: Costs) -> None:
-    for flag, value, most in (
-        ("--cost-ratio", costs.cost_ratio, _LARGEST),
-        ("--score-variance", costs.score_variance, _LARGEST),
-        ("--remembered", costs.remembered, _MOST_REMEMBERED),
-    ):
-        if not 0 <= value <= most:
-            raise InputError("explain", f"{flag} {value}", f"a number of at least 0 and at most {most:g} is needed")
 
 
 def _record(e: Explanation, over: Sequence[tuple[float, float]], prompts: Populations, costs: Costs) -> dict[str, Any]:

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from reinforce_ada.explain.costs import Costs
 from reinforce_ada.explain.efficiency import PassRates, efficiency
 from reinforce_ada.explain.page import Explanation
 from reinforce_ada.sampling import preset
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What efficiencies depend on besides the policy and the pass rates."""
-
-    cost_ratio: float  # cost of training on a completion / cost of generating one
-    remembered: int = 8  # earlier completions of each prompt, for baseline "memory"
-    score_variance: float = 1.0  # of a completion's score within its class, in units of |grad p|^2 / (p (1 - p))^2
-
 
 Populations = Mapping[str, PassRates]  # name -> pass rates of its prompts
 

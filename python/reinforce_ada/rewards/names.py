@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reinforce_ada.errors import InputError, needs
+from reinforce_ada.errors import InputError, did_you_mean, needs
 from reinforce_ada.loading import load, whole
 from reinforce_ada.outside import one_line
 from reinforce_ada.rewards.choice import choice_match, options_of_answers
@@ -198,6 +197,5 @@ def is_of_a_program(reward: str) -> bool:
 
 
 def _unknown(reward: str) -> InputError:
-    nearest = difflib.get_close_matches(reward[:100], BUILT_IN, n=1)
     needed = f'one of {", ".join(BUILT_IN)}, or the form "module:function" or "file.py:function" is needed'
-    return InputError(FLAG, f"reward {one_line(repr(reward))}", needed, f"did you mean {nearest[0]!r}?" if nearest else "")
+    return InputError(FLAG, f"reward {one_line(repr(reward))}", needed, did_you_mean(reward, BUILT_IN))

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
+from reinforce_ada.config.values import Range, check_fields, option
 from reinforce_ada.errors import InputError
-from reinforce_ada.outside import one_line
 
-
-def check_range(where: str, name: str, value: float, low: float, high: float, *, strict: bool = False) -> None:
-    """Raise InputError unless `value` is a number from `low` (above it if `strict`) to `high`."""
-    if low < value <= high or (value == low and not strict):
-        return
-    needed = (
-        f"at most {high:g} is possible" if value > high else f"a finite number {'above' if strict else 'of at least'} {low:g} is needed"
-    )
-    raise InputError(where, f"{name} {one_line(str(value), 40)}", needed)
-
-
-def _number(default: float, about: str) -> Any:
-    """Declare a number of a model: its default and the line that `--help` prints."""
-    return field(default=default, metadata={"about": about})
+_Cost = Annotated[float, Range(0, 10**7)]
+_Tokens = Annotated[int, Range(0, 10**7)]
+_Median = Annotated[float, Range(0, 10**7, above=True)]
+_Spread = Annotated[float, Range(0, 10)]
 
 
 @dataclass(frozen=True)
@@ -33,17 +23,15 @@ class EngineModel:
     `sync_ms` is spent once, before the first step.
     """
 
-    slots: int = _number(256, "sequences decoded together")
-    step_ms: float = _number(8.0, "time of a decode step")
-    busy_ms: float = _number(0.03, "further time for each sequence in it")
-    prefill_ms: float = _number(0.0, "further time for each prompt token of a request that starts")
-    prompt_tokens: int = _number(0, "tokens of a prompt")
-    sync_ms: float = _number(0.0, "weight synchronisation, once")
+    slots: Annotated[int, Range(1, 10**6)] = option(256, "sequences decoded together")
+    step_ms: _Cost = option(8.0, "time of a decode step in ms")
+    busy_ms: _Cost = option(0.03, "further time for each sequence in it in ms")
+    prefill_ms: _Cost = option(0.0, "further time for each prompt token of a request that starts in ms")
+    prompt_tokens: _Tokens = option(0, "tokens of a prompt")
+    sync_ms: _Cost = option(0.0, "time of the weight synchronisation, once, in ms")
 
     def __post_init__(self) -> None:
-        check_range("EngineModel", "slots", self.slots, 1, 1e6)
-        for f in fields(self)[1:]:
-            check_range("EngineModel", f.name, getattr(self, f.name), 0, 1e7)
+        check_fields("EngineModel", self)
         if self.step_ms == 0 == self.busy_ms:
             raise InputError("EngineModel", "step_ms 0 and busy_ms 0", "a decode step that takes time is needed")
 
@@ -65,15 +53,11 @@ class LengthModel:
     The default medians are 600 e^(-1/3) and 600 e^(1/6): wrong answers e^0.5 times longer, and 600 the geometric mean at pass rate 1/3.
     """
 
-    median_correct: float = _number(430.0, "tokens of a correct answer, median")
-    median_wrong: float = _number(709.0, "tokens of a wrong answer, median")
-    sigma: float = _number(0.8, "spread of log tokens within a prompt")
-    sigma_prompt: float = _number(0.55, "spread of log tokens between prompts")
-    max_tokens: int = _number(4096, "longest answer")
+    median_correct: _Median = option(430.0, "tokens of a correct answer, median")
+    median_wrong: _Median = option(709.0, "tokens of a wrong answer, median")
+    sigma: _Spread = option(0.8, "spread of log tokens within a prompt")
+    sigma_prompt: _Spread = option(0.55, "spread of log tokens between prompts")
+    max_tokens: Annotated[int, Range(1, 10**7)] = option(4096, "longest answer")
 
     def __post_init__(self) -> None:
-        check_range("LengthModel", "median_correct", self.median_correct, 0, 1e7, strict=True)
-        check_range("LengthModel", "median_wrong", self.median_wrong, 0, 1e7, strict=True)
-        check_range("LengthModel", "sigma", self.sigma, 0, 10)
-        check_range("LengthModel", "sigma_prompt", self.sigma_prompt, 0, 10)
-        check_range("LengthModel", "max_tokens", self.max_tokens, 1, 1e7)
+        check_fields("LengthModel", self)

@@ -6,30 +6,34 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from reinforce_ada.config.values import Range, check_fields
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, one_line, parse_json, read_text
 from reinforce_ada.sampling import History
-from reinforce_ada.simulate.engine_model import LengthModel, check_range
+from reinforce_ada.simulate.engine_model import LengthModel
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 _MOST_BYTES = 256 << 20  # a file of this size has ten million pass rates
 _OUTCOME, _RADIUS, _ANGLE, _PROMPT_RADIUS, _PROMPT_ANGLE, _EARLIER = range(6)  # streams of random numbers
 
 
+_Shape = Annotated[float, Range(1e-6, 10**6)]
+
+
 @dataclass(frozen=True)
 class BetaRates:
     """Pass rates drawn from Beta(a, b)."""
 
-    a: float = 1.0
-    b: float = 2.0
+    a: _Shape = 1.0
+    b: _Shape = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("a", "b"):
-            check_range("BetaRates", name, getattr(self, name), 1e-6, 1e6)
+        check_fields("BetaRates", self)
 
     def __str__(self) -> str:
         return f"Beta({self.a:.3g}, {self.b:.3g})"

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from reinforce_ada.config.values import check
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import GarbageError, one_line, parse_json
 from reinforce_ada.sampling import Policy, preset
 from reinforce_ada.sampling.policies.contracts import Window
 from reinforce_ada.sampling.sampler import Schedule
 from reinforce_ada.sampling.windows import PosteriorWindow
-from reinforce_ada.simulate.engine_model import EngineModel, LengthModel, check_range
+from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.population import Population, World
 from reinforce_ada.simulate.run import SimulationResult, simulate
+from reinforce_ada.simulate.sizes import Earlier, Prompts, Seeds
 
 HEADINGS = ("policy", "schedule", "wall s", "relative", "Mtok", "wasted", "signal", "samples/prompt", "utilisation")
 _WHERE = "simulate"
@@ -195,10 +197,9 @@ def run_study(
         on_poll: called after every poll with the setting, the seed and the number of completions that have ended.
     Raises: InputError for numbers out of range.
     """
-    for name, value, least, most in (
-        ("prompts", num_prompts, 1, 10**7), ("seeds", num_seeds, 1, 10**4), ("earlier", num_earlier, 0, 10**4),
-    ):  # fmt: skip
-        check_range(_WHERE, name, value, least, most)
+    check(_WHERE, "prompts", num_prompts, Prompts)
+    check(_WHERE, "seeds", num_seeds, Seeds)
+    check(_WHERE, "earlier", num_earlier, Earlier)
     for s in settings:
         if num_prompts * s.policy.cap > _MOST_COMPLETIONS:
             given = f"{num_prompts} prompts with a cap of {s.policy.cap}"

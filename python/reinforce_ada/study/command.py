@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from reinforce_ada.config.values import Processes, check
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.explain.efficiency import posteriors
 from reinforce_ada.files import replace_file
@@ -18,7 +19,6 @@ from reinforce_ada.study.runs import RunError, execute_all, execute_once, is_fin
 from reinforce_ada.study.settings import WHERE, Study, read_study
 
 PAGE = "page.md"
-_MOST_JOBS = 1024
 
 
 def run(path: Path, *, out: Path | None = None, shard: str = "1/1", num_jobs: int = 1, report: bool = False) -> int:
@@ -27,8 +27,7 @@ def run(path: Path, *, out: Path | None = None, shard: str = "1/1", num_jobs: in
     Raises: InputError for a study that cannot be run, before anything runs.
     """
     study, part = read_study(path), _shard(shard)
-    if not 1 <= num_jobs <= _MOST_JOBS:
-        raise InputError(WHERE, f"--jobs {num_jobs}", f"a number from 1 to {_MOST_JOBS}")
+    check(WHERE, "num_jobs", num_jobs, Processes)
     out = out or Path("studies") / study.name
     if report:
         _write_page(result_files.read(out), out)

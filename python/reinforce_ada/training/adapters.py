@@ -202,7 +202,7 @@ def export(source: Path, target: Path | None, dtype: str) -> Path:
     folder = source / "model" if (source / run_folder.CONFIG).is_file() else source
     if not folder.is_dir():
         hint = "RUN/checkpoints/step-N/model has the adapters of a checkpoint"
-        raise InputError("export", f"{one_line(str(folder))} is not there", "a run that has ended, or a folder of adapters", hint)
+        raise InputError("export", f"{one_line(str(folder))} is no folder", "a run that has ended, or a folder of adapters", hint)
     if not models.is_adapters(folder):
         hint = "a run of --lora-rank 0 has a whole model in RUN/model already"
         raise InputError("export", f"{one_line(str(folder))} has no {CONFIG}", "a run with LoRA adapters, or a folder of some", hint)

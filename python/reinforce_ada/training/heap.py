@@ -16,8 +16,9 @@ def _malloc_trim() -> Any:
 def trim() -> None:
     """Return the freed blocks of glibc's heap to the system; nothing with another C library.
 
-    glibc keeps freed blocks of up to 32 MB, between which new ones do not fit, so that the heap grows from pass to pass. After passes of
-    1024 tokens of SmolLM2 this takes .03 to .08 s of 2 to 3 s, and a peak of 3.8 GB becomes 2.6 GB (LoRA; 5.0 becomes 4.3 GB with all weights).
+    glibc keeps freed blocks of up to 32 MB, between which new ones do not fit, so that the heap grows from pass to pass. After
+    passes of 1024 tokens of SmolLM2 this takes .03 to .08 s of 2 to 3 s, and a peak of 3.8 GB becomes 2.6 GB (LoRA), one of 5.0
+    GB with all weights 4.3 GB.
     """
     if (malloc_trim := _malloc_trim()) is not None:
         malloc_trim(0)
