@@ -115,6 +115,26 @@ def test_where_labels_go(values: list[float], placed: list[float]) -> None:
     assert spread(values, 2) == placed
 
 
+def test_no_other_module_has_colours_of_its_own() -> None:
+    modules = [path for path in (Path(__file__).parents[1] / "python").rglob("*.py") if path.name != "plots.py"]
+    assert [path.name for path in modules if re.search(r"[\"']#[0-9a-fA-F]{6}\b", path.read_text())] == []
+
+
+def test_labels_cover_neither_each_other_nor_a_point() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    figure = plots.new_figure(4, 3, dpi=100)
+    axes = figure.subplots()
+    points = [(x / 40, 0.5) for x in range(41)] + [(0.5, y / 20) for y in range(21)]
+    axes.plot(*zip(*points, strict=True), "o")
+    figure.canvas.draw()
+    plots.place_labels(axes, [(x, y, f"{x:.2f}", LIGHT.ink) for x, y in points])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert 10 < len(boxes) < len(points)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axes.transData.transform(point)) for box in boxes for point in points)
+
+
 def test_labels_at_the_edge_do_not_overlap(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure = plots.new_figure(4, 3, dpi=100)

@@ -158,3 +158,26 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], *, size_pt: fl
             text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center", fontsize=size_pt,
             color=color, annotation_clip=False,
         )  # fmt: skip
+
+
+def place_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]], *, size_pt: float = 8.0) -> None:
+    """Write (x, y, text, colour) beside its point, at the first of eight places where it covers no other label or point.
+
+    A text without such a place is left out. The limits must be final, and the figure drawn once.
+    """
+    taken = [(x - 4, y - 4, x + 4, y + 4) for line in axes.get_lines() for x, y in axes.transData.transform(line.get_xydata())]
+    pad = 5 * axes.figure.dpi / 72
+    for x, y, text, color in labels:
+        at = axes.transData.transform((x, y))
+        note = axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=size_pt, color=color)
+        size = note.get_window_extent()
+        for right, up in ((0.5, 1), (1, 0.5), (0.5, 0), (0, 0.5), (1, 1), (0, 1), (1, 0), (0, 0)):
+            left = at[0] + (right - 1) * size.width + (2 * right - 1) * pad
+            low = at[1] + (up - 1) * size.height + (2 * up - 1) * pad
+            box = (left, low, left + size.width, low + size.height)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                note.xyann = ((left - at[0]) * 72 / axes.figure.dpi, (low - at[1]) * 72 / axes.figure.dpi)
+                taken.append(box)
+                break
+        else:
+            note.remove()

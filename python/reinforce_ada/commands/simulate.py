@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--earlier", type=int, default=0, metavar="N", help=shown)
     parser.add_argument("--fit", type=Path, metavar="RUN", help="take engine, lengths and pass rates from a run folder or its store")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write wall-clock against waste, and busy slots over time")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write signal and waste against wall-clock")
     for title, model in (("engine", EngineModel), ("lengths", LengthModel)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(model):
