@@ -197,6 +197,11 @@ def test_runs_are_drawn_beside_each_other_by_what_they_generated(run_dir: Path, 
     assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_was_generated_until_a_step_does_not_depend_on_the_order_of_the_log() -> None:
+    steps = [{"kind": "step", "step": step, "num_completions_issued": number} for step, number in ((2, 5), (1, 3), (4, None), (7, 2.0))]
+    assert Run("run", {}, steps, [], None, None).generated_until([0, 1, 2, 3, 4, 7, 9]).tolist() == [0, 3, 8, 8, 8, 10, 10]
+
+
 @given(st.lists(st.one_of(st.just(math.nan), st.floats(0, 1)), min_size=1, max_size=40), st.integers(1, 9))
 def test_the_running_mean_is_that_of_its_window(values: list[float], window: int) -> None:
     found = panels_of.running_mean(np.array(values), window)

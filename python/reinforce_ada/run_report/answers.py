@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -81,8 +80,8 @@ def _card(pool: SampledPool) -> Element:
     heads = (("#", "number"), ("reward", "number"), ("tokens", "number"), ("end", "short"), ("completion", "text"))
     lengths = [c.num_tokens for c in pool.completions if c.num_tokens is not None]
     numbers = {
-        "data_step": str(pool.step), "data_rate": f"{pool.num_correct / scored if scored else math.nan:.4f}",
-        "data_length": f"{max(lengths, default=0)}",
+        "data_step": str(pool.step), "data_rate": f"{pool.num_correct / scored if scored else -1:.4f}",
+        "data_length": str(max(lengths, default=0)),
     }  # fmt: skip
     return element("article", about, table(heads, rows, class_="answers sortable"), class_="card", **numbers)
 

@@ -122,7 +122,7 @@ def _reward(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
 
 def _reward_by_cost(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
     plots.name_axes(axes, "Reward", "completions generated", theme=theme)
-    _draw_reward(axes, runs, theme, lambda run, steps: np.array([run.cost_at(step, "generated_completions") for step in steps]))
+    _draw_reward(axes, runs, theme, Run.generated_until)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter("{x:,.0f}")
 

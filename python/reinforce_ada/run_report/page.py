@@ -16,6 +16,7 @@ from reinforce_ada import config as configuration
 from reinforce_ada.files import replace_file
 from reinforce_ada.outside import one_line
 from reinforce_ada.plots import DARK, LIGHT
+from reinforce_ada.rollouts import SampledPool
 from reinforce_ada.run_report import figure
 from reinforce_ada.run_report.answers import answers, read_sample
 from reinforce_ada.run_report.markup import Head, document, element, picture, table
@@ -40,7 +41,7 @@ def write(run_dir: Path, path: Path) -> None:
     replace_file(path, page(run, *read_sample(run_dir)), where=WHERE)
 
 
-def page(run: Run, pools: Sequence[Any], num_steps: int) -> str:
+def page(run: Run, pools: Sequence[SampledPool], num_steps: int) -> str:
     """Return the page; `pools` and `num_steps` are what `answers.read_sample` gives."""
     sections: list[tuple[str, list[Element]]] = [
         ("Did it learn?", _learned(run)),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from reinforce_ada.errors import InputError
 from reinforce_ada.outside import one_line
 from reinforce_ada.rollouts import RolloutStore
-from reinforce_ada.training.costs import costs_until
+from reinforce_ada.training.costs import cost
 from reinforce_ada.training.log import read_log
 
 STORE, LOG = "rollouts.sqlite", "log.jsonl"
@@ -59,9 +59,11 @@ class Run:
         total = weights[known].sum()
         return float((values[known] * weights[known]).sum() / total) if total else math.nan
 
-    def cost_at(self, step: int, cost: str) -> float:
-        """Return one of `costs.COSTS` of the steps up to `step`."""
-        return costs_until(self.steps, step)[cost]
+    def generated_until(self, steps: Sequence[int]) -> NDArray[np.float64]:
+        """Return how many completions had been generated after each of these steps, [len(steps)] float64."""
+        of_step = sorted((r["step"], cost([r], "generated_completions")) for r in self.steps)
+        until = np.cumsum([0.0, *(number for _, number in of_step)])
+        return np.asarray(until[np.searchsorted([step for step, _ in of_step], steps, side="right")])
 
     @property
     def cap(self) -> int | None:

@@ -90,16 +90,21 @@ SCRIPT = """
     list.append(...[...cards].sort((a, b) => sign * (of(a) - of(b))).map(({ card }) => card));
   };
   const sortable = (table) => {
-    table.querySelectorAll("thead th").forEach((head, column) => {
+    table.querySelectorAll("thead th.number").forEach((head) => {
       let sign = -1;
-      head.classList.add("sorts");
-      head.addEventListener("click", () => {
+      const sort = () => {
         sign = -sign;
-        const value = (row) => parseFloat(row.cells[column].textContent.replaceAll(",", ""));
+        table.querySelectorAll("thead th").forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+        const value = (row) => parseFloat(row.cells[head.cellIndex].textContent.replaceAll(",", ""));
         const body = table.tBodies[0];
         const rank = (row) => (Number.isNaN(value(row)) ? Infinity : sign * value(row));
         body.append(...[...body.rows].sort((a, b) => (rank(a) === rank(b) ? 0 : rank(a) - rank(b))));
-      });
+      };
+      head.classList.add("sorts");
+      head.tabIndex = 0;
+      head.addEventListener("click", sort);
+      head.addEventListener("keydown", (event) => event.key === "Enter" && sort());
     });
   };
   document.querySelectorAll("table.sortable").forEach(sortable);
