@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WRITERS = ("write_docs.py", "write_simulator.py", "evidence/write.py")
+WRITERS = ("write_demo.py", "write_docs.py", "write_simulator.py", "evidence/write.py")
 
 
 def main() -> None:

@@ -131,6 +131,11 @@ def percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
+def few(x: float, _: int) -> str:
+    """Return the label of a minor tick of a logarithmic axis: only 2 and 5 times powers of ten have one."""
+    return f"{x:g}" if f"{x:e}"[0] in "25" else ""
+
+
 def spread(values: Sequence[float], gap: float) -> list[float]:
     """Return values at least `gap` apart in the same order, each as near to its own as its neighbours allow (least squares)."""
     order = sorted(range(len(values)), key=values.__getitem__)

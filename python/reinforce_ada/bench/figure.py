@@ -50,7 +50,7 @@ def draw(results: Results, path: Path) -> None:
     for y in range(1, len(rows)):
         axes.axhline(y - 0.5, color=LIGHT.grid, linewidth=0.8)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(_few)
+    axes.xaxis.set_minor_formatter(plots.few)
     if rows:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=plots.LABEL_PT)
     plots.save(figure, path, where="bench")
@@ -71,8 +71,3 @@ def rows_of(records: Sequence[Record]) -> dict[Row, dict[str, list[float]]]:
 def _rivals(record: Record) -> Mapping[str, str | None]:
     naive = record.naive if record.naive in record.others else None
     return dict(zip((name for name, *_ in _AGAINST), (naive, record.fastest("best")), strict=True))
-
-
-def _few(x: float, _: int) -> str:
-    """Return the label of a minor tick: only 2 and 5 times powers of ten have one."""
-    return f"{x:g}" if f"{x:e}"[0] in "25" else ""

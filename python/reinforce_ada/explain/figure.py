@@ -33,12 +33,14 @@ def draw(explanations: Sequence[Explanation], path: Path) -> None:
     if high < 2 * low:  # a weight of 1 everywhere differs from 1 in the 12th digit, which would fill the panel
         weight.set_ylim(low / 2, high * 2)
     weight.yaxis.set_major_formatter("{x:g}")
-    weight.yaxis.set_minor_formatter("{x:g}")
+    weight.yaxis.set_minor_formatter(plots.few)
     _panel(weight, "Weight of a prompt: w(p)")
     _panel(objective, "Implied objective: f(p) / f(1)")
     _panel(samples, "Completions per prompt: E[N]")
     _panel(signal, "Pools with both classes: P(signal)")
-    plots.legend(samples, fontsize=7.5)
+    figure.legend(
+        *samples.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, labelcolor=plots.LIGHT.ink
+    )
     plots.save(figure, path, where="explain")
 
 

@@ -121,32 +121,28 @@ def _reward(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
 
 
 def _reward_by_cost(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
-    plots.name_axes(axes, "Reward", "completions generated", theme=theme)
+    plots.name_axes(axes, "Reward: training (lines), held-out ± standard error (diamonds)", "completions generated", theme=theme)
     _draw_reward(axes, runs, theme, Run.generated_until)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # with room for the first diamond
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _draw_reward(axes: Any, runs: Sequence[Run], theme: Theme, x_of: Callable[[Run, Sequence[int]], Array]) -> None:
+    """Draw one run with a name for each series, or several with the name of each run."""
+    alone = len(runs) == 1
     for run, color in _colored(runs, theme):
         if run.steps:
             x = x_of(run, [r["step"] for r in run.steps])
-            _trend(axes, x, run.series("first_round_reward"), color, _of(runs, run, "training prompts, first round"))
+            _trend(axes, x, run.series("first_round_reward"), color, "training prompts, first round" if alone else run.label)
         if run.evals:
             y, errors = (np.array([as_float(e.get(key)) for e in run.evals]) for key in ("avg_at_k", "stderr"))
-            label = _of(runs, run, f"held-out Avg@{run.evals[-1]['k']} ± standard error")
-            marks = {
-                "fmt": "D",
-                "markersize": 6,
-                "markerfacecolor": theme.background,
-                "markeredgewidth": 1.6,
-                "capsize": 3,
-                "linewidth": 1.6,
-            }
-            axes.errorbar(x_of(run, [e["step"] for e in run.evals]), y, np.nan_to_num(errors), color=color, label=label, zorder=4, **marks)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(min(0.0, bottom), top + 0.1 * (1 + len(runs)) * (top - min(0.0, bottom)))  # from zero, with room for the legend
-    plots.legend(axes, theme)
+            label = f"held-out Avg@{run.evals[-1]['k']} ± standard error" if alone else None
+            marks = {"fmt": "D", "markersize": 6, "markerfacecolor": theme.background, "markeredgewidth": 1.6}
+            bars = {"capsize": 3, "linewidth": 1.6, "color": color, "label": label, "zorder": 4}
+            axes.errorbar(x_of(run, [e["step"] for e in run.evals]), y, np.nan_to_num(errors), **marks, **bars)
+    bottom, top = min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1]
+    axes.set_ylim(bottom, top + (0.2 * (top - bottom) if alone else 0.0))  # from zero, with room for the legend
+    plots.legend(axes, theme, **({} if alone else {"loc": "lower right"}))
 
 
 def _pass_rates(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
@@ -155,7 +151,7 @@ def _pass_rates(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
     width = 0.8 / max(len(groups), 1)
     for i, (label, rates, color) in enumerate(groups):
         at = np.arange(len(_CLASSES)) + (i - (len(groups) - 1) / 2) * width
-        axes.bar(at, class_shares(rates), width, color=color, label=label)
+        axes.bar(at, class_shares(rates), width, color=color, edgecolor=theme.muted, linewidth=0.8, label=label)
     axes.set_xticks(np.arange(len(_CLASSES)), _CLASSES)
     axes.set_xlim(-0.5, len(_CLASSES) - 0.5)
     axes.set_ylim(0, 1)
@@ -168,7 +164,7 @@ def _pass_rate_groups(runs: Sequence[Run], theme: Theme) -> Iterator[tuple[str, 
     """Yield the bars: of one run the first and the last quarter of its steps, of several the last quarter of each."""
     for run, color in _colored(runs, theme):
         if len(runs) == 1 and run.early is not None and run.early is not run.late:
-            yield str(run.early), run.early, theme.muted
+            yield str(run.early), run.early, theme.pale
         if run.late is not None:
             yield _of(runs, run, str(run.late)), run.late, color
 

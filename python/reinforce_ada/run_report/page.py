@@ -140,7 +140,8 @@ def _cost(run: Run) -> list[Element]:
     heads: list[Head] = [(name, "number") for name, *_ in _STEP_COLUMNS]
     rows = [([_number(record.get(key), form) for _, key, form in _STEP_COLUMNS], "") for record in _thinned(run.steps, _MOST_STEPS)]
     steps = _folded("Every step", run.steps, table(heads, rows, class_="sortable"))
-    return [_plots(run, ["samples", "signal", "time", "length"]), _pairs(cost_rows(run)), steps]
+    has_lengths = not np.isnan(run.series("completion_length_mean")).all()
+    return [_plots(run, ["samples", "signal", "time", *(["length"] if has_lengths else [])]), _pairs(cost_rows(run)), steps]
 
 
 def _number(value: Any, form: str) -> str:
