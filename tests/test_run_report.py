@@ -206,6 +206,16 @@ def test_the_sample_is_bounded(tmp_path: Path) -> None:
     ]
 
 
+def test_the_plots_are_bounded(tmp_path: Path) -> None:
+    """At a hundred bytes a point the lines of 5000 steps would be several MB."""
+    shares = {"first_round_reward": 0.5, "samples_per_prompt": 8.0, "issued_per_prompt": 9.0, "signal_fraction": 0.5}
+    steps = [{"kind": "step", "step": s, **{name: share * (s % 7) / 6 for name, share in shares.items()}} for s in range(1, 5001)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    page = write_page(tmp_path).read_text()
+    assert len(page) < 2_000_000
+    assert "200 of 5,000 (every step is in log.jsonl)" in page
+
+
 @pytest.mark.parametrize(("count", "places"), [(0, []), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (7, [0, 2, 4, 6]), (1000, [0, 333, 666, 999])])
 def test_the_steps_are_thinned_evenly(count: int, places: list[int]) -> None:
     assert [r["n"] for r in _thinned([{"n": n} for n in range(count)], 4)] == places

@@ -18,7 +18,7 @@ from reinforce_ada.run_report.reading import WHERE, PassRates, Run, as_float
 
 _WIDTH_IN, _HEIGHT_IN, _DPI = 10.5, 7.4, 150
 _ALONE_IN = (5.4, 3.3)
-_MANY = 400  # dots of more steps are drawn as one image, which bounds the size of an SVG
+_MANY = 400  # steps: lines and areas of more are one image in an SVG picture, which bounds its size (20 000 steps would take 27 MB)
 Array = NDArray[np.float64]
 
 # Classes of pass rates. None and all are apart: only prompts between them have a signal.
@@ -49,6 +49,8 @@ def draw_figure(runs: Sequence[Run], path: Path) -> None:
 def draw_panel(axes: Any, name: str, runs: Sequence[Run], theme: Theme) -> None:
     """Draw one of `PANELS`."""
     plots.plain(axes, theme)
+    if max(len(run.steps) for run in runs) > _MANY:
+        axes.set_rasterization_zorder(2.1)  # above lines and below ticks
     PANELS[name].draw(axes, runs, theme)
 
 
@@ -57,7 +59,7 @@ def svg(name: str, run: Run, theme: Theme) -> bytes:
     import matplotlib as mpl
 
     with literal_names(), mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure = plots.new_figure(*_ALONE_IN, dpi=100, theme=theme)
+        figure = plots.new_figure(*_ALONE_IN, dpi=150, theme=theme)
         draw_panel(figure.subplots(), name, [run], theme)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -90,9 +92,14 @@ def _step_axis(axes: Any, runs: Sequence[Run]) -> None:
 def _trend(axes: Any, x: Array, y: Array, color: str, label: str) -> None:
     """Draw the steps as dots, and their running mean (over a tenth of the run) as a line once a trend can be seen."""
     window = max(1, len(y) // 10)
-    alpha = 0.35 if window > 1 else 1.0
-    axes.plot(x, y, "o", color=color, markersize=_dot_size(x), alpha=alpha, markeredgewidth=0, rasterized=len(x) > _MANY)
+    alpha = max(0.05, 0.35 * min(1.0, 150 / len(y))) if window > 1 else 1.0
+    axes.plot(x, y, "o", color=color, markersize=_dot_size(x), alpha=alpha, markeredgewidth=0)
     axes.plot(x, running_mean(y, window), color=color, linewidth=2.0, label=label)
+
+
+def _readable(values: Array) -> Array:
+    """Return the values, of many steps their running mean over a hundredth of the run: a line through all would fill the panel."""
+    return running_mean(values, len(values) // 100) if len(values) > _MANY else values
 
 
 def _dot_size(x: Array) -> float:
@@ -197,11 +204,12 @@ def _samples(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
     plots.name_axes(axes, "Samples per prompt", "step", theme=theme)
     highest = 1.0
     for run, color in _colored(runs, theme):
-        x, used, issued = (run.series(metric) for metric in ("step", "samples_per_prompt", "issued_per_prompt"))
+        x, used, issued = run.series("step"), *(_readable(run.series(name)) for name in ("samples_per_prompt", "issued_per_prompt"))
         if np.any(issued > used):
             axes.fill_between(x, used, issued, color=theme.pale, linewidth=0, label=_of(runs, run, "issued, then wasted"))
             axes.vlines(x, used, issued, color=theme.pale, linewidth=2)  # a single step has no area
-        axes.plot(x, used, "-o", color=color, linewidth=2.0, markersize=_dot_size(x), markeredgewidth=0, label=_of(runs, run, "used"))
+        marks = {"marker": "o", "markersize": _dot_size(x), "markeredgewidth": 0} if len(x) <= _MANY else {}
+        axes.plot(x, used, color=color, linewidth=2.0, label=_of(runs, run, "used"), **marks)
         highest = max(np.nanmax(issued, initial=highest), run.cap or 0)
         if run.cap:
             axes.axhline(run.cap, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -224,10 +232,9 @@ def _length(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
 def _time(axes: Any, runs: Sequence[Run], theme: Theme) -> None:
     plots.name_axes(axes, "Time of a step", "step", "seconds", theme)
     for run, color in _colored(runs, theme):
-        x, sampling, training = (run.series(metric) for metric in ("step", "sampling_s", "training_s"))
-        sampling, training = np.nan_to_num(sampling), np.nan_to_num(training)
+        x, sampling, training = run.series("step"), *(np.nan_to_num(_readable(run.series(name))) for name in ("sampling_s", "training_s"))
         for label, low, high, area in (("training", sampling, sampling + training, theme.pale), ("sampling", 0 * x, sampling, color)):
-            if len(x) > _MANY:  # thousands of bars would fill the SVG
+            if len(x) > _MANY:  # a bar is a Python object
                 axes.fill_between(x, low, high, step="mid", color=area, linewidth=0, label=_of(runs, run, label))
             else:
                 axes.bar(x, high - low, 1.0, bottom=low, color=area, label=_of(runs, run, label))
