@@ -167,7 +167,7 @@ def test_what_differs_from_the_defaults_is_apart(small: Path) -> None:
         ([0.5, 0.6, 0.9], [0.0, 0.2, 0.4], "It got worse: the held-out reward fell by 0.467 ± 0.033"),
         ([0.0, 0.5, 0.4], [0.5, 0.0, 0.5], "Not visibly: the held-out reward changed by 0.033 ± 0.291"),
         ([0.0], [1.0], "The first and the last evaluation cannot be compared"),
-        ([0.0, 0.1], [1.0], "There is one held-out evaluation so far"),
+        ([0.0, 0.1], [1.0], "The first and the last evaluation cannot be compared"),
         ([0.0, 0.1], None, "There is one held-out evaluation so far: Avg@4 is 0.500 ± 0.100."),
         (None, None, "No held-out evaluation has been logged"),
     ],

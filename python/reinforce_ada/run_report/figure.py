@@ -34,13 +34,13 @@ class Panel:
 
 
 def draw_figure(runs: Sequence[Run], path: Path) -> None:
-    """Write the four main panels of one run, or of several, as a PNG file."""
+    """Write the four main panels of one run, or of several with different presets, as a PNG file."""
     with literal_names():
         figure = plots.new_figure(_WIDTH_IN, _HEIGHT_IN, dpi=_DPI)
         figure.get_layout_engine().set(h_pad=0.14, w_pad=0.14)  # inches
         title = runs[0].title if len(runs) == 1 else " beside ".join(run.label for run in runs)
         figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color=LIGHT.ink)
-        names = ("reward", "signal", "samples", "pass_rates") if len(runs) == 1 else ("reward_by_cost", "signal", "samples", "pass_rates")
+        names = ("reward" if len(runs) == 1 else "reward_by_cost", "signal", "samples", "pass_rates")
         for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
             draw_panel(axes, name, runs, LIGHT)
         plots.save(figure, path, where=WHERE)
@@ -70,10 +70,9 @@ def svg(name: str, run: Run, theme: Theme) -> bytes:
 
 
 def _colored(runs: Sequence[Run], theme: Theme) -> Iterator[tuple[Run, str]]:
-    """Yield each run with the colour of its preset; runs of one preset differ in it, by their names."""
-    labels = [run.label if len({r.label for r in runs}) == len(runs) else run.name for run in runs]
-    found = plots.looks(labels)
-    yield from ((run, found[label].color(theme)) for run, label in zip(runs, labels, strict=True))
+    """Yield each run with the colour of its preset, by which runs beside each other are told apart."""
+    found = plots.looks([run.label for run in runs])
+    yield from ((run, found[run.label].color(theme)) for run in runs)
 
 
 def _of(runs: Sequence[Run], run: Run, what: str) -> str:

@@ -122,12 +122,12 @@ def _verdict(run: Run) -> str:
     """Say whether the held-out reward has changed by more than two standard errors."""
     if not run.evals:
         return "No held-out evaluation has been logged, so the page cannot say whether the model answers new questions better."
-    gain = gain_of(run.evals)
-    if gain is None:
+    if len(run.evals) == 1:
         return f"There is one held-out evaluation so far: Avg@{run.evals[-1]['k']} is {average(run.evals[-1])}."
-    size = f"by {abs(gain.difference):.3f} ± {gain.stderr:.3f} (standard error, paired over {gain.num_prompts} prompts)"
-    if math.isnan(gain.difference) or math.isnan(gain.stderr):
+    gain = gain_of(run.evals)
+    if gain is None or math.isnan(gain.difference) or math.isnan(gain.stderr):
         return "The first and the last evaluation cannot be compared, prompt by prompt."
+    size = f"by {abs(gain.difference):.3f} ± {gain.stderr:.3f} (standard error, paired over {gain.num_prompts} prompts)"
     if abs(gain.difference) <= 2 * gain.stderr or gain.difference == 0:
         return f"Not visibly: the held-out reward changed {size}, which is within two standard errors, so chance can explain it."
     better = gain.difference > 0
