@@ -98,8 +98,11 @@ def new_figure(width_in: float, height_in: float, *, dpi: int, theme: Theme = LI
 
 
 def save(figure: Any, path: Path, *, where: str) -> None:
-    """Write the figure as a PNG file, whose bytes depend on nothing but what is drawn and matplotlib's version."""
-    replace_file(path, lambda aside: figure.savefig(aside, format="png", metadata={"Software": None}), where=where)
+    """Write the figure as a PNG file. It depends on nothing but what is drawn and matplotlib's version, which the file names."""
+    import matplotlib as mpl
+
+    metadata = {"Software": f"matplotlib {mpl.__version__}"}
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", metadata=metadata), where=where)
 
 
 def plain(axes: Any, theme: Theme = LIGHT, *, grid: str = "y") -> None:
