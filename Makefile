@@ -19,7 +19,7 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-gemma test-fuzz test-kills test-adapters \
-  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs test-sanitize test-avx512 test-gpu-static \
+  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs figures test-sanitize test-avx512 test-gpu-static \
   test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
@@ -75,6 +75,10 @@ EVIDENCE_TASKS ?= sort
 evidence-docs: $(VENV)/.dev
 	$(BIN)/python benchmarks/evidence/run.py $(EVIDENCE_TASKS)
 	$(BIN)/python benchmarks/evidence/write.py
+
+# Every picture of docs, from the results that are kept in benchmarks; some seconds.
+figures: $(VENV)/.dev
+	$(BIN)/python benchmarks/write_figures.py
 
 # vLLM in this process beside LLM.generate, and schedules beside the simulator; about a quarter of an hour on two quiet cores.
 engines-docs: $(VENV)/.dev

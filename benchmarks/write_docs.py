@@ -22,8 +22,13 @@ def texts() -> dict[Path, str]:
     }
 
 
+def draw() -> None:
+    """Draw docs/benchmarks.png."""
+    figure.draw(Results.load(MAIN), ROOT / "docs/benchmarks.png")
+
+
 if __name__ == "__main__":
     for path, text in texts().items():
         path.write_text(text)
         print(path.relative_to(ROOT))
-    figure.draw(Results.load(MAIN), ROOT / "docs/benchmarks.png")
+    draw()

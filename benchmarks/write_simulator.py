@@ -120,9 +120,14 @@ def filled(page: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
     return page
 
 
+def draw() -> None:
+    """Draw the figure from the numbers that are kept."""
+    figure.draw(json.loads(RESULTS.read_text())["frontier"], FIGURE)
+
+
 if __name__ == "__main__":
     studies = run()
     found = {name: [study.record() for study in group] for name, group in studies.items()}
     RESULTS.write_text(json.dumps(found) + "\n")
-    figure.draw(studies["frontier"], FIGURE)
+    draw()
     PAGE.write_text(filled(PAGE.read_text(), found))

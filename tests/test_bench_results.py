@@ -165,6 +165,16 @@ def test_the_figure_is_drawn(results, tmp_path):
     figure.draw(dataclasses.replace(results, records=[]), tmp_path / "empty.png")
 
 
+def test_the_figure_of_the_page_has_few_rows_and_every_measurement():
+    """The least and the largest of each row are those of the table in README.md."""
+    rows = figure.rows_of(Results.load(ROOT / "benchmarks/results/cpu.json").records)
+    assert len(rows) == 11
+    naive, fastest = rows["token_logprobs", "forward with entropy"].values()
+    assert (min(naive), max(naive)) == (pytest.approx(40.69, abs=0.01), pytest.approx(53.59, abs=0.01))
+    assert (min(fastest), max(fastest)) == (pytest.approx(5.04, abs=0.01), pytest.approx(5.69, abs=0.01))
+    assert [len(values) for values in rows["group_advantages", "sorted"].values()] == [9, 9]  # mean, deviation and pool given
+
+
 def test_the_machine_is_described():
     found = machine.about("cpu")
     assert json.loads(json.dumps(found)) == found

@@ -30,7 +30,7 @@ def test_eval_has_the_flags_that_an_evaluation_reads(capsys):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("report", {"--help"}),
+        ("report", {"--help", "--html"}),
         ("bench", {"--help", "--case", "--device", "--json", "--quick", "--list"}),
         ("doctor", {"--help", "--check", "--json"}),
     ],

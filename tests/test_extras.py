@@ -34,6 +34,7 @@ LINES: dict[str, set[str]] = {
     "bench --list": set(),
     "completion bash": {"argcomplete"},
     "report gone": {"matplotlib"},
+    "report gone --html": {"matplotlib"},
     "serve ./gone --expose --host 203.0.113.1": {"vllm"},
     "eval model --task good.jsonl --eval-prompts 1 --eval-k 1 --dtype float32 --device cpu --engine transformers": {
         "transformers", "safetensors", "rich",

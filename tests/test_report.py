@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reinforce_ada import report as report_module
+from reinforce_ada import plots
 from reinforce_ada.errors import InputError
 from reinforce_ada.report import draw, report, summary_table
 from reinforce_ada.rollouts import RolloutStore
+from reinforce_ada.run_report import figure as panels_of
+from reinforce_ada.run_report.reading import PassRates, Run, read_run
 from reinforce_ada.types import Completion, CompletionId, Failed, Group, Outcome, Pool, Prompt, SamplingResult, Scored
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -98,10 +102,12 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def panels(folder: Path) -> list[Any]:
-    figure = report_module._figure(report_module._read(folder), report_module._pools(folder / "rollouts.sqlite"))
-    figure.canvas.draw()
-    return list(figure.axes)
+def drawn(name: str, *runs: Run) -> Any:
+    """The axes with one panel of these runs."""
+    axes = plots.new_figure(5, 4, dpi=100).subplots()
+    panels_of.draw_panel(axes, name, runs, plots.LIGHT)
+    axes.figure.canvas.draw()
+    return axes
 
 
 def labelled(axes: Any) -> dict[str, Any]:
@@ -126,8 +132,9 @@ def test_a_report_may_be_drawn_while_the_run_goes_on(run_dir: Path) -> None:
 
 
 def test_the_reward_panel_holds_the_logs_numbers(run_dir: Path) -> None:
-    axes = panels(run_dir)[0]
-    assert axes.figure.get_suptitle() == "grpo · sums.jsonl · tiny"
+    run = read_run(run_dir)
+    axes = drawn("reward", run)
+    assert run.title == "grpo · sums.jsonl · tiny"
     handles = labelled(axes)
     line = handles["training prompts, first round"]
     np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
@@ -142,7 +149,7 @@ def test_the_reward_panel_holds_the_logs_numbers(run_dir: Path) -> None:
 
 
 def test_the_signal_and_sample_panels_hold_the_logs_numbers(run_dir: Path) -> None:
-    _, signal, samples, _ = panels(run_dir)
+    signal, samples = (drawn(name, read_run(run_dir)) for name in ("signal", "samples"))
     np.testing.assert_array_equal(signal.lines[0].get_ydata(), [0.5, 0.0, 1.0])
     handles = labelled(samples)
     np.testing.assert_array_equal(handles["used"].get_ydata(), [4, 8, 4])
@@ -152,12 +159,53 @@ def test_the_signal_and_sample_panels_hold_the_logs_numbers(run_dir: Path) -> No
     assert samples.get_ylim()[1] > 8
 
 
+def bars(axes: Any) -> dict[str, list[float]]:
+    return {group.get_label(): [bar.get_height() for bar in group] for group in axes.containers}
+
+
 def test_the_pass_rates_are_of_the_first_and_last_quarter_without_voids(run_dir: Path) -> None:
-    handles = labelled(panels(run_dir)[3])
-    bins = {label: patch.get_data().values for label, patch in handles.items()}
-    assert set(bins) == {"step 1", "step 3"}
-    np.testing.assert_array_equal(bins["step 1"], [0, 0, 1, 0, 0, 0, 0, 0, 0])  # 1/4; the pool of voids has no rate
-    np.testing.assert_array_equal(bins["step 3"], [0, 0, 0, 0, 0.5, 0, 0, 0, 0.5])
+    axes = drawn("pass_rates", read_run(run_dir))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "under ¼", "¼ to ½", "½ to ¾", "¾ or more", "all"]
+    assert bars(axes) == {"step 1": [0, 0, 1, 0, 0, 0], "step 3": [0, 0, 0, 0.5, 0, 0.5]}  # 1/4, and a pool of voids; 1/2 and 2/2
+    assert axes.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong", "place"),
+    [(0, 1, 0), (0, 32, 0), (1, 31, 1), (7, 25, 1), (8, 24, 2), (15, 17, 2), (16, 16, 3), (23, 9, 3), (24, 8, 4), (31, 1, 4), (3, 0, 5)],
+)
+def test_the_classes_of_pass_rates(correct: int, wrong: int, place: int) -> None:
+    shares = panels_of.class_shares(PassRates(1, 1, ((correct, wrong, 3), (0, 0, 9))))
+    assert shares.tolist() == [float(i == place) for i in range(6)]
+
+
+def test_runs_are_drawn_beside_each_other_by_what_they_generated(run_dir: Path, tmp_path: Path) -> None:
+    write_run_of(tmp_path / "other", {"sampling": {"preset": "reinforce-ada-balance"}})
+    runs = read_run(run_dir), read_run(tmp_path / "other")
+    handles = labelled(axes := drawn("reward_by_cost", *runs))
+    assert set(handles) == {"grpo", "reinforce-ada-balance"}
+    np.testing.assert_array_equal(handles["grpo"].get_xdata(), [12, 28, 36])  # issued until each step
+    held_out = [points for points, *_ in axes.containers]
+    assert [points.get_xdata().tolist() for points in held_out] == [[0, 36], [0, 36]]
+    assert [points.get_color() for points in held_out] == [handle.get_color() for handle in handles.values()]
+    assert len({handle.get_color() for handle in handles.values()}) == 2
+    assert axes.get_xlabel() == "completions generated"
+    assert bars(drawn("pass_rates", *runs)) == {"grpo, step 3": [0, 0, 0, 0.5, 0, 0.5]}  # the other has no store
+    panels_of.draw_figure(runs, tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_was_generated_until_a_step_does_not_depend_on_the_order_of_the_log() -> None:
+    steps = [{"kind": "step", "step": step, "num_completions_issued": number} for step, number in ((2, 5), (1, 3), (4, None), (7, 2.0))]
+    assert Run("run", {}, steps, [], None, None).generated_until([0, 1, 2, 3, 4, 7, 9]).tolist() == [0, 3, 8, 8, 8, 10, 10]
+
+
+@given(st.lists(st.one_of(st.just(math.nan), st.floats(0, 1)), min_size=1, max_size=40), st.integers(1, 9))
+def test_the_running_mean_is_that_of_its_window(values: list[float], window: int) -> None:
+    found = panels_of.running_mean(np.array(values), window)
+    for i, mean in enumerate(found):
+        span = [v for v in values[max(0, i - window + 1) : i + window] if not math.isnan(v)]
+        assert mean == pytest.approx(sum(span) / len(span) if span else math.nan, nan_ok=True)
 
 
 def test_the_table(run_dir: Path) -> None:

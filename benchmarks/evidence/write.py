@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from reinforce_ada import plots
 from reinforce_ada.study import results as result_files
 from reinforce_ada.study.progress import Progress, progress_of, rank_correlation
 from reinforce_ada.study.results import Results
@@ -88,15 +89,36 @@ def filled(page: str, parts: dict[str, str]) -> str:
     return page
 
 
-def main() -> None:
-    """Write the page and its figures."""
+def compared(results: Results) -> dict[str, str]:
+    """Return the arms of the first picture in words: the baseline, the best arm of GRPO, and the best of all others, the leader, last."""
+    finals = {arm.name: mean_and_half(list(arm.finals().values()))[0] for arm in arms_of(results)}
+    fixed = [name for name in finals if plots.family_of(name) == "grpo"]
+    leader = max(finals.keys() - set(fixed), key=finals.__getitem__)
+    return {arm: _in_words(arm) for arm in (results.baseline, max(fixed, key=finals.__getitem__), leader)}
+
+
+def _in_words(arm: str) -> str:
+    family, number = plots.family_of(arm), arm.rpartition("-")[2]
+    return f"GRPO, groups of {number}" if family == "grpo" else f"reinforce-ada-{family},\ngroups of {number}"
+
+
+def draw() -> None:
+    """Draw every figure of the studies, and of the first of them that of the project's first page."""
     from reinforce_ada.study import figure
 
     found = studies()
-    PAGE.write_text(filled(PAGE.read_text(), tables(found)))
+    name, results = next(iter(found.items()))
+    about = f"task {name}, a model of 100 000 weights, {len(results.seeds)} seeds"
+    figure.draw_against(results, compared(results), DOCS / "first.png", title="Held-out accuracy against the tokens generated", about=about)
     for name, results in found.items():
         figure.draw(results, DOCS / f"evidence-{name}.png")
         figure.draw_progress(results, DOCS / f"evidence-{name}-progress.png")
+
+
+def main() -> None:
+    """Write the page and its figures."""
+    PAGE.write_text(filled(PAGE.read_text(), tables(studies())))
+    draw()
 
 
 if __name__ == "__main__":

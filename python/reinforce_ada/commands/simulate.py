@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
     add_typed(parser, "--earlier", Earlier, "completions of earlier steps in the history of each prompt", default=0)
     parser.add_argument("--fit", type=Path, metavar="RUN", help="take engine, lengths and pass rates from a run folder or its store")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write wall-clock against waste, and busy slots over time")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="write signal and waste against wall-clock")
     for title, model in (("engine", EngineModel), ("lengths", LengthModel)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(model):

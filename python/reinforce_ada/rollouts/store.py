@@ -22,6 +22,7 @@ from reinforce_ada.files import replace_file
 from reinforce_ada.outside import GarbageError, parse_json
 from reinforce_ada.rollouts.parquet import write_parquet
 from reinforce_ada.rollouts.rows import COLUMNS, INSERT, INSERT_POOL, TOKENS, event_of, pool_row, row_of, sql_text, str_of
+from reinforce_ada.rollouts.sample import SampledPool, sample
 from reinforce_ada.rollouts.schema import PAGES, READABLE, SCHEMA, UPGRADES, VERSION, connect, input_error, take_lock
 from reinforce_ada.types import CompletionId, Event, SamplingResult
 
@@ -204,6 +205,22 @@ class RolloutStore:
             PoolCounts(step, str_of(prompt_id), right, wrong, void, issued, str_of(key))
             for step, prompt_id, right, wrong, void, issued, key in rows
         ]
+
+    def pass_counts(self, first_step: int, last_step: int) -> list[tuple[int, int, int]]:
+        """Return (correct, wrong, number of pools that have as many) over the finished steps from `first_step` to `last_step`."""
+        query = "SELECT num_correct, num_wrong, COUNT(*) FROM pools WHERE step BETWEEN ? AND ? GROUP BY 1, 2 ORDER BY 1, 2"
+        return [tuple(row) for row in self._rows(query, first_step, last_step)]
+
+    def sample(self, step: int, *, num_prompts: int, num_completions: int, num_characters: int) -> list[SampledPool]:
+        """Return the first pools of a finished step, in the order in which the prompts entered; none for any other step.
+
+        Args:
+            num_prompts, num_completions: the most pools, and the most completions of each: those that were kept come first.
+            num_characters: where a text is cut.
+        """
+        with self._guarded():
+            limits = {"num_prompts": num_prompts, "num_completions": num_completions, "num_characters": num_characters}
+            return list(sample(self._open_connection(), step, **limits))
 
     def export_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per scored or void completion, by step, in journal order.

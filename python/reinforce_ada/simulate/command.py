@@ -13,7 +13,7 @@ from typing import Any, Literal
 from reinforce_ada import heartbeat
 from reinforce_ada.errors import InputError, needs
 from reinforce_ada.files import replace_file
-from reinforce_ada.outside import literal_names, one_line, show
+from reinforce_ada.outside import one_line, show
 from reinforce_ada.simulate.engine_model import EngineModel, LengthModel
 from reinforce_ada.simulate.fit import fit_run, fit_store
 from reinforce_ada.simulate.population import BetaRates, Population, read_rates
@@ -74,8 +74,7 @@ def run(
     if figure_to is not None:
         from reinforce_ada.simulate import figure
 
-        with literal_names():
-            figure.draw(studies, figure_to)
+        figure.draw([study.record() for study in studies], figure_to)
 
 
 def population(text: str) -> Population:

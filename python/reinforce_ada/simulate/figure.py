@@ -1,108 +1,130 @@
-"""The figure of the simulator: wall-clock against waste for every study, and busy slots over time. It needs matplotlib."""
+"""The figure of the simulator: signal and waste against wall-clock, for every study. It needs matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce_ada.files import replace_file
-from reinforce_ada.outside import one_line
-from reinforce_ada.simulate.study import Row, Study
+from reinforce_ada import plots
+from reinforce_ada.outside import literal_names, one_line
+from reinforce_ada.plots import LIGHT
 
-_INK, _GRID = "#2b2f36", "#e6e8eb"
-_COLORS = ("#9aa1ab", "#1f6cb0", "#d1661e", "#2e8b57", "#9a5fb4", "#b8860b", "#c2185b", "#00838f")
-_PANEL_IN, _HEIGHT_IN, _DPI = 4.6, 4.6, 130
+_PANEL_IN, _HEIGHT_IN, _DPI = 4.4, 3.9, 130
+_MARKERS = {"rounds": "D", "fixed": "o", "adaptive": "s", "posterior": "*"}
+_VARIANTS = (("-", True), ("--", False), (":", True), ("-.", False))  # of a preset: line style, and whether its marks are full
+_WHERE = "simulate"
 
-
-def draw(studies: Sequence[Study], path: Path) -> None:
-    """Write the figure: a panel for each study, and one with the busy slots of the first study's first seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    num_rows = 2 if len(studies) > 2 else 1
-    num_columns = -(-(len(studies) + 1) // num_rows)
-    size = (_PANEL_IN * num_columns, _HEIGHT_IN * num_rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    for ax, study in zip(panels, studies, strict=False):
-        _frontier(ax, study)
-    _busy(panels[len(studies)], studies[0])
-    for ax in panels[len(studies) + 1 :]:
-        ax.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
+Record = Mapping[str, Any]  # see `Study.record`
 
 
-def _families(study: Study) -> dict[str, list[Row]]:
-    """Group the rows that differ only in the width of their window; in rounds, those of one preset."""
-    families: dict[str, list[Row]] = {}
-    for row in study.rows:
-        policy, window = row.setting.policy_text, row.setting.window_text
-        kind = next((kind for kind in ("posterior", "adaptive") if window.startswith(kind)), "fixed")
-        name = f"{policy}, stream, {kind} window" if window else f"{policy.partition(':')[0]}, rounds"
-        families.setdefault(name, []).append(row)
-    return families
+@dataclass(frozen=True)
+class Family:
+    """Rows that differ only in the width of their window; in rounds, those of one preset."""
+
+    name: str
+    kind: str  # a key of `_MARKERS`
+    rows: tuple[Record, ...]
+    color: str
+    dash: str
+    is_full: bool
 
 
-def _styled(study: Study) -> Iterator[tuple[str, list[Row], str, bool]]:
-    """Yield each family with its name, its colour, and whether that colour is repeated, which makes lines dashed and markers hollow."""
-    for i, (name, rows) in enumerate(_families(study).items()):
-        yield one_line(name, 80), rows, _COLORS[i % len(_COLORS)], i >= len(_COLORS)
+def draw(studies: Sequence[Record], path: Path) -> None:
+    """Write the figure of these studies (each a `Study.record`): a column for each, signal above and waste below."""
+    with literal_names():
+        figure = plots.new_figure(max(_PANEL_IN * len(studies), 8), 2 * _HEIGHT_IN + 1.2, dpi=_DPI)
+        panels = figure.subplots(2, len(studies), squeeze=False, sharex="col")
+        for (above, below), study in zip(panels.T, studies, strict=True):
+            draw_signal(above, study)
+            draw_waste(below, study)
+        handles, labels = panels[1][0].get_legend_handles_labels()
+        columns = min(2, len(studies))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, labelcolor=LIGHT.ink)
+        figure.canvas.draw()
+        for axes, study in zip(panels.ravel(), [*studies, *studies], strict=True):
+            plots.place_labels(axes, list(_labels(study, "signal_fraction" if axes in panels[0] else "waste")))
+        plots.save(figure, path, where=_WHERE)
 
 
-def _frontier(ax: Any, study: Study) -> None:
-    for name, rows, color, again in _styled(study):
-        x, spread = zip(*(row.relative(study.rows[0]) for row in rows), strict=True)
-        y = [row.mean("waste") for row in rows]
-        marker, size = ("*", 9) if "posterior" in name else ("s", 5) if "adaptive" in name else ("o", 5)
-        look = {"linestyle": "none" if "stream" not in name else "--" if again else "-", "markerfacecolor": "white" if again else color}
-        ax.errorbar(x, y, xerr=spread, fmt="none", ecolor=color, alpha=0.25, linewidth=1.2)
-        ax.plot(x, y, marker=marker, color=color, label=name, linewidth=1, markersize=size, **look)
-        for row, at in zip(rows, zip(x, y, strict=True), strict=True):
-            ax.annotate(_mark(row), at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=color)
-    ax.set_xlabel(f"wall-clock, relative to the first row ({study.rows[0].setting.schedule_label})", fontsize=8)
-    ax.set_ylabel("wasted tokens", fontsize=8)
-    ax.set_ylim(bottom=-0.01)
-    ax.yaxis.set_major_formatter("{x:.0%}")
-    _finish(ax, f"{study.population}, {study.num_prompts} prompts, {study.engine.slots} slots")
+def draw_signal(axes: Any, study: Record) -> None:
+    """Draw the share of prompts with signal against wall-clock."""
+    _points(axes, study, "signal_fraction")
+    title = one_line(f"{study['population']}, {study['num_prompts']} prompts, {study['engine']['slots']} slots", 60)
+    plots.name_axes(axes, title, "", "prompts with signal (more is better)")
+    axes.set_ylim(0, 1.05)
 
 
-def _mark(row: Row) -> str:
+def draw_waste(axes: Any, study: Record) -> None:
+    """Draw the share of wasted tokens against wall-clock."""
+    _points(axes, study, "waste")
+    first = study["rows"][0]
+    x_label = f"wall-clock, relative to {first['policy']}\nin {_schedule(first)} (less is better)"
+    plots.name_axes(axes, "", x_label, "wasted tokens (less is better)")
+    axes.set_ylim(bottom=-0.12 * axes.get_ylim()[1])
+
+
+def _points(axes: Any, study: Record, name: str) -> None:
+    plots.plain(axes, grid="both")
+    for family in families(study):
+        x, spread = zip(*(_relative(row, study["rows"][0]) for row in family.rows), strict=True)
+        y = [statistics.fmean(row[name]) for row in family.rows]
+        face = family.color if family.is_full else LIGHT.background
+        style = {"marker": _MARKERS[family.kind], "markersize": 10 if family.kind == "posterior" else 6, "markerfacecolor": face}
+        line = "none" if family.kind == "rounds" else family.dash
+        axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=family.color, alpha=0.25, linewidth=1.2)
+        axes.plot(x, y, color=family.color, label=family.name, linewidth=1, linestyle=line, **style)
+    plots.percent(axes.yaxis)
+
+
+def families(study: Record) -> list[Family]:
+    """Group the rows of a study: no two groups look alike as long as a preset has at most four variants."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for row in study["rows"]:
+        kind = next((kind for kind in ("posterior", "adaptive") if row["window"].startswith(kind)), "fixed") if row["window"] else "rounds"
+        policy = row["policy"] if row["window"] else _preset(row)
+        groups.setdefault((policy, kind), []).append(row)
+    looks = plots.looks(list(dict.fromkeys(map(_preset, study["rows"]))))
+    variants: dict[str, list[str]] = {}
+    for policy, _ in groups:
+        known = variants.setdefault(policy.partition(":")[0], [])
+        known += [] if policy in known else [policy]
+    found = []
+    for (policy, kind), rows in groups.items():
+        preset = policy.partition(":")[0]
+        name = one_line(f"{policy}, rounds" if kind == "rounds" else f"{policy}, stream, {kind} window", 80)
+        found.append(Family(name, kind, tuple(rows), looks[preset].color(), *_VARIANTS[variants[preset].index(policy) % len(_VARIANTS)]))
+    return found
+
+
+def _preset(row: Record) -> str:
+    return str(row["policy"]).partition(":")[0]
+
+
+def _schedule(row: Record) -> str:
+    return f"{row['schedule']}, window {row['window']}" if row["window"] else str(row["schedule"])
+
+
+def _relative(row: Record, base: Record) -> tuple[float, float]:
+    """Return the mean wall-clock divided by that of `base`, and the standard deviation of the ratio over their seeds."""
+    ratios = [a / b for a, b in zip(row["wall_s"], base["wall_s"], strict=True)]
+    return statistics.fmean(row["wall_s"]) / statistics.fmean(base["wall_s"]), statistics.stdev(ratios) if len(ratios) > 1 else 0.0
+
+
+def _labels(study: Record, name: str) -> Iterator[tuple[float, float, str, str]]:
+    """Yield (x, y, text, colour): the sizes of rounds above, and below the windows as well, of which the first and the last have one."""
+    for family in families(study):
+        rows = family.rows if family.kind == "rounds" else [] if name == "signal_fraction" else [family.rows[0], *family.rows[1:][-1:]]
+        for row in rows:
+            if text := _mark(row):
+                yield _relative(row, study["rows"][0])[0], statistics.fmean(row[name]), text, family.color
+
+
+def _mark(row: Record) -> str:
     """Return the text that distinguishes a row from others of its family."""
-    window, overrides = row.setting.window_text, row.setting.policy_text.partition(":")[2]
+    window, overrides = row["window"], row["policy"].partition(":")[2]
     if window:
-        return window if window.isdigit() else window.partition(":")[2]
-    return ", ".join(item.rpartition("=")[2] for item in overrides.split(","))
-
-
-def _busy(ax: Any, study: Study) -> None:
-    """Draw the busy slots of the first row and of the middle row of every family of streams.
-
-    A legend that would fill the panel is left out; the figure has one.
-    """
-    presets = {row.setting.policy_text.partition(":")[0] for row in study.rows}
-    for name, rows, color, again in _styled(study):
-        if "stream" not in name and rows[0] is not study.rows[0]:
-            continue
-        row = rows[len(rows) // 2] if "stream" in name else rows[0]
-        seconds, busy = row.outcomes[0].busy.T
-        policy = row.setting.policy_text if len(presets) > 1 else row.setting.policy_text.partition(":")[2]
-        label = one_line(f"{policy} {row.setting.schedule_label}".strip(), 80)
-        ax.step(seconds, busy, where="post", label=label, color=color, linestyle="--" if again else "-", linewidth=1.1)
-    ax.set_xlabel("seconds", fontsize=8)
-    ax.set_ylabel("busy slots", fontsize=8)
-    ax.set_ylim(bottom=0)
-    if len(ax.get_lines()) <= len(_COLORS):
-        ax.legend(fontsize=7, loc="upper right", edgecolor="none", framealpha=0.8)
-    _finish(ax, f"Busy slots, {study.population}, first seed")
-
-
-def _finish(ax: Any, title: str) -> None:
-    ax.set_title(one_line(title, 90), loc="left", fontsize=9, color=_INK)
-    ax.grid(color=_GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8, labelcolor=_INK, length=0)
+        return str(window) if window.isdigit() else window.partition(":")[2]
+    return ", ".join(item.rpartition("=")[2] for item in overrides.split(",")) if overrides else ""

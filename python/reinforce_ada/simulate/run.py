@@ -61,7 +61,6 @@ class SimulationResult:
     num_committed: int
     num_with_signal: int  # prompts with both classes in their pool
     slots: int
-    busy: NDArray[np.float64]  # [n, 2]: a time in seconds, and the busy slots from then on
 
     @property
     def waste(self) -> float:
@@ -114,7 +113,6 @@ class _Engine:
         self._reward_of: dict[CompletionId, float] = {}
         self._ending: dict[int, list[CompletionId]] = {}
         self._steps: list[int] = []  # heap of the keys of _ending
-        self._busy = array("d")  # pairs
         self.step = self.tokens = self.num_ended = 0
         self.seconds = model.sync_ms / 1e3
         self._prefill_s = 0.0  # that of the requests that join the next step
@@ -122,11 +120,6 @@ class _Engine:
     @property
     def free_slots(self) -> int:
         return self._model.slots - len(self._reward_of)
-
-    @property
-    def busy(self) -> NDArray[np.float64]:
-        """Return times in seconds and the slots that were busy from then on, [n, 2]; after the last decode step none is."""
-        return np.append(np.array(self._busy), (self.seconds, 0)).reshape(-1, 2)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Give each request a slot, and add the prefill of their prompts to the next step."""
@@ -139,7 +132,6 @@ class _Engine:
                 heapq.heappush(self._steps, last_step)
             else:
                 ending.append(request.id)
-        self._busy.extend((self.seconds, len(self._reward_of)))
         self._prefill_s = self._model.prefill_s(len(requests))
 
     def abort(self, request_id: CompletionId) -> None:
@@ -187,7 +179,7 @@ def simulate(
         num_earlier: completions of earlier steps in the history of each prompt; with 0 all are at Beta(1, 1).
         sampler: a sampler to drive instead of an `AdaptiveSampler`.
         on_poll: called after every poll with the number of completions that have ended so far.
-    Returns: wall-clock, tokens, waste, signal, utilisation and the busy slots over time.
+    Returns: wall-clock, tokens, waste, signal and utilisation.
     """
     driven = sampler or _sampler(policy, schedule, window, world.histories(num_earlier))
     virtual = _Engine(engine, _Drawn(world, policy.cap))
@@ -212,7 +204,6 @@ def simulate(
         num_committed=int(committed.sum()),
         num_with_signal=num_with_signal,
         slots=engine.slots,
-        busy=virtual.busy,
     )
 
 

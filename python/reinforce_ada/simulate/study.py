@@ -153,7 +153,7 @@ class Study:
             )
 
     def record(self) -> dict[str, Any]:
-        """Return everything but the busy slots over time, for JSON."""
+        """Return everything, for JSON."""
         names = ("wall_s", "num_steps", "tokens", "tokens_committed", "waste", "signal_fraction", "samples_per_prompt", "utilisation")
         rows = [
             {
