@@ -18,6 +18,7 @@ import yaml
 import reinforce_ada
 import reinforce_ada.ops
 from reinforce_ada import config
+from reinforce_ada.sampling import PRESETS
 from reinforce_ada.study.settings import read_study
 from reinforce_ada.training.task_files import read_records, turns_of
 
@@ -153,6 +154,12 @@ def test_signatures_of_the_operators_are_those_of_the_code(name):
         assert (inspect.Parameter.empty if value is None else ast.literal_eval(value)) == real[arg].default
 
 
+def test_every_preset_has_a_situation():
+    table = (DOCS / "choosing.md").read_text().partition("\n## Which preset when\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert {name for cell in rows for name in re.findall(r"`([\w-]+)`", cell)} == set(PRESETS)
+
+
 # -------------------- AGENTS.md
 
 
@@ -198,6 +205,6 @@ def test_the_site_asks_no_other_server():
     settings = yaml.load((ROOT / "mkdocs.yml").read_text(), _Settings)
     assert settings["theme"]["font"] is False
     assert settings["strict"] is True
-    assert not {"extra_css", "extra_javascript", "site_url", "repo_url"} & set(settings)
+    assert not {"extra_css", "extra_javascript", "repo_url"} & set(settings)
     assert settings["hooks"] == ["tools/site_hooks.py"]  # refuses a page that would
     assert not any("```mermaid" in page.read_text() for page in PAGES)  # the theme would fetch what draws it
