@@ -205,6 +205,7 @@ def test_the_site_asks_no_other_server():
     settings = yaml.load((ROOT / "mkdocs.yml").read_text(), _Settings)
     assert settings["theme"]["font"] is False
     assert settings["strict"] is True
-    assert not {"extra_css", "extra_javascript", "repo_url"} & set(settings)
+    assert not {"extra_javascript", "repo_url"} & set(settings)
+    assert all((DOCS / path).exists() for path in settings["extra_css"])
     assert settings["hooks"] == ["tools/site_hooks.py"]  # refuses a page that would
     assert not any("```mermaid" in page.read_text() for page in PAGES)  # the theme would fetch what draws it

@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
-LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 # What a browser fetches by itself; a link that a reader follows may lead anywhere.
 FETCHED = re.compile(r"""<(?:script|img|iframe|source|link rel="?stylesheet"?)[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
 
@@ -35,7 +35,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Lead links to files outside docs/ to their copies in the site; name the path of a file that has no copy."""
+    """Lead links to files outside docs/ to their copies in the site; name the path of a file that has no copy.
+
+    Where the text of a link is the name of a page's file, the reader of the site sees the page's title.
+    """
     here = posixpath.dirname(page.file.src_uri)
     is_outside = page.file.src_uri in PAGES
 
@@ -45,13 +48,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return link[0]
         in_repository = posixpath.normpath(posixpath.join("" if is_outside else "docs", here, target))
         in_site = re.sub(r"\.ipynb$", ".md", in_repository.removeprefix("docs/"))
-        if files.get_file_from_path(in_site) is not None:
-            return f"[{text}]({posixpath.relpath(in_site, here or '.')}{anchor})"
+        if (file := files.get_file_from_path(in_site)) is not None:
+            named = title_of(file) if text in (posixpath.basename(target), in_repository) else text
+            return f"[{named}]({posixpath.relpath(in_site, here or '.')}{anchor})"
         if in_repository.startswith("docs/") or not (ROOT / in_repository).exists():
             return link[0]  # MkDocs says what is wrong with it
         return f"`{in_repository}`" if text == in_repository else f"{text} (`{in_repository}`)"
 
     return LINK.sub(mended, markdown)
+
+
+def title_of(file: File) -> str:
+    """Return the title of a page, or the name of a file that is none."""
+    found = re.match(r"# (.+)", file.content_string) if file.src_uri.endswith(".md") else None
+    return found[1] if found else posixpath.basename(file.src_uri)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
