@@ -19,8 +19,8 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-gemma test-fuzz test-kills test-adapters \
-  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs figures test-sanitize test-avx512 test-gpu-static \
-  test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs doctor clean
+  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs figures test-sanitize test-avx512 \
+  test-gpu-static test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs notebooks site doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
 demo: $(VENV)/.demo
@@ -164,6 +164,22 @@ bench: $(VENV)/.bench
 
 bench-docs: $(VENV)/.bench
 	$(BIN)/python benchmarks/write_docs.py
+
+# What the cells of docs/notebooks print and draw, written into them.
+notebooks: $(VENV)/.dev
+	$(BIN)/python tools/notebooks.py
+
+# The documentation as a site in build/site, every link and anchor checked. It reads the sources and imports nothing of them, so that its
+# environment needs neither torch nor a compiler.
+SITE := build/site-venv/bin/python
+build/site-venv/.installed: pyproject.toml
+	test -x $(SITE) || $(PYTHON) -m venv build/site-venv
+	$(SITE) -m pip install --quiet --no-compile --upgrade "pip>=25.1"
+	$(SITE) -m pip install --quiet --no-compile --group docs
+	touch $@
+
+site: build/site-venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE) -m mkdocs build --strict --clean
 
 doctor: $(VENV)/.demo
 	$(BIN)/reinforce-ada doctor --check

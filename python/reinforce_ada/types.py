@@ -40,13 +40,21 @@ def _shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Prompt:
-    """A prompt as the sampler sees it: an id, token ids for the engine, and the data that its reward function needs."""
+    """A prompt as the sampler sees it: an id, token ids for the engine, and the data that its reward function needs.
+
+    Args:
+        prompt_id: distinct within a step.
+        token_ids: [prompt length], what the engine continues.
+        text: the prompt as the engine sees it.
+        data: the task's record, with its answer; must pickle.
+        key: identifies the prompt across steps and runs, for a memory; "" stands for prompt_id.
+    """
 
     prompt_id: str
-    token_ids: tuple[int, ...] = ()  # [prompt length]
-    text: str = ""  # rendered, as the engine sees it
-    data: Mapping[str, Any] = field(default_factory=dict)  # the task's record (answer, metadata); must pickle
-    key: str = ""  # identifies the prompt across steps and runs, for a memory; "" is prompt_id
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    key: str = ""
 
     def __repr__(self) -> str:
         return f"<Prompt {_shown(self.prompt_id)}: {len(self.token_ids)} tokens, {_shown(self.text)}>"
@@ -70,17 +78,30 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Completion:
-    """One sampled response. `policy_version` is that of the weights that sampled it, as the engine reports it."""
+    """One sampled response.
+
+    Args:
+        id: that of its request.
+        token_ids: [L].
+        rollout_logprobs: [L], log-probabilities of the sampling distribution (after temperature).
+        text: what the rewards see.
+        finish_reason: "stop", "length" or "abort".
+        policy_version: that of the weights that sampled it, as the engine reports it.
+        num_cached_tokens: prompt tokens that the engine had cached; None if it does not report them.
+        token_mask: [L], False for tokens that the policy did not write (of tools, users); None if it wrote all of them.
+        output: what the caller's own sample function returned, if that was no Completion; a store does not keep it.
+    Raises: InputError for a token_mask of another length, or with other values than 0 and 1.
+    """
 
     id: CompletionId
-    token_ids: NDArray[np.int32]  # [L]
-    rollout_logprobs: NDArray[np.float32]  # [L], log-probabilities of the sampling distribution (after temperature)
+    token_ids: NDArray[np.int32]
+    rollout_logprobs: NDArray[np.float32]
     text: str
-    finish_reason: str  # "stop" | "length" | "abort"
+    finish_reason: str
     policy_version: int
-    num_cached_tokens: int | None = None  # prompt tokens that the engine had cached; None: it does not report them
-    token_mask: NDArray[np.bool_] | None = None  # [L], False for tokens that the policy did not write (of tools, users); None: all True
-    output: Any = None  # what the caller's own sample function returned, if that was no Completion; a store does not keep it
+    num_cached_tokens: int | None = None
+    token_mask: NDArray[np.bool_] | None = None
+    output: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int32))
@@ -162,34 +183,55 @@ ExitReason: TypeAlias = Literal["satisfied", "exhausted", "dropped"]
 class PoolStats(NamedTuple):
     """Raw-reward statistics of G pools, each [G] float64. They are numpy arrays from the sampler; the operators accept tensors too.
 
-    `m2` is the centred second moment: sum of (reward - mean)^2. A pool is degenerate (no signal) when min == max, exactly. An empty pool
-    has count 0, mean 0, m2 0, min +inf, max -inf.
+    A pool is degenerate (no signal) when min == max, exactly. An empty pool has count 0, mean 0, m2 0, min +inf, max -inf.
+
+    Attributes:
+        count: [G], scored completions.
+        mean: [G], of their rewards.
+        m2: [G], centred second moment, the sum of (reward - mean)^2.
+        min: [G].
+        max: [G].
     """
 
-    count: Any  # [G]
-    mean: Any  # [G]
-    m2: Any  # [G]
-    min: Any  # [G]
-    max: Any  # [G]
+    count: Any
+    mean: Any
+    m2: Any
+    min: Any
+    max: Any
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Pool:
-    """Every committed completion of one prompt in one step, in request order, with the statistics of the raw rewards."""
+    """Every committed completion of one prompt in one step, in request order, with the statistics of the raw rewards.
+
+    Args:
+        prompt: the prompt.
+        outcomes: [committed], each at the place of its request.
+        num_correct: completions with a reward above positive_threshold.
+        num_wrong: the other scored completions.
+        num_void: completions that could not be scored.
+        mean: mean reward of the scored ones; 0.0 if there is none.
+        m2: their centred second moment, the sum of (reward - mean)^2.
+        min, max: their smallest and largest reward.
+        num_issued: requests handed out, committed or not.
+        exit: "satisfied", "exhausted" or "dropped".
+        cap: the most completions that this prompt could have used.
+        prior: Beta(a, b) of the pass rate before the first draw, for a policy that reads it.
+    """
 
     prompt: Prompt
-    outcomes: tuple[Outcome, ...]  # [committed], position = index
-    num_correct: int  # reward > positive_threshold
+    outcomes: tuple[Outcome, ...]
+    num_correct: int
     num_wrong: int
     num_void: int
-    mean: float  # over the scored ones; 0.0 if there is none
+    mean: float
     m2: float
     min: float
     max: float
-    num_issued: int  # requests handed out, committed or not
+    num_issued: int
     exit: ExitReason
-    cap: int  # the most completions that this prompt could have used
-    prior: tuple[float, float] = (1.0, 1.0)  # Beta(a, b) of the pass rate before the first draw, for a policy that reads it
+    cap: int
+    prior: tuple[float, float] = (1.0, 1.0)
 
     @property
     def count(self) -> int:
@@ -212,10 +254,15 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Group:
-    """The completions kept for the loss, in request order, with the pool they came from."""
+    """The completions kept for the loss, in request order, with the pool they came from.
+
+    Args:
+        pool: the pool of the prompt.
+        kept: [<= group_size].
+    """
 
     pool: Pool
-    kept: tuple[Scored, ...]  # [<= group_size]
+    kept: tuple[Scored, ...]
 
     def __repr__(self) -> str:
         return f"<Group {_shown(self.pool.prompt.prompt_id)}: {len(self.kept)} kept of {self.pool.count} scored>"
@@ -223,10 +270,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SamplingResult:
-    """The result of sampling one step."""
+    """The result of sampling one step.
 
-    pools: tuple[Pool, ...]  # [P], in the order the prompts entered
-    groups: tuple[Group, ...]  # [G], G <= P
+    Args:
+        pools: [P], in the order in which the prompts entered.
+        groups: [G], G <= P; a prompt that was dropped, or of which nothing was kept, has none.
+        metrics: the numbers of the step by name, see docs/metrics.md.
+    """
+
+    pools: tuple[Pool, ...]
+    groups: tuple[Group, ...]
     metrics: Mapping[str, float]
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def test_the_script_of_the_documentation_runs(model_folder, tmp_path, monkeypatc
     trainer = names["trainer"]
     assert trainer.state.global_step == 3
     assert trainer.sampling_result.metrics["num_prompts"] == 8
+
+
+def test_the_settings_of_the_documentation_are_those_of_trl():
+    table = (ROOT / "docs/trl.md").read_text().partition("\n## Your settings\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")][1:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert len(named) > 10
+    assert named <= {field.name for field in fields(grpo_trainer().GRPOConfig)}
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "2"], ["--steps", "1", "--plain"]])

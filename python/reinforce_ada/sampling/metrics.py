@@ -1,4 +1,4 @@
-"""The metrics of one step's sampling; docs/sampling.md defines each number."""
+"""The metrics of one step's sampling; docs/metrics.md defines each number."""
 
 from __future__ import annotations
 

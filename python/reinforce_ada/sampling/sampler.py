@@ -427,7 +427,7 @@ class AdaptiveSampler:
     # -------------------- result
 
     def result(self) -> SamplingResult:
-        """Return the pools in the order the prompts entered, the groups kept of them, and the metrics (docs/sampling.md).
+        """Return the pools in the order the prompts entered, the groups kept of them, and the metrics (docs/metrics.md).
 
         Raises: InputError while prompts are active.
         """

@@ -19,7 +19,7 @@ _LOGGED = (
 
 
 def sampling_metrics(result: SamplingResult, rounds: Rounds, num_padding: int) -> dict[str, float]:
-    """Return what the sampler says of a step, under `sampling/`; docs/sampling.md has the meaning of each."""
+    """Return what the sampler says of a step, under `sampling/`; docs/metrics.md has the meaning of each."""
     generated = {"tokens_generated": float(sum(row.num_tokens for row in rounds.rows.values()))}
     calls = {"generate_calls": float(rounds.num_calls), "padding_rows": float(num_padding)}
     return {f"sampling/{name}": value for name, value in {**{n: result.metrics[n] for n in _LOGGED}, **generated, **calls}.items()}

@@ -18,7 +18,7 @@ _LOGGED = (
 
 
 class _Metrics:
-    """Reads what the workers wrote on the prompts of a batch, before verl clears them; docs/sampling.md has the meaning of each."""
+    """Reads what the workers wrote on the prompts of a batch, before verl clears them; docs/metrics.md has the meaning of each."""
 
     def _materialize_batch(self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: Any) -> Any:
         tags = (tq.kv_list(partition_id=TRAIN) or {}).get(TRAIN, {}) if partition_id == TRAIN else {}

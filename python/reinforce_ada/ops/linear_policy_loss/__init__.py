@@ -81,8 +81,9 @@ def linear_policy_loss(
         bias: [V], of the same dtype.
         logit_scale, soft_cap, temperature: as in `linear_token_logprobs`; a temperature tensor has the shape of token_ids.
         entropy_coef: factor of the entropy bonus.
-        loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg, num_tokens_global, num_seqs_global, norm_length,
-            rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
+        loss, ratio_level, clip_low, clip_high, dual_clip, log_ratio_bound, loss_agg: as in `policy_loss`.
+        num_tokens_global, num_seqs_global, norm_length: as in `policy_loss`.
+        rollout_correction, kl, kl_coef, kl_weighting, kl_bound: as in `policy_loss`.
         max_extra_bytes: bound of the memory beyond the inputs, the results and the gradients; at least 40 V. None means 62 MB in the cpu
             form and 256 MB in the triton form; the reference keeps all logits, whatever the bound.
         weight_grad: [V, D] of the weight's dtype, for micro-batches: the weight's gradient is added to it and autograd gets none for the

@@ -97,12 +97,12 @@ def policy_loss(
         mask: shape of logprobs; bool or floating point in {0, 1}. Values where it is 0, NaN included, never matter.
         old_logprobs: l_old of the policy that ratios refer to, shape of logprobs, any floating dtype like the next three. None is
             on-policy: r = 1, with gradient.
-        rollout_logprobs: of the engine that sampled; used for the correction and its metrics only.
+        rollout_logprobs: log-probabilities of the engine that sampled; used for the correction and its metrics only.
         ref_logprobs: l_ref, with `kl`.
         entropy: H, of each token's distribution in nats. The loss is differentiable in it too, with a non-zero entropy_coef.
         cu_seqlens: [N + 1] int32 or int64, sequence i has tokens cu_seqlens[i] up to cu_seqlens[i + 1]; empty ones are allowed.
-        advantages_per: "sequence" or "token", what there is one advantage for; None: as their shape says. Packed advantages of as many
-            tokens as sequences fit both, and have to say it unless every sequence is seen to have one token.
+        advantages_per: "sequence" or "token": for which there is one advantage each. With None the shape decides. Packed advantages of as
+            many tokens as sequences fit both, and need the argument, unless every sequence is seen to have one token.
         loss: "reinforce", "ppo", "cispo", "gspo" or "sapo"; or a custom loss, a function or its name, "module:function" or
             "file.py:function". It is called with (logprobs, old_logprobs, advantages, mask) of one shape, packed or padded as they are, in
             the dtype that is computed in, 0 where the mask is False, old_logprobs those of now without gradient where there are none,
@@ -110,17 +110,17 @@ def policy_loss(
             what "auto" takes.
         ratio_level: "token" or "sequence", not with "gspo", whose ratio is of the sequence in its own way.
         clip_low, clip_high: widths of the clip below and above 1.
-        dual_clip: > 1, "ppo" only; None for no dual clip.
-        log_ratio_bound: of d, of its mean and of the logarithm of rollout weights, > 0; None for none but float32's own.
+        dual_clip: a number above 1, for "ppo" only; None for no dual clip.
+        log_ratio_bound: bound of d, of its mean and of the logarithm of rollout weights, above 0; None for none but float32's own.
         loss_agg: see above.
         num_tokens_global, num_seqs_global: denominators instead of the local counts, > 0.
-        norm_length: of "seq-mean-token-sum-norm", in tokens; None for the padded width, or the longest packed sequence (which
+        norm_length: divisor of "seq-mean-token-sum-norm", in tokens; None for the padded width, or the longest packed sequence (which
             differs between micro-batches: give it when accumulating).
         rollout_correction: importance weights w, see `RolloutCorrection`; needs rollout_logprobs.
         kl: "k1", "k2", "k3" or "abs", each also with "+"; needs ref_logprobs.
         kl_coef: factor of the KL, which `rollout_correction` does not weigh.
         kl_weighting: "none", or "ratio": KL r with the gradient of both, which is unbiased off-policy.
-        kl_bound: largest k3, > 0 (its x is then kept within +-20); None for none.
+        kl_bound: largest k3, above 0 (its x is then kept within ±20); None for none.
         entropy_coef: factor of the entropy bonus; needs entropy.
         backend: "auto", "cuda", "triton", "cpu" (these three all but float64) or "reference".
 

@@ -14,11 +14,17 @@ WHERE = "token_logprobs"
 
 
 class TokenLogprobs(NamedTuple):
-    """The results of a sweep over the vocabulary for each token; None for those that were not requested."""
+    """The results of a sweep over the vocabulary for each token; None for those that were not requested.
 
-    logprobs: Tensor  # [T], nats
-    entropy: Tensor | None  # [T], nats
-    sum_p2: Tensor | None  # [T], in (0, 1]
+    Attributes:
+        logprobs: [T], nats.
+        entropy: [T], nats.
+        sum_p2: [T], in (0, 1].
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    sum_p2: Tensor | None
 
 
 class Scores(NamedTuple):
