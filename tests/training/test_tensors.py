@@ -121,7 +121,7 @@ def test_ids_and_logprobs_of_different_lengths() -> None:
 
 
 def test_the_loop_of_the_page_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    (loop,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    loop, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     exec(compile(loop, PAGE.name, "exec"), {"__name__": "__main__"})
     rewards = [float(x) for x in re.findall(r"^step \d+: reward (\d\.\d\d)", capsys.readouterr().out, re.MULTILINE)]
     assert len(rewards) == 5
