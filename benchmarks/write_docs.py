@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its figure and the table in README.md from benchmarks/results/*.json; `make bench-docs` calls it."""
+"""Writes docs/benchmarks.md and its figure from benchmarks/results/*.json; `make bench-docs` calls it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ def texts() -> dict[Path, str]:
     """What every generated file must hold."""
     main = Results.load(MAIN)
     others = [Results.load(path) for path in sorted(MAIN.parent.glob("*.json")) if path != MAIN]
-    template, readme = ROOT / "benchmarks/page.md", ROOT / "README.md"
-    return {
-        ROOT / "docs/benchmarks.md": page.render(template.read_text(), main, others),
-        readme: page.with_summary(readme.read_text(), main),
-    }
+    return {ROOT / "docs/benchmarks.md": page.render((ROOT / "benchmarks/page.md").read_text(), main, others)}
 
 
 def draw() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
@@ -56,6 +57,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("my_rewards", None)
+    logging.getLogger("reinforce_ada.engines").setLevel(logging.NOTSET)  # docs/environment.md sets another
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_python_blocks_run(page, text, here, server):
 
 
 def test_readme_has_the_two_blocks_for_use_as_a_library(here, capsys):
-    operators, sampler = blocks(ROOT / "README.md", "python")
+    sampler, operators = blocks(ROOT / "README.md", "python")
     exec(operators, {"__name__": "__main__"})
     reward = float(re.match(r"reward (\d\.\d\d), loss", capsys.readouterr().out)[1])
     assert reward > 0.5  # 1/16 at first: the loop learns

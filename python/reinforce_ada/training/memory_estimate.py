@@ -12,9 +12,11 @@ from reinforce_ada.training.task_defaults import max_tokens_of
 _BYTES = {"float32": 4, "bfloat16": 2}
 _LOSS_BYTES = {"cpu": 62_000_000, "cuda": 256_000_000}  # max_extra_bytes of linear_policy_loss by default
 _VLLM_CPU_CACHE = 512 << 20
-# glibc keeps freed blocks of up to 32 MB in its heap, where activations and gradients of all sizes lie in turns: measured .53 to .67 of the
-# activations on top, and nothing with MALLOC_MMAP_THRESHOLD_=262144 (48 M weights, passes of 1024 tokens, float32 and bfloat16).
-_HEAP_SHARE = 0.55
+# glibc keeps freed blocks of up to 32 MB in its heap until the end of the pass (heap.py), between activations and gradients of all sizes:
+# .34 to .44 of what all layers would keep, .48 to .60 where layers are checkpointed. Measured with SmolLM2 in float32, with and without
+# adapters, in passes of 1024 and 2048 tokens, beside MALLOC_MMAP_THRESHOLD_=262144, under which nothing freed is kept
+# (benchmarks/trainer_memory.py).
+_HEAP_SHARE, _HEAP_SHARE_CHECKPOINTED = 0.42, 0.55
 _GB = 1e9
 
 
@@ -97,7 +99,8 @@ def estimate(shapes: Shapes, config: Config, device: str, *, engine: str = "", g
         gpu_bytes: memory of the GPU.
     """
     t, dtype = config.training, config.model.dtype
-    b, trained, activations = _BYTES[dtype], shapes.num_trained, _activations(shapes, config)
+    b, trained = _BYTES[dtype], shapes.num_trained
+    heap_share = _HEAP_SHARE_CHECKPOINTED if t.gradient_checkpointing else _HEAP_SHARE
     has_adapters = config.model.lora_rank > 0  # which are float32, and the reference of a KL is the model without them
     is_float32 = dtype == "float32" or has_adapters
     trainer = {
@@ -106,20 +109,20 @@ def estimate(shapes: Shapes, config: Config, device: str, *, engine: str = "", g
         "gradients": 4 * trained if is_float32 else (4 + b) * trained,  # of all passes in float32, and of one in its own dtype
         "moments": 2 * _BYTES[t.moments] * trained,
         "reference": b * shapes.num_weights if t.kl_coef and not has_adapters else 0,
-        "activations": activations,
+        "activations": _activations(shapes, config, t.gradient_checkpointing),
         # The gradient of the head is made beside the one it is added to.
         "loss": _LOSS_BYTES[device] + (0 if has_adapters else b * shapes.head_weights),
-        "freed but kept by the heap": int(_HEAP_SHARE * activations) if device == "cpu" else 0,
+        "freed but kept by the heap": int(heap_share * _activations(shapes, config, False)) if device == "cpu" else 0,
     }
     return Estimate(trainer, _engine(shapes, config, device, engine, gpu_bytes))
 
 
-def _activations(shapes: Shapes, config: Config) -> int:
+def _activations(shapes: Shapes, config: Config, is_checkpointed: bool) -> int:
     """Return the bytes of a pass of `tokens_per_pass` tokens, with the attention mask of its longest rows."""
     t, b = config.training, _BYTES[config.model.dtype]
     layer = shapes.layer_bytes(config.model.dtype)
-    kept = shapes.num_layers * (b * shapes.width if t.gradient_checkpointing else layer)
-    working = (layer if t.gradient_checkpointing else 0) + b * 3 * shapes.mlp_width  # one layer's, and the gradients inside it
+    kept = shapes.num_layers * (b * shapes.width if is_checkpointed else layer)
+    working = (layer if is_checkpointed else 0) + b * 3 * shapes.mlp_width  # one layer's, and the gradients inside it
     row = min(t.tokens_per_pass, config.engine.max_model_len + 3 * max_tokens_of(config))
     return t.tokens_per_pass * (kept + working + (b * row if shapes.num_layers else 0))
 
