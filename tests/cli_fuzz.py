@@ -102,6 +102,9 @@ EARLY = {
     "bench": ["--case", "no such case"],
     "doctor": ["--json"],
     "study": ["gone.toml"],
+    "export": ["gone", "--merge"],
+    "push": ["gone", "--to", "a/b/c"],  # which names no repository: the hub is not asked
+    "completion": ["csh"],
 }
 LATER = {"task", "task-options", "reward", "out", "model", "memory-from", "num-examples", "eval-prompts", "preset", "engine", "track"}
 POSITIONAL: dict[str, list[str]] = {
@@ -114,6 +117,9 @@ POSITIONAL: dict[str, list[str]] = {
     "bench": ["--list"],
     "doctor": ["--json"],
     "study": ["--report"],
+    "export": ["--merge"],
+    "push": ["--to", "a/b/c"],
+    "completion": [],
 }
 
 
@@ -151,7 +157,7 @@ def lines(seed: int, count: int) -> list[list[str]]:
 
 
 def _line(rng: random.Random, flags: dict[str, list[str]]) -> list[str]:
-    command = rng.choices(list(EARLY), weights=[6, 2, 4, 6, 2, 2, 1, 0.3, 2])[0]
+    command = rng.choices(list(EARLY), weights=[6, 2, 4, 6, 2, 2, 1, 0.3, 2, 1, 0.5, 0.5])[0]
     value = rng.choice(VALUES)
     if rng.random() < 0.2:
         return [command, *POSITIONAL[command], "--", value] if rng.random() < 0.5 else [command, value, *POSITIONAL[command]]

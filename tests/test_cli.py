@@ -53,7 +53,7 @@ def say(capsys, *arguments) -> tuple[int, str]:
 # -------------------- help
 
 
-def test_help_answers_within_half_a_second_without_torch():
+def test_help_answers_within_three_tenths_of_a_second_without_torch():
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(reinforce_ada.__file__))}
     seconds = []
     for _ in range(5):
@@ -63,11 +63,11 @@ def test_help_answers_within_half_a_second_without_torch():
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)  # of the processor: another test may run beside
         assert done.returncode == 0
         assert all(command in done.stdout for command in COMMANDS)
-    assert statistics.median(seconds) < 0.5
+    assert statistics.median(seconds) < 0.3
     trace = [sys.executable, "-X", "importtime", "-m", "reinforce_ada", "train", "--help"]
     loaded = subprocess.run(trace, capture_output=True, text=True, env=environment, check=True).stderr
     assert "reinforce_ada.config" in loaded
-    assert not re.search(r"\| +(torch|numpy|transformers|msgspec|vllm)$", loaded, re.MULTILINE)
+    assert not re.search(r"\| +(torch|numpy|transformers|argcomplete|vllm)$", loaded, re.MULTILINE)
 
 
 # -------------------- what argparse finds

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_fuzz import RATE_FILES, RATE_JSONS, TOML_FILES, TOML_VALUES, VALUES, Ended, flags_of, lines, make_world, run_line
+from cli_fuzz import EARLY, RATE_FILES, RATE_JSONS, TOML_FILES, TOML_VALUES, VALUES, Ended, flags_of, lines, make_world, run_line
 from reinforce_ada import config
 from reinforce_ada.config import values
 from reinforce_ada.config.serving import Serving
@@ -75,7 +75,7 @@ def campaign(batch: list[list[str]]) -> list[Ended]:
     return ended
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "explain", "report", "simulate", "serve", "bench", "doctor"])
+@pytest.mark.parametrize("command", EARLY)
 def test_help_has_no_trap(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A percent sign in a help text raises only when the help is shown."""
     assert run_line([command, "--help"]).code == 0

@@ -30,7 +30,7 @@ examples:
   the held-out prompts of a run, with its settings
     reinforce-ada eval runs/example/model
   two tasks with the same settings, in one table
-    reinforce-ada eval MODEL --task sums.jsonl --task gcd --max-tokens 256
+    reinforce-ada eval MODEL --task sums.jsonl --task gcd --max-tokens 64
   tasks with the table [task] of their own files
     reinforce-ada eval MODEL --task gsm8k.toml --task sums.toml
   two models, prompt by prompt

@@ -38,9 +38,10 @@ examples:
   the gradients are computed by two processes
     torchrun --nproc-per-node 2 -m reinforce_ada train --config run.toml
 
-Every flag with a table in brackets is a key of the TOML file, there with
-underscores: "[training] steps = 100" is --steps 100. Times are in seconds and
-lengths in tokens. docs/training.md says what a run does.
+A flag below a [table], or with one in brackets, is a key of that table in the
+TOML file, there with underscores: --max-tokens 200 is max_tokens = 200 below
+[sampling]. Times are in seconds and lengths in tokens. docs/training.md says
+what a run does.
 """
 
 
