@@ -62,6 +62,10 @@ class Browser:
         """Give the window this width in CSS pixels."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
 
+    def allow_scripts(self, allowed: bool) -> None:
+        """Let pages that are opened from now on run their scripts, or not."""
+        self._call("Emulation.setScriptExecutionDisabled", value=not allowed)
+
     def of(self, *methods: str) -> list[Any]:
         """What was said by these methods."""
         return [message["params"] for message in self.said if message["method"] in methods]

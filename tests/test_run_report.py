@@ -341,3 +341,14 @@ def test_the_page_is_no_wider_than_the_window(browser: Browser, hostile: Path, w
     browser.resize(width)
     browser.open(hostile)
     assert browser.value("document.documentElement.scrollWidth") <= width
+
+
+def test_without_its_script_the_page_is_whole(browser: Browser, small: Path) -> None:
+    shared(small)
+    browser.allow_scripts(False)
+    try:
+        browser.open(small / "report.html")
+        assert browser.value("document.getElementById('tools').offsetHeight") == 0
+        assert browser.value("[...document.querySelectorAll('article tbody tr')].filter((row) => row.offsetHeight > 0).length") == 12
+    finally:
+        browser.allow_scripts(True)
