@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from dataclasses import fields
@@ -48,7 +49,7 @@ def prose(page: Path) -> str:
     """The Markdown of a page without its blocks of code; of a notebook, that of its Markdown cells."""
     text = page.read_text()
     if page.suffix == ".ipynb":
-        cells = yaml.safe_load(text)["cells"]
+        cells = json.loads(text)["cells"]
         text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     return FENCED.sub("", text)
 
