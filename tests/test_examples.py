@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 import sys
@@ -57,7 +56,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("my_rewards", None)
-    logging.getLogger("reinforce_ada.engines").setLevel(logging.NOTSET)  # docs/environment.md sets another
 
 
 @pytest.fixture
