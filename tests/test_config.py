@@ -140,6 +140,16 @@ def test_bad_files_get_one_clear_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_value_is_said_with_the_file_that_has_it_and_not_if_a_flag_wins_over_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nsteps = -1\n")
+    with pytest.raises(InputError, match=rf"^{file} \[training\]: steps = -1; an integer from 0 to 1000000000$"):
+        config.load(file)
+    assert config.load(file, {"steps": 3}).training.steps == 3
+    with pytest.raises(InputError, match=r"^config \[sampling\]: window = 0; an integer from 1 to 1000000, or posterior$"):
+        config.load(file, {"steps": 3, "window": 0})
+
+
 def test_missing_file_and_unknown_override(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         config.load(tmp_path / "none.toml")

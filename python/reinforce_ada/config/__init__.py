@@ -22,7 +22,6 @@ from reinforce_ada.config.keys import (
     sections,
 )
 from reinforce_ada.config.paths import FILE_KINDS, SAVED_DATASET, beside, kind_of, suffix_of
-from reinforce_ada.config.values import Range
 
 __all__ = [
     "BUDGET_UNITS",
@@ -36,7 +35,6 @@ __all__ = [
     "ModelConfig",
     "ModelName",
     "PresetName",
-    "Range",
     "RunConfig",
     "SamplingConfig",
     "TaskConfig",

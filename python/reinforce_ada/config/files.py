@@ -74,12 +74,16 @@ def _configured(where: str, tables: Mapping[str, Any], overrides: Mapping[str, A
     merged: dict[str, dict[str, Any]] = {name: {} for name, _ in sections()}
     for section, values in tables.items():
         _merge_section(merged, where, section, values)
-    homes = section_of()
-    for key, value in (overrides or {}).items():
+    homes, given = section_of(), overrides or {}
+    for key in given:
         if key not in homes:
             raise unknown_key("config", key, homes)
-        merged[homes[key]][key] = value
-    config = Config(**{name: convert(f"{where} [{name}]", cls, merged[name]) for name, cls in sections()})
+    tables_of = {}
+    for name, cls in sections():
+        of_file = {key: value for key, value in merged[name].items() if key not in given}
+        own = {key: value for key, value in given.items() if homes[key] == name}
+        tables_of[name] = cls(**convert(f"{where} [{name}]", cls, of_file), **convert(f"config [{name}]", cls, own))
+    config = Config(**tables_of)
     _check(config)
     return config
 

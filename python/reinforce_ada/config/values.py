@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -99,8 +100,8 @@ def plain_of(kind: Any) -> Any:
 # -------------------- conversion
 
 
-def convert(where: str, cls: type, values: dict[str, Any]) -> Any:
-    """Return a section with these values of its keys. Raises: InputError for one that its key's type does not accept."""
+def convert(where: str, cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these values as the types of their keys. Raises: InputError for one that its key's type does not accept."""
     hints = hints_of(cls)
     out: dict[str, Any] = {}
     for key, value in values.items():
@@ -108,7 +109,7 @@ def convert(where: str, cls: type, values: dict[str, Any]) -> Any:
             out[key] = converted(value, hints[key])
         except ValueError as e:
             raise InputError(where, f"{key} = {shown(value)}", str(e), nearest_choice(value, hints[key])) from None
-    return cls(**out)
+    return out
 
 
 def converted(value: Any, hint: Any) -> Any:
