@@ -82,7 +82,7 @@ def _chunked_gradients(ctx: Any, g: Tensor, h: Tensor | None) -> list[Tensor | N
     """Return the gradients of hidden, weight and bias, None if not needed, from g of the logprobs and h of the entropy."""
     hidden, weight, bias, token_ids, per_token, entropy = ctx.saved_tensors
     temperature = ctx.temperature if per_token is None else per_token
-    inputs = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)  # torch 2.6 traces no zip of unequal lengths
+    inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
     grads = [torch.zeros_like(x) if needed else None for x, needed in inputs]
     grad_hidden, grad_weight, grad_bias = grads
     for rows in _chunks(hidden.shape[0], ctx.chunk):
