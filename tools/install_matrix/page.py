@@ -21,6 +21,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def _row(record: dict[str, Any]) -> str:
     versions = [record["versions"].get(name, "–") for name in ("torch", "numpy", "transformers")]
     install = "`.`" if not record["extras"] else f"`.[{','.join(record['extras'])}]`"
+    install += "".join(f" and `{x}`" for x in record["requires"] if not x.startswith(("torch=", "numpy", "transformers")))
     cells = [install, record["python_version"], *versions, _names(record["commands"]), str(record["tests_passed"] or "–")]
     return f"| {' | '.join(cells)} |\n"
 
