@@ -19,8 +19,8 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-as-avx2 test test-as-avx2 test-slow test-gemma test-fuzz test-kills test-adapters \
-  test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs figures test-sanitize test-avx512 \
-  test-gpu-static test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs notebooks site doctor clean
+  test-matrix test-trl test-verl test-engine-kills engines-docs evidence-docs simulate-scale simulate-docs figures test-sanitize \
+  test-avx512 test-gpu-static test-gpu-mutations gpu-docs gpu-ptx lint format sdist bench bench-docs notebooks site doctor clean
 
 # float32 on every CPU: bfloat16 learns half as much in the same 30 steps; see docs/results.md
 demo: $(VENV)/.demo
@@ -91,6 +91,12 @@ test-trl: $(VENV)/.dev
 	  $(PIP) install --quiet --no-deps --upgrade --target build/trl-$$version trl==$$version || exit 1; \
 	  PYTHONPATH=$(CURDIR)/build/trl-$$version TRL_VERSION=$$version $(BIN)/python -m pytest tests/integrations $(PYTEST_FLAGS) || exit 1; \
 	done
+
+# The wheel with other Pythons, versions and extras, each in a fresh environment: the table of docs/install.md. Downloads some 8 GB where no
+# CPU builds of torch are found; MATRIX names rows by words of their names, as in MATRIX=lora.
+test-matrix: $(VENV)/.dev
+	$(PIP) install --quiet --no-compile uv==0.13.9
+	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tools $(BIN)/python -m install_matrix.run $(MATRIX)
 
 # verl's worker, and its whole trainer on a CPU, in an environment of its own; about fifteen minutes on two cores, and 2 GB.
 VERL := build/verl/bin/python

@@ -1,4 +1,4 @@
-# The module reinforce_ada._cuda: REINFORCE_ADA_CUDA is AUTO (where nvcc works), ON (or it is an error) or OFF.
+# The module reinforce_ada._cuda: REINFORCE_ADA_CUDA is AUTO (where torch has CUDA and nvcc works), ON (or it is an error) or OFF.
 #
 # nvcc is called by itself and not as a language of CMake's, which expects a toolkit where NVIDIA's installer puts it: the wheels
 # of Python packages have another layout. The CUDA runtime is linked statically, so the module imports where there is no driver.
@@ -11,8 +11,34 @@ endif()
 
 # Under pip's build isolation sys.path is a folder of the build's own, but sysconfig still names the environment that pip installs into.
 execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), sep=';', end='')"
+  COMMAND ${Python_EXECUTABLE} -c "import sys, sysconfig
+print(*(sysconfig.get_path(name) for name in ('purelib', 'platlib')), *filter(None, sys.path), sep=';', end='')"
   OUTPUT_VARIABLE RA_SITES)
+
+# Sets RA_MISSING to what is wrong with the first torch there, "" where it is built for CUDA. It is read, since importing it takes seconds.
+function(ra_check_torch)
+  set(missing "there is no torch in the Python environment")
+  foreach(site IN LISTS RA_SITES)
+    if(EXISTS "${site}/torch/version.py")
+      set(missing "the torch of the Python environment is built without CUDA")
+      file(STRINGS "${site}/torch/version.py" built_for REGEX "^cuda *(:[^=]*)?= *['\"][0-9]")
+      if(built_for)
+        set(missing "")
+      endif()
+      break()
+    endif()
+  endforeach()
+  set(RA_MISSING "${missing}" PARENT_SCOPE)
+endfunction()
+
+if(RA_CHOICE STREQUAL "AUTO")
+  ra_check_torch()
+  if(RA_MISSING)
+    message(STATUS "REINFORCE_ADA_CUDA=AUTO: ${RA_MISSING}; building without the CUDA forms.")
+    return()
+  endif()
+endif()
+
 set(RA_WHEELS "")
 foreach(site IN LISTS RA_SITES)
   file(GLOB found "${site}/nvidia/cu*/bin" "${site}/nvidia/cuda_nvcc/bin")

@@ -35,6 +35,8 @@ LINES: dict[str, set[str]] = {
     "completion bash": {"argcomplete"},
     "report gone": {"matplotlib"},
     "report gone --html": {"matplotlib"},
+    "push gone --to org/name": {"huggingface_hub"},
+    "study gone.toml": set(),
     "serve ./gone --expose --host 203.0.113.1": {"vllm"},
     "eval model --task good.jsonl --eval-prompts 1 --eval-k 1 --dtype float32 --device cpu --engine transformers": {
         "transformers", "safetensors", "rich",
@@ -90,7 +92,7 @@ def test_every_command_without_each_package(world: Path) -> None:
 
 
 def test_the_table_of_extras_is_that_of_the_project() -> None:
-    """But for `dev`; reinforce-ada[vllm] brings two others, and tomli is for an older Python."""
+    """But for `dev`; reinforce-ada[vllm] brings two others."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     declared: dict[str, str] = {}
     for extra in (

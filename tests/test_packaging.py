@@ -214,8 +214,7 @@ def test_on_without_nvcc_is_an_error_with_the_remedies(tmp_path, choice):
 @needs_cmake
 def test_auto_without_nvcc_says_why_and_goes_on(tmp_path):
     """Neither in PATH nor where it usually is, and no wheel in this Python's environment."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
-    status, said = configure(tmp_path, "AUTO", hidden(), python=str(tmp_path / "env/bin/python"), CUDA_HOME="")
+    status, said = configure(tmp_path, "AUTO", hidden(), python=environment_with(tmp_path, CUDA_TORCH), CUDA_HOME="")
     assert status == 0
     places = "CUDACXX, CUDA_HOME, PATH, /usr/local/cuda or the wheels of the Python environment"
     assert said == f"-- REINFORCE_ADA_CUDA=AUTO: no nvcc in {places}; building without the CUDA forms."
@@ -223,20 +222,62 @@ def test_auto_without_nvcc_says_why_and_goes_on(tmp_path):
 
 @needs_cmake
 def test_auto_with_an_nvcc_that_fails_says_why_and_goes_on(tmp_path):
-    status, said = configure(tmp_path, "AUTO", CUDACXX=str(script(tmp_path / "nvcc", "echo 'nvcc fatal: unsupported gcc'; exit 1")))
+    nvcc = script(tmp_path / "nvcc", "echo 'nvcc fatal: unsupported gcc'; exit 1")
+    status, said = configure(tmp_path, "AUTO", python=environment_with(tmp_path, CUDA_TORCH), CUDACXX=str(nvcc))
     assert status == 0
     failed = f"{tmp_path}/nvcc does not compile for sm_120: nvcc fatal: unsupported gcc"
     assert said == f"-- REINFORCE_ADA_CUDA=AUTO: {failed}; building without the CUDA forms."
 
 
+# What torch/version.py has in its three kinds of wheel.
+CUDA_TORCH, CPU_TORCH, ROCM_TORCH = (
+    f"__version__ = '2.6.0'\ndebug = False\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = {hip}\n"
+    for cuda, hip in (("'12.4'", None), (None, None), (None, "'6.2.4'"))
+)
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("torch_version", "reason"),
+    [
+        (None, "there is no torch in the Python environment"),
+        (CPU_TORCH, "the torch of the Python environment is built without CUDA"),
+        (ROCM_TORCH, "the torch of the Python environment is built without CUDA"),
+    ],
+    ids=["no torch", "cpu", "rocm"],
+)
+def test_auto_goes_by_torch_and_does_not_look_for_a_compiler(tmp_path, torch_version, reason):
+    nvcc = script(tmp_path / "nvcc", f"touch {tmp_path}/called; exit 1")
+    status, said = configure(tmp_path, "AUTO", python=environment_with(tmp_path, torch_version), CUDACXX=str(nvcc))
+    assert (status, said) == (0, f"-- REINFORCE_ADA_CUDA=AUTO: {reason}; building without the CUDA forms.")
+    assert not (tmp_path / "called").exists()
+
+
+@needs_cmake
+@needs_nvcc
+def test_auto_builds_where_torch_has_cuda_and_nvcc_works(tmp_path):
+    status, said = configure(tmp_path, "AUTO", python=environment_with(tmp_path, CUDA_TORCH), CUDACXX=str(NVCC[-1]))
+    assert (status, said) == (0, f"-- REINFORCE_ADA_CUDA=AUTO: {NVCC[-1]} for sm_80 sm_90 sm_100 sm_120 compute_120")
+
+
 @needs_cmake
 @needs_nvcc
 def test_nvcc_is_found_in_the_wheels_of_the_environment(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    python = environment_with(tmp_path, None)
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
     nvcc = script(site / "nvidia/cu13/bin/nvcc", f'exec {NVCC[-1]} "$@"')
-    status, said = configure(tmp_path, "ON", hidden(), python=str(tmp_path / "env/bin/python"), CUDA_HOME="")
+    status, said = configure(tmp_path, "ON", hidden(), python=python, CUDA_HOME="")
     assert (status, said) == (0, f"-- REINFORCE_ADA_CUDA=ON: {nvcc} for sm_80 sm_90 sm_100 sm_120 compute_120")
+
+
+def environment_with(tmp_path: Path, torch_version: str | None) -> str:
+    """The interpreter of a new environment with nothing in it but torch/version.py."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    if torch_version is not None:
+        (site / "torch").mkdir()
+        (site / "torch/version.py").write_text(torch_version)
+    return str(tmp_path / "env/bin/python")
 
 
 def hidden() -> str:

@@ -12,7 +12,19 @@ from reinforce_ada.outside import is_installed, one_line
 # The extra that installs each package that a base install lacks, by the package's import name; tests compare it with pyproject.toml.
 EXTRA_OF = {
     **dict.fromkeys(
-        ("accelerate", "cloudpickle", "gguf", "httpx", "reasoning_gym", "rich", "safetensors", "tomli", "tomli_w", "transformers"), "train"
+        (
+            "accelerate",
+            "cloudpickle",
+            "gguf",
+            "httpx",
+            "huggingface_hub",
+            "reasoning_gym",
+            "rich",
+            "safetensors",
+            "tomli_w",
+            "transformers",
+        ),
+        "train",
     ),
     **dict.fromkeys(("matplotlib", "pyarrow", "tensorboardX"), "report"),
     **dict.fromkeys(("cut_cross_entropy", "liger_kernel"), "bench"),

@@ -212,6 +212,7 @@ def test_forward_mode_is_refused(call: Call, differentiate: Callable[[Call, str]
         differentiate(call, "auto")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch 2.15 says it of its own forward mode
 @pytest.mark.parametrize("differentiate", [forward_mode, jvp])
 @pytest.mark.parametrize("name", EXACT)
 def test_forward_mode_of_the_reference_is_right_or_refused(name: str, differentiate: Callable[[Call, str], Tensor]) -> None:

@@ -28,7 +28,7 @@ __all__ = ["cuda", "cuda_devices", "cuda_missing", "guard", "stream", "triton_de
 
 def _load_cuda() -> tuple[Any, str | None]:
     if find_spec("reinforce_ada._cuda") is None:
-        return None, "built without nvcc (REINFORCE_ADA_CUDA=ON pip install . builds it)"
+        return None, "not built (REINFORCE_ADA_CUDA=ON pip install . builds it)"
     try:
         return import_module("reinforce_ada._cuda"), None
     except ImportError as error:

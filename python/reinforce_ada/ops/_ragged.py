@@ -18,6 +18,11 @@ def first_wrong_offset(cu_seqlens: Tensor, rows: int) -> int | None:
     return int(wrong.nonzero()[0]) if wrong.any() else None
 
 
+def sequence_of(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Return the sequence of each row, [rows] int64: torch 2.6 takes no other integers as an index in `scatter_reduce`."""
+    return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=rows)
+
+
 def wrong_offset(where: str, cu_seqlens: Tensor, at: int, rows: int) -> InputError:
     """Return the error for what `first_wrong_offset` found."""
     return InputError(where, f"cu_seqlens[{at}] = {int(cu_seqlens[at])}", f"offsets from 0 that never decrease and end at {rows}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reinforce_ada.errors import InputError, unknown_name
 from reinforce_ada.ops._checks import describe
-from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, wrong_offset
+from reinforce_ada.ops._ragged import check_cu_seqlens, first_wrong_offset, sequence_of, wrong_offset
 from reinforce_ada.types import PoolStats
 
 WHERE = "group_advantages"
@@ -84,7 +84,7 @@ def group_numbers(rewards: Tensor, group_of: Tensor | None, cu_seqlens: Tensor |
         at = None if traced else first_wrong_offset(cu_seqlens, rows)
         if at is not None:
             raise wrong_offset(WHERE, cu_seqlens, at, rows)
-        return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows), cu_seqlens.shape[0] - 1
+        return sequence_of(cu_seqlens, rows), cu_seqlens.shape[0] - 1
     assert group_of is not None
     num_groups = groups
     if num_groups is None:

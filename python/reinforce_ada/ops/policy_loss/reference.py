@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reinforce_ada.ops._ragged import sequence_of
 from reinforce_ada.ops.policy_loss import custom
 from reinforce_ada.ops.policy_loss.contract import Settings
 from reinforce_ada.ops.policy_loss.settings import (
@@ -34,8 +35,7 @@ class Sequences:
         if cu_seqlens is None:
             return cls(mask != 0, None, mask.shape[0], mask.shape[1])
         lengths = cu_seqlens.diff()
-        seq_of = torch.repeat_interleave(lengths, output_size=mask.shape[0])
-        return cls(mask != 0, seq_of, lengths.shape[0], lengths.max() if lengths.shape[0] else 0)
+        return cls(mask != 0, sequence_of(cu_seqlens, mask.shape[0]), lengths.shape[0], lengths.max() if lengths.shape[0] else 0)
 
     def clean(self, x: Tensor) -> Tensor:
         """Return `x` with 0 where the mask is 0: a NaN there reaches neither value nor gradient."""
