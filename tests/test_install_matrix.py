@@ -60,7 +60,7 @@ def test_every_command_prints_its_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert set(run.COMMANDS) == set(re.findall(r"^    (\w+) ", shown, re.MULTILINE))
+    assert set(run.COMMANDS) == set(re.findall(r"^  (\w+) +\w", shown, re.MULTILINE))
 
 
 def test_a_line_that_fails_is_an_error_with_its_last_line_and_is_in_the_log(tmp_path):

@@ -6,7 +6,6 @@ package imports neither torch nor an engine.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from reinforce_ada.training.entry import train
     from reinforce_ada.types import Prompt
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program decides what it shows; the command line shows INFO and above
 
 _HOME = {
     "AdaptiveSampler": "reinforce_ada.sampling",

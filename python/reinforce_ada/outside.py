@@ -133,7 +133,7 @@ class _OnStderr(logging.Handler):
 def log_on_stderr() -> Iterator[None]:
     """Show what the package logs, from INFO on, on standard error; a program that has configured logging itself keeps its own ways."""
     logger = logging.getLogger("reinforce_ada")
-    if any(not isinstance(handler, logging.NullHandler) for handler in (*logger.handlers, *logging.getLogger().handlers)):
+    if logger.handlers or logging.getLogger().handlers:
         yield
         return
     handler, level, propagates = _OnStderr(), logger.level, logger.propagate

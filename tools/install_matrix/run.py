@@ -30,7 +30,7 @@ TESTS = (
     f'{PYTEST} tests/ops -k "reference and not compile"',
     f"{PYTEST} tests/test_examples.py -k python_blocks",
 )
-COMMANDS = ("train", "eval", "export", "push", "study", "explain", "report", "simulate", "serve", "bench", "doctor")
+COMMANDS = ("train", "eval", "export", "push", "study", "explain", "report", "simulate", "serve", "bench", "completion", "doctor")
 # What runs in every cell.
 CHECKS = ("python imports.py", "reinforce-ada doctor --check", *(f"reinforce-ada {command} --help" for command in COMMANDS))
 _IMPORTS = """

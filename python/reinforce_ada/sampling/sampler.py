@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from reinforce_ada.errors import InputError, unknown_name
+from reinforce_ada.outside import one_line
 from reinforce_ada.sampling.metrics import Progress, Tally, sampling_metrics
 from reinforce_ada.sampling.policies.contracts import History, Remembers, Verdict, Window, at_least
 from reinforce_ada.sampling.policies.policy import Policy
@@ -87,6 +88,8 @@ class AdaptiveSampler:
         memory: Remembers | None = None,
         keep_completions: bool = True,
     ) -> None:
+        if not isinstance(policy, Policy):
+            raise InputError(_WHERE, f"policy {one_line(repr(policy))}", "a Policy", "preset('reinforce-ada-balance') makes one")
         check_schedule(_WHERE, schedule, window)
         if policy.needs_memory and memory is None:
             raise InputError(_WHERE, f"policy {policy.name!r} without memory", "the histories of the prompts are needed", "memory=Memory()")

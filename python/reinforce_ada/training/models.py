@@ -33,7 +33,7 @@ def path_of(name: str, say: Callable[[str], None] = _log.info) -> str:
         raise InputError("model", f"{name} holds LoRA adapters without the model that they adapt", "a whole model", hint)
     if path.exists() and not (path / "config.json").is_file():
         raise InputError("model", f"{name} has no config.json", "a folder that transformers' save_pretrained wrote")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/model")):
         raise InputError("model", f"{name!r} is no folder", f"{', '.join(built_in.NAMES)}, a model folder or a hub id such as org/name")
     return name
 
