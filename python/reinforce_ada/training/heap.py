@@ -6,6 +6,10 @@ import ctypes
 from functools import cache
 from typing import Any
 
+# In bytes that a pass may leave in the heap. After trimming the next pass has to fault its pages in again: a pass of a model of 100 000
+# weights, which leaves 10 MB, took 22 ms with it and 15 ms without.
+WORTH_TRIMMING = 100_000_000
+
 
 @cache
 def _malloc_trim() -> Any:

@@ -17,6 +17,7 @@ from reinforce_ada.training.batching import Batch, Sample, micro_batches, shares
 from reinforce_ada.training.distributed import Ranks
 from reinforce_ada.training.language_model import LanguageModel, token_logprobs
 from reinforce_ada.training.loss import RunLoss, combine_metrics
+from reinforce_ada.training.memory_estimate import KEPT_BY_HEAP, Shapes, estimate
 from reinforce_ada.training.optimizer import MasterAdamW
 from reinforce_ada.training.predictor import PassRatePredictor
 from reinforce_ada.training.reference import ReferencePolicy
@@ -81,6 +82,8 @@ class Learner:
         if configured(config.sampling).needs_prediction:
             self.predictor = PassRatePredictor(model.head().weight.shape[1], config.sampling.memory_decay, self.device)
         self._tokens_per_pass = config.training.tokens_per_pass
+        kept = estimate(Shapes.of(model.module), config, self.device.type).trainer[KEPT_BY_HEAP]  # 0 on a GPU
+        self._trims = kept >= heap.WORTH_TRIMMING
 
     # -------------------- state
 
@@ -210,7 +213,7 @@ class Learner:
             loss, metrics = self.loss(self.model, batch, old_logprobs, minibatch.num_tokens, minibatch.num_seqs, self.predictor)
             torch.autograd.backward(loss)
             self.optimizer.accumulate()
-            if self.device.type == "cpu":
+            if self._trims:
                 heap.trim()
             losses.append(loss.detach())
             parts.append((metrics, batch.num_written))

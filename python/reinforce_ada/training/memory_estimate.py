@@ -17,6 +17,7 @@ _VLLM_CPU_CACHE = 512 << 20
 # adapters, in passes of 1024 and 2048 tokens, beside MALLOC_MMAP_THRESHOLD_=262144, under which nothing freed is kept
 # (benchmarks/trainer_memory.py).
 _HEAP_SHARE, _HEAP_SHARE_CHECKPOINTED = 0.42, 0.55
+KEPT_BY_HEAP = "freed but kept by the heap"
 _GB = 1e9
 
 
@@ -112,7 +113,7 @@ def estimate(shapes: Shapes, config: Config, device: str, *, engine: str = "", g
         "activations": _activations(shapes, config, t.gradient_checkpointing),
         # The gradient of the head is made beside the one it is added to.
         "loss": _LOSS_BYTES[device] + (0 if has_adapters else b * shapes.head_weights),
-        "freed but kept by the heap": int(heap_share * _activations(shapes, config, False)) if device == "cpu" else 0,
+        KEPT_BY_HEAP: int(heap_share * _activations(shapes, config, False)) if device == "cpu" else 0,
     }
     return Estimate(trainer, _engine(shapes, config, device, engine, gpu_bytes))
 
